@@ -1,0 +1,1 @@
+//! From video files to the frames the first module reads.

@@ -1,0 +1,14 @@
+//! Sideways and Skip-Sideways training of video networks: one module a rank, no backward lock.
+
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod graph;
+pub mod kernels;
+pub mod model;
+pub mod optim;
+pub mod schedule;
+pub mod transport;
+
+pub use error::{Error, Result};

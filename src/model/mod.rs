@@ -1,0 +1,10 @@
+//! The network: layers with explicit vector–Jacobian products, gathered into modules.
+//!
+//! Activations are NHWC tensors `[B, H, W, C]`; vectors are `[B, 1, 1, C]`.
+
+pub mod layers;
+pub mod loss;
+pub mod module;
+pub mod param;
+pub mod presets;
+pub mod spec;

@@ -1,0 +1,1 @@
+//! Moving messages between modules: one contract, in-process and MPI behind it.
