@@ -1,1 +1,620 @@
-//! To be written.
+//! The configuration of a run: one TOML file, strict keys, every default in one place.
+//!
+//! [`Config::load`] reads a file and applies `--set` overrides; [`Config::validate`] is the only place where values
+//! are checked that need no dataset and no shapes (those follow in [`crate::network::Network::new`]).
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::graph::{Edge, Graph};
+use crate::model::module::Fuse;
+use crate::model::spec::LayerSpec;
+use crate::optim::{OptimizerSpec, ScheduleSpec};
+use crate::schedule::Boundary;
+use crate::{Error, Result};
+
+/// A whole run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// What is read.
+    pub data: DataConfig,
+    /// The network and how it is cut.
+    pub model: ModelConfig,
+    /// How it is trained.
+    pub train: TrainConfig,
+    /// Where and on what it runs.
+    pub run: RunConfig,
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// Glob(s) of training shards.
+    pub train: Globs,
+    /// Glob(s) of test shards.
+    pub test: Globs,
+    /// T, frames of a clip.
+    pub frames: usize,
+    /// Source frames from one frame of a clip to the next.
+    pub stride: usize,
+    /// B, the clips a replica works on in lock-step.
+    pub batch: usize,
+    /// Side of the square crop in pixels; absent: the whole frame. Random in training, centred in evaluation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crop: Option<usize>,
+    /// Mirror clips left to right at random (not for labels that depend on direction).
+    pub flip: bool,
+    /// Draw the order of clips and their windows anew each epoch; otherwise shard order from frame 0.
+    pub shuffle: bool,
+    /// Per-channel mean of u8/255.
+    pub mean: [f32; 3],
+    /// Per-channel standard deviation of u8/255.
+    pub std: [f32; 3],
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        DataConfig {
+            train: Globs::default(),
+            test: Globs::default(),
+            frames: 16,
+            stride: 1,
+            batch: 16,
+            crop: None,
+            flip: false,
+            shuffle: true,
+            // Kinetics-400's, as torchvision's video models use them.
+            mean: [0.43216, 0.394666, 0.37645],
+            std: [0.22803, 0.22145, 0.216989],
+        }
+    }
+}
+
+/// One glob or a list of them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Globs {
+    /// `"data/train-*.h5"`
+    One(String),
+    /// `["a/*.h5", "b/*.h5"]`
+    Many(Vec<String>),
+}
+
+impl Default for Globs {
+    fn default() -> Self {
+        Globs::Many(Vec::new())
+    }
+}
+
+impl Globs {
+    /// The globs as a list; empty if none was given.
+    pub fn list(&self) -> Vec<String> {
+        match self {
+            Globs::One(g) => vec![g.clone()],
+            Globs::Many(g) => g.clone(),
+        }
+    }
+}
+
+/// What the network is to learn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// Softmax cross-entropy at every step of the last module.
+    #[default]
+    Recognition,
+    /// The mean pixel difference to the frame `horizon` after the newest one seen.
+    FutureFrames,
+}
+
+/// The pixel difference of future frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FrameLoss {
+    /// Mean squared difference.
+    #[default]
+    Squared,
+    /// Mean absolute difference.
+    Absolute,
+}
+
+/// `[model]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// What the network is to learn.
+    pub task: Task,
+    /// Future frames: how many frames past the newest seen one the target is.
+    pub horizon: usize,
+    /// Future frames: the pixel difference.
+    pub loss: FrameLoss,
+    /// A named network; or write out `layers`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<String>,
+    /// The layers, in order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Vec<LayerSpec>>,
+    /// Number of classes; absent: the dataset's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes: Option<usize>,
+    /// D, the number of modules, cut to balance arithmetic; absent: as many as there are ranks for a replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modules: Option<usize>,
+    /// The layers (counted from 0) before which to cut, instead of `modules`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cuts: Option<Vec<usize>>,
+    /// Skip connections between modules; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip: Option<SkipConfig>,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        ModelConfig {
+            task: Task::default(),
+            horizon: 1,
+            loss: FrameLoss::default(),
+            preset: None,
+            layers: None,
+            classes: None,
+            modules: None,
+            cuts: None,
+            skip: None,
+        }
+    }
+}
+
+/// `[model.skip]`: spans, single edges, or both.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SkipConfig {
+    /// Span s adds every skip from module i − s to module i.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub spans: Vec<usize>,
+    /// Single skips.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub edges: Vec<SkipEdge>,
+    /// How skips join the main path.
+    pub fuse: Fuse,
+    /// Ticks a skip takes: 1 brings the newest features, the span aligns them with the main path.
+    pub delay: Delay,
+}
+
+impl Default for SkipConfig {
+    fn default() -> Self {
+        SkipConfig { spans: Vec::new(), edges: Vec::new(), fuse: Fuse::Sum, delay: Delay::Ticks(1) }
+    }
+}
+
+/// A skip's delay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Delay {
+    /// So many ticks.
+    Ticks(usize),
+    /// `"aligned"`: as many as the span, the ordinary non-temporal residual network (an ablation).
+    Named(AlignedDelay),
+}
+
+/// The one named delay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AlignedDelay {
+    /// The span of each skip.
+    Aligned,
+}
+
+impl Delay {
+    fn ticks(self, span: usize) -> usize {
+        match self {
+            Delay::Ticks(n) => n,
+            Delay::Named(AlignedDelay::Aligned) => span,
+        }
+    }
+}
+
+/// One skip edge: `[from, to]`, or `{ from, to, delay }`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SkipEdge {
+    /// `[1, 3]`
+    Pair(usize, usize),
+    /// `{ from = 1, to = 3, delay = 2 }`
+    Full {
+        /// The module whose output travels.
+        from: usize,
+        /// The module that reads it.
+        to: usize,
+        /// Ticks it takes.
+        delay: Delay,
+    },
+}
+
+/// How gradients are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rule {
+    /// Pseudo-gradients, main path only (Malinowski et al., CVPR 2020).
+    Sideways,
+    /// Pseudo-gradients with skips (Malinowski et al., CVPR 2021).
+    #[default]
+    SkipSideways,
+    /// Exact back-propagation through the same unrolled graph; blocking, in one process.
+    Bp,
+}
+
+/// When the optimiser is applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum UpdateEvery {
+    /// After so many steps with backward work, clips notwithstanding.
+    Steps(u64),
+    /// `"clip"`: at the end of a module's window.
+    Named(ClipWord),
+}
+
+/// The one named update period.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClipWord {
+    /// Once a clip.
+    Clip,
+}
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// How gradients are made.
+    pub rule: Rule,
+    /// How modules cross from one clip to the next.
+    pub boundary: Boundary,
+    /// Passes over the training videos (unless `clips` is given).
+    pub epochs: u64,
+    /// Stop after so many batches of clips instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clips: Option<u64>,
+    /// The optimiser and its settings.
+    pub optimizer: OptimizerSpec,
+    /// The learning rate over the run, in batches of clips.
+    pub schedule: ScheduleSpec,
+    /// Scale a module's gradient down to this Euclidean norm; absent: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_norm: Option<f64>,
+    /// When the optimiser is applied.
+    pub update_every: UpdateEvery,
+    /// R, pipelines side by side whose gradients are averaged.
+    pub replicas: usize,
+    /// Seed of initial values, order, augmentation and dropout.
+    pub seed: u64,
+    /// A checkpoint to take initial weights from; a head of another size starts anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        TrainConfig {
+            rule: Rule::default(),
+            boundary: Boundary::default(),
+            epochs: 10,
+            clips: None,
+            optimizer: OptimizerSpec::default(),
+            schedule: ScheduleSpec::default(),
+            clip_norm: None,
+            update_every: UpdateEvery::Named(ClipWord::Clip),
+            replicas: 1,
+            seed: 1,
+            init: None,
+        }
+    }
+}
+
+/// Where modules compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// The best this build and machine have.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A GPU a rank.
+    Cuda,
+}
+
+/// Number format of activations and parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floating point.
+    #[default]
+    F32,
+}
+
+/// `[run]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// The run folder: resolved configuration, metrics, log, checkpoints.
+    pub dir: PathBuf,
+    /// Where modules compute.
+    pub device: DeviceChoice,
+    /// Number format.
+    pub precision: Precision,
+    /// Compute threads a module (CPU).
+    pub threads: usize,
+    /// Batches of clips between checkpoints; one is also written at the start and at the end.
+    pub checkpoint_every: u64,
+    /// Checkpoints kept, the newest ones (the start's is always kept).
+    pub keep: usize,
+    /// Seconds without an awaited message after which a rank gives up.
+    pub timeout: u64,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        RunConfig {
+            dir: PathBuf::from("runs/run"),
+            device: DeviceChoice::default(),
+            precision: Precision::default(),
+            threads: 1,
+            checkpoint_every: 100,
+            keep: 2,
+            timeout: 300,
+        }
+    }
+}
+
+impl Config {
+    /// Reads the configuration at `path` and applies `overrides` (`section.key=value`, value in TOML or a bare word).
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file, line and key, with a suggestion for a mistyped key.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Error::input(format!("configuration {}: {e}", path.display())))?;
+        Self::parse(&text, &path.display().to_string(), overrides)
+    }
+
+    /// [`Config::load`] from text; `source` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, source: &str, overrides: &[String]) -> Result<Self> {
+        // The file alone first: its errors carry line numbers.
+        toml::from_str::<Config>(text).map_err(|e| Error::input(format!("{source}: {}", with_suggestion(&e))))?;
+        let mut table: toml::Table =
+            toml::from_str(text).map_err(|e| Error::input(format!("{source}: {e}")))?;
+        for setting in overrides {
+            apply(&mut table, setting)?;
+        }
+        table.try_into::<Config>().map_err(|e| {
+            let list = overrides.iter().map(|s| format!("--set {s}")).collect::<Vec<_>>().join(" ");
+            Error::input(format!("{source} with {list}: {}", with_suggestion(&e)))
+        })
+    }
+
+    /// The configuration as TOML, every default written out.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if it cannot be written as TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::Run(format!("writing the configuration as TOML: {e}")))
+    }
+
+    /// Checks every value that needs neither dataset nor shapes.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the key, its value, and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("data.frames", self.data.frames),
+            ("data.stride", self.data.stride),
+            ("data.batch", self.data.batch),
+            ("data.crop", self.data.crop.unwrap_or(1)),
+            ("model.horizon", self.model.horizon),
+            ("model.classes", self.model.classes.unwrap_or(1)),
+            ("model.modules", self.model.modules.unwrap_or(1)),
+            ("train.replicas", self.train.replicas),
+            ("run.threads", self.run.threads),
+            ("run.keep", self.run.keep),
+            ("train.epochs", self.train.epochs.min(1) as usize),
+            ("train.clips", self.train.clips.unwrap_or(1).min(1) as usize),
+            ("run.checkpoint_every", self.run.checkpoint_every.min(1) as usize),
+            ("run.timeout", self.run.timeout.min(1) as usize),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::input(format!("{key} = 0: it must be at least 1")));
+        }
+        if self.data.std.iter().any(|s| !s.is_finite() || *s <= 0.0) || self.data.mean.iter().any(|m| !m.is_finite()) {
+            return Err(Error::input(format!(
+                "data.mean = {:?}, data.std = {:?}: means must be finite and deviations positive",
+                self.data.mean, self.data.std
+            )));
+        }
+        match (&self.model.preset, &self.model.layers) {
+            (Some(_), Some(_)) => return Err(Error::input("model.preset and model.layers are both given: keep one")),
+            (None, None) => {
+                return Err(Error::input(
+                    "no network: set model.preset (for instance \"motion-small\") or write out model.layers",
+                ));
+            }
+            (None, Some(layers)) if layers.is_empty() => {
+                return Err(Error::input("model.layers is empty: a network needs at least one layer"));
+            }
+            _ => {}
+        }
+        if let (Some(modules), Some(cuts)) = (self.model.modules, &self.model.cuts)
+            && modules != cuts.len() + 1
+        {
+            return Err(Error::input(format!(
+                "model.modules = {modules}, but model.cuts = {cuts:?} makes {} modules: keep one of the two",
+                cuts.len() + 1
+            )));
+        }
+        let has_skips = self.model.skip.as_ref().is_some_and(|s| !s.spans.is_empty() || !s.edges.is_empty());
+        if self.train.rule == Rule::Sideways && has_skips {
+            return Err(Error::input(
+                "train.rule = \"sideways\" has no skips, but model.skip gives some: use rule = \"skip-sideways\" or \
+                 remove model.skip",
+            ));
+        }
+        if self.train.rule == Rule::Bp && self.train.replicas > 1 {
+            return Err(Error::input(
+                "train.rule = \"bp\" runs in one process with train.replicas = 1; raise data.batch instead",
+            ));
+        }
+        if let UpdateEvery::Steps(steps) = self.train.update_every {
+            if steps == 0 {
+                return Err(Error::input("train.update_every = 0: it is \"clip\" or a number of steps from 1"));
+            }
+            if self.train.rule == Rule::Bp {
+                return Err(Error::input(
+                    "train.update_every = a number of steps does not go with rule = \"bp\", which updates once a clip",
+                ));
+            }
+        }
+        if let Some(norm) = self.train.clip_norm
+            && !(norm.is_finite() && norm > 0.0)
+        {
+            return Err(Error::input(format!("train.clip_norm = {norm}: it must be a positive number")));
+        }
+        self.train.optimizer.validate()?;
+        self.train.schedule.validate()?;
+        if self.run.device == DeviceChoice::Cuda {
+            return Err(Error::input(
+                "run.device = \"cuda\": this version computes on the CPU only; set run.device = \"cpu\" or \"auto\"",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The graph for `modules` modules.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a skip that does not fit.
+    pub fn graph(&self, modules: usize) -> Result<Graph> {
+        let mut skips = Vec::new();
+        if let Some(skip) = &self.model.skip {
+            for &span in &skip.spans {
+                skips.extend(Graph::skips_of_spans(modules, &[span], skip.delay.ticks(span))?);
+            }
+            for edge in &skip.edges {
+                let (from, to, delay) = match *edge {
+                    SkipEdge::Pair(from, to) => (from, to, skip.delay),
+                    SkipEdge::Full { from, to, delay } => (from, to, delay),
+                };
+                skips.push(Edge { from, to, delay: delay.ticks(to.saturating_sub(from)) });
+            }
+        }
+        Graph::new(modules, &skips)
+    }
+
+    /// How skips join the main path.
+    pub fn fuse(&self) -> Fuse {
+        self.model.skip.as_ref().map_or(Fuse::Sum, |s| s.fuse)
+    }
+}
+
+/// Sets `section.key=value` in a TOML table. A value that is not TOML is taken as a string.
+fn apply(table: &mut toml::Table, setting: &str) -> Result<()> {
+    let (key, value) = setting.split_once('=').ok_or_else(|| {
+        Error::input(format!("--set {setting}: expected section.key=value, for instance --set train.epochs=2"))
+    })?;
+    let value = toml::from_str::<toml::Table>(&format!("v = {value}"))
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_string()));
+    let mut parts: Vec<&str> = key.trim().split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    if last.is_empty() {
+        return Err(Error::input(format!("--set {setting}: the key is empty")));
+    }
+    let mut at = table;
+    for part in parts {
+        at = at
+            .entry(part)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .ok_or_else(|| Error::input(format!("--set {setting}: {part} is a value, not a section")))?;
+    }
+    at.insert(last.to_string(), value);
+    Ok(())
+}
+
+/// A TOML error with "did you mean" where an unknown key looks like a known one.
+fn with_suggestion(error: &toml::de::Error) -> String {
+    let text = error.to_string().trim_end().to_string();
+    let mut quoted = error.message().split('`').skip(1).step_by(2);
+    let unknown = error.message().contains("unknown field") || error.message().contains("unknown variant");
+    if let (true, Some(given)) = (unknown, quoted.next())
+        && let Some(best) = quoted.max_by(|a, b| {
+            strsim::jaro_winkler(given, a).total_cmp(&strsim::jaro_winkler(given, b))
+        })
+        && strsim::jaro_winkler(given, best) > 0.75
+    {
+        return format!("{text}\ndid you mean `{best}`?");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "[model]\npreset = \"motion-small\"\nskip = { spans = [2], delay = \"aligned\" }\n";
+
+    fn refused(text: &str, overrides: &[&str], words: &[&str]) {
+        let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+        let error = Config::parse(text, "c.toml", &overrides).and_then(|c| c.validate()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        for word in words {
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn defaults_round_trip() {
+        let config = Config::parse(SMALL, "c.toml", &[]).unwrap();
+        config.validate().unwrap();
+        assert_eq!(Config::parse(&config.to_toml().unwrap(), "again", &[]).unwrap(), config);
+    }
+
+    #[test]
+    fn overrides_take_toml_and_bare_words() {
+        let sets = ["train.epochs=2", "model.preset=vgg8", "run.dir=runs/x", "data.train=['a','b']"].map(String::from);
+        let config = Config::parse(SMALL, "c.toml", &sets).unwrap();
+        assert_eq!(config.train.epochs, 2);
+        assert_eq!(config.model.preset.as_deref(), Some("vgg8"));
+        assert_eq!(config.data.train.list(), ["a", "b"]);
+    }
+
+    #[test]
+    fn unknown_keys_name_line_and_suggestion() {
+        refused("[train]\nepocs = 3\n", &[], &["c.toml", "line 2", "did you mean `epochs`"]);
+        refused(SMALL, &["train.optimiser.lr=3"], &["--set", "did you mean `optimizer`"]);
+        refused(SMALL, &["train.boundary=flwo"], &["did you mean `flow`"]);
+    }
+
+    #[test]
+    fn impossible_values_are_refused() {
+        refused("", &[], &["no network"]);
+        refused(SMALL, &["data.batch=0"], &["data.batch = 0"]);
+        refused(SMALL, &["train.rule=sideways"], &["model.skip"]);
+        refused(SMALL, &["model.modules=3", "model.cuts=[1]"], &["makes 2 modules"]);
+        refused(SMALL, &["train.update_every=0"], &["update_every = 0"]);
+        refused(SMALL, &["run.device=cuda"], &["CPU only"]);
+        refused(SMALL, &["train.clip_norm=-1"], &["clip_norm"]);
+    }
+
+    #[test]
+    fn aligned_delay_is_the_span() {
+        let config = Config::parse(SMALL, "c.toml", &[]).unwrap();
+        let graph = config.graph(4).unwrap();
+        assert!(graph.edges().iter().filter(|e| !e.is_main()).all(|e| e.delay == e.span()));
+    }
+}

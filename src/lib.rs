@@ -7,7 +7,9 @@ pub mod error;
 pub mod graph;
 pub mod kernels;
 pub mod model;
+pub mod network;
 pub mod optim;
+pub mod plan;
 pub mod schedule;
 pub mod transport;
 

@@ -1,0 +1,328 @@
+//! Checkpoints: `DIR/step-NNNNNNNN/` with one safetensors file a module and `manifest.json`.
+//!
+//! Tensors carry global names and the manifest knows no ranks, so a checkpoint loads at any partition. A checkpoint is
+//! written under a temporary name, each file synced, and renamed when the manifest is in it: a folder with its final
+//! name is complete. `step-00000000` is the start.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{Error, Result};
+
+const MANIFEST: &str = "manifest.json";
+const FORMAT: &str = "sideways-checkpoint";
+const VERSION: u32 = 1;
+
+/// One file of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its name in the checkpoint's folder.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// xxh3-64 of its content, in hexadecimal.
+    pub xxh3: String,
+    /// The tensors in it.
+    pub tensors: Vec<String>,
+}
+
+/// `manifest.json`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// `"sideways-checkpoint"`
+    pub format: String,
+    /// 1
+    pub version: u32,
+    /// Batches of clips trained on.
+    pub clips: u64,
+    /// Classes in label order (empty for future frames).
+    pub class_names: Vec<String>,
+    /// `[H, W, C]` of a frame.
+    pub input: [usize; 3],
+    /// The layers before which the network was cut: what is remembered, not what is required.
+    pub cuts: Vec<usize>,
+    /// The resolved configuration, as TOML.
+    pub config: String,
+    /// The files.
+    pub files: Vec<FileEntry>,
+}
+
+impl Manifest {
+    /// A manifest without files yet.
+    pub fn new(config: String, class_names: Vec<String>, input: [usize; 3], cuts: Vec<usize>) -> Self {
+        let (format, version) = (FORMAT.to_string(), VERSION);
+        Manifest { format, version, clips: 0, class_names, input, cuts, config, files: Vec::new() }
+    }
+}
+
+fn name_of(clips: u64) -> String {
+    format!("step-{clips:08}")
+}
+
+fn partial_of(dir: &Path, clips: u64) -> PathBuf {
+    dir.join(format!(".{}.partial", name_of(clips)))
+}
+
+fn sync(path: &Path) -> Result<()> {
+    fs::File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io(path, e))
+}
+
+/// Writes one module's tensors into the unfinished checkpoint of `clips` under `dir`, with a small entry beside them
+/// that [`finish`] gathers. Called by the module's rank.
+///
+/// # Errors
+/// [`Error::Io`] if the disk refuses (full, read-only); earlier checkpoints are untouched.
+pub fn write_module(dir: &Path, clips: u64, module: usize, tensors: Vec<(String, Tensor)>) -> Result<()> {
+    let folder = partial_of(dir, clips);
+    fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+    let name = format!("module-{module:03}.safetensors");
+    let path = folder.join(&name);
+    let mut names: Vec<String> = tensors.iter().map(|(n, _)| n.clone()).collect();
+    names.sort();
+    let tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
+    candle_core::safetensors::save(&tensors, &path).map_err(|e| write_error(&path, e))?;
+    sync(&path)?;
+    let content = fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let entry = FileEntry {
+        name,
+        bytes: content.len() as u64,
+        xxh3: format!("{:016x}", xxh3_64(&content)),
+        tensors: names,
+    };
+    let beside = folder.join(entry_name(module));
+    let text = serde_json::to_vec(&entry).map_err(|e| Error::io(&beside, e.into()))?;
+    fs::write(&beside, text).map_err(|e| Error::io(&beside, e))?;
+    sync(&beside)
+}
+
+fn entry_name(module: usize) -> String {
+    format!("module-{module:03}.entry.json")
+}
+
+fn write_error(path: &Path, e: candle_core::Error) -> Error {
+    Error::io(path, std::io::Error::other(e.to_string()))
+}
+
+/// Completes the checkpoint of `clips` once all `modules` have been written: manifest, sync, rename; then removes all
+/// but the newest `keep` (and the start). Called by one rank. Returns the checkpoint's folder.
+///
+/// # Errors
+/// [`Error::Io`] if the disk refuses or a module's entry is not there.
+pub fn finish(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest, keep: usize) -> Result<PathBuf> {
+    let folder = partial_of(dir, clips);
+    manifest.clips = clips;
+    manifest.files.clear();
+    for module in 1..=modules {
+        let beside = folder.join(entry_name(module));
+        let text = fs::read(&beside).map_err(|e| Error::io(&beside, e))?;
+        manifest.files.push(serde_json::from_slice(&text).map_err(|e| Error::io(&beside, e.into()))?);
+        fs::remove_file(&beside).map_err(|e| Error::io(&beside, e))?;
+    }
+    let path = folder.join(MANIFEST);
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::io(&path, e.into()))?;
+    fs::write(&path, text).map_err(|e| Error::io(&path, e))?;
+    sync(&path)?;
+    sync(&folder)?;
+    let complete = dir.join(name_of(clips));
+    if complete.exists() {
+        fs::remove_dir_all(&complete).map_err(|e| Error::io(&complete, e))?;
+    }
+    fs::rename(&folder, &complete).map_err(|e| Error::io(&complete, e))?;
+    sync(dir)?;
+    remove_old(dir, keep)?;
+    Ok(complete)
+}
+
+fn remove_old(dir: &Path, keep: usize) -> Result<()> {
+    let mut found = list(dir)?;
+    found.retain(|(clips, _)| *clips > 0);
+    let old = found.len().saturating_sub(keep);
+    for (_, path) in found.drain(..old) {
+        fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+    }
+    Ok(())
+}
+
+/// The complete checkpoints under `dir`, oldest first.
+///
+/// # Errors
+/// [`Error::Io`] if the folder cannot be read; a missing folder holds none.
+pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+        Err(e) => return Err(Error::io(dir, e)),
+    };
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io(dir, e))?.path();
+        let clips = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix("step-"));
+        if let Some(clips) = clips.and_then(|n| n.parse().ok())
+            && path.join(MANIFEST).exists()
+        {
+            found.push((clips, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The newest checkpoint under `dir` that verifies. A damaged one is reported and the one before it taken.
+///
+/// # Errors
+/// [`Error::Input`] if there are checkpoints and none verifies.
+pub fn latest(dir: &Path) -> Result<Option<Checkpoint>> {
+    let mut last = None;
+    for (_, path) in list(dir)?.into_iter().rev() {
+        match Checkpoint::open(&path) {
+            Ok(checkpoint) => return Ok(Some(checkpoint)),
+            Err(e) => {
+                log::warn!("{e}; trying the checkpoint before it");
+                last = Some(e);
+            }
+        }
+    }
+    last.map_or(Ok(None), Err)
+}
+
+/// A complete checkpoint, verified, opened for reading.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    manifest: Manifest,
+}
+
+impl Checkpoint {
+    /// Opens `path` (a `step-NNNNNNNN` folder, or a run folder, whose newest checkpoint is meant) and verifies sizes
+    /// and checksums.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file that is missing or damaged.
+    pub fn open(path: &Path) -> Result<Self> {
+        let runs = path.join("checkpoints");
+        if !path.join(MANIFEST).exists() && runs.is_dir() {
+            return latest(&runs)?
+                .ok_or_else(|| Error::input(format!("{}: there is no checkpoint in this run folder yet", path.display())));
+        }
+        let at = path.join(MANIFEST);
+        let text = fs::read(&at).map_err(|e| {
+            Error::input(format!("{}: not a checkpoint (a step-NNNNNNNN or run folder): {e}", at.display()))
+        })?;
+        let manifest: Manifest = serde_json::from_slice(&text)
+            .map_err(|e| Error::input(format!("{}: damaged checkpoint manifest: {e}", at.display())))?;
+        if manifest.format != FORMAT || manifest.version != VERSION {
+            return Err(Error::input(format!(
+                "{}: format {} version {}; this program reads {FORMAT} version {VERSION}",
+                at.display(),
+                manifest.format,
+                manifest.version
+            )));
+        }
+        let checkpoint = Checkpoint { path: path.to_path_buf(), manifest };
+        for file in &checkpoint.manifest.files {
+            checkpoint.read_verified(file)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn read_verified(&self, file: &FileEntry) -> Result<Vec<u8>> {
+        let path = self.path.join(&file.name);
+        let content = fs::read(&path)
+            .map_err(|e| Error::input(format!("{}: checkpoint file cannot be read: {e}", path.display())))?;
+        if content.len() as u64 != file.bytes || format!("{:016x}", xxh3_64(&content)) != file.xxh3 {
+            return Err(Error::input(format!(
+                "{}: damaged checkpoint file ({} bytes, {} expected; checksums compared): use an older checkpoint",
+                path.display(),
+                content.len(),
+                file.bytes
+            )));
+        }
+        Ok(content)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says of itself.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// All tensors whose names `wanted` accepts; only files that hold some are read.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a damaged file.
+    pub fn load(&self, wanted: impl Fn(&str) -> bool) -> Result<HashMap<String, Tensor>> {
+        let mut found = HashMap::new();
+        for file in &self.manifest.files {
+            if file.tensors.iter().any(|name| wanted(name)) {
+                let content = self.read_verified(file)?;
+                let tensors = candle_core::safetensors::load_buffer(&content, &Device::Cpu)
+                    .map_err(|e| Error::input(format!("{}: {e}", self.path.join(&file.name).display())))?;
+                found.extend(tensors.into_iter().filter(|(name, _)| wanted(name)));
+            }
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(x: f32) -> Tensor {
+        Tensor::new(&[x, x + 1.0], &Device::Cpu).unwrap()
+    }
+
+    fn write(dir: &Path, clips: u64, keep: usize) -> PathBuf {
+        write_module(dir, clips, 1, vec![("layers.0.conv2d.weight".into(), tensor(clips as f32))]).unwrap();
+        write_module(dir, clips, 2, vec![("layers.1.linear.weight".into(), tensor(7.0))]).unwrap();
+        finish(dir, clips, 2, Manifest::new("".into(), vec![], [1, 1, 3], vec![1]), keep).unwrap()
+    }
+
+    #[test]
+    fn round_trip_and_keep() {
+        let dir = tempfile::tempdir().unwrap();
+        for clips in [0, 1, 2, 3] {
+            write(dir.path(), clips, 2);
+        }
+        let left: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(c, _)| c).collect();
+        assert_eq!(left, [0, 2, 3], "the start and the newest two");
+        let newest = latest(dir.path()).unwrap().unwrap();
+        assert_eq!(newest.manifest().clips, 3);
+        let tensors = newest.load(|n| n.starts_with("layers.0")).unwrap();
+        assert_eq!(tensors.len(), 1);
+        assert_eq!(tensors["layers.0.conv2d.weight"].to_vec1::<f32>().unwrap(), [3.0, 4.0]);
+    }
+
+    #[test]
+    fn a_damaged_newest_one_is_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 1, 2);
+        let newest = write(dir.path(), 2, 2);
+        let file = newest.join("module-001.safetensors");
+        let mut content = fs::read(&file).unwrap();
+        let last = content.len() - 1;
+        content[last] ^= 1;
+        fs::write(&file, content).unwrap();
+        let error = Checkpoint::open(&newest).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("module-001.safetensors: damaged"), "{error}");
+        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 1);
+    }
+
+    #[test]
+    fn an_unfinished_one_is_not_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        write_module(dir.path(), 5, 1, vec![("a".into(), tensor(0.0))]).unwrap();
+        assert!(latest(dir.path()).unwrap().is_none());
+        assert!(Checkpoint::open(dir.path()).unwrap_err().to_string().contains("not a checkpoint"));
+    }
+}

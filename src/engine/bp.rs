@@ -1,0 +1,145 @@
+//! Training by exact back-propagation in one process: the ceiling that pseudo-gradients are compared with.
+
+use candle_core::{Device, Tensor};
+
+use super::console::{Console, Observer, Totals};
+use super::head::Head;
+use super::reference;
+use super::report::Report;
+use super::run::{Span, last_layer, modules, recorder, run_key, update};
+use super::setup::Setup;
+use super::state::{Fit, Saver, restore, snapshot};
+use super::worker::{Update, pass};
+use crate::checkpoint;
+use crate::config::Task;
+use crate::data::FrameStream;
+use crate::kernels;
+use crate::metrics::{Phase, Stopwatch};
+use crate::model::module::Module;
+use crate::{Error, Result};
+
+/// Every module with its optimiser, and the loss behind them.
+struct Trainer<'a> {
+    setup: &'a Setup,
+    modules: Vec<Module>,
+    updates: Vec<Update>,
+    head: Head,
+    stream: FrameStream,
+    watch: Stopwatch,
+}
+
+/// Trains with exact gradients of the loss averaged over steps; same run folder, metrics and checkpoints as the
+/// pipeline.
+///
+/// # Errors
+/// As the pipeline's training.
+pub fn train(setup: &Setup, span: &Span, observer: Observer) -> Result<Totals> {
+    let config = &setup.config;
+    let dataset = setup.dataset.clone().ok_or_else(|| Error::input("there is no dataset to read"))?;
+    let mut trainer = Trainer {
+        setup,
+        modules: modules(setup)?,
+        updates: (0..setup.grid.modules).map(|_| update(setup, span)).collect(),
+        head: Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes),
+        stream: FrameStream::open(dataset, setup.stream(0, span.first, span.end))?,
+        watch: Stopwatch::default(),
+    };
+    if let Some((checkpoint, fit)) = &span.from {
+        for (module, update) in trainer.modules.iter_mut().zip(&mut trainer.updates) {
+            restore(module, Some(update).filter(|_| *fit == Fit::Exact), checkpoint, *fit, &last_layer(setup))?;
+        }
+    }
+    let frames = (config.data.batch * config.data.frames) as u64;
+    let mut console = Console::new(setup.grid, span.total, frames, Some(recorder(setup, span)?), observer);
+    let saver = Saver { dir: setup.checkpoints(), every: config.run.checkpoint_every, end: span.end };
+    let start = span.first == 0;
+    if start {
+        trainer.save(&saver, 0)?;
+    }
+    console.started(&trainer.reports(Report { saved: start, ..Report::default() }))?;
+    kernels::with_threads(config.run.threads, || {
+        for clip in span.first..span.end {
+            let mut report = trainer.clip(clip).map_err(|e| match e {
+                Error::Run(text) => Error::Run(format!("clip {clip}: {text}")),
+                e => e,
+            })?;
+            if saver.due(clip + 1) {
+                trainer.save(&saver, clip + 1)?;
+                report.saved = true;
+            }
+            report.time = trainer.watch.take();
+            console.batch(clip, trainer.reports(report))?;
+        }
+        Ok::<_, Error>(())
+    })?;
+    Ok(console.totals())
+}
+
+impl Trainer<'_> {
+    /// One clip: all steps forward, the losses, all steps back, one update a module.
+    fn clip(&mut self, clip: u64) -> Result<Report> {
+        let Setup { network, schedule, config, .. } = self.setup;
+        let key = run_key(config.train.seed, 0);
+        let passes = |t: usize| pass(true, key, clip, t);
+        self.watch.enter(Phase::Data);
+        self.head.begin(&self.stream.begin(clip)?.labels);
+        let [h, w, c] = network.input;
+        let batch = config.data.batch;
+        let mut buffer = vec![0.0; batch * h * w * c];
+        let mut targets: Vec<Option<Tensor>> = Vec::new();
+        let losses = schedule.steps(self.modules.len());
+        let (stream, ahead) = (&mut self.stream, self.setup.ahead);
+        let watch = &mut self.watch;
+        let mut frame = |t: usize| -> Result<Tensor> {
+            watch.enter(Phase::Data);
+            let mut at = |t: usize| -> Result<Tensor> {
+                stream.frame(t, &mut buffer)?;
+                Ok(Tensor::from_slice(&buffer, (batch, h, w, c), &Device::Cpu)?)
+            };
+            let x = at(t)?;
+            let target = ahead.filter(|_| losses.get(t).is_some_and(|s| s.loss)).map(|a| at(t + a)).transpose()?;
+            targets.push(target);
+            watch.enter(Phase::Forward);
+            Ok(x)
+        };
+        let run = reference::forward(&mut self.modules, network, schedule, &passes, &mut frame)?;
+        self.watch.enter(Phase::Backward);
+        let mut gradients = Vec::new();
+        for (t, y) in run.last().iter().enumerate() {
+            let has_loss = losses.get(t).is_some_and(|s| s.loss);
+            let target = targets.get(t).and_then(Option::as_ref);
+            debug_assert!(config.model.task == Task::Recognition || target.is_some() == has_loss);
+            gradients.push(if has_loss { self.head.loss(y, target, true)? } else { None });
+        }
+        let count = gradients.iter().flatten().count() as u64;
+        reference::backward(&mut self.modules, network, schedule, &passes, run, gradients)?;
+        self.watch.enter(Phase::Optimizer);
+        for (module, update) in self.modules.iter_mut().zip(&mut self.updates) {
+            update.steps = count;
+            update.apply(module, clip, losses.len())?;
+        }
+        self.watch.enter(Phase::Other);
+        let last = &self.updates[self.updates.len() - 1];
+        Ok(Report {
+            score: self.head.end(),
+            backward_steps: count as f32,
+            grad_norm: last.grad_norm as f32,
+            lr: last.lr as f32,
+            ..Report::default()
+        })
+    }
+
+    fn save(&mut self, saver: &Saver, clips: u64) -> Result<()> {
+        for (n, (module, update)) in self.modules.iter_mut().zip(&self.updates).enumerate() {
+            checkpoint::write_module(&saver.dir, clips, n + 1, snapshot(module, Some(update), n + 1)?)?;
+        }
+        Ok(())
+    }
+
+    /// The process's report stands at the last module; the others' are empty.
+    fn reports(&self, report: Report) -> Vec<Report> {
+        let mut reports = vec![Report { saved: report.saved, ..Report::default() }; self.modules.len() - 1];
+        reports.push(report);
+        reports
+    }
+}

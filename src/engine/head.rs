@@ -1,0 +1,98 @@
+//! The loss at the last module, and what is counted there.
+
+use candle_core::Tensor;
+
+use crate::config::{FrameLoss, Task};
+use crate::metrics::Score;
+use crate::model::loss::{self, PixelLoss};
+use crate::{Error, Result};
+
+/// Computes the loss of every step of module D and scores clips.
+///
+/// *Recognition*: softmax cross-entropy at every step, mean over the batch; a clip's logits are the mean over steps.
+/// *Future frames*: mean squared or absolute difference over all elements of the output and the target frame.
+pub struct Head {
+    task: Task,
+    frame_loss: PixelLoss,
+    classes: usize,
+    labels: Vec<i32>,
+    logits: Vec<f32>,
+    steps: usize,
+    score: Score,
+}
+
+impl Head {
+    /// A head for batches of `batch` clips and, in recognition, `classes` classes.
+    pub fn new(task: Task, frame_loss: FrameLoss, batch: usize, classes: usize) -> Self {
+        let frame_loss = match frame_loss {
+            FrameLoss::Squared => PixelLoss::Squared,
+            FrameLoss::Absolute => PixelLoss::Absolute,
+        };
+        let (labels, logits) = (vec![-1; batch], vec![0.0; batch * classes]);
+        Head { task, frame_loss, classes, labels, logits, steps: 0, score: Score::default() }
+    }
+
+    /// Recognition needs labels, future frames target frames.
+    pub fn needs_labels(&self) -> bool {
+        self.task == Task::Recognition
+    }
+
+    /// Begins a clip with `labels` (`[B]`, −1 where the batch is padded).
+    pub fn begin(&mut self, labels: &[i32]) {
+        self.labels.clear();
+        self.labels.extend_from_slice(labels);
+        self.logits.fill(0.0);
+        self.steps = 0;
+        self.score = Score::default();
+    }
+
+    /// The loss of one step's output `y` (recognition `[B, 1, 1, K]`, future frames `[B, H, W, C]` with `target`) and
+    /// its gradient with respect to `y`, which is computed only if `training`.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if the loss is not a finite number.
+    pub fn loss(&mut self, y: &Tensor, target: Option<&Tensor>, training: bool) -> Result<Option<Tensor>> {
+        let (value, gradient) = match (self.task, target) {
+            (Task::Recognition, _) => {
+                let step = y.flatten_all()?.to_vec1::<f32>()?;
+                self.logits.iter_mut().zip(&step).for_each(|(sum, x)| *sum += x);
+                loss::cross_entropy(y, &self.labels)?
+            }
+            (Task::FutureFrames, Some(target)) => loss::pixel(self.frame_loss, y, target)?,
+            (Task::FutureFrames, None) => return Err(Error::Run("a step with a loss came without its target".into())),
+        };
+        if !value.is_finite() {
+            return Err(Error::Run(format!(
+                "the loss is {value}: training has diverged; lower train.optimizer.lr, warm up longer, or set \
+                 train.clip_norm"
+            )));
+        }
+        self.steps += 1;
+        self.score.loss_sum += value as f32;
+        self.score.loss_steps += 1.0;
+        Ok(training.then_some(gradient))
+    }
+
+    /// Ends the clip: its score. In recognition clips are ranked by their mean logits.
+    pub fn end(&mut self) -> Score {
+        if self.task == Task::Recognition && self.steps > 0 {
+            let scale = 1.0 / self.steps as f32;
+            self.logits.iter_mut().for_each(|x| *x *= scale);
+            for (row, &label) in self.logits.chunks_exact(self.classes).zip(&self.labels) {
+                if label >= 0 {
+                    self.score.clips += 1.0;
+                    self.score.top1 += f32::from(u8::from(loss::topk_correct(row, label, 1)));
+                    self.score.top5 += f32::from(u8::from(loss::topk_correct(row, label, 5)));
+                }
+            }
+        } else {
+            self.score.clips += self.labels.iter().filter(|&&label| label >= 0).count() as f32;
+        }
+        self.score
+    }
+
+    /// After [`Head::end`]: the clips' mean logits `[B, K]` and labels `[B]`.
+    pub fn logits_and_labels(&self) -> (&[f32], &[i32]) {
+        (&self.logits, &self.labels)
+    }
+}

@@ -1,0 +1,17 @@
+//! Training and evaluation: one worker a module, each following its schedule over its links.
+//!
+//! [`tick`] is the algorithm; read it first. [`worker`] is what it works on, [`grid`] says where workers run and how
+//! they are joined, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`reference`] is exact
+//! back-propagation over the same graph.
+
+pub mod bp;
+pub mod console;
+pub mod grid;
+pub mod head;
+pub mod reference;
+pub mod report;
+pub mod run;
+pub mod setup;
+pub mod state;
+pub mod tick;
+pub mod worker;

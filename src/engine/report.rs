@@ -1,0 +1,98 @@
+//! What a worker tells the console at the end of every clip.
+
+use crate::metrics::{Score, TimeAccount};
+
+/// One worker's clip.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// The last module's counts; zero elsewhere.
+    pub score: Score,
+    /// Where the time went since the last report.
+    pub time: TimeAccount,
+    /// Steps of the clip with backward work.
+    pub backward_steps: f32,
+    /// Euclidean norm of the (mean) gradient of the last update in the clip; zero without one.
+    pub grad_norm: f32,
+    /// Learning rate of that update.
+    pub lr: f32,
+    /// Whether the worker has written its module into a checkpoint at this clip.
+    pub saved: bool,
+    /// Evaluation, last module: the clips' mean logits, `[B, K]`; labels are in [`Report::labels`].
+    pub logits: Vec<f32>,
+    /// Evaluation, last module: the labels, `[B]`, −1 where the batch is padded.
+    pub labels: Vec<f32>,
+}
+
+/// Words in front of the logits.
+const FIXED: usize = Score::WORDS + 7 + 4;
+
+impl Report {
+    /// Words of a report with the logits and labels of `batch` clips over `classes` (0: without).
+    pub fn words(batch: usize, classes: usize) -> usize {
+        FIXED + if classes > 0 { batch * (classes + 1) } else { 0 }
+    }
+
+    /// Writes the report at the front of a message's payload; returns the words written.
+    pub fn write(&self, out: &mut [f32]) -> usize {
+        let fixed = self
+            .score
+            .to_array()
+            .into_iter()
+            .chain(self.time.to_array())
+            .chain([self.backward_steps, self.grad_norm, self.lr, f32::from(u8::from(self.saved))]);
+        let all = fixed.chain(self.logits.iter().copied()).chain(self.labels.iter().copied());
+        let mut words = 0;
+        for (place, value) in out.iter_mut().zip(all) {
+            *place = value;
+            words += 1;
+        }
+        words
+    }
+
+    /// Reads what [`Report::write`] wrote; `batch` is the number of clips if logits are in it.
+    pub fn read(words: &[f32], batch: usize) -> Report {
+        let at = |n: usize| words.get(n).copied().unwrap_or(0.0);
+        let mut time = [0.0; 7];
+        time.iter_mut().enumerate().for_each(|(n, t)| *t = at(Score::WORDS + n));
+        let rest = words.get(FIXED..).unwrap_or(&[]);
+        let (logits, labels) = rest.split_at(rest.len().saturating_sub(batch));
+        let logits = if logits.is_empty() { &[] } else { logits };
+        Report {
+            score: Score::from_array([at(0), at(1), at(2), at(3), at(4)]),
+            time: TimeAccount::from_array(time),
+            backward_steps: at(FIXED - 4),
+            grad_norm: at(FIXED - 3),
+            lr: at(FIXED - 2),
+            saved: at(FIXED - 1) != 0.0,
+            logits: logits.to_vec(),
+            labels: if logits.is_empty() { Vec::new() } else { labels.to_vec() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_reads_back_as_written() {
+        let mut report = Report {
+            score: Score { loss_sum: 1.0, loss_steps: 2.0, clips: 3.0, top1: 4.0, top5: 5.0 },
+            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
+            backward_steps: 8.0,
+            grad_norm: 9.0,
+            lr: 10.0,
+            saved: true,
+            logits: Vec::new(),
+            labels: Vec::new(),
+        };
+        let mut payload = vec![0.0; Report::words(2, 3)];
+        let words = report.write(&mut payload);
+        assert_eq!(words, Report::words(0, 0));
+        assert_eq!(Report::read(&payload[..words], 2), report);
+        report.logits = vec![0.5; 6];
+        report.labels = vec![1.0, -1.0];
+        assert_eq!(report.write(&mut payload), payload.len());
+        assert_eq!(Report::read(&payload, 2), report);
+    }
+}

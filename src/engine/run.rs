@@ -1,0 +1,362 @@
+//! Starting workers and seeing them through: the pipeline's side of training and evaluation.
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use candle_core::{DType, Device};
+
+use super::console::{Console, Observer, Recorder, Totals, gather};
+use super::head::Head;
+use super::report::Report;
+use super::setup::{Purpose, Setup};
+use super::state::{Fit, Saver, restore};
+use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Worker};
+use crate::checkpoint::{self, Checkpoint, Manifest};
+use crate::config::Config;
+use crate::data::FrameStream;
+use crate::kernels;
+use crate::metrics::Stopwatch;
+use crate::model::layers::Tape;
+use crate::model::module::Module;
+use crate::model::param::Init;
+use crate::optim::Optimizer;
+use crate::transport::average::ReplicaAverage;
+use crate::transport::{Endpoints, Receiver, Sender, World, connect};
+use crate::{Error, Result};
+
+/// Which batches of clips a run goes through, and from what parameters.
+pub struct Span {
+    /// The first batch.
+    pub first: u64,
+    /// The batch behind the last one.
+    pub end: u64,
+    /// Batches in the whole run, for the learning rate.
+    pub total: u64,
+    /// Where parameters (and in training the optimiser's state) come from.
+    pub from: Option<(Checkpoint, Fit)>,
+}
+
+impl Span {
+    /// Training: resumes from the newest checkpoint in the run folder, else starts (from `train.init` if set).
+    /// Stops after `stop_after` batches, if given.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the run folder's checkpoints are of another network, or `train.init` cannot be read.
+    pub fn of_training(setup: &Setup, stop_after: Option<u64>) -> Result<Self> {
+        let total = setup.total_clips()?;
+        let (first, from) = match (checkpoint::latest(&setup.checkpoints())?, &setup.config.train.init) {
+            (Some(newest), _) => {
+                check_same_run(setup, &newest)?;
+                (newest.manifest().clips, Some((newest, Fit::Exact)))
+            }
+            (None, Some(init)) => (0, Some((Checkpoint::open(init)?, Fit::NewHead))),
+            (None, None) => (0, None),
+        };
+        let end = stop_after.map_or(total, |n| total.min(first + n));
+        Ok(Span { first, end: end.max(first), total, from })
+    }
+}
+
+/// A run folder belongs to one network; other differences are allowed, with a warning.
+fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
+    let path = checkpoint.path().display();
+    let before = Config::parse(&checkpoint.manifest().config, &path.to_string(), &[])?;
+    let now = &setup.config;
+    let network = |c: &Config| (c.model.preset.clone(), c.model.layers.clone(), c.model.task, c.train.rule);
+    if network(&before) != network(now) || checkpoint.manifest().class_names != setup.class_names {
+        return Err(Error::input(format!(
+            "run.dir = {:?} holds another run (its {path} has another network, task, rule or other classes): choose \
+             another run.dir, or remove the folder to start anew",
+            now.run.dir
+        )));
+    }
+    if before.data != now.data || before.train != now.train || before.model.skip != now.model.skip {
+        log::warn!("{path} was written under other settings of [data], [train] or model.skip: the run goes on with the present ones");
+    }
+    Ok(())
+}
+
+/// Trains with Sideways or Skip-Sideways over all workers; every rank calls it. Totals are rank 0's.
+///
+/// # Errors
+/// The first failure of any worker of this process; under MPI the whole job is ended with it.
+pub fn train(setup: &Setup, world: &World, span: &Span, observer: Observer) -> Result<Totals> {
+    world.agree(setup.fingerprint(span.first)?, "configuration, dataset and checkpoint")?;
+    let recorder = if world.rank() == 0 { Some(recorder(setup, span)?) } else { None };
+    run(setup, world, span, recorder, observer)
+}
+
+/// One pass over the test clips with fixed parameters; every rank calls it. The observer sees logits on rank 0.
+///
+/// # Errors
+/// As [`train`].
+pub fn evaluate(setup: &Setup, world: &World, span: &Span, observer: Observer) -> Result<Totals> {
+    world.agree(setup.fingerprint(span.first)?, "configuration, dataset and checkpoint")?;
+    run(setup, world, span, None, observer)
+}
+
+/// Opens the run folder for recording.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
+pub fn recorder(setup: &Setup, span: &Span) -> Result<Recorder> {
+    let dir = &setup.config.run.dir;
+    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+    let text = setup.config.to_toml()?;
+    let path = dir.join("config.toml");
+    std::fs::write(&path, &text).map_err(|e| Error::io(&path, e))?;
+    let cuts = setup.network.modules.iter().skip(1).map(|m| m.layers.start).collect();
+    let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, cuts);
+    Recorder::open(dir, setup.checkpoints(), manifest, setup.config.run.keep, span.first)
+}
+
+fn run(
+    setup: &Setup,
+    world: &World,
+    span: &Span,
+    recorder: Option<Recorder>,
+    observer: Observer,
+) -> Result<Totals> {
+    let grid = setup.grid;
+    let timeout = Duration::from_secs(setup.config.run.timeout);
+    let mut endpoints = connect(world, &grid.placement(), &setup.wiring.links, timeout)?;
+    let breaker = endpoints.breaker();
+    let batch = setup.config.data.batch;
+    let mut reports: Vec<(u32, Receiver)> = Vec::new();
+    if world.rank() == 0 {
+        for &id in &setup.wiring.reports {
+            reports.push((id, take(endpoints.receiver(id), id)?));
+        }
+    }
+    let frames_a_batch = (grid.replicas * batch * setup.config.data.frames) as u64;
+    let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
+    let (done, finished) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let mut running = 0;
+        for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
+            let (i, r) = grid.module_and_replica(w);
+            let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
+            let threads = setup.config.run.threads;
+            let body = move || {
+                let work = || kernels::with_threads(threads, || work(setup, w, ends, span));
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+                    .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
+                // The main thread waits for exactly one answer of every worker.
+                let _ = done.send((Some((i, r)), result));
+            };
+            let name = format!("module-{i}.{r}");
+            std::thread::Builder::new()
+                .name(name)
+                .spawn_scoped(scope, body)
+                .map_err(|e| Error::Run(format!("starting a thread for module {i}: {e}")))?;
+            running += 1;
+        }
+        if world.rank() == 0 {
+            let (done, console) = (done.clone(), &mut console);
+            scope.spawn(move || {
+                let _ = done.send((None, watch(console, &mut reports, span, batch)));
+            });
+            running += 1;
+        }
+        for _ in 0..running {
+            let Ok((who, result)) = finished.recv() else { break };
+            if let Err(e) = result {
+                // The first error is the cause; what others say after it follows from it.
+                breaker.trip();
+                return Err(world.fail(who, e));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(console.totals())
+}
+
+/// The console's thread.
+fn watch(console: &mut Console, reports: &mut [(u32, Receiver)], span: &Span, batch: usize) -> Result<()> {
+    console.started(&gather(reports, span.first, batch)?)?;
+    for clip in span.first..span.end {
+        console.batch(clip, gather(reports, clip, batch)?)?;
+    }
+    Ok(())
+}
+
+/// A worker's thread: all clips of the span.
+fn work(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<()> {
+    let mut worker = build(setup, w, ends, span)?;
+    worker.start(span.first)?;
+    for clip in span.first..span.end {
+        worker.clip(clip, setup.schedule.tick(clip, 1, 0))?;
+    }
+    worker.flush()
+}
+
+/// A worker's ends of links.
+struct Ends {
+    inputs: Vec<(u32, Receiver, Option<(u32, Sender)>)>,
+    outputs: Vec<(u32, Sender, Option<(u32, Receiver)>)>,
+    truth_in: Option<(u32, Receiver)>,
+    truth_out: Option<(u32, Sender)>,
+    console: (u32, Sender),
+    average: Option<ReplicaAverage>,
+}
+
+fn take<T>(end: Option<T>, id: u32) -> Result<T> {
+    end.ok_or_else(|| Error::Transport(format!("link {id} does not end here")))
+}
+
+/// Takes worker `w`'s ends.
+fn ends_of(setup: &Setup, w: usize, endpoints: &mut Endpoints) -> Result<Ends> {
+    let (i, r) = setup.grid.module_and_replica(w);
+    let wiring = &setup.wiring;
+    let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+    for (k, spec) in setup.network.edges.iter().enumerate() {
+        let (forward, backward) = (wiring.activations[r][k], wiring.cotangents[r][k]);
+        if spec.edge.to == i {
+            let back = backward.map(|id| Ok::<_, Error>((id, take(endpoints.sender(id), id)?))).transpose()?;
+            inputs.push((forward, take(endpoints.receiver(forward), forward)?, back));
+        }
+        if spec.edge.from == i {
+            let back = backward.map(|id| Ok::<_, Error>((id, take(endpoints.receiver(id), id)?))).transpose()?;
+            outputs.push((spec.edge.span(), forward, take(endpoints.sender(forward), forward)?, back));
+        }
+    }
+    outputs.sort_by_key(|(span, ..)| *span);
+    let outputs = outputs.into_iter().map(|(_, id, sender, back)| (id, sender, back)).collect();
+    let (mut truth_in, mut truth_out) = (None, None);
+    if let Some(id) = wiring.truth[r] {
+        if i == 1 {
+            truth_out = Some((id, take(endpoints.sender(id), id)?));
+        }
+        if i == setup.grid.modules {
+            truth_in = Some((id, take(endpoints.receiver(id), id)?));
+        }
+    }
+    let id = wiring.reports[w];
+    let console = (id, take(endpoints.sender(id), id)?);
+    let average = wiring.average[i - 1]
+        .map(|first| ReplicaAverage::new(endpoints, &average_links(setup, i, first), r))
+        .transpose()?;
+    Ok(Ends { inputs, outputs, truth_in, truth_out, console, average })
+}
+
+fn average_links(setup: &Setup, i: usize, first: u32) -> Vec<crate::transport::LinkSpec> {
+    let workers: Vec<usize> = (0..setup.grid.replicas).map(|r| setup.grid.worker(i, r)).collect();
+    let words = setup.network.modules[i - 1].params as usize;
+    ReplicaAverage::links(first, &format!("module {i}"), &workers, words)
+}
+
+/// All modules of the network with their initial parameters (module numbers from 1), for use in one process.
+///
+/// # Errors
+/// As [`Module::new`].
+pub fn modules(setup: &Setup) -> Result<Vec<Module>> {
+    (1..=setup.grid.modules).map(|i| module(setup, i)).collect()
+}
+
+fn module(setup: &Setup, i: usize) -> Result<Module> {
+    let spec = &setup.network.modules[i - 1];
+    let init = Init { seed: setup.config.train.seed, dtype: DType::F32, device: Device::Cpu };
+    Module::new(i, &setup.network.layers_of(i), spec.main, &spec.skips, setup.network.fuse, &init)
+}
+
+/// The settings of an update, without averaging.
+pub fn update(setup: &Setup, span: &Span) -> Update {
+    let train = &setup.config.train;
+    Update {
+        optimizer: Optimizer::new(train.optimizer.clone()),
+        schedule: train.schedule.clone(),
+        total_clips: span.total,
+        every: train.update_every,
+        clip_norm: train.clip_norm,
+        average: None,
+        steps: 0,
+        grad_norm: 0.0,
+        lr: 0.0,
+    }
+}
+
+/// The name under which the last layer's parameters begin: what a new head may replace.
+pub fn last_layer(setup: &Setup) -> String {
+    let last = setup.network.layers.iter().rposition(|l| l.is_heavy()).unwrap_or(0);
+    format!("layers.{last}.")
+}
+
+fn build(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<Worker> {
+    let (i, r) = setup.grid.module_and_replica(w);
+    let config = &setup.config;
+    let training = setup.purpose == Purpose::Train;
+    let mut module = module(setup, i)?;
+    let mut update = training.then(|| Update { average: ends.average, ..update(setup, span) });
+    if let Some((checkpoint, fit)) = &span.from {
+        let state = update.as_mut().filter(|_| *fit == Fit::Exact);
+        restore(&mut module, state, checkpoint, *fit, &last_layer(setup))?;
+    }
+    let inputs = setup.network.inputs(i).into_iter().zip(ends.inputs);
+    let outputs = setup.network.outputs(i).into_iter().zip(ends.outputs);
+    let d = setup.grid.modules;
+    let source = (i == 1).then(|| source(setup, r, span, ends.truth_out)).transpose()?;
+    let loss = (i == d).then(|| LossEnd {
+        head: Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes),
+        truth: ends.truth_in,
+        target: None,
+    });
+    Ok(Worker {
+        index: i,
+        batch: config.data.batch,
+        key: run_key(config.train.seed, r),
+        plan: setup.schedule.steps(i).to_vec(),
+        module,
+        tape: Tape::default(),
+        inputs: inputs
+            .map(|(spec, (id, activations, cotangents))| InEdge {
+                spec: spec.clone(),
+                id,
+                activations,
+                cotangents,
+                held: None,
+            })
+            .collect(),
+        outputs: outputs
+            .map(|(spec, (id, activations, cotangents))| OutEdge { spec: spec.clone(), id, activations, cotangents })
+            .collect(),
+        source,
+        loss,
+        update,
+        saver: (training && r == 0).then(|| Saver {
+            dir: setup.checkpoints(),
+            every: config.run.checkpoint_every,
+            end: span.end,
+        }),
+        console: ends.console,
+        report_logits: !training && i == d && setup.ahead.is_none(),
+        watch: Stopwatch::default(),
+    })
+}
+
+/// What makes one run's and replica's dropout masks differ from another's.
+pub fn run_key(seed: u64, replica: usize) -> u64 {
+    xxhash_rust::xxh3::xxh3_64_with_seed(&(replica as u64).to_le_bytes(), seed)
+}
+
+fn source(setup: &Setup, r: usize, span: &Span, truth: Option<(u32, Sender)>) -> Result<Source> {
+    let dataset = setup.dataset.clone().ok_or_else(|| Error::input("there is no dataset to read"))?;
+    let d = setup.grid.modules;
+    let shape = setup.network.input;
+    Ok(Source {
+        stream: FrameStream::open(dataset, setup.stream(r, span.first, span.end))?,
+        truth,
+        ahead: setup.ahead,
+        loss_steps: setup.schedule.steps(d).iter().map(|s| s.loss).collect(),
+        shape,
+        frame: vec![0.0; setup.config.data.batch * shape.iter().product::<usize>()],
+    })
+}
+
+impl Worker {
+    /// Says that it is ready; before the first clip of all also writes its module into checkpoint 0.
+    fn start(&mut self, first: u64) -> Result<()> {
+        let saved = if first == 0 { self.save_start()? } else { false };
+        let report = Report { saved, time: self.watch.take(), ..Report::default() };
+        self.send_report(first, &report)
+    }
+}

@@ -1,0 +1,261 @@
+//! THE loop: what a module does at every tick.
+//!
+//! Every module works at every tick: it takes the newest activation from below and the newest cotangent from above,
+//! though they come from different frames, and never waits for anything older (Sideways, Malinowski et al., CVPR
+//! 2020, section 3; with skips, arXiv 2106.08318). Within a tick the order hides the transfers: y travels while the
+//! backward pass computes, the cotangents while the next forward pass does.
+
+use candle_core::{Device, Tensor};
+
+use super::report::Report;
+use super::worker::{At, Worker, header, receive, send};
+use crate::config::UpdateEvery;
+use crate::metrics::Phase;
+use crate::model::module::{pool_for_edge, pool_for_edge_vjp};
+use crate::transport::{Header, Kind};
+use crate::{Error, Result};
+
+impl Worker {
+    /// One clip. `first_tick` is the tick of module 1's first step in it.
+    ///
+    /// # Errors
+    /// Whatever fails, with module, clip, step and tick in front.
+    pub fn clip(&mut self, clip: u64, first_tick: u64) -> Result<()> {
+        self.begin(clip)?;
+        for step in 0..self.plan.len() {
+            let at = At { clip, step, tick: first_tick + (step + self.index - 1) as u64 };
+            self.tick(at).map_err(|e| self.locate(at, e))?;
+        }
+        self.end(clip)
+    }
+
+    /// One tick: forward with what is there, then one vector–Jacobian product at these same fresh activations and
+    /// present parameters, with the cotangent that has just arrived. Nothing is kept for later.
+    fn tick(&mut self, at: At) -> Result<()> {
+        let inputs = self.wait_for_activations(at)?;
+        let y = self.forward(&inputs, at)?;
+        self.send_activations(&y, at)?;
+        if let Some(g) = self.cotangent(&y, at)? {
+            let cotangents = self.vjp(&g, at)?;
+            self.send_cotangents(&cotangents, at)?;
+            self.count_backward_step(at)?;
+        }
+        self.tape.clear();
+        Ok(())
+    }
+
+    /// The frame (module 1), or the main input and the skips: those that arrive now, else the one held.
+    fn wait_for_activations(&mut self, at: At) -> Result<Vec<Tensor>> {
+        if self.source.is_some() {
+            return Ok(vec![self.read_frame(at)?]);
+        }
+        self.watch.enter(Phase::WaitActivations);
+        let arrivals = self.inputs.iter_mut().zip(&self.plan[at.step].receive);
+        arrivals
+            .map(|(edge, arrives)| {
+                if let Some(sent_at) = *arrives {
+                    let due = header(Kind::Activation, edge.id, at.clip, sent_at, self.batch, edge.spec.shape);
+                    edge.held = Some(receive(&mut edge.activations, &due)?);
+                }
+                edge.held.clone().ok_or_else(|| Error::Run(format!("{}: nothing to hold", edge.spec.edge)))
+            })
+            .collect()
+    }
+
+    fn forward(&mut self, inputs: &[Tensor], at: At) -> Result<Tensor> {
+        self.watch.enter(Phase::Forward);
+        self.module.forward(inputs, &self.pass(at), &mut self.tape)
+    }
+
+    /// Sends y, averaged down to the receiver's height and width, along the edges on which it is ever used.
+    fn send_activations(&mut self, y: &Tensor, at: At) -> Result<()> {
+        for (edge, _) in self.outputs.iter_mut().zip(&self.plan[at.step].send).filter(|(_, used)| **used) {
+            self.watch.enter(Phase::Forward);
+            let (fh, fw) = edge.spec.pool;
+            let pooled = pool_for_edge(y, fh, fw)?;
+            self.watch.enter(Phase::Other);
+            let head = header(Kind::Activation, edge.id, at.clip, at.step, self.batch, edge.spec.shape);
+            send(&mut edge.activations, &head.stamped(at.tick, 0), &pooled)?;
+        }
+        Ok(())
+    }
+
+    /// gᵢ(t): at module D the true gradient of this step's loss; elsewhere the sum of the cotangents that module i's
+    /// receivers computed one tick ago. `None` if there is none.
+    fn cotangent(&mut self, y: &Tensor, at: At) -> Result<Option<Tensor>> {
+        let plan = &self.plan[at.step];
+        if plan.loss {
+            return self.loss_gradient(y, at);
+        }
+        let mut sum: Option<Tensor> = None;
+        for (edge, computed_at) in self.outputs.iter_mut().zip(&plan.cotangent) {
+            let (Some(computed_at), Some((id, receiver))) = (*computed_at, edge.cotangents.as_mut()) else { continue };
+            self.watch.enter(Phase::WaitCotangents);
+            let due = header(Kind::Cotangent, *id, at.clip, computed_at, self.batch, edge.spec.shape);
+            let c = receive(receiver, &due)?;
+            self.watch.enter(Phase::Backward);
+            let (fh, fw) = edge.spec.pool;
+            let c = pool_for_edge_vjp(&c, fh, fw)?;
+            sum = Some(match sum {
+                Some(sum) => (sum + c)?,
+                None => c,
+            });
+        }
+        Ok(sum)
+    }
+
+    fn vjp(&mut self, g: &Tensor, at: At) -> Result<Vec<Option<Tensor>>> {
+        self.watch.enter(Phase::Backward);
+        let pass = self.pass(at);
+        self.module.vjp(g, &pass, &mut self.tape, &self.plan[at.step].wanted)
+    }
+
+    fn send_cotangents(&mut self, cotangents: &[Option<Tensor>], at: At) -> Result<()> {
+        self.watch.enter(Phase::Other);
+        for (edge, c) in self.inputs.iter_mut().zip(cotangents) {
+            if let (Some(c), Some((id, sender))) = (c, edge.cotangents.as_mut()) {
+                let head = header(Kind::Cotangent, *id, at.clip, at.step, self.batch, edge.spec.shape);
+                send(sender, &head.stamped(at.tick, 0), c)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts Δᵢ(t) into the mean and, when steps are what counts, updates.
+    fn count_backward_step(&mut self, at: At) -> Result<()> {
+        let Some(update) = &mut self.update else { return Ok(()) };
+        update.steps += 1;
+        match update.every {
+            UpdateEvery::Steps(every) if update.steps == every => self.apply_update(at.clip, at.step),
+            _ => Ok(()),
+        }
+    }
+
+    /// Clears every register and takes the clip's labels.
+    fn begin(&mut self, clip: u64) -> Result<()> {
+        self.inputs.iter_mut().for_each(|edge| edge.held = None);
+        if let Some(source) = &mut self.source {
+            self.watch.enter(Phase::Data);
+            let labels = source.stream.begin(clip)?.labels;
+            match (&mut source.truth, &mut self.loss) {
+                (None, Some(end)) => end.head.begin(&labels),
+                (Some((id, sender)), _) if source.ahead.is_none() => {
+                    let head = header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]);
+                    let labels: Vec<f32> = labels.iter().map(|&l| l as f32).collect();
+                    sender.send(&head, &labels)?;
+                }
+                _ => {}
+            }
+        } else if let Some(end) = &mut self.loss {
+            self.watch.enter(Phase::WaitActivations);
+            match &mut end.truth {
+                Some((id, receiver)) if end.head.needs_labels() => {
+                    let labels = receiver.wait(&header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]))?;
+                    let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
+                    receiver.release()?;
+                    end.head.begin(&labels);
+                }
+                _ => end.head.begin(&vec![0; self.batch]),
+            }
+        }
+        Ok(())
+    }
+
+    /// Module 1: this step's frame; and this step's target, if module D will have a loss, on its way.
+    fn read_frame(&mut self, at: At) -> Result<Tensor> {
+        self.watch.enter(Phase::Data);
+        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
+        let [h, w, c] = source.shape;
+        let mut frame = |t: usize| -> Result<Tensor> {
+            source.stream.frame(t, &mut source.frame)?;
+            Ok(Tensor::from_slice(&source.frame, (self.batch, h, w, c), &Device::Cpu)?)
+        };
+        let x = frame(at.step)?;
+        if let (Some(ahead), Some(true)) = (source.ahead, source.loss_steps.get(at.step).copied()) {
+            let target = frame(at.step + ahead)?;
+            match (&mut source.truth, &mut self.loss) {
+                (Some((id, sender)), _) => {
+                    let head = header(Kind::Target, *id, at.clip, at.step, self.batch, source.shape);
+                    send(sender, &head.stamped(at.tick, 0), &target)?;
+                }
+                (None, Some(end)) => end.target = Some(target),
+                (None, None) => {}
+            }
+        }
+        Ok(x)
+    }
+
+    /// Module D: the loss of this step's output against the label or the target frame, and its gradient.
+    fn loss_gradient(&mut self, y: &Tensor, at: At) -> Result<Option<Tensor>> {
+        let training = self.update.is_some();
+        let Some(end) = &mut self.loss else { return Err(Error::Run("no loss here".into())) };
+        let target = match &mut end.truth {
+            Some((id, receiver)) if !end.head.needs_labels() => {
+                self.watch.enter(Phase::WaitActivations);
+                let (_, h, w, c) = y.dims4()?;
+                Some(receive(receiver, &header(Kind::Target, *id, at.clip, at.step, self.batch, [h, w, c]))?)
+            }
+            _ => end.target.take(),
+        };
+        self.watch.enter(Phase::Backward);
+        end.head.loss(y, target.as_ref(), training)
+    }
+
+    /// The end of the module's own window: no barrier, every module updates when it is through.
+    fn end(&mut self, clip: u64) -> Result<()> {
+        let backward_steps = self.plan.iter().filter(|s| s.backward).count() as f32;
+        if let Some(update) = &self.update
+            && matches!(update.every, UpdateEvery::Named(_))
+            && update.steps > 0
+        {
+            self.apply_update(clip, self.plan.len())?;
+        }
+        self.watch.enter(Phase::Other);
+        let saved = self.save(clip)?;
+        let mut report = Report { backward_steps, saved, ..Report::default() };
+        if let Some(end) = &mut self.loss {
+            report.score = end.head.end();
+            if self.report_logits {
+                let (logits, labels) = end.head.logits_and_labels();
+                report.logits = logits.to_vec();
+                report.labels = labels.iter().map(|&l| l as f32).collect();
+            }
+        }
+        if let Some(update) = &self.update {
+            (report.grad_norm, report.lr) = (update.grad_norm as f32, update.lr as f32);
+        }
+        report.time = self.watch.take();
+        self.send_report(clip, &report)
+    }
+
+    /// Sends a report of batch `clip` to the console.
+    pub(super) fn send_report(&mut self, clip: u64, report: &Report) -> Result<()> {
+        let (id, sender) = &mut self.console;
+        let words = report.write(sender.slot()?);
+        sender.start(&Header::new(Kind::Report, *id, clip, 0, [words as u32, 1, 1, 1]))
+    }
+
+    /// Waits until everything sent has left.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        for edge in &mut self.outputs {
+            edge.activations.flush()?;
+        }
+        for (_, sender) in self.inputs.iter_mut().filter_map(|edge| edge.cotangents.as_mut()) {
+            sender.flush()?;
+        }
+        if let Some((_, sender)) = self.source.as_mut().and_then(|s| s.truth.as_mut()) {
+            sender.flush()?;
+        }
+        self.console.1.flush()
+    }
+
+    fn locate(&self, at: At, e: Error) -> Error {
+        let place = format!("module {}, clip {}, step {}, tick {}", self.index, at.clip, at.step, at.tick);
+        match e {
+            Error::Input(text) => Error::Input(format!("{place}: {text}")),
+            Error::Transport(text) => Error::Transport(format!("{place}: {text}")),
+            e @ Error::Io { .. } => e,
+            e => Error::Run(format!("{place}: {e}")),
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! One module of one replica with everything it works on: parameters, schedule, links, frames, loss, optimiser.
+
+use candle_core::{Device, Tensor};
+
+use super::head::Head;
+use super::state::Saver;
+use crate::config::UpdateEvery;
+use crate::data::loader::FrameStream;
+use crate::metrics::Stopwatch;
+use crate::model::layers::{Pass, Tape};
+use crate::model::module::Module;
+use crate::network::EdgeSpec;
+use crate::optim::{Optimizer, ScheduleSpec};
+use crate::schedule::StepPlan;
+use crate::transport::average::ReplicaAverage;
+use crate::transport::{Header, Kind, Receiver, Sender};
+use crate::{Error, Result};
+
+/// Where in the run a worker is.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    /// Batch of clips, from the start of training.
+    pub clip: u64,
+    /// The module's step in the clip.
+    pub step: usize,
+    /// The tick, from the start of training.
+    pub tick: u64,
+}
+
+/// An edge into the module.
+pub struct InEdge {
+    /// Shape and pooling.
+    pub spec: EdgeSpec,
+    /// Link number of its activations.
+    pub id: u32,
+    /// Activations come here.
+    pub activations: Receiver,
+    /// Cotangents go there (absent where none is ever used).
+    pub cotangents: Option<(u32, Sender)>,
+    /// The newest activation, held past the end of the sender's clip.
+    pub held: Option<Tensor>,
+}
+
+/// An edge out of the module.
+pub struct OutEdge {
+    /// Shape and pooling.
+    pub spec: EdgeSpec,
+    /// Link number of its activations.
+    pub id: u32,
+    /// Activations go there.
+    pub activations: Sender,
+    /// Cotangents come here (absent where none is ever used).
+    pub cotangents: Option<(u32, Receiver)>,
+}
+
+/// Module 1's frames, and what it passes on to module D.
+pub struct Source {
+    /// The clips.
+    pub stream: FrameStream,
+    /// Labels or targets go there; absent if this worker is module D too.
+    pub truth: Option<(u32, Sender)>,
+    /// How many frames after a step's own its target is; `None` in recognition.
+    pub ahead: Option<usize>,
+    /// At which steps module D has a loss.
+    pub loss_steps: Vec<bool>,
+    /// `[H, W, C]` of a frame.
+    pub shape: [usize; 3],
+    /// One frame of all clips, `[B, H, W, C]`.
+    pub frame: Vec<f32>,
+}
+
+/// Module D's loss, and where its labels or targets come from.
+pub struct LossEnd {
+    /// The loss.
+    pub head: Head,
+    /// Labels or targets come here; absent if this worker is module 1 too.
+    pub truth: Option<(u32, Receiver)>,
+    /// This step's target (future frames, D = 1).
+    pub target: Option<Tensor>,
+}
+
+/// How parameters change.
+pub struct Update {
+    /// The optimiser with its state.
+    pub optimizer: Optimizer,
+    /// Learning rate over the run.
+    pub schedule: ScheduleSpec,
+    /// Batches of clips in the whole run, for the schedule.
+    pub total_clips: u64,
+    /// When.
+    pub every: UpdateEvery,
+    /// Largest Euclidean norm of a module's gradient.
+    pub clip_norm: Option<f64>,
+    /// Averaging with the module's replicas.
+    pub average: Option<ReplicaAverage>,
+    /// Steps with backward work since the last update (n of the mean).
+    pub steps: u64,
+    /// Norm of the last update's gradient, for the report.
+    pub grad_norm: f64,
+    /// Learning rate of the last update, for the report.
+    pub lr: f64,
+}
+
+/// One module of one replica at work; see [`super::tick`] for what it does.
+pub struct Worker {
+    /// i, from 1.
+    pub index: usize,
+    /// Clips in a batch.
+    pub batch: usize,
+    /// Mixed into the keys of dropout masks: seed and replica.
+    pub key: u64,
+    /// What to do at each step.
+    pub plan: Vec<StepPlan>,
+    /// Layers and parameters.
+    pub module: Module,
+    /// This step's activations.
+    pub tape: Tape,
+    /// Edges in, main first, then growing span.
+    pub inputs: Vec<InEdge>,
+    /// Edges out, main first, then growing span.
+    pub outputs: Vec<OutEdge>,
+    /// Module 1 only.
+    pub source: Option<Source>,
+    /// Module D only.
+    pub loss: Option<LossEnd>,
+    /// Training only.
+    pub update: Option<Update>,
+    /// Training, replica 0 only.
+    pub saver: Option<Saver>,
+    /// To rank 0.
+    pub console: (u32, Sender),
+    /// Reports carry logits (evaluation).
+    pub report_logits: bool,
+    /// Time account.
+    pub watch: Stopwatch,
+}
+
+impl Worker {
+    /// What a pass of the module needs to know at `at`.
+    pub fn pass(&self, at: At) -> Pass {
+        pass(self.update.is_some(), self.key, at.clip, at.step)
+    }
+}
+
+/// A pass whose key depends on the run's key, clip and step alone.
+pub fn pass(training: bool, key: u64, clip: u64, step: usize) -> Pass {
+    let mut bytes = [0; 24];
+    bytes[..8].copy_from_slice(&key.to_le_bytes());
+    bytes[8..16].copy_from_slice(&clip.to_le_bytes());
+    bytes[16..].copy_from_slice(&(step as u64).to_le_bytes());
+    Pass { training, key: xxhash_rust::xxh3::xxh3_64(&bytes) }
+}
+
+/// The header of a message of `shape` (`[B, H, W, C]`) sent at step `step`.
+pub fn header(kind: Kind, id: u32, clip: u64, step: usize, batch: usize, shape: [usize; 3]) -> Header {
+    let [h, w, c] = shape.map(|x| x as u32);
+    Header::new(kind, id, clip, step as u32, [batch as u32, h, w, c])
+}
+
+/// Sends a tensor's elements in row-major order.
+pub fn send(sender: &mut Sender, header: &Header, tensor: &Tensor) -> Result<()> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        candle_core::Storage::Cpu(storage) => {
+            let all = storage.as_slice::<f32>()?;
+            let start = layout.start_offset();
+            sender.send(header, &all[start..start + layout.shape().elem_count()])
+        }
+        _ => Err(Error::Run("a tensor to be sent is not in host memory".into())),
+    }
+}
+
+/// Waits for a message and makes its payload a tensor `[B, H, W, C]`; the buffer is given back at once.
+pub fn receive(receiver: &mut Receiver, header: &Header) -> Result<Tensor> {
+    let shape: Vec<usize> = header.shape.iter().map(|&x| x as usize).collect();
+    let tensor = Tensor::from_slice(receiver.wait(header)?, shape, &Device::Cpu)?;
+    receiver.release()?;
+    Ok(tensor)
+}

@@ -1,0 +1,176 @@
+//! Where a worker's time goes, and what it says of every clip.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+/// What a worker is doing. The phases sum to wall time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The forward pass, sender's pooling included.
+    Forward,
+    /// Waiting for activations (and for labels or target frames).
+    WaitActivations,
+    /// Loss and vector–Jacobian product.
+    Backward,
+    /// Waiting for cotangents.
+    WaitCotangents,
+    /// The optimiser, and averaging over replicas.
+    Optimizer,
+    /// Waiting for and scaling frames (module 1).
+    Data,
+    /// Handing messages over, checkpoints, reports.
+    Other,
+}
+
+/// Seconds spent in each phase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct TimeAccount {
+    /// [`Phase::Forward`]
+    pub forward: f32,
+    /// [`Phase::WaitActivations`]
+    pub wait_activations: f32,
+    /// [`Phase::Backward`]
+    pub backward: f32,
+    /// [`Phase::WaitCotangents`]
+    pub wait_cotangents: f32,
+    /// [`Phase::Optimizer`]
+    pub optimizer: f32,
+    /// [`Phase::Data`]
+    pub data: f32,
+    /// [`Phase::Other`]
+    pub other: f32,
+}
+
+impl TimeAccount {
+    /// The seven entries, in declaration order.
+    pub fn to_array(self) -> [f32; 7] {
+        [
+            self.forward,
+            self.wait_activations,
+            self.backward,
+            self.wait_cotangents,
+            self.optimizer,
+            self.data,
+            self.other,
+        ]
+    }
+
+    /// The inverse of [`TimeAccount::to_array`].
+    pub fn from_array(a: [f32; 7]) -> Self {
+        TimeAccount {
+            forward: a[0],
+            wait_activations: a[1],
+            backward: a[2],
+            wait_cotangents: a[3],
+            optimizer: a[4],
+            data: a[5],
+            other: a[6],
+        }
+    }
+
+    /// All seconds.
+    pub fn total(self) -> f32 {
+        self.to_array().iter().sum()
+    }
+
+    /// The seconds of useful work: forward, backward, optimiser.
+    pub fn busy(self) -> f32 {
+        self.forward + self.backward + self.optimizer
+    }
+}
+
+/// Attributes every moment to one [`Phase`].
+#[derive(Debug)]
+pub struct Stopwatch {
+    phase: Phase,
+    since: Instant,
+    spent: [f64; 7],
+}
+
+impl Default for Stopwatch {
+    fn default() -> Self {
+        Stopwatch { phase: Phase::Other, since: Instant::now(), spent: [0.0; 7] }
+    }
+}
+
+impl Stopwatch {
+    /// Ends the present phase and begins another.
+    pub fn enter(&mut self, phase: Phase) {
+        let now = Instant::now();
+        self.spent[self.phase as usize] += (now - self.since).as_secs_f64();
+        self.since = now;
+        self.phase = phase;
+    }
+
+    /// The account since the last call, which starts anew.
+    pub fn take(&mut self) -> TimeAccount {
+        self.enter(self.phase);
+        TimeAccount::from_array(std::mem::take(&mut self.spent).map(|s| s as f32))
+    }
+}
+
+/// What the last module counted over one clip (or several, added up).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Score {
+    /// Sum of the steps' losses.
+    pub loss_sum: f32,
+    /// Steps with a loss.
+    pub loss_steps: f32,
+    /// Clips counted.
+    pub clips: f32,
+    /// Of these, how many had the label first.
+    pub top1: f32,
+    /// Of these, how many had the label among the first five.
+    pub top5: f32,
+}
+
+impl Score {
+    /// Words of [`Score::to_array`].
+    pub const WORDS: usize = 5;
+
+    /// Adds another score.
+    pub fn add(&mut self, other: &Score) {
+        self.loss_sum += other.loss_sum;
+        self.loss_steps += other.loss_steps;
+        self.clips += other.clips;
+        self.top1 += other.top1;
+        self.top5 += other.top5;
+    }
+
+    /// Mean loss of a step; NaN without steps.
+    pub fn loss(&self) -> f32 {
+        self.loss_sum / self.loss_steps
+    }
+
+    /// For the wire.
+    pub fn to_array(&self) -> [f32; Self::WORDS] {
+        [self.loss_sum, self.loss_steps, self.clips, self.top1, self.top5]
+    }
+
+    /// From the wire.
+    pub fn from_array(a: [f32; Self::WORDS]) -> Self {
+        Score { loss_sum: a[0], loss_steps: a[1], clips: a[2], top1: a[3], top5: a[4] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn phases_sum_to_wall_time() {
+        let start = Instant::now();
+        let mut watch = Stopwatch::default();
+        for phase in [Phase::Forward, Phase::WaitActivations, Phase::Data] {
+            watch.enter(phase);
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let account = watch.take();
+        let wall = start.elapsed().as_secs_f32();
+        assert!((account.total() - wall).abs() < 1e-3, "{account:?} against {wall}");
+        assert!(account.forward >= 0.003 && account.data >= 0.003 && account.backward == 0.0);
+        assert_eq!(TimeAccount::from_array(account.to_array()), account);
+    }
+}

@@ -1,0 +1,3 @@
+//! Planning before a run: where to cut the network.
+
+pub mod partition;
