@@ -1,1 +1,31 @@
-//! From video files to the frames the first module reads.
+//! Videos: how they are stored, made, checked and streamed.
+//!
+//! In reading order:
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`shard`] | one HDF5 file of videos: written once, read in any order (the only file that names HDF5) |
+//! | [`jpeg`] | one frame to and from JPEG |
+//! | [`dataset`] | many shards seen as one list of videos |
+//! | [`sampler`] | which videos and windows make up clip number n: a pure function |
+//! | [`loader`] | a thread that reads ahead and hands out batches of frames |
+//! | [`synth`] | a made-up dataset in which only motion tells the label |
+//! | [`prepare`] | video files to shards, through `ffmpeg` |
+//! | [`inspect`] | what is in shards, checked; contact sheets |
+//!
+//! Frames are `[H, W, 3]` bytes, RGB, everywhere until [`loader::FrameStream::frame`] normalises them.
+
+pub mod dataset;
+pub mod inspect;
+pub mod jpeg;
+pub mod loader;
+pub mod prepare;
+mod reader;
+pub mod sampler;
+pub mod shard;
+pub mod synth;
+
+pub use dataset::{Dataset, Video};
+pub use loader::{Clip, FrameStream, StreamOptions};
+pub use sampler::{Sampler, SamplerOptions, VideoWindow};
+pub use shard::{Encoding, ShardHeader, ShardReader, ShardWriter};

@@ -1,0 +1,340 @@
+//! A stream of batches of frames: a thread reads ahead, the network's first (and last) module takes frame by frame.
+//!
+//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows, cropped, as
+//! bytes. Chunks pass through a bounded channel and their buffers come back to be filled again, so memory depends on
+//! B, the chunk and the read-ahead, and not on the length T of a clip.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use super::dataset::Dataset;
+use super::reader::{Geometry, Reader};
+use super::sampler::{Sampler, SamplerOptions};
+use crate::{Error, Result};
+
+/// What a [`FrameStream`] delivers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StreamOptions {
+    /// Frames of a clip, T.
+    pub frames: usize,
+    /// Source frames from one to the next.
+    pub stride: usize,
+    /// Windows worked on in lock-step, B.
+    pub batch: usize,
+    /// Side of the square taken out of each frame: at random in training, the centre in evaluation.
+    pub crop: Option<usize>,
+    /// Training: mirror left and right, at random.
+    pub flip: bool,
+    /// Training: order and windows at random.
+    pub shuffle: bool,
+    /// The run's seed.
+    pub seed: u64,
+    /// Training or evaluation (see [`SamplerOptions::training`]).
+    pub training: bool,
+    /// Subtracted from each channel of u8/255.
+    pub mean: [f32; 3],
+    /// Then divided by.
+    pub std: [f32; 3],
+    /// Replicas, R.
+    pub replicas: usize,
+    /// This replica, 0..R.
+    pub replica: usize,
+    /// How many frames past the newest one asked for may be asked for before it again: frame t and frame
+    /// t + `ahead` are both to be had at step t.
+    pub ahead: usize,
+    /// The first clip (counted from the start of the run, across epochs) to deliver.
+    pub first_clip: u64,
+    /// The clip to stop before; `u64::MAX` for no end.
+    pub end_clip: u64,
+    /// Frames read at a time from each video.
+    pub chunk: usize,
+    /// Chunks that wait to be used, at most.
+    pub prefetch: usize,
+    /// Threads that decode JPEG frames.
+    pub decoders: usize,
+}
+
+impl Default for StreamOptions {
+    fn default() -> Self {
+        StreamOptions {
+            frames: 16,
+            stride: 1,
+            batch: 1,
+            crop: None,
+            flip: false,
+            shuffle: false,
+            seed: 1,
+            training: false,
+            mean: [0.43216, 0.394666, 0.37645],
+            std: [0.22803, 0.22145, 0.216989],
+            replicas: 1,
+            replica: 0,
+            ahead: 0,
+            first_clip: 0,
+            end_clip: u64::MAX,
+            chunk: 8,
+            prefetch: 2,
+            decoders: 1,
+        }
+    }
+}
+
+impl StreamOptions {
+    /// The part that decides which windows are read.
+    pub fn sampler(&self) -> SamplerOptions {
+        SamplerOptions {
+            frames: self.frames,
+            stride: self.stride,
+            batch: self.batch,
+            shuffle: self.shuffle,
+            training: self.training,
+            seed: self.seed,
+            replicas: self.replicas,
+            replica: self.replica,
+        }
+    }
+}
+
+/// The videos of one clip: B places, in the order of the batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Clip {
+    /// Their classes; -1 where the batch is padded.
+    pub labels: Vec<i32>,
+    /// Their names; empty where the batch is padded.
+    pub ids: Vec<String>,
+    /// Their indices into [`Dataset::videos`].
+    pub videos: Vec<Option<usize>>,
+}
+
+/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` bytes.
+pub(super) struct Chunk {
+    pub(super) clip: u64,
+    pub(super) first: usize,
+    pub(super) frames: usize,
+    pub(super) data: Vec<u8>,
+}
+
+/// What the reader thread sends.
+pub(super) enum Message {
+    Begin(u64, Clip),
+    Frames(Chunk),
+}
+
+/// Clips of a dataset, in the sampler's order, frame by frame. See the module's page.
+pub struct FrameStream {
+    options: StreamOptions,
+    geometry: Geometry,
+    clips_per_epoch: u64,
+    /// For each channel, each byte's normalised value.
+    table: [[f32; 256]; 3],
+    incoming: Option<Receiver<Result<Message>>>,
+    recycle: Sender<Vec<u8>>,
+    thread: Option<JoinHandle<()>>,
+    next: u64,
+    current: Option<(u64, Clip)>,
+    chunks: VecDeque<Chunk>,
+    /// The newest frame of the current clip asked for.
+    newest: usize,
+    failure: Option<String>,
+}
+
+impl FrameStream {
+    /// Starts the reader thread.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for options that do not fit the dataset (see also [`Sampler::new`]).
+    pub fn open(dataset: Arc<Dataset>, options: StreamOptions) -> Result<Self> {
+        for (name, value) in [("chunk", options.chunk), ("decoders", options.decoders)] {
+            if value == 0 {
+                return Err(Error::input(format!("data: {name} must be at least 1")));
+            }
+        }
+        if options.std.iter().any(|&s| !(s.is_finite() && s > 0.0)) || options.mean.iter().any(|m| !m.is_finite()) {
+            return Err(Error::input(format!(
+                "data: mean {:?} must be finite and std {:?} above 0",
+                options.mean, options.std
+            )));
+        }
+        let geometry = Geometry::new(&dataset, options.crop)?;
+        let sampler = Sampler::new(dataset.videos.iter().map(|v| v.frames).collect(), options.sampler())?;
+        let clips_per_epoch = sampler.clips_per_epoch();
+        let table = std::array::from_fn(|c| {
+            std::array::from_fn(|byte| (byte as f32 / 255.0 - options.mean[c]) / options.std[c])
+        });
+        let (send, incoming) = sync_channel(options.prefetch);
+        let (recycle, buffers) = channel();
+        let mut reader = Reader::new(dataset, sampler, geometry, options.clone(), buffers)?;
+        let thread = std::thread::Builder::new()
+            .name("frames".into())
+            .spawn(move || deliver(&mut reader, &send))
+            .map_err(|e| Error::Run(format!("cannot start the frame reader's thread: {e}")))?;
+        Ok(Self {
+            next: options.first_clip,
+            options,
+            geometry,
+            clips_per_epoch,
+            table,
+            incoming: Some(incoming),
+            recycle,
+            thread: Some(thread),
+            current: None,
+            chunks: VecDeque::new(),
+            newest: 0,
+            failure: None,
+        })
+    }
+
+    /// The shape of a frame as delivered: height, width, 3.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.geometry.out_height, self.geometry.out_width, 3]
+    }
+
+    /// Clips in one epoch (see [`Sampler::clips_per_epoch`]).
+    pub fn clips_per_epoch(&self) -> u64 {
+        self.clips_per_epoch
+    }
+
+    /// Goes on to clip `clip`, dropping what is left of the one before. Clips come in order, from
+    /// [`StreamOptions::first_clip`] on.
+    ///
+    /// # Errors
+    /// [`Error::Run`] for another clip than the next; whatever went wrong in reading, naming shard and video.
+    pub fn begin(&mut self, clip: u64) -> Result<Clip> {
+        if clip != self.next || clip >= self.options.end_clip {
+            return Err(Error::Run(format!(
+                "the frame stream was asked for clip {clip}; its next is {} and it ends before {}",
+                self.next, self.options.end_clip
+            )));
+        }
+        while let Some(chunk) = self.chunks.pop_front() {
+            self.give_back(chunk);
+        }
+        loop {
+            match self.receive()? {
+                Message::Begin(c, info) if c == clip => {
+                    self.next = clip + 1;
+                    self.newest = 0;
+                    self.current = Some((clip, info.clone()));
+                    return Ok(info);
+                }
+                Message::Begin(c, _) => {
+                    return Err(Error::Run(format!("the frame reader sent clip {c} instead of {clip}")));
+                }
+                Message::Frames(chunk) => self.give_back(chunk),
+            }
+        }
+    }
+
+    /// Writes frame `t` of the current clip into `out` = `[B, h, w, 3]`, as `(u8/255 - mean)/std`; padding is 0.
+    ///
+    /// Any frame may be asked for again until one more than [`StreamOptions::ahead`] past it has been asked for.
+    ///
+    /// # Errors
+    /// [`Error::Run`] before the first [`FrameStream::begin`], for a frame past the clip or no longer held, and for
+    /// an `out` of the wrong length; whatever went wrong in reading, naming shard and video.
+    pub fn frame(&mut self, t: usize, out: &mut [f32]) -> Result<()> {
+        let Some((clip, _)) = self.current else {
+            return Err(Error::Run(format!("frame {t} was asked for before any clip was begun")));
+        };
+        let (batch, frame) = (self.options.batch, self.geometry.frame_bytes());
+        if t >= self.options.frames || out.len() != batch * frame {
+            return Err(Error::Run(format!(
+                "frame {t} of {} was asked for into {} values; {batch} frames of {:?} are {}",
+                self.options.frames,
+                out.len(),
+                self.shape(),
+                batch * frame
+            )));
+        }
+        self.newest = self.newest.max(t);
+        while self.chunks.front().is_some_and(|c| c.first + c.frames + self.options.ahead <= self.newest) {
+            if let Some(chunk) = self.chunks.pop_front() {
+                self.give_back(chunk);
+            }
+        }
+        while self.chunks.back().is_none_or(|c| c.first + c.frames <= t) {
+            match self.receive()? {
+                Message::Frames(chunk) if chunk.clip == clip => self.chunks.push_back(chunk),
+                Message::Frames(Chunk { clip: c, .. }) | Message::Begin(c, _) => {
+                    return Err(Error::Run(format!("the frame reader sent clip {c} before the end of {clip}")));
+                }
+            }
+        }
+        let held = self.chunks.iter().find(|c| (c.first..c.first + c.frames).contains(&t));
+        let (Some(chunk), Some((_, info))) = (held, &self.current) else {
+            return Err(Error::Run(format!(
+                "frame {t} is no longer held: {} was asked for, and only {} frames back are kept",
+                self.newest, self.options.ahead
+            )));
+        };
+        let at = (t - chunk.first) * batch * frame;
+        let bytes = &chunk.data[at..at + batch * frame];
+        for ((bytes, out), video) in bytes.chunks_exact(frame).zip(out.chunks_exact_mut(frame)).zip(&info.videos) {
+            if video.is_none() {
+                out.fill(0.0);
+                continue;
+            }
+            for (pixel, values) in bytes.as_chunks::<3>().0.iter().zip(out.as_chunks_mut::<3>().0) {
+                for c in 0..3 {
+                    values[c] = self.table[c][usize::from(pixel[c])];
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Message> {
+        if let Some(failure) = &self.failure {
+            return Err(Error::input(failure.clone()));
+        }
+        let message = match &self.incoming {
+            Some(incoming) => incoming.recv(),
+            None => return Err(Error::Run("the frame stream is closed".into())),
+        };
+        match message {
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(error)) => {
+                self.failure = Some(error.to_string());
+                Err(error)
+            }
+            Err(_) => Err(Error::Run("the frame reader's thread ended unexpectedly (it panicked, see above)".into())),
+        }
+    }
+
+    fn give_back(&self, chunk: Chunk) {
+        // The reader is gone after its last clip: then the buffer is simply freed.
+        let _ = self.recycle.send(chunk.data);
+    }
+}
+
+impl Drop for FrameStream {
+    fn drop(&mut self) {
+        // Closing the channel is what ends the thread: its next send fails.
+        drop(self.incoming.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the frame reader's thread panicked");
+        }
+    }
+}
+
+/// The reader thread: everything, in order, until the end, an error, or nobody listens.
+fn deliver(reader: &mut Reader, to: &SyncSender<Result<Message>>) {
+    loop {
+        match reader.next() {
+            Ok(Some(message)) => {
+                if to.send(Ok(message)).is_err() {
+                    return;
+                }
+            }
+            Ok(None) => return,
+            Err(error) => {
+                let _ = to.send(Err(error));
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Which videos, and which windows of them, make up clip number n. A pure function: no files, no state that a
+//! resumed run would have to restore.
+//!
+//! *Clip* c of replica r is a batch of B windows: the places `(c·R + r)·B ..+B` of the epoch's order. So the R
+//! replicas together work on exactly what one replica with batch R·B would work on at the same clip.
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::{Error, Result};
+
+/// What a [`Sampler`] depends on besides the videos' lengths.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplerOptions {
+    /// Frames of a clip, T.
+    pub frames: usize,
+    /// Source frames from one frame of a clip to the next.
+    pub stride: usize,
+    /// Windows a replica works on in lock-step, B.
+    pub batch: usize,
+    /// Order and window starts drawn at random, in training (evaluation never shuffles).
+    pub shuffle: bool,
+    /// Training: whole batches only, epoch after epoch. Evaluation: once through all videos, the last batch padded.
+    pub training: bool,
+    /// The run's seed.
+    pub seed: u64,
+    /// Replicas, R.
+    pub replicas: usize,
+    /// This replica, 0..R.
+    pub replica: usize,
+}
+
+/// A window of one video: frame t of it is [`VideoWindow::source`]`(t)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VideoWindow {
+    /// The video, an index into the dataset's videos.
+    pub video: usize,
+    /// The video's frame that is frame 0 of the window.
+    pub start: u64,
+    /// Source frames from one frame to the next.
+    pub stride: u64,
+    /// The video's length in frames; past its end the last frame repeats.
+    pub length: u64,
+}
+
+impl VideoWindow {
+    /// The video's frame (0-based) that is frame `t` of the window.
+    pub fn source(&self, t: usize) -> u64 {
+        (self.start + t as u64 * self.stride).min(self.length - 1)
+    }
+}
+
+/// The order of clips. See the module's page.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    options: SamplerOptions,
+    lengths: Vec<u64>,
+    /// The order of the epoch last asked for: a cache, nothing more.
+    order: Option<(u64, Vec<u32>)>,
+}
+
+/// What a random number is for; keeps the draws of one (seed, epoch, video) apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Draw {
+    Order,
+    Start,
+    CropRow,
+    CropColumn,
+    Flip,
+}
+
+/// A number in `0..n` that depends on the arguments alone.
+pub(super) fn draw(seed: u64, epoch: u64, video: u64, what: Draw, n: u64) -> u64 {
+    let mut key = [0; 17];
+    key[..8].copy_from_slice(&epoch.to_le_bytes());
+    key[8..16].copy_from_slice(&video.to_le_bytes());
+    key[16] = what as u8;
+    let bits = xxh3_64_with_seed(&key, seed);
+    ((u128::from(bits) * u128::from(n)) >> 64) as u64
+}
+
+impl Sampler {
+    /// A sampler over videos of these lengths (frames).
+    ///
+    /// # Errors
+    /// [`Error::Input`] for zero frames, stride, batch or replicas, a replica that is none, a video without frames,
+    /// or fewer videos than one training batch of all replicas.
+    pub fn new(lengths: Vec<u64>, options: SamplerOptions) -> Result<Self> {
+        let o = &options;
+        for (name, value) in [("frames", o.frames), ("stride", o.stride), ("batch", o.batch), ("replicas", o.replicas)]
+        {
+            if value == 0 {
+                return Err(Error::input(format!("data: {name} must be at least 1")));
+            }
+        }
+        if o.replica >= o.replicas {
+            return Err(Error::input(format!("replica {} does not exist: there are {}", o.replica, o.replicas)));
+        }
+        if lengths.is_empty() || lengths.contains(&0) {
+            return Err(Error::input("the data hold no videos, or a video without frames"));
+        }
+        if u32::try_from(lengths.len()).is_err() {
+            return Err(Error::input(format!("{} videos are more than this program can order", lengths.len())));
+        }
+        let whole = o.batch.checked_mul(o.replicas);
+        if whole.is_none_or(|w| o.training && w > lengths.len()) {
+            return Err(Error::input(format!(
+                "{} videos are fewer than one batch of {} x {} replicas: use a smaller batch or more data",
+                lengths.len(),
+                o.batch,
+                o.replicas
+            )));
+        }
+        Ok(Self { options, lengths, order: None })
+    }
+
+    /// Clips (batches of all replicas) in one pass over the videos.
+    pub fn clips_per_epoch(&self) -> u64 {
+        let batch = self.options.batch * self.options.replicas;
+        let clips = if self.options.training { self.lengths.len() / batch } else { self.lengths.len().div_ceil(batch) };
+        clips as u64
+    }
+
+    /// The epoch that clip belongs to: always 0 in evaluation.
+    pub fn epoch(&self, clip: u64) -> u64 {
+        if self.options.training { clip / self.clips_per_epoch() } else { 0 }
+    }
+
+    /// The B windows of a clip of this replica; `None` pads an evaluation's last batch (and any clip past it).
+    pub fn batch(&mut self, clip: u64) -> Vec<Option<VideoWindow>> {
+        let (b, r, replicas) = (self.options.batch as u64, self.options.replica as u64, self.options.replicas as u64);
+        let epoch = self.epoch(clip);
+        let within = if self.options.training { clip % self.clips_per_epoch() } else { clip };
+        let first = within.saturating_mul(replicas).saturating_add(r).saturating_mul(b);
+        (0..b).map(|i| self.video_at(epoch, first.saturating_add(i)).map(|v| self.window(epoch, v))).collect()
+    }
+
+    /// The video at a place of an epoch's order.
+    fn video_at(&mut self, epoch: u64, place: u64) -> Option<usize> {
+        let place = usize::try_from(place).ok().filter(|&p| p < self.lengths.len())?;
+        if !(self.options.training && self.options.shuffle) {
+            return Some(place);
+        }
+        if self.order.as_ref().is_none_or(|(e, _)| *e != epoch) {
+            let mut order: Vec<u32> = (0..self.lengths.len() as u32).collect();
+            // Fisher-Yates, written out so that the order cannot change with a library's version.
+            for i in (1..order.len()).rev() {
+                order.swap(i, draw(self.options.seed, epoch, i as u64, Draw::Order, i as u64 + 1) as usize);
+            }
+            self.order = Some((epoch, order));
+        }
+        self.order.as_ref().map(|(_, order)| order[place] as usize)
+    }
+
+    /// Training: drawn from (seed, epoch, video), or 0 unshuffled. Evaluation: the middle.
+    fn window(&self, epoch: u64, video: usize) -> VideoWindow {
+        let o = &self.options;
+        let length = self.lengths[video];
+        let span = (o.frames as u64 - 1).saturating_mul(o.stride as u64).saturating_add(1);
+        let slack = length.saturating_sub(span);
+        let start = match (o.training, o.shuffle) {
+            (true, true) => draw(o.seed, epoch, video as u64, Draw::Start, slack + 1),
+            (true, false) => 0,
+            (false, _) => slack / 2,
+        };
+        VideoWindow { video, start, stride: o.stride as u64, length }
+    }
+}

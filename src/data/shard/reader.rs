@@ -1,0 +1,180 @@
+//! Reading a shard.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use hdf5::types::VarLenUnicode;
+use ndarray::Array4;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{Encoding, ShardHeader, attributes, check};
+use crate::{Error, Result};
+
+/// Reads one shard. Everything but the frames is in memory; frames are read when asked for.
+///
+/// Opened read-only and without file locks, so that many processes (and file systems without locks) can share it.
+pub struct ShardReader {
+    /// The shard's file.
+    pub path: PathBuf,
+    /// Its root attributes.
+    pub header: ShardHeader,
+    /// Each video's class.
+    pub labels: Vec<i32>,
+    /// Each video's name.
+    pub ids: Vec<String>,
+    /// Video v is frames `offsets[v]..offsets[v + 1]`.
+    pub offsets: Vec<u64>,
+    /// XXH3-64 of each video's stored bytes.
+    pub checksums: Vec<u64>,
+    /// Bytes of the file when it was opened.
+    pub bytes: u64,
+    data: hdf5::Dataset,
+    frame_offsets: Option<hdf5::Dataset>,
+}
+
+impl ShardReader {
+    /// Opens a shard and checks all of it that can be checked without reading frames.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file and what is wrong with it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = check::file(path)?;
+        let bad = |e: hdf5::Error| {
+            Error::input(format!("{}: not a readable HDF5 file (truncated or damaged?): {e}", path.display()))
+        };
+        // No chunk cache: unfiltered chunks are then read only where asked.
+        let mut options = hdf5::File::with_options();
+        options.with_fapl(|access| access.file_locking(false).chunk_cache(1, 0, 1.0));
+        let file = options.open(path).map_err(bad)?;
+        let header = attributes::read(path, &file)?;
+        let dataset = |name: &str| {
+            file.dataset(name)
+                .map_err(|e| Error::input(format!("{}: dataset /{name} is missing or unreadable: {e}", path.display())))
+        };
+        let labels: Vec<i32> = attributes::list(path, &dataset("labels")?, "labels", bytes)?;
+        let ids: Vec<VarLenUnicode> = attributes::list(path, &dataset("video_ids")?, "video_ids", bytes)?;
+        let ids = ids.iter().map(|s| attributes::utf8(path, "/video_ids", s)).collect::<Result<Vec<_>>>()?;
+        let offsets: Vec<u64> = attributes::list(path, &dataset("video_offsets")?, "video_offsets", bytes)?;
+        let checksums: Vec<u64> = attributes::list(path, &dataset("video_checksums")?, "video_checksums", bytes)?;
+        let frames = check::videos(path, &labels, &ids, &offsets, &checksums, header.class_names.len())?;
+        let (data, frame_offsets) = match header.encoding {
+            Encoding::Raw => (dataset("frames")?, None),
+            Encoding::Jpeg => (dataset("jpeg")?, Some(dataset("frame_offsets")?)),
+        };
+        check::frame_shapes(path, &header, frames, &data.shape(), frame_offsets.as_ref().map(|d| d.shape()))?;
+        let reader =
+            Self { path: path.to_path_buf(), header, labels, ids, offsets, checksums, bytes, data, frame_offsets };
+        reader.check_frame_offsets(frames)?;
+        Ok(reader)
+    }
+
+    /// The number of videos.
+    pub fn videos(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// The frames of the shard that are video `v`'s.
+    pub fn frames_of(&self, v: usize) -> Range<u64> {
+        self.offsets[v]..self.offsets[v + 1]
+    }
+
+    /// Reads the frames `range` of the shard as they are stored: their bytes one after the other, and where each
+    /// begins and ends among them.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the file can no longer be read there.
+    pub fn read(&self, range: Range<u64>) -> Result<(Vec<u8>, Vec<Range<usize>>)> {
+        let rows = range.start as usize..range.end as usize;
+        let count = rows.len();
+        let Some(index) = &self.frame_offsets else {
+            let frame = self.header.frame_bytes();
+            let bytes: Array4<u8> = self.data.read_slice((rows, .., .., ..)).map_err(|e| self.unreadable(&range, e))?;
+            return Ok((bytes.into_raw_vec_and_offset().0, (0..count).map(|i| i * frame..(i + 1) * frame).collect()));
+        };
+        let at = index.read_slice_1d::<u64, _>(rows.start..rows.end + 1).map_err(|e| self.unreadable(&range, e))?;
+        let at = at.to_vec();
+        check::growing(&self.path, "frame_offsets", &at, range.start)?;
+        let (first, last) = (at[0] as usize, at[count] as usize);
+        check::jpeg_span(&self.path, first, last, self.data.size(), count)?;
+        let bytes = self.data.read_slice_1d::<u8, _>(first..last).map_err(|e| self.unreadable(&range, e))?;
+        let spans = at.windows(2).map(|w| w[0] as usize - first..w[1] as usize - first).collect();
+        Ok((bytes.into_raw_vec_and_offset().0, spans))
+    }
+
+    /// Reads all of video `v` and compares its checksum.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming file and video when it is unreadable or its bytes have changed.
+    pub fn verify(&self, v: usize) -> Result<()> {
+        const BLOCK: u64 = 64;
+        let mut hash = Xxh3::new();
+        let range = self.frames_of(v);
+        let mut at = range.start;
+        while at < range.end {
+            let end = (at + BLOCK).min(range.end);
+            let (bytes, spans) = self.read(at..end)?;
+            hash.update(&bytes);
+            if self.header.encoding == Encoding::Jpeg {
+                for (i, span) in spans.into_iter().enumerate() {
+                    crate::data::jpeg::check(&bytes[span], self.header.height, self.header.width)
+                        .map_err(|why| damaged(&self.path, &self.ids[v], at + i as u64 - range.start, &why))?;
+                }
+            }
+            at = end;
+        }
+        if hash.digest() != self.checksums[v] {
+            return Err(Error::input(format!(
+                "{}: video {} (number {v}) is damaged: its checksum is {:016x}, not {:016x}",
+                self.path.display(),
+                self.ids[v],
+                hash.digest(),
+                self.checksums[v]
+            )));
+        }
+        Ok(())
+    }
+
+    /// Is the file still there and whole? HDF5 reads zeros past a truncated file's end without a word, so this is
+    /// asked before a video is read.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when it is gone or has shrunk.
+    pub fn still_there(&self) -> Result<()> {
+        let now = check::file(&self.path)?;
+        if now < self.bytes {
+            return Err(Error::input(format!(
+                "{}: truncated while in use: {now} bytes, {} when it was opened",
+                self.path.display(),
+                self.bytes
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_frame_offsets(&self, frames: u64) -> Result<()> {
+        const BLOCK: u64 = 1 << 20;
+        let Some(index) = &self.frame_offsets else { return Ok(()) };
+        let mut at = 0;
+        while at < frames {
+            let end = (at + BLOCK).min(frames);
+            let part = index
+                .read_slice_1d::<u64, _>(at as usize..end as usize + 1)
+                .map_err(|e| self.unreadable(&(at..end), e))?
+                .to_vec();
+            check::growing(&self.path, "frame_offsets", &part, at)?;
+            check::frame_ends(&self.path, &part, at == 0, end == frames, self.data.size())?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn unreadable(&self, frames: &Range<u64>, e: hdf5::Error) -> Error {
+        let (a, b) = (frames.start, frames.end);
+        Error::input(format!("{}: frames {a}..{b} cannot be read: {e}", self.path.display()))
+    }
+}
+
+/// The error for frame `t` (counted in its video) of video `id` of the shard `path`.
+pub(in crate::data) fn damaged(path: &Path, id: &str, t: u64, why: &str) -> Error {
+    Error::input(format!("{}: video {id}, frame {t}: {why}", path.display()))
+}

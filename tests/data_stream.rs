@@ -1,0 +1,329 @@
+//! The sampler's order and the frame stream: purity, replicas, windows, resuming, crops, damage.
+
+mod data_support;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use data_support::shard;
+use sideways::data::{Clip, Dataset, Encoding, FrameStream, Sampler, SamplerOptions, StreamOptions, VideoWindow};
+
+fn sampler(lengths: &[u64], options: SamplerOptions) -> Sampler {
+    Sampler::new(lengths.to_vec(), options).unwrap()
+}
+
+fn training(batch: usize, replicas: usize, replica: usize, seed: u64) -> SamplerOptions {
+    SamplerOptions { frames: 4, stride: 2, batch, shuffle: true, training: true, seed, replicas, replica }
+}
+
+const LENGTHS: [u64; 23] = [9, 1, 7, 30, 8, 12, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21];
+
+#[test]
+fn order_depends_on_seed_epoch_and_data_alone() {
+    let windows = |seed, clips: &[u64]| -> Vec<_> {
+        let mut s = sampler(&LENGTHS, training(4, 1, 0, seed));
+        clips.iter().map(|&c| s.batch(c)).collect()
+    };
+    // 23 videos, batches of 4: 5 clips an epoch, 3 videos dropped.
+    let forward = windows(7, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let mut backward = windows(7, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]);
+    backward.reverse();
+    assert_eq!(forward, backward);
+    assert_ne!(forward, windows(8, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]));
+    assert_ne!(forward[..5], forward[5..], "epochs must differ");
+    for epoch in forward.chunks(5) {
+        let seen: BTreeSet<usize> = epoch.iter().flatten().flatten().map(|w| w.video).collect();
+        assert_eq!(seen.len(), 20, "no video twice in an epoch");
+    }
+}
+
+#[test]
+fn replicas_together_are_one_replica_with_a_larger_batch() {
+    for training_mode in [true, false] {
+        for (batch, replicas) in [(2, 3), (3, 2), (1, 5), (4, 1)] {
+            let of = |b, n, r| sampler(&LENGTHS, SamplerOptions { training: training_mode, ..training(b, n, r, 3) });
+            let mut whole = of(batch * replicas, 1, 0);
+            let mut parts: Vec<_> = (0..replicas).map(|r| of(batch, replicas, r)).collect();
+            assert_eq!(whole.clips_per_epoch(), parts[0].clips_per_epoch());
+            for clip in 0..2 * whole.clips_per_epoch() {
+                let joined: Vec<_> = parts.iter_mut().flat_map(|p| p.batch(clip)).collect();
+                assert_eq!(joined, whole.batch(clip), "clip {clip}, batch {batch}, replicas {replicas}");
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_follow_the_rules() {
+    let spans = |options: SamplerOptions| -> Vec<VideoWindow> {
+        let mut s = sampler(&LENGTHS, options);
+        (0..s.clips_per_epoch()).flat_map(|c| s.batch(c)).flatten().collect()
+    };
+    let base = SamplerOptions { frames: 4, stride: 2, ..training(1, 1, 0, 5) };
+    // A window spans (4 - 1) * 2 + 1 = 7 source frames.
+    for w in spans(base.clone()) {
+        assert!(w.start <= w.length.saturating_sub(7), "{w:?}");
+        assert_eq!(w.source(3), if w.length >= 7 { w.start + 6 } else { w.length - 1 });
+    }
+    for w in spans(SamplerOptions { shuffle: false, ..base.clone() }) {
+        assert_eq!(w.start, 0);
+    }
+    let evaluation = spans(SamplerOptions { training: false, ..base.clone() });
+    assert_eq!(evaluation.iter().map(|w| w.video).collect::<Vec<_>>(), (0..23).collect::<Vec<_>>());
+    for w in evaluation {
+        assert_eq!(w.start, w.length.saturating_sub(7) / 2);
+    }
+    // The start of a long video is drawn anew each epoch, and all its starts occur.
+    let mut s = sampler(&[10], SamplerOptions { ..base });
+    let starts: BTreeSet<u64> = (0..200).map(|c| s.batch(c)[0].unwrap().start).collect();
+    assert_eq!(starts, (0..=3).collect());
+}
+
+#[test]
+fn a_short_video_repeats_its_last_frame() {
+    let w = VideoWindow { video: 0, start: 0, stride: 2, length: 4 };
+    assert_eq!((0..5).map(|t| w.source(t)).collect::<Vec<_>>(), [0, 2, 3, 3, 3]);
+}
+
+#[test]
+fn evaluation_pads_its_last_batch() {
+    let mut s = sampler(&[8; 5], SamplerOptions { training: false, ..training(2, 2, 1, 1) });
+    assert_eq!(s.clips_per_epoch(), 2);
+    let videos = |b: Vec<Option<VideoWindow>>| b.iter().map(|w| w.map(|w| w.video)).collect::<Vec<_>>();
+    assert_eq!(videos(s.batch(0)), [Some(2), Some(3)]);
+    assert_eq!(videos(s.batch(1)), [None, None]);
+    let mut s = sampler(&[8; 5], SamplerOptions { training: false, ..training(2, 2, 0, 1) });
+    assert_eq!(videos(s.batch(1)), [Some(4), None]);
+    assert_eq!(videos(s.batch(u64::MAX)), [None, None]);
+}
+
+#[test]
+fn impossible_options_are_refused() {
+    let refused = |lengths: &[u64], o: SamplerOptions| Sampler::new(lengths.to_vec(), o).unwrap_err().to_string();
+    let base = training(4, 1, 0, 1);
+    assert!(refused(&[9; 3], base.clone()).contains("3 videos are fewer than one batch of 4 x 1"));
+    assert!(refused(&[9; 9], SamplerOptions { stride: 0, ..base.clone() }).contains("stride"));
+    assert!(refused(&[9; 9], SamplerOptions { replica: 1, ..base.clone() }).contains("replica 1"));
+    assert!(refused(&[], base.clone()).contains("no videos"));
+    assert!(refused(&[9; 9], SamplerOptions { batch: usize::MAX, replicas: 2, ..base }).contains("fewer"));
+}
+
+/// A dataset of two shards with videos of lengths 12, 3, 20 | 9, 15, 7, 30.
+fn dataset(dir: &std::path::Path, encoding: Encoding) -> Arc<Dataset> {
+    shard(&dir.join("a-00000.h5"), encoding, [16, 24], 0, &[12, 3, 20]);
+    shard(&dir.join("a-00001.h5"), encoding, [16, 24], 3, &[9, 15, 7, 30]);
+    Arc::new(Dataset::open(&[format!("{}/a-*.h5", dir.display())]).unwrap())
+}
+
+fn options() -> StreamOptions {
+    // Normalisation off: a value is its byte / 255.
+    StreamOptions { frames: 6, batch: 2, mean: [0.0; 3], std: [1.0; 3], chunk: 4, ..StreamOptions::default() }
+}
+
+/// Clips `options.first_clip..end` with all their frames.
+fn run(data: &Arc<Dataset>, options: StreamOptions, end: u64) -> Vec<(Clip, Vec<Vec<f32>>)> {
+    let (first, frames, batch) = (options.first_clip, options.frames, options.batch);
+    let mut stream = FrameStream::open(data.clone(), options).unwrap();
+    let [h, w, c] = stream.shape();
+    (first..end)
+        .map(|clip| {
+            let info = stream.begin(clip).unwrap();
+            let all = (0..frames)
+                .map(|t| {
+                    let mut out = vec![9.0; batch * h * w * c];
+                    stream.frame(t, &mut out).unwrap();
+                    out
+                })
+                .collect();
+            (info, all)
+        })
+        .collect()
+}
+
+/// The red (video) and green (frame) bytes of place b, read back from a delivered frame.
+fn told(frame: &[f32], batch: usize, b: usize) -> (usize, usize) {
+    let at = b * frame.len() / batch;
+    let byte = |x: f32| (x * 255.0).round() as usize;
+    ((byte(frame[at]) - 40) / 7, (byte(frame[at + 1]) - 30) / 3)
+}
+
+#[test]
+fn the_stream_delivers_the_samplers_windows() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    for (training, shuffle, stride, chunk) in
+        [(true, true, 1, 4), (true, false, 3, 1), (false, false, 2, 8), (true, true, 7, 6)]
+    {
+        let o = StreamOptions { training, shuffle, stride, chunk, ..options() };
+        let mut s = Sampler::new(data.videos.iter().map(|v| v.frames).collect(), o.sampler()).unwrap();
+        for (clip, (info, frames)) in run(&data, o, 3).into_iter().enumerate() {
+            for (b, window) in s.batch(clip as u64).into_iter().enumerate() {
+                assert_eq!(info.videos[b], window.map(|w| w.video));
+                let Some(w) = window else { continue };
+                assert_eq!(info.labels[b], (w.video % 3) as i32);
+                assert_eq!(info.ids[b], format!("video-{}", w.video));
+                for (t, frame) in frames.iter().enumerate() {
+                    assert_eq!(told(frame, 2, b), (w.video, w.source(t) as usize), "clip {clip} place {b} frame {t}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn resuming_at_a_clip_gives_the_same_frames() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Jpeg);
+    let o = StreamOptions { training: true, shuffle: true, flip: true, crop: Some(10), decoders: 2, ..options() };
+    let all = run(&data, o.clone(), 8);
+    assert_eq!(run(&data, StreamOptions { first_clip: 5, decoders: 1, chunk: 1, ..o }, 8), all[5..]);
+}
+
+#[test]
+fn crop_and_flip_are_one_for_all_frames_of_a_clip_and_central_in_evaluation() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    let o = StreamOptions { training: true, shuffle: true, flip: true, crop: Some(8), ..options() };
+    let mut mirrored = BTreeSet::new();
+    let mut lefts = BTreeSet::new();
+    for (_, frames) in run(&data, o.clone(), 60) {
+        for b in 0..2 {
+            let blue = |frame: &Vec<f32>| -> Vec<f32> { (0..8).map(|x| frame[b * 8 * 8 * 3 + x * 3 + 2]).collect() };
+            let first = blue(&frames[0]);
+            assert!(frames.iter().all(|f| blue(f) == first));
+            mirrored.insert(first[0] > first[7]);
+            lefts.insert((first[0].min(first[7]) * 255.0).round() as usize);
+        }
+    }
+    assert_eq!(mirrored.len(), 2, "both orientations occur");
+    assert_eq!(lefts.len(), 17, "all 24 - 8 + 1 crops occur: {lefts:?}");
+    for (_, frames) in run(&data, StreamOptions { training: false, ..o }, 2) {
+        assert_eq!((frames[0][2] * 255.0).round() as usize, 8 * 160 / 24, "the crop starts at column (24 - 8) / 2");
+    }
+}
+
+#[test]
+fn raw_and_jpeg_agree_and_normalisation_is_applied() {
+    let (raw, jpeg) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let o = StreamOptions { mean: [0.5, 0.4, 0.3], std: [0.25, 0.5, 1.0], ..options() };
+    let a = run(&dataset(raw.path(), Encoding::Raw), o.clone(), 3);
+    let b = run(&dataset(jpeg.path(), Encoding::Jpeg), o, 3);
+    for ((info, x), (same, y)) in a.iter().zip(&b) {
+        assert_eq!(info, same);
+        // 4 of 255 levels, over the smallest std: what quality 95 costs on flat colours and a ramp.
+        let worst = x.iter().flatten().zip(y.iter().flatten()).map(|(p, q)| (p - q).abs()).fold(0.0, f32::max);
+        assert!(worst < 4.0 / 255.0 / 0.25, "{worst}");
+    }
+    assert!((a[0].1[0][0] - (40.0 / 255.0 - 0.5) / 0.25).abs() < 1e-6);
+}
+
+#[test]
+fn padding_has_label_minus_one_and_zero_frames() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    let (info, frames) = run(&data, StreamOptions { batch: 5, ..options() }, 2).remove(1);
+    assert_eq!(info.labels, [2, 0, -1, -1, -1]);
+    assert_eq!(info.ids[2..], ["", "", ""]);
+    assert!(frames.iter().all(|f| f[2 * f.len() / 5..].iter().all(|&x| x == 0.0)));
+}
+
+#[test]
+fn frames_ahead_can_be_read_and_older_ones_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    let o = StreamOptions { frames: 20, ahead: 5, chunk: 2, batch: 1, first_clip: 2, ..options() };
+    let mut stream = FrameStream::open(data, o).unwrap();
+    let mut out = vec![0.0; 16 * 24 * 3];
+    assert!(stream.frame(0, &mut out).unwrap_err().to_string().contains("before any clip"));
+    stream.begin(2).unwrap();
+    for t in 0..15 {
+        for want in [t, t + 5] {
+            stream.frame(want, &mut out).unwrap();
+            assert_eq!(told(&out, 1, 0), (2, want));
+        }
+    }
+    assert!(stream.frame(7, &mut out).unwrap_err().to_string().contains("no longer held"));
+    assert!(stream.frame(20, &mut out).unwrap_err().to_string().contains("frame 20 of 20"));
+    assert!(stream.frame(19, &mut out[1..]).is_err());
+    assert!(stream.begin(2).unwrap_err().to_string().contains("its next is 3"));
+    // Beginning the next clip early drops the rest of this one.
+    stream.begin(3).unwrap();
+    stream.begin(4).unwrap();
+    stream.frame(3, &mut out).unwrap();
+    assert_eq!(told(&out, 1, 0), (4, 3));
+}
+
+#[test]
+fn a_stream_ends_and_can_be_dropped_at_any_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    drop(FrameStream::open(data.clone(), options()).unwrap());
+    let mut stream = FrameStream::open(data, StreamOptions { end_clip: 2, ..options() }).unwrap();
+    stream.begin(0).unwrap();
+    stream.begin(1).unwrap();
+    assert!(stream.begin(2).unwrap_err().to_string().contains("ends before 2"));
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    let refused = |o| FrameStream::open(data.clone(), o).err().unwrap().to_string();
+    assert!(refused(StreamOptions { crop: Some(17), ..options() }).contains("16x24"));
+    assert!(refused(StreamOptions { crop: Some(0), ..options() }).contains("crop"));
+    assert!(refused(StreamOptions { std: [1.0, 0.0, 1.0], ..options() }).contains("std"));
+    assert!(refused(StreamOptions { frames: 0, ..options() }).contains("frames"));
+    assert!(refused(StreamOptions { chunk: 0, ..options() }).contains("chunk"));
+}
+
+/// Runs until an error comes; it must name the shard, and it must stay.
+fn fails(data: Arc<Dataset>, o: StreamOptions) -> String {
+    let mut stream = FrameStream::open(data, o.clone()).unwrap();
+    let [h, w, c] = stream.shape();
+    let mut out = vec![0.0; o.batch * h * w * c];
+    for clip in 0..100 {
+        let step = stream.begin(clip).and_then(|_| (0..o.frames).try_for_each(|t| stream.frame(t, &mut out)));
+        if let Err(error) = step {
+            assert_eq!(error.exit_code(), 2);
+            assert!(stream.frame(0, &mut out).is_err() || stream.begin(clip + 1).is_err());
+            return error.to_string();
+        }
+    }
+    panic!("no error came");
+}
+
+#[test]
+fn a_shard_that_vanishes_or_shrinks_while_in_use_is_an_error_not_a_hang() {
+    let o = StreamOptions { training: true, batch: 1, ..options() };
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    std::fs::remove_file(&data.shards[1]).unwrap();
+    assert!(fails(data, o.clone()).contains("a-00001.h5"));
+
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    let mut stream = FrameStream::open(data.clone(), o).unwrap();
+    stream.begin(0).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&data.shards[0]).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    let error = (1..100).find_map(|clip| stream.begin(clip).err()).unwrap().to_string();
+    assert!(error.contains("a-00000.h5") && error.contains("truncated"), "{error}");
+}
+
+#[test]
+fn a_damaged_jpeg_names_shard_video_and_frame() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Jpeg);
+    // Overwrite the middle of the frames (they come first in the file, after the header).
+    let mut bytes = std::fs::read(&data.shards[1]).unwrap();
+    let starts: Vec<usize> = (0..bytes.len() - 2).filter(|&i| bytes[i..i + 3] == [0xff, 0xd8, 0xff]).collect();
+    assert_eq!(starts.len(), 9 + 15 + 7 + 30);
+    let at = starts[9 + 4];
+    bytes[at..at + 100].fill(0);
+    std::fs::write(&data.shards[1], bytes).unwrap();
+    for decoders in [1, 2] {
+        let o = StreamOptions { batch: 2, decoders, training: true, ..options() };
+        let error = fails(data.clone(), o);
+        assert!(error.contains("a-00001.h5") && error.contains("video-4") && error.contains("frame 4"), "{error}");
+    }
+}
