@@ -1,1 +1,415 @@
-//! To be written.
+//! Optimisers and learning-rate schedules: PyTorch's update rules, names and defaults.
+//!
+//! One optimiser belongs to one module and is stepped at the end of that module's own window: there is no global one.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::kernels::{Host, Real, by_dtype, tensor};
+use crate::model::param::Param;
+use crate::{Error, Result};
+
+/// An update rule and its settings. Below, g is the gradient, p the parameter, l the learning rate.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum OptimizerSpec {
+    /// g += decay p; b = momentum b + g (b = g at first); p -= l b, or with Nesterov p -= l (g + momentum b).
+    Sgd {
+        /// Learning rate.
+        #[serde(default = "sgd_lr")]
+        lr: f64,
+        /// Momentum.
+        #[serde(default)]
+        momentum: f64,
+        /// L2 penalty, added to the gradient.
+        #[serde(default)]
+        weight_decay: f64,
+        /// Nesterov's form of momentum.
+        #[serde(default)]
+        nesterov: bool,
+    },
+    /// Adam with decoupled weight decay (Loshchilov and Hutter, 2019): p *= 1 - l decay, then Adam's bias-corrected step.
+    Adamw {
+        /// Learning rate.
+        #[serde(default = "adamw_lr")]
+        lr: f64,
+        /// Decay rates of the means of g and of g squared.
+        #[serde(default = "adamw_betas")]
+        betas: [f64; 2],
+        /// Added to the denominator.
+        #[serde(default = "small")]
+        eps: f64,
+        /// Decoupled weight decay.
+        #[serde(default = "adamw_decay")]
+        weight_decay: f64,
+    },
+    /// g += decay p; s = alpha s + (1 - alpha) g g; p -= l g / (sqrt(s) + eps), or with momentum by way of a buffer.
+    Rmsprop {
+        /// Learning rate.
+        #[serde(default = "rmsprop_lr")]
+        lr: f64,
+        /// Decay rate of the mean of g squared.
+        #[serde(default = "rmsprop_alpha")]
+        alpha: f64,
+        /// Added to the denominator.
+        #[serde(default = "small")]
+        eps: f64,
+        /// Momentum.
+        #[serde(default)]
+        momentum: f64,
+        /// L2 penalty, added to the gradient.
+        #[serde(default)]
+        weight_decay: f64,
+    },
+}
+
+fn sgd_lr() -> f64 {
+    1e-3
+}
+fn adamw_lr() -> f64 {
+    1e-3
+}
+fn adamw_betas() -> [f64; 2] {
+    [0.9, 0.999]
+}
+fn adamw_decay() -> f64 {
+    1e-2
+}
+fn rmsprop_lr() -> f64 {
+    1e-2
+}
+fn rmsprop_alpha() -> f64 {
+    0.99
+}
+fn small() -> f64 {
+    1e-8
+}
+
+impl OptimizerSpec {
+    /// The learning rate before any schedule.
+    pub fn lr(&self) -> f64 {
+        match *self {
+            OptimizerSpec::Sgd { lr, .. } | OptimizerSpec::Adamw { lr, .. } | OptimizerSpec::Rmsprop { lr, .. } => lr,
+        }
+    }
+
+    /// Checks every setting's range.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the setting and its range.
+    pub fn validate(&self) -> Result<()> {
+        let at_least_0 = |name: &str, v: f64| if v >= 0.0 && v.is_finite() { Ok(()) } else { bad(name, v, "at least 0") };
+        let below_1 = |name: &str, v: f64| if (0.0..1.0).contains(&v) { Ok(()) } else { bad(name, v, "from 0 to below 1") };
+        at_least_0("lr", self.lr())?;
+        match *self {
+            OptimizerSpec::Sgd { momentum, weight_decay, nesterov, .. } => {
+                if nesterov && momentum == 0.0 {
+                    return Err(Error::input("optimizer: nesterov = true needs a momentum above 0"));
+                }
+                at_least_0("weight_decay", weight_decay)?;
+                below_1("momentum", momentum)
+            }
+            OptimizerSpec::Adamw { betas, eps, weight_decay, .. } => {
+                below_1("betas[0]", betas[0])?;
+                below_1("betas[1]", betas[1])?;
+                at_least_0("eps", eps)?;
+                at_least_0("weight_decay", weight_decay)
+            }
+            OptimizerSpec::Rmsprop { alpha, eps, momentum, weight_decay, .. } => {
+                below_1("alpha", alpha)?;
+                below_1("momentum", momentum)?;
+                at_least_0("eps", eps)?;
+                at_least_0("weight_decay", weight_decay)
+            }
+        }
+    }
+}
+
+fn bad(name: &str, value: f64, range: &str) -> Result<()> {
+    Err(Error::input(format!("optimizer: {name} = {value} should be {range}")))
+}
+
+/// How the learning rate changes over a run. The unit is one batch of clips; all begin with a linear warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ScheduleSpec {
+    /// The same throughout.
+    Constant {
+        /// Batches of the warm-up.
+        #[serde(default)]
+        warmup: u64,
+    },
+    /// Multiplied by `gamma` after each `every` batches.
+    Step {
+        /// Batches of the warm-up.
+        #[serde(default)]
+        warmup: u64,
+        /// Batches between drops.
+        every: u64,
+        /// Factor of a drop.
+        #[serde(default = "tenth")]
+        gamma: f64,
+    },
+    /// Half a cosine from 1 after the warm-up down to `floor` at the run's end.
+    Cosine {
+        /// Batches of the warm-up.
+        #[serde(default)]
+        warmup: u64,
+        /// Factor at the end.
+        #[serde(default)]
+        floor: f64,
+    },
+}
+
+fn tenth() -> f64 {
+    0.1
+}
+
+impl Default for ScheduleSpec {
+    fn default() -> Self {
+        ScheduleSpec::Constant { warmup: 0 }
+    }
+}
+
+impl ScheduleSpec {
+    /// What the learning rate is multiplied by at batch `clip` (from 0) of `total`. In the warm-up (clip + 1) / warmup.
+    pub fn factor(&self, clip: u64, total: u64) -> f64 {
+        let (ScheduleSpec::Constant { warmup } | ScheduleSpec::Step { warmup, .. } | ScheduleSpec::Cosine { warmup, .. }) =
+            *self;
+        if clip < warmup {
+            return (clip + 1) as f64 / warmup as f64;
+        }
+        match *self {
+            ScheduleSpec::Constant { .. } => 1.0,
+            ScheduleSpec::Step { every, gamma, .. } => gamma.powf((clip / every.max(1)) as f64),
+            ScheduleSpec::Cosine { floor, .. } => {
+                let span = total.saturating_sub(warmup).max(1) as f64;
+                let progress = ((clip - warmup) as f64 / span).min(1.0);
+                floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+            }
+        }
+    }
+
+    /// Checks every setting's range.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the setting and its range.
+    pub fn validate(&self) -> Result<()> {
+        match *self {
+            ScheduleSpec::Step { every: 0, .. } => Err(Error::input("schedule: every should be at least 1")),
+            ScheduleSpec::Step { gamma: v, .. } | ScheduleSpec::Cosine { floor: v, .. } if !(0.0..=1.0).contains(&v) => {
+                Err(Error::input(format!("schedule: gamma and floor should be from 0 to 1, not {v}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a step found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepStats {
+    /// Euclidean norm of the module's averaged gradient, before clipping.
+    pub grad_norm: f64,
+}
+
+/// Something whose parameters can be visited, such as `|f| module.visit(f)`.
+pub type Visit<'a> = &'a mut dyn FnMut(&mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()>;
+
+/// What an optimiser remembers of one parameter.
+#[derive(Clone)]
+struct Memory {
+    steps: u64,
+    buffers: Vec<Tensor>,
+}
+
+/// An update rule with its memory, for the parameters of one module.
+pub struct Optimizer {
+    spec: OptimizerSpec,
+    memory: BTreeMap<String, Memory>,
+}
+
+impl Optimizer {
+    /// An optimiser that remembers nothing yet.
+    pub fn new(spec: OptimizerSpec) -> Self {
+        Optimizer { spec, memory: BTreeMap::new() }
+    }
+
+    /// Updates every trainable parameter that has a gradient, by that gradient over `divisor` (the number of steps summed
+    /// in it), and clears it. `scale` multiplies the learning rate. With `clip_norm`, the gradients of all parameters
+    /// together are scaled down to that norm where theirs is larger, as PyTorch's `clip_grad_norm_` does.
+    ///
+    /// # Errors
+    /// [`Error::Run`] where the gradient is not finite: nothing is updated then.
+    pub fn step(&mut self, visit: Visit, scale: f64, divisor: f64, clip_norm: Option<f64>) -> Result<StepStats> {
+        let mut squares = 0.0;
+        visit(&mut |p| {
+            if let (Some(grad), true) = (&p.grad, p.trainable) {
+                squares += by_dtype!(grad, T => sum_of_squares::<T>(grad))?;
+            }
+            Ok(())
+        })?;
+        let grad_norm = squares.sqrt() / divisor;
+        if !grad_norm.is_finite() {
+            return Err(Error::Run(format!(
+                "the gradient is not finite (norm {grad_norm}): try a smaller learning rate, warm-up, or clipping"
+            )));
+        }
+        let clip = clip_norm.map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));
+        visit(&mut |p| {
+            let grad = p.grad.take();
+            match grad {
+                Some(grad) if p.trainable => self.update(p, &grad.contiguous()?, scale, clip / divisor),
+                _ => Ok(()),
+            }
+        })?;
+        Ok(StepStats { grad_norm })
+    }
+
+    fn update(&mut self, p: &mut Param, grad: &Tensor, scale: f64, factor: f64) -> Result<()> {
+        let memory = self.memory.entry(p.name.clone()).or_insert(Memory { steps: 0, buffers: Vec::new() });
+        memory.steps += 1;
+        let (value, buffers) = by_dtype!(p.value, T => apply::<T>(&self.spec, p, grad, memory, scale, factor))?;
+        (p.value, memory.buffers) = (value, buffers);
+        Ok(())
+    }
+
+    /// Everything remembered: `{parameter}.step` (one f64) and the rule's buffers, such as `{parameter}.momentum`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where a tensor cannot be made.
+    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut state = Vec::new();
+        for (name, memory) in &self.memory {
+            state.push((format!("{name}.step"), Tensor::from_vec(vec![memory.steps as f64], 1, &Device::Cpu)?));
+            let buffers = self.spec.buffers().into_iter().zip(&memory.buffers);
+            state.extend(buffers.map(|(buffer, t)| (format!("{name}.{buffer}"), t.clone())));
+        }
+        Ok(state)
+    }
+
+    /// Remembers again what [`Optimizer::state`] gave: `get` finds a tensor by name. A parameter `get` has no step count
+    /// for starts anew.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where a buffer is missing or has another shape than its parameter.
+    pub fn load_state(&mut self, visit: Visit, get: &mut dyn FnMut(&str) -> Option<Tensor>) -> Result<()> {
+        self.memory.clear();
+        visit(&mut |p| {
+            let Some(steps) = get(&format!("{}.step", p.name)).filter(|_| p.trainable) else { return Ok(()) };
+            let steps = steps.to_dtype(candle_core::DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            let steps = steps.first().copied().unwrap_or(0.0) as u64;
+            let mut buffers = Vec::new();
+            for buffer in self.spec.buffers() {
+                let name = format!("{}.{buffer}", p.name);
+                let found = get(&name).filter(|t| t.dims() == p.value.dims()).ok_or_else(|| {
+                    Error::input(format!(
+                        "the optimiser's {name} of shape {:?} is not in the checkpoint: it was written with another \
+                         optimizer; use that one, or start from its weights alone with train.init",
+                        p.value.dims()
+                    ))
+                })?;
+                buffers.push(found.to_dtype(p.value.dtype())?.to_device(p.value.device())?.contiguous()?);
+            }
+            self.memory.insert(p.name.clone(), Memory { steps, buffers });
+            Ok(())
+        })
+    }
+}
+
+impl OptimizerSpec {
+    /// Names of the buffers kept for each parameter.
+    fn buffers(&self) -> Vec<&'static str> {
+        match *self {
+            OptimizerSpec::Sgd { momentum: 0.0, .. } => vec![],
+            OptimizerSpec::Sgd { .. } => vec!["momentum"],
+            OptimizerSpec::Adamw { .. } => vec!["mean", "square"],
+            OptimizerSpec::Rmsprop { momentum: 0.0, .. } => vec!["square"],
+            OptimizerSpec::Rmsprop { .. } => vec!["square", "momentum"],
+        }
+    }
+}
+
+fn sum_of_squares<T: Real>(t: &Tensor) -> Result<f64> {
+    let t = t.contiguous()?;
+    let t = Host::of(&t)?;
+    Ok(t.slice::<T>()?.iter().map(|v| v.to_f64().powi(2)).sum())
+}
+
+/// The new value and buffers of one parameter; the gradient is `grad` times `factor`.
+fn apply<T: Real>(
+    spec: &OptimizerSpec,
+    p: &Param,
+    grad: &Tensor,
+    memory: &Memory,
+    scale: f64,
+    factor: f64,
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let (value, grad) = (Host::of(&p.value)?, Host::of(grad)?);
+    let mut value = value.slice::<T>()?.to_vec();
+    let factor = T::of(factor);
+    let grad = grad.slice::<T>()?.iter().map(|&g| g * factor);
+    let first = memory.buffers.is_empty();
+    let mut buffers: Vec<Vec<T>> = Vec::new();
+    for (i, _) in spec.buffers().iter().enumerate() {
+        buffers.push(match memory.buffers.get(i) {
+            Some(t) => Host::of(t)?.slice::<T>()?.to_vec(),
+            None => vec![T::ZERO; value.len()],
+        });
+    }
+    let lr = T::of(spec.lr() * scale);
+    match *spec {
+        OptimizerSpec::Sgd { momentum, weight_decay, nesterov, .. } => {
+            let (momentum, decay) = (T::of(momentum), T::of(weight_decay));
+            match buffers.first_mut() {
+                None => value.iter_mut().zip(grad).for_each(|(p, g)| *p -= lr * (g + decay * *p)),
+                Some(buffer) => {
+                    for ((p, g), b) in value.iter_mut().zip(grad).zip(buffer) {
+                        let g = g + decay * *p;
+                        *b = if first { g } else { momentum * *b + g };
+                        *p -= lr * if nesterov { g + momentum * *b } else { *b };
+                    }
+                }
+            }
+        }
+        OptimizerSpec::Adamw { betas, eps, weight_decay, .. } => {
+            let steps = memory.steps as f64;
+            let (shrink, eps) = (T::of(1.0 - spec.lr() * scale * weight_decay), T::of(eps));
+            let size = T::of(spec.lr() * scale / (1.0 - betas[0].powf(steps)));
+            let root = T::of((1.0 - betas[1].powf(steps)).sqrt());
+            let [(b1, c1), (b2, c2)] = betas.map(|b| (T::of(b), T::of(1.0 - b)));
+            let [means, squares] = buffers.as_mut_slice() else { return Err(lost(p)) };
+            for (((p, g), m), v) in value.iter_mut().zip(grad).zip(means).zip(squares) {
+                *m = b1 * *m + c1 * g;
+                *v = b2 * *v + c2 * g * g;
+                *p = *p * shrink - size * *m / ((*v).root() / root + eps);
+            }
+        }
+        OptimizerSpec::Rmsprop { alpha, eps, momentum, weight_decay, .. } => {
+            let (momentum, decay, eps) = (T::of(momentum), T::of(weight_decay), T::of(eps));
+            let (keep, take) = (T::of(alpha), T::of(1.0 - alpha));
+            let (squares, buffer) = buffers.split_first_mut().ok_or_else(|| lost(p))?;
+            let mut buffer = buffer.first_mut();
+            for (i, ((p, g), s)) in value.iter_mut().zip(grad).zip(squares).enumerate() {
+                let g = g + decay * *p;
+                *s = keep * *s + take * g * g;
+                let step = g / ((*s).root() + eps);
+                *p -= lr * match &mut buffer {
+                    Some(buffer) => {
+                        buffer[i] = momentum * buffer[i] + step;
+                        buffer[i]
+                    }
+                    None => step,
+                };
+            }
+        }
+    }
+    let shape = p.value.dims();
+    let buffers = buffers.into_iter().map(|b| tensor(b, shape)).collect::<Result<_>>()?;
+    Ok((tensor(value, shape)?, buffers))
+}
+
+fn lost(p: &Param) -> Error {
+    Error::Run(format!("the optimiser lost its memory of {}", p.name))
+}

@@ -1,1 +1,69 @@
-//! To be written.
+//! Numerical kernels: the seam between layers and whatever computes them.
+//!
+//! Every function here takes and returns candle tensors in NHWC layout, of 32- or 64-bit floats, and picks an
+//! implementation by the tensor's device. Today there is one, for the CPU: plain loops on slices and the `gemm` crate
+//! for products. Another (oneDNN, cuDNN) is added behind the same functions, and no layer notices.
+//!
+//! Results do not depend on the number of threads, to the bit: work is cut into pieces by its shape alone, and sums
+//! over pieces are taken in a fixed order (see [`threads`]).
+
+pub mod activation;
+pub mod batch_norm;
+pub mod conv;
+mod host;
+mod im2col;
+mod matmul;
+pub mod norm;
+pub mod pool;
+mod real;
+mod reduce;
+pub mod resample;
+pub mod threads;
+
+pub(crate) use host::{Host, by_dtype, tensor};
+pub use real::Real;
+pub use threads::{set_threads, with_threads};
+
+use crate::{Error, Result};
+
+/// A sliding window over height and width, as convolutions and pools have it: `[vertical, horizontal]` each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Extent in elements.
+    pub kernel: [usize; 2],
+    /// Step from one output to the next.
+    pub stride: [usize; 2],
+    /// Border added on each side.
+    pub padding: [usize; 2],
+}
+
+impl Window {
+    /// A square window with the same stride and padding both ways.
+    pub fn square(kernel: usize, stride: usize, padding: usize) -> Self {
+        Window { kernel: [kernel; 2], stride: [stride; 2], padding: [padding; 2] }
+    }
+
+    /// Output height and width for an input of `height` by `width`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the window has no extent or stride, or does not fit into the padded input.
+    pub fn output(&self, height: usize, width: usize) -> Result<[usize; 2]> {
+        let axis = |i: usize, size: usize| {
+            let (kernel, stride, padded) = (self.kernel[i], self.stride[i], size + 2 * self.padding[i]);
+            (kernel > 0 && stride > 0 && padded >= kernel).then(|| (padded - kernel) / stride + 1)
+        };
+        match (axis(0, height), axis(1, width)) {
+            (Some(h), Some(w)) => Ok([h, w]),
+            _ => Err(Error::input(format!(
+                "a window of {:?} with stride {:?} and padding {:?} does not fit an input of {height}x{width}: \
+                 use a smaller kernel, a stride of at least 1, or more padding",
+                self.kernel, self.stride, self.padding
+            ))),
+        }
+    }
+
+    /// One element, step one, no border: the window of a 1x1 convolution.
+    pub(crate) fn is_pointwise(&self) -> bool {
+        *self == Window::square(1, 1, 0)
+    }
+}

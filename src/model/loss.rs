@@ -1,1 +1,89 @@
-//! To be written.
+//! Losses and their gradients, and what counts as a correct answer.
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Softmax cross-entropy of `logits` `[B, 1, 1, K]` with `labels` (length B), averaged over the batch: the mean loss and
+/// its gradient, of the logits' shape. A negative label marks padding: it has no loss and is not counted.
+///
+/// # Errors
+/// [`Error::Input`] on a label of K or above, [`Error::Run`] on lengths that differ.
+pub fn cross_entropy(logits: &Tensor, labels: &[i32]) -> Result<(f64, Tensor)> {
+    let (b, h, w, k) = logits.dims4()?;
+    if b != labels.len() || h * w != 1 {
+        return Err(Error::Run(format!("cross-entropy of {:?} with {} labels", logits.dims(), labels.len())));
+    }
+    let counted = labels.iter().filter(|&&label| label >= 0).count().max(1) as f64;
+    let mut values = to_f64(logits)?;
+    let mut loss = 0.0;
+    for (row, &label) in values.chunks_exact_mut(k).zip(labels) {
+        let Ok(label) = usize::try_from(label) else {
+            row.fill(0.0);
+            continue;
+        };
+        if label >= k {
+            return Err(Error::input(format!(
+                "label {label} where the network tells {k} classes apart: the data has more classes than the head"
+            )));
+        }
+        let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = row.iter().map(|v| (v - top).exp()).sum();
+        loss += sum.ln() + top - row[label];
+        row.iter_mut().for_each(|v| *v = (*v - top).exp() / sum / counted);
+        row[label] -= 1.0 / counted;
+    }
+    Ok((loss / counted, like(values, logits)?))
+}
+
+/// How a predicted frame is compared with the true one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PixelLoss {
+    /// Mean squared difference.
+    #[default]
+    Squared,
+    /// Mean absolute difference; its derivative at 0 is 0.
+    Absolute,
+}
+
+/// The mean over all elements of the squared or absolute difference of two tensors of one shape, and its gradient with
+/// respect to `output`.
+///
+/// # Errors
+/// [`Error::Run`] with both shapes where they differ.
+pub fn pixel(kind: PixelLoss, output: &Tensor, target: &Tensor) -> Result<(f64, Tensor)> {
+    if output.dims() != target.dims() {
+        return Err(Error::Run(format!("the output is {:?} and its target {:?}", output.dims(), target.dims())));
+    }
+    let n = output.elem_count() as f64;
+    let mut values = to_f64(output)?;
+    let mut loss = 0.0;
+    for (v, t) in values.iter_mut().zip(to_f64(target)?) {
+        let d = *v - t;
+        (loss, *v) = match kind {
+            PixelLoss::Squared => (loss + d * d, 2.0 * d / n),
+            PixelLoss::Absolute if d == 0.0 => (loss, 0.0),
+            PixelLoss::Absolute => (loss + d.abs(), d.signum() / n),
+        };
+    }
+    Ok((loss / n, like(values, output)?))
+}
+
+/// Whether `label` is among the `k` highest of one sample's logits. Ties count against the network, so that constant
+/// logits score nothing; so does a logit that is not a number.
+pub fn topk_correct(logits: &[f32], label: i32, k: usize) -> bool {
+    let Some(own) = usize::try_from(label).ok().and_then(|i| logits.get(i)) else { return false };
+    // Not `v >= own`: a comparison with what is not a number must count against the network too.
+    let ahead = logits.iter().filter(|v| !matches!(v.partial_cmp(&own), Some(std::cmp::Ordering::Less))).count();
+    ahead <= k
+}
+
+fn to_f64(t: &Tensor) -> Result<Vec<f64>> {
+    Ok(t.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
+}
+
+fn like(values: Vec<f64>, t: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_vec(values, t.shape(), &Device::Cpu)?.to_dtype(t.dtype())?.to_device(t.device())?)
+}

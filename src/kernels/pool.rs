@@ -1,0 +1,201 @@
+//! Pooling of NHWC tensors: maximum, average, global average, and their cotangents.
+//!
+//! Windows may overlap and may reach into a border. For the maximum the border is never chosen; for the average it
+//! counts as zeros (PyTorch's default, `count_include_pad = True`).
+
+use candle_core::{DType, Device, Tensor};
+
+use super::im2col::{Shape, add};
+use super::{Host, Real, Window, by_dtype, reduce, tensor, threads};
+use crate::{Error, Result};
+
+fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
+    let &[b, h, w, c] = dims else {
+        return Err(Error::Run(format!("pooling of {dims:?} (want [B, H, W, C])")));
+    };
+    let [oh, ow] = window.output(h, w)?;
+    let [kh, kw] = window.kernel;
+    if window.padding[0] >= kh || window.padding[1] >= kw || kh * kw > 256 {
+        return Err(Error::input(format!(
+            "a pooling window of {kh}x{kw} with padding {:?}: padding must be smaller than the window, and the window \
+             at most 256 elements",
+            window.padding
+        )));
+    }
+    Ok(Shape { b, h, w, c, oh, ow, o: c, g: 1, window: *window })
+}
+
+/// Calls `f(tap, input, output)` for each kernel element and output pixel of line `oy` where that element lies inside
+/// the input; `tap` counts kernel elements and `input`, `output` pixels of a sample's and of a line's. For each output
+/// pixel the taps come in row-major order.
+fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
+    let [kh, kw] = s.window.kernel;
+    for ky in 0..kh {
+        let Some(iy) = s.input_line(oy, ky) else { continue };
+        for ox in 0..s.ow {
+            let (lo, hi, ix) = s.input_columns(ox);
+            (lo..hi).for_each(|kx| f(ky * kw + kx, iy * s.w + ix + kx - lo, ox));
+        }
+    }
+}
+
+/// `(y, winners)`: each window's maximum by channel, and which of the window's elements (counted row-major, u8) it was:
+/// the first of equals.
+///
+/// # Errors
+/// [`Error::Input`] on a window that does not fit; [`Error::Run`] on devices without a kernel.
+pub fn max(x: &Tensor, window: &Window) -> Result<(Tensor, Tensor)> {
+    let s = shape(window, x.dims())?;
+    let x = x.contiguous()?;
+    let line = s.ow * s.c;
+    let mut winners = vec![0u8; s.lines() * line];
+    let y = by_dtype!(x, T => {
+        let x = Host::of(&x)?;
+        let x = x.slice::<T>()?;
+        let mut y = vec![T::ZERO; winners.len()];
+        threads::chunks2(&mut y, line, &mut winners, line, |i, y, winners| {
+            let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
+            let mut started = vec![false; s.ow];
+            each_tap(&s, i % s.oh, |tap, input, output| {
+                let v = &sample[input * s.c..][..s.c];
+                let y = &mut y[output * s.c..][..s.c];
+                let winners = &mut winners[output * s.c..][..s.c];
+                if !started[output] {
+                    started[output] = true;
+                    y.copy_from_slice(v);
+                    winners.fill(tap as u8);
+                    return;
+                }
+                for ((y, k), &v) in y.iter_mut().zip(winners).zip(v) {
+                    // The second comparison lets a value that is not a number through, so that it is noticed.
+                    #[allow(clippy::eq_op)]
+                    let wins = v > *y || v != v;
+                    *y = if wins { v } else { *y };
+                    *k = if wins { tap as u8 } else { *k };
+                }
+            });
+        });
+        tensor(y, (s.b, s.oh, s.ow, s.c))
+    })?;
+    Ok((y, Tensor::from_vec(winners, (s.b, s.oh, s.ow, s.c), &Device::Cpu)?))
+}
+
+/// The input's cotangent of [`max`], of shape `x`: `gy` at each window's winner, added where windows overlap.
+///
+/// # Errors
+/// As [`max`].
+pub fn max_vjp(x: &[usize], window: &Window, winners: &Tensor, gy: &Tensor) -> Result<Tensor> {
+    let s = shape(window, x)?;
+    if winners.dtype() != DType::U8 || winners.dims() != gy.dims() {
+        return Err(Error::Run(format!("max pooling's winners {:?} and cotangent {:?}", winners.dims(), gy.dims())));
+    }
+    let gy = gy.contiguous()?;
+    let winners = Host::of(winners)?;
+    let winners = winners.slice::<u8>()?;
+    let line = s.ow * s.c;
+    by_dtype!(gy, T => {
+        let gy = Host::of(&gy)?;
+        let gy = gy.slice::<T>()?;
+        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
+        threads::chunks(&mut gx, s.h * s.w * s.c, || (), |(), b, gx| {
+            for oy in 0..s.oh {
+                let (gy, winners) = (&gy[(b * s.oh + oy) * line..][..line], &winners[(b * s.oh + oy) * line..][..line]);
+                each_tap(&s, oy, |tap, input, output| {
+                    let from = output * s.c..(output + 1) * s.c;
+                    let cotangent = gy[from.clone()].iter().zip(&winners[from]);
+                    for (x, (&g, &k)) in gx[input * s.c..][..s.c].iter_mut().zip(cotangent) {
+                        *x += if k == tap as u8 { g } else { T::ZERO };
+                    }
+                });
+            }
+        });
+        tensor(gx, x)
+    })
+}
+
+/// Each window's mean by channel.
+///
+/// # Errors
+/// As [`max`].
+pub fn average(x: &Tensor, window: &Window) -> Result<Tensor> {
+    let s = shape(window, x.dims())?;
+    let x = x.contiguous()?;
+    by_dtype!(x, T => {
+        let x = Host::of(&x)?;
+        let x = x.slice::<T>()?;
+        let scale = T::of(1.0 / (window.kernel[0] * window.kernel[1]) as f64);
+        let mut y = vec![T::ZERO; s.lines() * s.ow * s.c];
+        threads::chunks(&mut y, s.ow * s.c, || (), |(), i, y| {
+            let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
+            each_tap(&s, i % s.oh, |_, input, output| {
+                add(&mut y[output * s.c..][..s.c], &sample[input * s.c..][..s.c]);
+            });
+            y.iter_mut().for_each(|v| *v *= scale);
+        });
+        tensor(y, (s.b, s.oh, s.ow, s.c))
+    })
+}
+
+/// The input's cotangent of [`average`], of shape `x`.
+///
+/// # Errors
+/// As [`max`].
+pub fn average_vjp(x: &[usize], window: &Window, gy: &Tensor) -> Result<Tensor> {
+    let s = shape(window, x)?;
+    let gy = gy.contiguous()?;
+    let line = s.ow * s.c;
+    by_dtype!(gy, T => {
+        let gy = Host::of(&gy)?;
+        let gy = gy.slice::<T>()?;
+        let scale = T::of(1.0 / (window.kernel[0] * window.kernel[1]) as f64);
+        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
+        threads::chunks(&mut gx, s.h * s.w * s.c, || (), |(), b, gx| {
+            for oy in 0..s.oh {
+                let gy = &gy[(b * s.oh + oy) * line..][..line];
+                each_tap(&s, oy, |_, input, output| add(&mut gx[input * s.c..][..s.c], &gy[output * s.c..][..s.c]));
+            }
+            gx.iter_mut().for_each(|v| *v *= scale);
+        });
+        tensor(gx, x)
+    })
+}
+
+/// The mean over all positions: `[B, H, W, C]` to `[B, 1, 1, C]`.
+///
+/// # Errors
+/// [`Error::Run`] on devices without a kernel.
+pub fn global_average(x: &Tensor) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    let x = x.contiguous()?;
+    by_dtype!(x, T => {
+        let x = Host::of(&x)?;
+        let scale = T::of(1.0 / (h * w) as f64);
+        let samples = x.slice::<T>()?.chunks_exact(h * w * c);
+        let y = samples.flat_map(|sample| reduce::column_sums(sample, c)).map(|v| v * scale).collect();
+        tensor(y, (b, 1, 1, c))
+    })
+}
+
+/// The input's cotangent of [`global_average`], of shape `x`.
+///
+/// # Errors
+/// As [`global_average`].
+pub fn global_average_vjp(x: &[usize], gy: &Tensor) -> Result<Tensor> {
+    let &[b, h, w, c] = x else {
+        return Err(Error::Run(format!("global pooling of {x:?} (want [B, H, W, C])")));
+    };
+    let gy = gy.contiguous()?;
+    if gy.elem_count() != b * c {
+        return Err(Error::Run(format!("global pooling's cotangent is {:?}, its input {x:?}", gy.dims())));
+    }
+    by_dtype!(gy, T => {
+        let gy = Host::of(&gy)?;
+        let scale = T::of(1.0 / (h * w) as f64);
+        let mut gx = Vec::with_capacity(b * h * w * c);
+        for of_sample in gy.slice::<T>()?.chunks_exact(c) {
+            let scaled: Vec<T> = of_sample.iter().map(|&g| g * scale).collect();
+            (0..h * w).for_each(|_| gx.extend_from_slice(&scaled));
+        }
+        tensor(gx, x)
+    })
+}

@@ -1,0 +1,56 @@
+//! The two element types the CPU kernels are written for.
+
+use std::iter::Sum;
+use std::ops::Neg;
+
+use candle_core::WithDType;
+
+/// A 32- or 64-bit float, with the few functions the kernels need.
+pub trait Real: WithDType + Neg<Output = Self> + Sum {
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// The nearest value to `v`.
+    fn of(v: f64) -> Self;
+    /// Square root.
+    fn root(self) -> Self;
+    /// e to this power.
+    fn exponential(self) -> Self;
+    /// The error function, to the type's precision.
+    fn error_function(self) -> Self;
+}
+
+impl Real for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    fn of(v: f64) -> Self {
+        v as Self
+    }
+    fn root(self) -> Self {
+        self.sqrt()
+    }
+    fn exponential(self) -> Self {
+        self.exp()
+    }
+    fn error_function(self) -> Self {
+        libm::erff(self)
+    }
+}
+
+impl Real for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    fn of(v: f64) -> Self {
+        v as Self
+    }
+    fn root(self) -> Self {
+        self.sqrt()
+    }
+    fn exponential(self) -> Self {
+        self.exp()
+    }
+    fn error_function(self) -> Self {
+        libm::erf(self)
+    }
+}

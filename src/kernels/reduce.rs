@@ -1,0 +1,61 @@
+//! Sums over rows in a fixed order.
+
+use std::ops::Range;
+
+use super::{Real, threads};
+
+/// Rows of one block. Rounding errors grow with a block's length and with the number of blocks, not with their product.
+const BLOCK: usize = 256;
+
+/// Sums over `rows` rows: `f(range, out)` adds the rows of one block into `out` (`width` zeros); the blocks' results are
+/// added in order.
+pub(crate) fn rows<T: Real>(rows: usize, width: usize, f: impl Fn(Range<usize>, &mut [T]) + Sync) -> Vec<T> {
+    let blocks = rows.div_ceil(BLOCK);
+    let mut parts = vec![T::ZERO; blocks * width];
+    if width > 0 {
+        threads::chunks(&mut parts, width, || (), |(), i, out| f(i * BLOCK..((i + 1) * BLOCK).min(rows), out));
+    }
+    let mut total = vec![T::ZERO; width];
+    for part in parts.chunks_exact(width.max(1)) {
+        total.iter_mut().zip(part).for_each(|(t, &p)| *t += p);
+    }
+    total
+}
+
+/// The sum of all rows of `channels` elements.
+pub(crate) fn column_sums<T: Real>(data: &[T], channels: usize) -> Vec<T> {
+    rows(data.len() / channels.max(1), channels, |range, out| {
+        for row in data[range.start * channels..range.end * channels].chunks_exact(channels) {
+            out.iter_mut().zip(row).for_each(|(o, &r)| *o += r);
+        }
+    })
+}
+
+/// The sum over rows of `(x - centre)^2`.
+pub(crate) fn centred_squares<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
+    let channels = centre.len();
+    rows(x.len() / channels.max(1), channels, |range, out| {
+        for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
+            for ((o, &v), &m) in out.iter_mut().zip(row).zip(centre) {
+                let d = v - m;
+                *o += d * d;
+            }
+        }
+    })
+}
+
+/// The sums over rows of `gy`, then of `gy * (x - centre)`: `2 * channels` elements.
+pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T]) -> Vec<T> {
+    let channels = centre.len();
+    rows(x.len() / channels.max(1), 2 * channels, |range, out| {
+        let (plain, times) = out.split_at_mut(channels);
+        let span = range.start * channels..range.end * channels;
+        for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
+            let sums = plain.iter_mut().zip(times.iter_mut());
+            for (((p, t), (&v, &g)), &m) in sums.zip(x.iter().zip(gy)).zip(centre) {
+                *p += g;
+                *t += g * (v - m);
+            }
+        }
+    })
+}

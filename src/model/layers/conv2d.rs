@@ -1,0 +1,50 @@
+//! Convolution: `[B, H, W, C]` to `[B, H', W', O]`, H' = (H + 2 padding - kernel) / stride + 1.
+
+use candle_core::Tensor;
+
+use super::{Layer, Pass, Tape};
+use crate::Result;
+use crate::kernels::conv::{self, Conv};
+use crate::model::param::{Init, Param};
+
+/// A two-dimensional convolution, with or without a bias. Weight `[O, C/groups, kH, kW]`.
+pub struct Conv2d {
+    conv: Conv,
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Conv2d {
+    /// Parameters `{prefix}.weight` and, with `bias`, `{prefix}.bias`. `channels` are those of the input; they and `out`
+    /// are multiples of the groups.
+    pub fn new(prefix: &str, conv: Conv, channels: usize, out: usize, bias: bool, init: &Init) -> Result<Self> {
+        let [kh, kw] = conv.window.kernel;
+        let weight = init.kaiming(format!("{prefix}.weight"), &[out, channels / conv.groups, kh, kw])?;
+        let bias = if bias { Some(init.constant(format!("{prefix}.bias"), out, 0.0)?) } else { None };
+        Ok(Conv2d { conv, weight, bias })
+    }
+}
+
+impl Layer for Conv2d {
+    fn forward(&mut self, x: &Tensor, _: &Pass, tape: &mut Tape) -> Result<Tensor> {
+        let x = x.contiguous()?;
+        let y = conv::forward(&self.conv, &x, &self.weight.value, self.bias.as_ref().map(|b| &b.value))?;
+        tape.push(x);
+        Ok(y)
+    }
+
+    fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
+        let x = tape.pop()?;
+        self.weight.accumulate(conv::weight_gradient(&self.conv, &x, self.weight.value.dims(), gy)?)?;
+        if let Some(bias) = &mut self.bias {
+            bias.accumulate(conv::bias_gradient(gy)?)?;
+        }
+        let gx = need_input.then(|| conv::input_gradient(&self.conv, x.dims(), &self.weight.value, gy));
+        gx.transpose()
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
+        f(&mut self.weight)?;
+        self.bias.as_mut().map_or(Ok(()), f)
+    }
+}

@@ -1,0 +1,51 @@
+//! Group normalisation: the shape stays.
+
+use candle_core::Tensor;
+
+use super::{Layer, Pass, Tape};
+use crate::Result;
+use crate::kernels::norm;
+use crate::model::param::{Init, Param};
+
+/// Added to the variance, as in PyTorch.
+const EPSILON: f64 = 1e-5;
+
+/// Each sample's channels in groups, each brought to mean 0 and variance 1 over channels and positions; then a scale and
+/// a shift by channel. The same in training and evaluation, and blind to the batch: the norm of choice for Sideways.
+pub struct GroupNorm {
+    groups: usize,
+    weight: Param,
+    bias: Param,
+}
+
+impl GroupNorm {
+    /// Parameters `{prefix}.weight` (ones) and `{prefix}.bias` (zeros), `[channels]`; `groups` divides `channels`.
+    pub fn new(prefix: &str, channels: usize, groups: usize, init: &Init) -> Result<Self> {
+        let weight = init.constant(format!("{prefix}.weight"), channels, 1.0)?;
+        let bias = init.constant(format!("{prefix}.bias"), channels, 0.0)?;
+        Ok(GroupNorm { groups, weight, bias })
+    }
+}
+
+impl Layer for GroupNorm {
+    fn forward(&mut self, x: &Tensor, _: &Pass, tape: &mut Tape) -> Result<Tensor> {
+        let (y, statistics) = norm::group(x, &self.weight.value, &self.bias.value, self.groups, EPSILON)?;
+        tape.push(x.clone());
+        tape.push(statistics);
+        Ok(y)
+    }
+
+    fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
+        let statistics = tape.pop()?;
+        let x = tape.pop()?;
+        let (gx, gw, gb) = norm::group_vjp(&x, &self.weight.value, &statistics, gy, self.groups, need_input)?;
+        self.weight.accumulate(gw)?;
+        self.bias.accumulate(gb)?;
+        Ok(gx)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
+        f(&mut self.weight)?;
+        f(&mut self.bias)
+    }
+}

@@ -1,0 +1,120 @@
+//! Residual blocks: `[B, H, W, C]` to `[B, H', W', out]`, H' = H / stride rounded up (He et al., CVPR 2016).
+
+use candle_core::Tensor;
+
+use super::{Conv2d, Layer, Norm, Pass, Relu, Tape};
+use crate::Result;
+use crate::kernels::activation;
+use crate::kernels::conv::Conv;
+use crate::model::param::{Init, Param};
+use crate::model::spec::{Block, ResidualSpec};
+
+/// `relu(branch(x) + shortcut(x))`.
+///
+/// The branch of a basic block is 3x3 (with the stride), norm, relu, 3x3, norm; of a bottleneck 1x1 to a quarter of the
+/// channels, norm, relu, 3x3 (with the stride), norm, relu, 1x1, norm. The shortcut is the identity, or a 1x1 convolution
+/// with the stride and a norm where the shape changes.
+pub struct Residual {
+    branch: Vec<Box<dyn Layer>>,
+    projection: Option<(Conv2d, Norm)>,
+}
+
+impl Residual {
+    /// Parameters `{prefix}.conv1.weight`, `{prefix}.norm1.weight`, ..., `{prefix}.projection.weight` and
+    /// `{prefix}.projection-norm.weight`; `channels` are those of the input.
+    pub fn new(prefix: &str, spec: &ResidualSpec, channels: usize, init: &Init) -> Result<Self> {
+        let mut branch: Vec<Box<dyn Layer>> = Vec::new();
+        let convolutions = spec.convolutions(channels);
+        for (i, &(conv, from, to)) in convolutions.iter().enumerate() {
+            let n = i + 1;
+            branch.push(Box::new(Conv2d::new(&format!("{prefix}.conv{n}"), conv, from, to, false, init)?));
+            branch.push(Box::new(Norm::new(spec.norm, &format!("{prefix}.norm{n}"), to, spec.groups, init)?));
+            if n < convolutions.len() {
+                branch.push(Box::new(Relu));
+            }
+        }
+        let projection = match spec.projection(channels) {
+            Some(conv) => {
+                let name = format!("{prefix}.projection");
+                let norm = Norm::new(spec.norm, &format!("{name}-norm"), spec.out, spec.groups, init)?;
+                Some((Conv2d::new(&name, conv, channels, spec.out, false, init)?, norm))
+            }
+            None => None,
+        };
+        Ok(Residual { branch, projection })
+    }
+}
+
+impl Layer for Residual {
+    fn forward(&mut self, x: &Tensor, pass: &Pass, tape: &mut Tape) -> Result<Tensor> {
+        let shortcut = match &mut self.projection {
+            Some((conv, norm)) => {
+                let projected = conv.forward(x, pass, tape)?;
+                norm.forward(&projected, pass, tape)?
+            }
+            None => x.clone(),
+        };
+        let mut y = x.clone();
+        for layer in &mut self.branch {
+            y = layer.forward(&y, pass, tape)?;
+        }
+        let y = activation::add_relu(&y, &shortcut)?;
+        tape.push(y.clone());
+        Ok(y)
+    }
+
+    fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
+        let y = tape.pop()?;
+        let sum = activation::relu_vjp(&y, gy)?;
+        let mut g = Some(sum.clone());
+        for (i, layer) in self.branch.iter_mut().enumerate().rev() {
+            g = match g {
+                Some(g) => layer.vjp(&g, pass, tape, need_input || i > 0)?,
+                None => None,
+            };
+        }
+        let shortcut = match &mut self.projection {
+            Some((conv, norm)) => match norm.vjp(&sum, pass, tape, true)? {
+                Some(g) => conv.vjp(&g, pass, tape, need_input)?,
+                None => None,
+            },
+            None => Some(sum),
+        };
+        match (g, shortcut) {
+            (Some(g), Some(shortcut)) if need_input => Ok(Some(activation::add(&g, &shortcut)?)),
+            _ => Ok(None),
+        }
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
+        self.branch.iter_mut().try_for_each(|layer| layer.visit(f))?;
+        match &mut self.projection {
+            Some((conv, norm)) => conv.visit(f).and_then(|()| norm.visit(f)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl ResidualSpec {
+    /// The branch's convolutions: (geometry, input channels, output channels).
+    pub(crate) fn convolutions(&self, channels: usize) -> Vec<(Conv, usize, usize)> {
+        let conv = |kernel, stride, padding| Conv { window: crate::kernels::Window::square(kernel, stride, padding), groups: 1 };
+        match self.block {
+            Block::Basic => vec![(conv(3, self.stride, 1), channels, self.out), (conv(3, 1, 1), self.out, self.out)],
+            Block::Bottleneck => {
+                let narrow = self.out / 4;
+                vec![
+                    (conv(1, 1, 0), channels, narrow),
+                    (conv(3, self.stride, 1), narrow, narrow),
+                    (conv(1, 1, 0), narrow, self.out),
+                ]
+            }
+        }
+    }
+
+    /// The shortcut's convolution, where the shape changes.
+    pub(crate) fn projection(&self, channels: usize) -> Option<Conv> {
+        let window = crate::kernels::Window::square(1, self.stride, 0);
+        (self.stride != 1 || channels != self.out).then_some(Conv { window, groups: 1 })
+    }
+}
