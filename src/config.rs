@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::graph::{Edge, Graph};
+use crate::model::loss::PixelLoss;
 use crate::model::module::Fuse;
 use crate::model::spec::LayerSpec;
 use crate::optim::{OptimizerSpec, ScheduleSpec};
@@ -110,17 +111,6 @@ pub enum Task {
     FutureFrames,
 }
 
-/// The pixel difference of future frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FrameLoss {
-    /// Mean squared difference.
-    #[default]
-    Squared,
-    /// Mean absolute difference.
-    Absolute,
-}
-
 /// `[model]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -130,7 +120,7 @@ pub struct ModelConfig {
     /// Future frames: how many frames past the newest seen one the target is.
     pub horizon: usize,
     /// Future frames: the pixel difference.
-    pub loss: FrameLoss,
+    pub loss: PixelLoss,
     /// A named network; or write out `layers`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preset: Option<String>,
@@ -156,7 +146,7 @@ impl Default for ModelConfig {
         ModelConfig {
             task: Task::default(),
             horizon: 1,
-            loss: FrameLoss::default(),
+            loss: PixelLoss::default(),
             preset: None,
             layers: None,
             classes: None,

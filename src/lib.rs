@@ -1,11 +1,14 @@
 //! Sideways and Skip-Sideways training of video networks: one module a rank, no backward lock.
 
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod engine;
 pub mod error;
 pub mod graph;
 pub mod kernels;
+pub mod metrics;
 pub mod model;
 pub mod network;
 pub mod optim;

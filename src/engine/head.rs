@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use crate::config::{FrameLoss, Task};
+use crate::config::Task;
 use crate::metrics::Score;
 use crate::model::loss::{self, PixelLoss};
 use crate::{Error, Result};
@@ -23,11 +23,7 @@ pub struct Head {
 
 impl Head {
     /// A head for batches of `batch` clips and, in recognition, `classes` classes.
-    pub fn new(task: Task, frame_loss: FrameLoss, batch: usize, classes: usize) -> Self {
-        let frame_loss = match frame_loss {
-            FrameLoss::Squared => PixelLoss::Squared,
-            FrameLoss::Absolute => PixelLoss::Absolute,
-        };
+    pub fn new(task: Task, frame_loss: PixelLoss, batch: usize, classes: usize) -> Self {
         let (labels, logits) = (vec![-1; batch], vec![0.0; batch * classes]);
         Head { task, frame_loss, classes, labels, logits, steps: 0, score: Score::default() }
     }

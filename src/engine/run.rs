@@ -138,7 +138,7 @@ fn run(
             let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
             let threads = setup.config.run.threads;
             let body = move || {
-                let work = || kernels::with_threads(threads, || work(setup, w, ends, span));
+                let work = || kernels::with_threads(threads, || work(setup, w, ends, span))?;
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
                 // The main thread waits for exactly one answer of every worker.
@@ -263,6 +263,7 @@ fn module(setup: &Setup, i: usize) -> Result<Module> {
 pub fn update(setup: &Setup, span: &Span) -> Update {
     let train = &setup.config.train;
     Update {
+        rate: train.optimizer.lr(),
         optimizer: Optimizer::new(train.optimizer.clone()),
         schedule: train.schedule.clone(),
         total_clips: span.total,

@@ -81,6 +81,8 @@ pub struct LossEnd {
 
 /// How parameters change.
 pub struct Update {
+    /// The learning rate before the schedule.
+    pub rate: f64,
     /// The optimiser with its state.
     pub optimizer: Optimizer,
     /// Learning rate over the run.

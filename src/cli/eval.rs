@@ -1,0 +1,157 @@
+//! `sideways eval`: top-1, top-5, per class, confusion matrix.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::progress::Progress;
+use crate::checkpoint::Checkpoint;
+use crate::config::{Config, Globs, Task};
+use crate::engine::console::ClipSummary;
+use crate::engine::run::{self, Span};
+use crate::engine::setup::{Purpose, Setup};
+use crate::engine::state::Fit;
+use crate::model::loss::topk_correct;
+use crate::transport::World;
+use crate::{Error, Result};
+
+/// Arguments of `sideways eval`.
+#[derive(Args, Debug)]
+pub struct EvalArgs {
+    /// A checkpoint folder (step-NNNNNNNN), or a run folder, whose newest checkpoint is meant.
+    pub checkpoint: PathBuf,
+    /// Shards to score on; default: the run's data.test.
+    #[arg(long, value_name = "GLOB")]
+    pub data: Vec<String>,
+    /// Override a key of the run's configuration (may be repeated).
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Write the confusion matrix there as CSV (rows: label, columns: prediction).
+    #[arg(long, value_name = "FILE")]
+    pub confusion: Option<PathBuf>,
+    /// Print the result as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Counts over the test clips.
+struct Tally {
+    classes: usize,
+    clips: u64,
+    top1: u64,
+    top5: u64,
+    /// `[label][prediction]`
+    confusion: Vec<u64>,
+}
+
+impl Tally {
+    fn new(classes: usize) -> Self {
+        Tally { classes, clips: 0, top1: 0, top5: 0, confusion: vec![0; classes * classes] }
+    }
+
+    fn add(&mut self, summary: &ClipSummary) {
+        let Some(last) = summary.reports.last().filter(|r| !r.logits.is_empty()) else { return };
+        for (row, &label) in last.logits.chunks_exact(self.classes).zip(&last.labels) {
+            if label < 0.0 {
+                continue;
+            }
+            let label = label as usize;
+            self.clips += 1;
+            self.top1 += u64::from(topk_correct(row, label as i32, 1));
+            self.top5 += u64::from(topk_correct(row, label as i32, 5));
+            let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0);
+            self.confusion[label * self.classes + best] += 1;
+        }
+    }
+
+    fn share(&self, correct: u64) -> f64 {
+        correct as f64 / self.clips.max(1) as f64
+    }
+
+    fn write(&self, names: &[String], path: &Path) -> Result<()> {
+        let quoted: Vec<String> = names.iter().map(|n| format!("\"{}\"", n.replace('"', "\"\""))).collect();
+        let mut text = format!("label,{}\n", quoted.join(","));
+        for (name, row) in quoted.iter().zip(self.confusion.chunks_exact(self.classes)) {
+            let row: Vec<String> = row.iter().map(u64::to_string).collect();
+            text += &format!("{name},{}\n", row.join(","));
+        }
+        std::fs::write(path, text).map_err(|e| Error::io(path, e))
+    }
+}
+
+/// The configuration a checkpoint was trained with, for evaluating: its modules, its overrides, the shards `data`.
+///
+/// # Errors
+/// [`Error::Input`] if checkpoint or overrides are unusable.
+pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Result<Config> {
+    let manifest = checkpoint.manifest();
+    let mut config = Config::parse(&manifest.config, &checkpoint.path().display().to_string(), set)?;
+    if !set.iter().any(|s| s.starts_with("model.modules") || s.starts_with("model.cuts")) {
+        // Where skips go depends on the cut: the one the network was trained with.
+        (config.model.modules, config.model.cuts) = (None, Some(manifest.cuts.clone()));
+    }
+    if !data.is_empty() {
+        config.data.test = Globs::Many(data.to_vec());
+    }
+    Ok(config)
+}
+
+/// Runs it.
+///
+/// # Errors
+/// As the parts.
+pub fn run(args: EvalArgs) -> Result<()> {
+    let world = World::join()?;
+    let planned = Checkpoint::open(&args.checkpoint).and_then(|checkpoint| {
+        let setup = Setup::new(&config_of(&checkpoint, &args.set, &args.data)?, world.size(), Purpose::Evaluate)?;
+        if setup.class_names != checkpoint.manifest().class_names {
+            return Err(Error::input(format!(
+                "the shards have the classes {:?}, but {} was trained on {:?}",
+                setup.class_names,
+                checkpoint.path().display(),
+                checkpoint.manifest().class_names
+            )));
+        }
+        let total = setup.total_clips()?;
+        let span = Span { first: 0, end: total, total, from: Some((checkpoint, Fit::Exact)) };
+        Ok((setup, span))
+    });
+    let (setup, span) = world.first_error(planned)?;
+    let chief = world.rank() == 0;
+    let mut tally = Tally::new(setup.classes);
+    let mut progress = chief.then(|| Progress::new(setup.config.model.task == Task::Recognition));
+    let mut observer = |summary: &ClipSummary| {
+        tally.add(summary);
+        if let Some(progress) = &mut progress {
+            progress.show(summary);
+        }
+    };
+    let totals = run::evaluate(&setup, &world, &span, &mut observer);
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    let totals = totals?;
+    if !chief {
+        return Ok(());
+    }
+    if setup.config.model.task == Task::FutureFrames {
+        println!("loss {:.6} over {} clips", totals.score.loss(), totals.score.clips);
+        return Ok(());
+    }
+    if let Some(path) = &args.confusion {
+        tally.write(&setup.class_names, path)?;
+    }
+    let (top1, top5) = (tally.share(tally.top1), tally.share(tally.top5));
+    if args.json {
+        let loss = totals.score.loss();
+        println!("{}", serde_json::json!({ "clips": tally.clips, "top1": top1, "top5": top5, "loss": loss }));
+        return Ok(());
+    }
+    println!("clips {}  loss {:.4}  top-1 {:.2} %  top-5 {:.2} %", tally.clips, totals.score.loss(), 100.0 * top1, 100.0 * top5);
+    for (k, name) in setup.class_names.iter().enumerate() {
+        let row = &tally.confusion[k * tally.classes..(k + 1) * tally.classes];
+        let clips: u64 = row.iter().sum();
+        println!("  {name}: {:.2} % of {clips}", 100.0 * row[k] as f64 / clips.max(1) as f64);
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! `sideways train`: alone, under mpirun, or under srun.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{logging, progress::Progress};
+use crate::config::{Config, Rule, Task};
+use crate::engine::bp;
+use crate::engine::console::Totals;
+use crate::engine::run::{self, Span};
+use crate::engine::setup::{Purpose, Setup};
+use crate::transport::World;
+use crate::{Error, Result};
+
+/// Arguments of `sideways train`.
+#[derive(Args, Debug)]
+pub struct TrainArgs {
+    /// The run's configuration (TOML).
+    pub config: PathBuf,
+    /// Override a key, e.g. --set train.epochs=2 (may be repeated).
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Print the configuration with every default, and stop.
+    #[arg(long)]
+    pub print_config: bool,
+    /// Check everything without training: shapes, memory and bytes a rank; needs neither ranks nor data.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With --dry-run: how many ranks to plan for.
+    #[arg(long, value_name = "N", requires = "dry_run")]
+    pub ranks: Option<usize>,
+    /// Stop after so many batches of clips with a checkpoint (exit code 75); the same command goes on from there.
+    #[arg(long, value_name = "N")]
+    pub stop_after: Option<u64>,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// As the parts; [`Error::Stopped`] after `--stop-after`.
+pub fn run(args: TrainArgs) -> Result<()> {
+    if args.print_config || args.dry_run {
+        let config = Config::load(&args.config, &args.set)?;
+        config.validate()?;
+        if args.print_config {
+            print!("{}", config.to_toml()?);
+            return Ok(());
+        }
+        return super::dry_run::run(&config, args.ranks);
+    }
+    let world = World::join()?;
+    let planned = Config::load(&args.config, &args.set).and_then(|config| {
+        let setup = Setup::new(&config, world.size(), Purpose::Train)?;
+        let span = Span::of_training(&setup, args.stop_after)?;
+        Ok((setup, span))
+    });
+    let (setup, span) = world.first_error(planned)?;
+    let chief = world.rank() == 0;
+    if chief {
+        logging::also_to(&setup.config.run.dir.join("log.txt"))?;
+        announce(&setup, &world, &span);
+    }
+    if span.first >= span.end {
+        if chief {
+            log::info!("nothing to do: {} of {} batches of clips are done", span.first, span.total);
+        }
+        return Ok(());
+    }
+    let mut progress = chief.then(|| Progress::new(setup.config.model.task == Task::Recognition));
+    let mut observer = |summary: &_| {
+        if let Some(progress) = &mut progress {
+            progress.show(summary);
+        }
+    };
+    let totals = match setup.config.train.rule {
+        Rule::Bp => bp::train(&setup, &span, &mut observer),
+        Rule::Sideways | Rule::SkipSideways => run::train(&setup, &world, &span, &mut observer),
+    };
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    let totals = totals?;
+    if chief {
+        conclude(&setup, &totals);
+    }
+    if span.end < span.total {
+        return Err(Error::Stopped(format!(
+            "stopped after {} of {} batches of clips with a checkpoint; the same command goes on",
+            span.end, span.total
+        )));
+    }
+    Ok(())
+}
+
+fn announce(setup: &Setup, world: &World, span: &Span) {
+    let train = &setup.config.train;
+    let rule = toml::Value::try_from(train.rule).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
+    log::info!(
+        "{rule}: {} modules x {} replicas on {} rank(s), {} parameters; batches of {} x {} clips of {} frames",
+        setup.grid.modules,
+        setup.grid.replicas,
+        world.size(),
+        setup.network.modules.iter().map(|m| m.params).sum::<u64>(),
+        setup.grid.replicas,
+        setup.config.data.batch,
+        setup.config.data.frames,
+    );
+    if let Some((from, _)) = &span.from {
+        log::info!("from {}", from.path().display());
+    }
+    for warning in setup.warnings() {
+        log::warn!("{warning}");
+    }
+}
+
+/// The last module's figures and where every worker's time went.
+fn conclude(setup: &Setup, totals: &Totals) {
+    let recent = &totals.recent;
+    let accuracy = if setup.config.model.task == Task::Recognition {
+        format!(", top-1 {:.1} %", 100.0 * recent.top1 / recent.clips.max(1.0))
+    } else {
+        String::new()
+    };
+    log::info!(
+        "done: {} batches in {:.1} s, {:.0} frames/s; last quarter: loss {:.4}{accuracy}",
+        totals.batches,
+        totals.seconds,
+        totals.frames as f64 / totals.seconds.max(1e-9),
+        recent.loss(),
+    );
+    if setup.config.train.rule == Rule::Bp {
+        return;
+    }
+    log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, other");
+    for (w, time) in totals.time.iter().enumerate() {
+        let (module, replica) = setup.grid.module_and_replica(w);
+        let all = time.total().max(1e-9);
+        let share: Vec<String> = time.to_array().iter().map(|t| format!("{:5.1}", 100.0 * t / all)).collect();
+        log::info!("  module {module} replica {replica} rank {}: {}", setup.grid.rank_of(w), share.join(" "));
+    }
+}
