@@ -167,6 +167,13 @@ fn tenth() -> f64 {
     0.1
 }
 
+impl Default for OptimizerSpec {
+    /// AdamW at 0.001.
+    fn default() -> Self {
+        OptimizerSpec::Adamw { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
 impl Default for ScheduleSpec {
     fn default() -> Self {
         ScheduleSpec::Constant { warmup: 0 }

@@ -100,8 +100,7 @@ pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Re
 ///
 /// # Errors
 /// As the parts.
-pub fn run(args: EvalArgs) -> Result<()> {
-    let world = World::join()?;
+pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let planned = Checkpoint::open(&args.checkpoint).and_then(|checkpoint| {
         let setup = Setup::new(&config_of(&checkpoint, &args.set, &args.data)?, world.size(), Purpose::Evaluate)?;
         if setup.class_names != checkpoint.manifest().class_names {
@@ -126,7 +125,7 @@ pub fn run(args: EvalArgs) -> Result<()> {
             progress.show(summary);
         }
     };
-    let totals = run::evaluate(&setup, &world, &span, &mut observer);
+    let totals = run::evaluate(&setup, world, &span, &mut observer);
     if let Some(progress) = progress {
         progress.finish();
     }

@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 
 use crate::Result;
+use crate::transport::World;
 
 pub mod data;
 pub mod dry_run;
@@ -32,14 +33,24 @@ pub enum Command {
     Eval(eval::EvalArgs),
 }
 
-/// Runs a command.
-///
-/// # Errors
-/// What the command says; [`crate::Error::exit_code`] is the process's.
-pub fn run(cli: Cli) -> Result<()> {
+/// Runs a command, logs its error, and returns the process's exit code: 0 done, 2 bad usage, configuration or input, 75
+/// stopped early with a checkpoint, 1 else.
+pub fn run(cli: Cli) -> i32 {
     match cli.command {
-        Command::Data(command) => data::run(command),
-        Command::Train(args) => train::run(args),
-        Command::Eval(args) => eval::run(args),
+        Command::Data(command) => World::Alone.conclude(data::run(command)),
+        Command::Train(args) if args.plans_only() => World::Alone.conclude(train::plan(&args)),
+        Command::Train(args) => with_world(|world| train::run(world, &args)),
+        Command::Eval(args) => with_world(|world| eval::run(world, &args)),
+    }
+}
+
+/// Runs a command on all ranks of this job.
+fn with_world(command: impl FnOnce(&World) -> Result<()>) -> i32 {
+    match World::join() {
+        Ok(world) => {
+            let result = command(&world);
+            world.conclude(result)
+        }
+        Err(error) => World::Alone.conclude(Err(error)),
     }
 }

@@ -35,21 +35,32 @@ pub struct TrainArgs {
     pub stop_after: Option<u64>,
 }
 
-/// Runs it.
+impl TrainArgs {
+    /// Is this a question about the configuration, which needs no ranks?
+    pub fn plans_only(&self) -> bool {
+        self.print_config || self.dry_run
+    }
+}
+
+/// `--print-config` and `--dry-run`.
+///
+/// # Errors
+/// Whatever in the configuration cannot work.
+pub fn plan(args: &TrainArgs) -> Result<()> {
+    let config = Config::load(&args.config, &args.set)?;
+    config.validate()?;
+    if args.print_config {
+        print!("{}", config.to_toml()?);
+        return Ok(());
+    }
+    super::dry_run::run(&config, args.ranks)
+}
+
+/// Trains.
 ///
 /// # Errors
 /// As the parts; [`Error::Stopped`] after `--stop-after`.
-pub fn run(args: TrainArgs) -> Result<()> {
-    if args.print_config || args.dry_run {
-        let config = Config::load(&args.config, &args.set)?;
-        config.validate()?;
-        if args.print_config {
-            print!("{}", config.to_toml()?);
-            return Ok(());
-        }
-        return super::dry_run::run(&config, args.ranks);
-    }
-    let world = World::join()?;
+pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
     let planned = Config::load(&args.config, &args.set).and_then(|config| {
         let setup = Setup::new(&config, world.size(), Purpose::Train)?;
         let span = Span::of_training(&setup, args.stop_after)?;
@@ -59,7 +70,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let chief = world.rank() == 0;
     if chief {
         logging::also_to(&setup.config.run.dir.join("log.txt"))?;
-        announce(&setup, &world, &span);
+        announce(&setup, world, &span);
     }
     if span.first >= span.end {
         if chief {
@@ -75,7 +86,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     };
     let totals = match setup.config.train.rule {
         Rule::Bp => bp::train(&setup, &span, &mut observer),
-        Rule::Sideways | Rule::SkipSideways => run::train(&setup, &world, &span, &mut observer),
+        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &mut observer),
     };
     if let Some(progress) = progress {
         progress.finish();

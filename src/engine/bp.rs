@@ -71,7 +71,7 @@ pub fn train(setup: &Setup, span: &Span, observer: Observer) -> Result<Totals> {
             console.batch(clip, trainer.reports(report))?;
         }
         Ok::<_, Error>(())
-    })?;
+    })??;
     Ok(console.totals())
 }
 

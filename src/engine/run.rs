@@ -138,11 +138,11 @@ fn run(
             let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
             let threads = setup.config.run.threads;
             let body = move || {
-                let work = || kernels::with_threads(threads, || work(setup, w, ends, span))?;
+                let work = || kernels::with_threads(threads, || work(setup, w, ends, span)).and_then(|done| done);
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
                 // The main thread waits for exactly one answer of every worker.
-                let _ = done.send((Some((i, r)), result));
+                let _ = done.send(result);
             };
             let name = format!("module-{i}.{r}");
             std::thread::Builder::new()
@@ -154,16 +154,16 @@ fn run(
         if world.rank() == 0 {
             let (done, console) = (done.clone(), &mut console);
             scope.spawn(move || {
-                let _ = done.send((None, watch(console, &mut reports, span, batch)));
+                let _ = done.send(watch(console, &mut reports, span, batch));
             });
             running += 1;
         }
         for _ in 0..running {
-            let Ok((who, result)) = finished.recv() else { break };
+            let Ok(result) = finished.recv() else { break };
             if let Err(e) = result {
                 // The first error is the cause; what others say after it follows from it.
                 breaker.trip();
-                return Err(world.fail(who, e));
+                return Err(e);
             }
         }
         Ok(())
