@@ -20,14 +20,16 @@ use std::time::Duration;
 
 use crate::{Error, Result};
 
+mod launch;
 mod link;
 mod local;
 pub mod message;
+mod mpi;
 pub mod world;
 
 pub use link::Breaker;
 pub use message::{HEADER_WORDS, Header, Kind};
-pub use world::World;
+pub use world::{World, hostname};
 
 use link::Link;
 
@@ -89,6 +91,8 @@ impl Endpoints {
 pub enum Sender {
     /// To a worker of the same process.
     Local(local::Sender),
+    /// To a worker of another rank.
+    Mpi(mpi::Sender),
 }
 
 /// Calls the same method on whichever variant there is.
@@ -96,6 +100,7 @@ macro_rules! each {
     ($end:expr, $kind:ident, $x:ident => $body:expr) => {
         match $end {
             $kind::Local($x) => $body,
+            $kind::Mpi($x) => $body,
         }
     };
 }
@@ -147,6 +152,8 @@ impl Sender {
 pub enum Receiver {
     /// From a worker of the same process.
     Local(local::Receiver),
+    /// From a worker of another rank.
+    Mpi(mpi::Receiver),
 }
 
 impl Receiver {
@@ -216,17 +223,43 @@ impl Receiver {
 /// when MPI refuses.
 pub fn connect(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
     world.first_error(check(world, rank_of_worker, links, timeout))?;
+    let list = format!("{links:?} {rank_of_worker:?} {timeout:?}");
+    world.agree(xxhash_rust::xxh3::xxh3_64(list.as_bytes()), "the list of links between modules")?;
+    // Doubles as a barrier: when it returns, every rank's receives are posted.
+    world.first_error(open(world, rank_of_worker, links, timeout))
+}
+
+/// Makes this rank's ends of the links.
+fn open(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
+    let opening = match world {
+        World::Mpi(ranks) if ranks.session.size > 1 => Some(ranks.session.open()?),
+        _ => None,
+    };
     let breaker = Breaker::default();
     let mut endpoints = Endpoints { senders: Vec::new(), receivers: Vec::new(), breaker: breaker.clone() };
     let here = world.rank();
     for spec in links {
         let (from_rank, to_rank) = (rank_of_worker[spec.from], rank_of_worker[spec.to]);
         let link = Arc::new(Link { spec: spec.clone(), from_rank, to_rank, timeout, breaker: breaker.clone() });
-        if from_rank == here && to_rank == here {
-            let (sender, receiver) = local::pair(&link);
-            endpoints.senders.push((spec.id, Sender::Local(sender)));
-            endpoints.receivers.push((spec.id, Receiver::Local(receiver)));
+        match &opening {
+            _ if from_rank == to_rank && from_rank == here => {
+                let (sender, receiver) = local::pair(&link);
+                endpoints.senders.push((spec.id, Sender::Local(sender)));
+                endpoints.receivers.push((spec.id, Receiver::Local(receiver)));
+            }
+            Some(opening) if from_rank == here => {
+                endpoints.senders.push((spec.id, Sender::Mpi(opening.sender(&link)?)));
+            }
+            Some(opening) if to_rank == here => {
+                endpoints.receivers.push((spec.id, Receiver::Mpi(opening.receiver(&link)?)));
+            }
+            _ => {}
         }
+    }
+    if let World::Mpi(ranks) = world
+        && opening.is_some()
+    {
+        ranks.session.start_progress()?;
     }
     Ok(endpoints)
 }
@@ -265,5 +298,8 @@ fn check(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: D
             ));
         }
     }
-    Ok(())
+    match world {
+        World::Mpi(ranks) => ranks.session.check_tags(links),
+        World::Alone => Ok(()),
+    }
 }

@@ -1,31 +1,202 @@
 //! Which ranks there are, and what they do together before and after training.
 
-use crate::Result;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::launch::{self, Launch};
+use super::mpi::{Baseline, Session};
+use crate::{Error, Result};
 
 /// The ranks of this run: this process alone, or an MPI job.
+///
+/// Its collective methods ([`World::gather`], [`World::agree`], [`World::first_error`], [`super::connect`]) must be
+/// called by all ranks in the same order, and are for the start and the end of a run: while they last, no
+/// message of a link moves.
+///
+/// Dropped, it ends MPI and waits for the other ranks; a rank that fails alone must call [`World::conclude`] or
+/// [`World::abort`] instead, and one that panics aborts the job by itself.
 pub enum World {
     /// One process, its workers are threads.
     Alone,
+    /// One rank of an MPI job.
+    Mpi(Ranks),
+}
+
+/// A rank of an MPI job.
+pub struct Ranks {
+    pub(super) session: Arc<Session>,
+    /// The present error is known to all ranks, so nobody needs to be stopped.
+    shared_error: AtomicBool,
 }
 
 impl World {
     /// Finds out how this process was started and joins the other ranks, if there are any.
+    ///
+    /// MPI is initialised only when a launcher (mpirun, srun with PMIx or PMI) is seen in the environment; a
+    /// program run plainly, also inside the shell of `salloc` or the script of `sbatch`, is one process. Call it once.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the launcher started several processes that cannot find each other, or MPI does not
+    /// support threads; [`Error::Transport`] when MPI fails.
     pub fn join() -> Result<World> {
-        Ok(World::Alone)
+        match launch::detect(|name| std::env::var(name).ok())? {
+            Launch::Alone => Ok(World::Alone),
+            Launch::Rank { size, by } => {
+                let session = Session::start()?;
+                launch::check_size(session.size, size, by)?;
+                Ok(World::Mpi(Ranks { session: Arc::new(session), shared_error: AtomicBool::new(false) }))
+            }
+        }
     }
 
     /// This process's number, from 0.
     pub fn rank(&self) -> usize {
-        0
+        match self {
+            World::Alone => 0,
+            World::Mpi(ranks) => ranks.session.rank,
+        }
     }
 
     /// How many processes there are.
     pub fn size(&self) -> usize {
-        1
+        match self {
+            World::Alone => 1,
+            World::Mpi(ranks) => ranks.session.size,
+        }
     }
 
-    /// Makes one rank's error every rank's error.
+    /// This process's number among those of its node (they share memory), from 0.
+    pub fn local_rank(&self) -> usize {
+        match self {
+            World::Alone => 0,
+            World::Mpi(ranks) => ranks.session.place.0,
+        }
+    }
+
+    /// How many processes the node has.
+    pub fn local_size(&self) -> usize {
+        match self {
+            World::Alone => 1,
+            World::Mpi(ranks) => ranks.session.place.1,
+        }
+    }
+
+    /// Every rank's bytes, in rank order. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when MPI fails.
+    pub fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        match self {
+            World::Alone => Ok(vec![bytes.to_vec()]),
+            World::Mpi(ranks) => ranks.session.gather(bytes),
+        }
+    }
+
+    /// Checks that `hash` is the same on all ranks; `what` it is of is for the error. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Input`], on every rank, naming the ranks whose hash is not rank 0's.
+    pub fn agree(&self, hash: u64, what: &str) -> Result<()> {
+        let mut mine = hash.to_le_bytes().to_vec();
+        mine.extend(hostname().into_bytes());
+        let all = self.gather(&mine)?;
+        let name = |rank: usize| format!("rank {rank} ({})", String::from_utf8_lossy(&all[rank][8..]));
+        let differ: Vec<usize> = (0..all.len()).filter(|&rank| all[rank][..8] != all[0][..8]).collect();
+        if differ.is_empty() {
+            return Ok(());
+        }
+        self.mark_shared();
+        let names: Vec<String> = differ.iter().map(|&rank| name(rank)).collect();
+        Err(Error::input(format!(
+            "{what} is not the same on all ranks: {} differ from {}. Start every rank with the same files and options",
+            names.join(", "),
+            name(0)
+        )))
+    }
+
+    /// Makes one rank's error every rank's error, so that all stop together and one of them prints it. Collective.
+    ///
+    /// # Errors
+    /// That of the lowest rank that has one, with its rank named unless all ranks have the same.
     pub fn first_error<T>(&self, result: Result<T>) -> Result<T> {
-        result
+        let World::Mpi(_) = self else { return result };
+        let mine = match &result {
+            Ok(_) => Vec::new(),
+            Err(error) => [&[error.exit_code() as u8][..], error.to_string().as_bytes()].concat(),
+        };
+        let all = self.gather(&mine)?;
+        let failed: Vec<usize> = (0..all.len()).filter(|&rank| !all[rank].is_empty()).collect();
+        let Some(&first) = failed.first() else { return result };
+        self.mark_shared();
+        let mut text = String::from_utf8_lossy(&all[first][1..]).into_owned();
+        if failed.len() < all.len() || failed.iter().any(|&rank| all[rank] != all[first]) {
+            text = format!("rank {first}: {text}");
+            if failed.len() > 1 {
+                text += &format!(" (and {} more ranks failed)", failed.len() - 1);
+            }
+        }
+        Err(match all[first][0] {
+            2 => Error::Input(text),
+            75 => Error::Stopped(text),
+            _ => Error::Run(text),
+        })
+    }
+
+    /// Ends this rank's run and returns the process's exit code.
+    ///
+    /// After success, a regular stop, or an error that all ranks share (from [`World::agree`] or
+    /// [`World::first_error`]) MPI is ended in an orderly way, and rank 0 alone logs the error. An error of this
+    /// rank alone is logged with its rank and host, and takes the whole job down: then this does not return.
+    pub fn conclude(self, result: Result<()>) -> i32 {
+        let Err(error) = result else { return 0 };
+        let code = error.exit_code();
+        match &self {
+            World::Mpi(ranks) if self.size() > 1 => {
+                let shared = ranks.shared_error.load(Ordering::Relaxed) || matches!(error, Error::Stopped(_));
+                if !shared {
+                    log::error!("rank {} on {}: {error}", self.rank(), hostname());
+                    self.abort(code);
+                }
+                if self.rank() == 0 {
+                    log::error!("{error}");
+                }
+            }
+            _ => log::error!("{error}"),
+        }
+        code
+    }
+
+    /// Ends the process at once, and with it the whole job.
+    pub fn abort(&self, code: i32) -> ! {
+        match self {
+            World::Alone => std::process::exit(code),
+            World::Mpi(ranks) => ranks.session.abort(code),
+        }
+    }
+
+    /// MPI's own speed between ranks 0 and 1, to compare links with; `None` alone. Collective.
+    pub(crate) fn baseline(&self, words: usize) -> Result<Option<Baseline>> {
+        match self {
+            World::Alone => Ok(None),
+            World::Mpi(ranks) => Baseline::new(&ranks.session, words).map(Some),
+        }
+    }
+
+    fn mark_shared(&self) {
+        if let World::Mpi(ranks) = self {
+            ranks.shared_error.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// This machine's name, up to the first dot.
+pub fn hostname() -> String {
+    let mut bytes = [0u8; 256];
+    // SAFETY: the length is the buffer's; the last byte stays zero.
+    let code = unsafe { libc::gethostname(bytes.as_mut_ptr().cast(), bytes.len() - 1) };
+    let length = bytes.iter().position(|byte| *byte == 0).unwrap_or(0);
+    match code == 0 && length > 0 {
+        true => String::from_utf8_lossy(&bytes[..length]).split('.').next().unwrap_or_default().to_string(),
+        false => "unknown host".to_string(),
     }
 }

@@ -1,0 +1,388 @@
+//! Links between processes, through MPI's persistent requests.
+//!
+//! Each buffer of a link has one request, made at connect: a persistent send or receive. Receives are started at
+//! connect and again on release, sends when a message is ready, both in ring order, which is the order MPI matches
+//! them in. All of a rank's requests stand in one [`Table`], behind the rank's one lock. Whoever waits tests them
+//! all at once ([`Table::drive`]), so a waiting worker also moves its neighbours' messages, and when nobody waits
+//! a thread does it (see [`progress`]).
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::link::Link;
+use super::message::{Buffer, HEADER_WORDS};
+use crate::{Error, Result};
+
+mod calls;
+mod endpoint;
+mod progress;
+mod raw;
+
+use calls::{Comm, Completions, Request, Tested};
+pub use endpoint::{Receiver, Sender};
+pub(crate) use raw::Baseline;
+
+/// How long a dropped end waits for its messages still in flight before it leaves them behind.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A buffer of this side belongs to the worker.
+const MINE: u8 = 0;
+/// It is in MPI's hands.
+const FLYING: u8 = 1;
+/// Its request failed; it stays untouched.
+const FAILED: u8 = 2;
+
+/// One buffer, owned in turn by the worker's end and by MPI.
+struct Slot {
+    buffer: UnsafeCell<Buffer>,
+    state: AtomicU8,
+    /// Words that came, header included.
+    received: AtomicU32,
+}
+
+// SAFETY: `state` says who may touch the buffer; it changes hands with acquire and release ordering.
+unsafe impl Sync for Slot {}
+
+impl Slot {
+    fn new(words: usize) -> Slot {
+        let buffer = UnsafeCell::new(Buffer::new(words));
+        Slot { buffer, state: AtomicU8::new(MINE), received: AtomicU32::new(0) }
+    }
+
+    fn is_mine(&self) -> bool {
+        self.state.load(Ordering::Acquire) == MINE
+    }
+}
+
+/// A request of the table, and what it serves.
+struct Entry {
+    slot: Arc<Slot>,
+    /// The persistent request; the table's own place may hold a one-off send of a shorter message instead.
+    persistent: Request,
+    sending: bool,
+    comm: Comm,
+    link: Arc<Link>,
+    words: usize,
+    /// Its end was dropped: outcomes no longer matter.
+    retired: bool,
+}
+
+/// All requests of this rank. Exists once, inside the rank's lock.
+#[derive(Default)]
+struct Table {
+    requests: Vec<Request>,
+    entries: Vec<Option<Entry>>,
+    completions: Completions,
+    comm: Option<Comm>,
+    sends_flying: usize,
+    failure: Option<String>,
+}
+
+impl Table {
+    /// Lets MPI work, and hands back the buffers of requests that completed. Returns how many did.
+    fn drive(&mut self) -> Result<usize> {
+        if let Some(failure) = &self.failure {
+            return Err(Error::Transport(failure.clone()));
+        }
+        let completed = match self.completions.test_some(&mut self.requests)? {
+            Tested::Completed(number) => number,
+            Tested::NoneActive => {
+                self.comm.map_or(Ok(()), Comm::progress)?;
+                0
+            }
+        };
+        for n in 0..completed {
+            let (index, outcome) = self.completions.outcome(n);
+            let Some(entry) = &self.entries[index] else { continue };
+            self.requests[index] = entry.persistent;
+            self.sends_flying -= usize::from(entry.sending);
+            match outcome {
+                Ok(words) => {
+                    entry.slot.received.store(words as u32, Ordering::Relaxed);
+                    entry.slot.state.store(MINE, Ordering::Release);
+                }
+                Err(_) if entry.retired => entry.slot.state.store(MINE, Ordering::Release),
+                Err(text) => {
+                    entry.slot.state.store(FAILED, Ordering::Release);
+                    let rank = if entry.sending { entry.link.from_rank } else { entry.link.to_rank };
+                    self.failure = Some(entry.link.error(rank, text).to_string());
+                }
+            }
+        }
+        match &self.failure {
+            Some(failure) => Err(Error::Transport(failure.clone())),
+            None => Ok(completed),
+        }
+    }
+
+    /// Adds a request with its buffer; returns its place.
+    fn add(&mut self, entry: Entry) -> usize {
+        let request = entry.persistent;
+        let index = self.entries.iter().position(Option::is_none).unwrap_or(self.entries.len());
+        if index == self.entries.len() {
+            self.entries.push(Some(entry));
+            self.requests.push(request);
+            self.completions.reserve(self.requests.len());
+        } else {
+            (self.entries[index], self.requests[index]) = (Some(entry), request);
+        }
+        index
+    }
+
+    /// Gives a buffer to MPI: starts its receive, or the send of its first `words` words, header included.
+    fn start(&mut self, index: usize, words: usize) -> Result<()> {
+        let Some(entry) = &self.entries[index] else { return Ok(()) };
+        debug_assert!(entry.slot.is_mine());
+        // SAFETY: the buffer belongs to the calling end (MINE), lives as long as its entry, and is FLYING, so
+        // untouched, from here until `drive` sees the request complete.
+        unsafe {
+            if words == entry.words {
+                self.requests[index].start()?;
+            } else {
+                let (to, tag) = (entry.link.to_rank, entry.link.spec.id);
+                let start = (*entry.slot.buffer.get()).start();
+                self.requests[index] = entry.comm.send(start, words, to, tag)?;
+            }
+        }
+        entry.slot.state.store(FLYING, Ordering::Release);
+        self.sends_flying += usize::from(entry.sending);
+        Ok(())
+    }
+
+    /// Frees a request whose buffer is ours again.
+    fn remove(&mut self, index: usize) -> Result<()> {
+        let Some(mut entry) = self.entries[index].take() else { return Ok(()) };
+        self.requests[index] = Request::null();
+        entry.persistent.free()
+    }
+}
+
+/// What the threads of a rank share: its lock, and all that stands behind it.
+pub(super) struct Core {
+    table: Mutex<Table>,
+    /// Workers polling at the moment: the progress thread leaves it to them.
+    waiting: AtomicUsize,
+    stop: AtomicBool,
+    /// A worker panicked or a request failed: the job must be aborted, not finalised.
+    broken: AtomicBool,
+    progress: OnceLock<std::thread::Thread>,
+}
+
+impl Core {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // A worker that panicked inside left the table whole: MPI's calls do not unwind.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets MPI work unless another thread is at it; `None` then.
+    fn try_drive(&self) -> Result<Option<usize>> {
+        let mut table = match self.table.try_lock() {
+            Ok(table) => table,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+        };
+        table.drive().map(Some).inspect_err(|_| self.broken.store(true, Ordering::Relaxed))
+    }
+
+    /// Polls until `slot` is ours; `late` is the error when the link's timeout has passed.
+    fn wait_for(&self, slot: &Slot, link: &Link, late: impl Fn() -> Error) -> Result<()> {
+        if slot.is_mine() {
+            return link.breaker.check();
+        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let mut pause = progress::Backoff::new();
+        let outcome = loop {
+            if let Err(error) = link.breaker.check().and_then(|()| self.try_drive().map(|_| ())) {
+                break Err(error);
+            }
+            if slot.is_mine() {
+                break Ok(());
+            }
+            if pause.elapsed() >= link.timeout {
+                break Err(late());
+            }
+            pause.wait();
+        };
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        outcome
+    }
+
+    /// Gives back the request at `index` when its end is dropped. A message that is still in flight is waited for
+    /// (a send) or given up (a receive), for a short while; failing that its buffer stays until the end.
+    fn retire(&self, index: usize, hurry: bool) {
+        let start = Instant::now();
+        let mut table = self.lock();
+        let Some(entry) = table.entries[index].as_mut() else { return };
+        entry.retired = true;
+        let (slot, sending, link) = (entry.slot.clone(), entry.sending, entry.link.clone());
+        if !slot.is_mine() && !sending && table.requests[index].cancel().is_err() {
+            return;
+        }
+        while !slot.is_mine() {
+            let grace = if hurry { Duration::ZERO } else { GRACE };
+            if table.drive().is_err() || start.elapsed() > grace {
+                log::debug!("{}: a message was still in flight when its end was dropped", link.describe());
+                return;
+            }
+            drop(table);
+            std::thread::yield_now();
+            table = self.lock();
+        }
+        if let Err(error) = table.remove(index) {
+            log::debug!("{}: {error}", link.describe());
+        }
+    }
+}
+
+/// MPI, initialised. Dropped last, it finalises MPI, or aborts the job if this rank failed.
+pub(super) struct Session {
+    pub(super) core: Arc<Core>,
+    comm: Comm,
+    pub(super) rank: usize,
+    pub(super) size: usize,
+    /// This rank's place on its node, and how many ranks the node has.
+    pub(super) place: (usize, usize),
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Session {
+    /// Initialises MPI and looks around. Collective.
+    pub(super) fn start() -> Result<Session> {
+        calls::initialise()?;
+        let comm = Comm::duplicate_world()?;
+        let (rank, size) = comm.rank_and_size()?;
+        let place = comm.place_on_node()?;
+        log::debug!("rank {rank} of {size}, {} on its node: {}", place.0, calls::library());
+        let core = Core {
+            table: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            progress: OnceLock::new(),
+        };
+        Ok(Session { core: Arc::new(core), comm, rank, size, place, thread: Mutex::new(None) })
+    }
+
+    /// Every rank's bytes, in rank order. Collective.
+    pub(super) fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let _calls = self.core.lock();
+        self.comm.gather(bytes, self.size)
+    }
+
+    /// Takes the whole job down, whatever state MPI is in.
+    pub(super) fn abort(&self, code: i32) -> ! {
+        let watchdog = move || {
+            std::thread::sleep(Duration::from_secs(5));
+            // SAFETY: ends the process without running anything that might hang.
+            unsafe { libc::_exit(code) }
+        };
+        let _ = std::thread::Builder::new().name("sideways-abort".into()).spawn(watchdog);
+        let start = Instant::now();
+        let calls = loop {
+            match self.core.table.try_lock() {
+                Ok(guard) => break Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => break Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if start.elapsed() > Duration::from_secs(1) => break None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        calls::abort(code);
+        drop(calls);
+        std::process::exit(code)
+    }
+
+    /// Checks what only MPI knows about a list of links.
+    pub(super) fn check_tags(&self, links: &[super::LinkSpec]) -> Result<()> {
+        let largest = self.comm.largest_tag()?;
+        match links.iter().find(|link| link.id > largest) {
+            Some(link) => Err(Error::input(format!(
+                "link {} \"{}\": its number is above this MPI library's largest tag {largest}",
+                link.id, link.name
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// A communicator for one set of links. Collective, and never freed: a run makes one or two.
+    pub(super) fn open(self: &Arc<Self>) -> Result<Opening> {
+        let comm = Comm::duplicate_world()?;
+        self.core.lock().comm = Some(comm);
+        Ok(Opening { session: self.clone(), comm })
+    }
+
+    /// Starts the thread that drives MPI while workers compute, if it does not run yet.
+    pub(super) fn start_progress(&self) -> Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_none() && !progress::disabled() {
+            let handle = progress::spawn(self.core.clone())?;
+            let _ = self.core.progress.set(handle.thread().clone());
+            *thread = Some(handle);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if std::thread::panicking() || self.core.broken.load(Ordering::Relaxed) {
+            self.abort(1);
+        }
+        self.core.stop.store(true, Ordering::Relaxed);
+        if let Some(handle) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            handle.thread().unpark();
+            let _ = handle.join();
+        }
+        if let Err(error) = calls::finalise() {
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// Makes the ends of one set of links.
+pub(super) struct Opening {
+    session: Arc<Session>,
+    comm: Comm,
+}
+
+impl Opening {
+    /// The sending end of a link to another rank.
+    pub(super) fn sender(&self, link: &Arc<Link>) -> Result<Sender> {
+        Ok(Sender::new(self.session.clone(), link.clone(), self.ring(link, true)?))
+    }
+
+    /// The receiving end of a link from another rank; its receives are posted.
+    pub(super) fn receiver(&self, link: &Arc<Link>) -> Result<Receiver> {
+        let ring = self.ring(link, false)?;
+        let mut table = self.session.core.lock();
+        for (index, _) in &ring {
+            table.start(*index, HEADER_WORDS + link.spec.words)?;
+        }
+        drop(table);
+        Ok(Receiver::new(self.session.clone(), link.clone(), ring))
+    }
+
+    /// A link's buffers on this side, each with its request.
+    fn ring(&self, link: &Arc<Link>, sending: bool) -> Result<Vec<(usize, Arc<Slot>)>> {
+        let words = HEADER_WORDS + link.spec.words;
+        let mut table = self.session.core.lock();
+        let mut ring = Vec::with_capacity(link.spec.depth);
+        for _ in 0..link.spec.depth {
+            let slot = Arc::new(Slot::new(link.spec.words));
+            // SAFETY: the entry keeps the slot, so its memory, until the request is freed; see `Table::start`.
+            let persistent = unsafe {
+                let start = (*slot.buffer.get()).start();
+                match sending {
+                    true => self.comm.send_init(start, words, link.to_rank, link.spec.id),
+                    false => self.comm.receive_init(start, words, link.from_rank, link.spec.id),
+                }
+            }?;
+            let (comm, link) = (self.comm, link.clone());
+            let entry = Entry { slot: slot.clone(), persistent, sending, comm, link, words, retired: false };
+            ring.push((table.add(entry), slot));
+        }
+        Ok(ring)
+    }
+}

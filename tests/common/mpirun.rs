@@ -1,0 +1,67 @@
+//! Runs a program on several MPI ranks of this machine, and never longer than allowed.
+
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Runs `program args` on `n` ranks, more than cores if need be, and returns what they wrote.
+///
+/// A job that is still running after `timeout` is killed, ranks included, and its exit status is that of a
+/// process killed by signal 9; its standard error ends with a line that says so.
+pub fn mpirun(n: usize, program: &Path, args: &[&str], env: &[(&str, &str)], timeout: Duration) -> Output {
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]);
+    command.args(["-n", &n.to_string()]).arg(program).args(args);
+    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.envs(env.iter().copied());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut job = command.spawn().expect("mpirun starts (apt-get install openmpi-bin)");
+    let (stdout, stderr) = (read(job.stdout.take().unwrap()), read(job.stderr.take().unwrap()));
+    let start = Instant::now();
+    let mut late = false;
+    let status = loop {
+        if let Some(status) = job.try_wait().expect("mpirun can be waited for") {
+            break status;
+        }
+        if start.elapsed() > timeout {
+            late = true;
+            // mpirun puts each rank into a process group of its own, so its children are looked up.
+            for process in descendants(job.id()).into_iter().chain([job.id()]) {
+                // SAFETY: a signal to a process this test started.
+                unsafe { libc::kill(process as i32, libc::SIGKILL) };
+            }
+            job.wait().expect("mpirun can be waited for");
+            break ExitStatus::from_raw(libc::SIGKILL);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let (stdout, mut stderr) = (stdout.join().unwrap(), stderr.join().unwrap());
+    if late {
+        stderr.extend(format!("\nkilled by the test after {:.0} s\n", timeout.as_secs_f64()).bytes());
+    }
+    Output { status, stdout, stderr }
+}
+
+/// Both outputs of a job, for assertions and for the reader of a failed one.
+#[allow(dead_code)] // not every test program needs it
+pub fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("{}\n--- standard output\n{out}\n--- standard error\n{err}", output.status)
+}
+
+fn read(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = from.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// The children of a process, and theirs.
+fn descendants(of: u32) -> Vec<u32> {
+    let tasks = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
+    let children = tasks.split_whitespace().filter_map(|id| id.parse().ok());
+    children.flat_map(|child| [vec![child], descendants(child)].concat()).collect()
+}

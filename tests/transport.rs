@@ -1,0 +1,459 @@
+//! One workload over links, run on threads of one process and on MPI ranks, and what happens when things fail.
+//!
+//! An MPI test runs this very program under mpirun; its ranks run one of the functions marked `ignore`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use sideways::transport::{Endpoints, Header, Kind, LinkSpec, Receiver, Sender, World, connect};
+use sideways::{Error, Result};
+
+mod common;
+use common::mpirun::{mpirun, text};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A chain of workers with links down, back up and skips of some spans, each with one tick of delay.
+#[derive(Clone, Copy)]
+struct Workload {
+    workers: usize,
+    spans: &'static [usize],
+    words: usize,
+    depth: usize,
+    ticks: u64,
+    /// Release a message only after the next tick's messages are sent.
+    hold: bool,
+    /// Every other message is shorter than the link allows.
+    shorter: bool,
+}
+
+impl Workload {
+    fn links(&self) -> Vec<LinkSpec> {
+        let mut links = Vec::new();
+        for span in [1].iter().chain(self.spans) {
+            for from in 0..self.workers.saturating_sub(*span) {
+                let to = from + span;
+                for (kind, from, to) in [(Kind::Activation, from, to), (Kind::Cotangent, to, from)] {
+                    let id = links.len() as u32;
+                    let name = format!("module {} -> {}", from + 1, to + 1);
+                    links.push(LinkSpec { id, kind, from, to, words: self.words, depth: self.depth, name });
+                }
+            }
+        }
+        links
+    }
+
+    fn header(&self, link: &LinkSpec, tick: u64) -> Header {
+        let words = if self.shorter && tick % 2 == 1 { 1 + self.words / 2 } else { self.words };
+        link.header(tick / 5, (tick % 5) as u32, [words as u32, 1, 1, 1]).stamped(tick, 0)
+    }
+
+    /// Runs the workers that belong to this rank, each on a thread, and checks every word that arrives.
+    fn run(&self, world: &World, rank_of_worker: &[usize]) -> Result<()> {
+        let links = self.links();
+        let mut endpoints = connect(world, rank_of_worker, &links, MINUTE)?;
+        let breaker = endpoints.breaker();
+        std::thread::scope(|scope| {
+            let mine = (0..self.workers).filter(|worker| rank_of_worker[*worker] == world.rank());
+            let threads: Vec<_> = mine
+                .map(|worker| {
+                    let (senders, receivers) = ends(&mut endpoints, &links, worker);
+                    let breaker = breaker.clone();
+                    scope.spawn(move || {
+                        self.work(senders, receivers).inspect_err(|error| breaker.trip(error.to_string()))
+                    })
+                })
+                .collect();
+            threads.into_iter().try_for_each(|thread| thread.join().expect("no worker panics"))
+        })
+    }
+
+    fn work(&self, mut senders: Vec<(LinkSpec, Sender)>, mut receivers: Vec<(LinkSpec, Receiver)>) -> Result<()> {
+        for tick in 0..=self.ticks {
+            for (link, receiver) in receivers.iter_mut().filter(|_| tick > 0) {
+                let expected = self.header(link, tick - 1);
+                check(receiver.wait(&expected)?, link.id, tick - 1)?;
+                if !self.hold {
+                    receiver.release()?;
+                }
+            }
+            for (link, sender) in senders.iter_mut().filter(|_| tick < self.ticks) {
+                let header = self.header(link, tick);
+                fill(&mut sender.slot()?[..header.words as usize], link.id, tick);
+                sender.start(&header)?;
+            }
+            for (link, receiver) in receivers.iter_mut().filter(|_| tick > 0 && self.hold) {
+                check(receiver.wait(&self.header(link, tick - 1))?, link.id, tick - 1)?;
+                receiver.release()?;
+            }
+        }
+        senders.iter_mut().try_for_each(|(_, sender)| sender.flush())
+    }
+}
+
+type Ends = (Vec<(LinkSpec, Sender)>, Vec<(LinkSpec, Receiver)>);
+
+fn ends(endpoints: &mut Endpoints, links: &[LinkSpec], worker: usize) -> Ends {
+    let (out, inward) = (links.iter().filter(|l| l.from == worker), links.iter().filter(|l| l.to == worker));
+    (
+        out.map(|link| (link.clone(), endpoints.sender(link.id).expect("a sender"))).collect(),
+        inward.map(|link| (link.clone(), endpoints.receiver(link.id).expect("a receiver"))).collect(),
+    )
+}
+
+/// Words no other message has, none of them a NaN.
+fn word(link: u32, tick: u64, place: usize) -> f32 {
+    let mixed = (u64::from(link) << 40 ^ tick << 24 ^ place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    f32::from_bits((mixed >> 32) as u32 & 0x3fff_ffff)
+}
+
+fn fill(payload: &mut [f32], link: u32, tick: u64) {
+    payload.iter_mut().enumerate().for_each(|(place, value)| *value = word(link, tick, place));
+}
+
+fn check(payload: &[f32], link: u32, tick: u64) -> Result<()> {
+    match payload.iter().enumerate().find(|(place, value)| value.to_bits() != word(link, tick, *place).to_bits()) {
+        Some((place, value)) => Err(Error::Run(format!("link {link} tick {tick}: word {place} is {value}"))),
+        None => Ok(()),
+    }
+}
+
+const CHAIN: Workload =
+    Workload { workers: 2, spans: &[], words: 16, depth: 1, ticks: 40, hold: false, shorter: false };
+
+/// From 64 bytes to 16 MiB, spans up to 5, queues of 1 to 8.
+const WORKLOADS: [Workload; 6] = [
+    CHAIN,
+    Workload { workers: 6, spans: &[2, 3, 5], words: 1 << 10, ticks: 60, ..CHAIN },
+    Workload { workers: 5, spans: &[2], words: 1 << 14, depth: 2, ticks: 30, hold: true, ..CHAIN },
+    Workload { workers: 4, spans: &[3], words: 1 << 18, depth: 3, ticks: 12, hold: true, shorter: true, ..CHAIN },
+    Workload { workers: 9, spans: &[4], words: 100, depth: 8, ticks: 50, shorter: true, ..CHAIN },
+    Workload { workers: 3, spans: &[2], words: 1 << 22, depth: 1, ticks: 4, ..CHAIN },
+];
+
+#[test]
+fn workload_on_threads() -> Result<()> {
+    WORKLOADS.iter().try_for_each(|workload| workload.run(&World::Alone, &vec![0; workload.workers]))
+}
+
+/// Every workload with its workers in blocks, then dealt out in turn.
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_workload() {
+    rank(|world| {
+        for workload in WORKLOADS {
+            let blocks: Vec<usize> = (0..workload.workers).map(|w| w * world.size() / workload.workers).collect();
+            let turns: Vec<usize> = (0..workload.workers).map(|w| w % world.size()).collect();
+            workload.run(world, &blocks)?;
+            workload.run(world, &turns)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn workload_on_2_ranks() {
+    passes(2, "rank_workload");
+}
+
+#[test]
+fn workload_on_3_ranks() {
+    passes(3, "rank_workload");
+}
+
+#[test]
+fn workload_on_9_ranks() {
+    passes(9, "rank_workload");
+}
+
+/// Sends as many messages as there are buffers before the receiver looks.
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_deep_queue() {
+    rank(|world| deep_queue(world, &[0, world.size() - 1]));
+}
+
+fn deep_queue(world: &World, rank_of_worker: &[usize]) -> Result<()> {
+    const DEPTH: usize = 12;
+    let words = 1 << 16;
+    let name = "module 1 -> 2".to_string();
+    let link = LinkSpec { id: 3, kind: Kind::Activation, from: 0, to: 1, words, depth: DEPTH, name };
+    let mut endpoints = connect(world, rank_of_worker, std::slice::from_ref(&link), MINUTE)?;
+    let shape = [words as u32, 1, 1, 1];
+    if let Some(mut sender) = endpoints.sender(3) {
+        let mut payload = vec![0.0; words];
+        for tick in 0..DEPTH as u64 {
+            fill(&mut payload, 3, tick);
+            sender.send(&link.header(tick, 0, shape), &payload)?;
+        }
+        sender.flush()?;
+    }
+    if let Some(mut receiver) = endpoints.receiver(3) {
+        std::thread::sleep(Duration::from_millis(50));
+        for tick in 0..DEPTH as u64 {
+            while receiver.peek_header()?.is_none() {
+                std::thread::yield_now();
+            }
+            assert_eq!(receiver.peek_header()?.map(|header| header.clip), Some(tick));
+            let (header, payload) = receiver.wait_any()?;
+            check(payload, header.edge, header.clip)?;
+            receiver.release()?;
+        }
+        assert!(!receiver.ready()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn deep_queue_on_threads() -> Result<()> {
+    deep_queue(&World::Alone, &[0, 0])
+}
+
+#[test]
+fn deep_queue_on_2_ranks() {
+    passes(2, "rank_deep_queue");
+}
+
+// What happens when things fail.
+
+fn link(kind: Kind, from: usize, to: usize) -> LinkSpec {
+    let id = (10 * from + to) as u32;
+    LinkSpec { id, kind, from, to, words: 64, depth: 2, name: format!("module {} -> {}", from + 1, to + 1) }
+}
+
+fn two_workers(timeout: Duration) -> (Sender, Receiver, LinkSpec, Endpoints) {
+    let link = link(Kind::Activation, 0, 1);
+    let mut endpoints = connect(&World::Alone, &[0, 0], std::slice::from_ref(&link), timeout).unwrap();
+    (endpoints.sender(1).unwrap(), endpoints.receiver(1).unwrap(), link, endpoints)
+}
+
+fn contains(error: &Error, parts: &[&str]) {
+    let text = error.to_string();
+    parts.iter().for_each(|part| assert!(text.contains(part), "{part:?} is not in: {text}"));
+}
+
+#[test]
+fn a_message_out_of_place_shows_both_headers() {
+    let (mut sender, mut receiver, link, _endpoints) = two_workers(MINUTE);
+    sender.send(&link.header(4, 7, [8, 2, 1, 1]), &[0.0; 16]).unwrap();
+    let error = receiver.wait(&link.header(4, 8, [8, 2, 1, 1])).unwrap_err();
+    contains(&error, &["\"module 1 -> 2\"", "clip 4 step 8", "clip 4 step 7", "8x2x1x1", "step differ"]);
+    assert_eq!(receiver.wait(&link.header(4, 7, [8, 2, 1, 1])).unwrap().len(), 16);
+}
+
+#[test]
+fn misuse_is_refused() {
+    let (mut sender, mut receiver, link, _endpoints) = two_workers(MINUTE);
+    contains(&sender.send(&link.header(0, 0, [65, 1, 1, 1]), &[0.0; 65]).unwrap_err(), &["larger", "64 words"]);
+    contains(&sender.send(&link.header(0, 0, [4, 1, 1, 1]), &[0.0; 5]).unwrap_err(), &["4 words", "given 5 words"]);
+    let foreign = Header::new(Kind::Cotangent, 2, 0, 0, [1; 4]);
+    contains(&sender.send(&foreign, &[0.0]).unwrap_err(), &["cotangent edge 2", "activation messages on edge 1"]);
+    contains(&receiver.release().unwrap_err(), &["not held"]);
+}
+
+#[test]
+fn lists_that_cannot_work_are_refused() {
+    let connect = |ranks: &[usize], links: &[LinkSpec]| match connect(&World::Alone, ranks, links, MINUTE) {
+        Ok(_) => panic!("accepted"),
+        Err(error) => error,
+    };
+    let good = link(Kind::Activation, 0, 1);
+    contains(&connect(&[0, 1], std::slice::from_ref(&good)), &["worker 1 is placed on rank 1", "only 1 ranks"]);
+    contains(&connect(&[0, 0], &[good.clone(), good.clone()]), &["number is also that of"]);
+    contains(&connect(&[0], std::slice::from_ref(&good)), &["worker 1 does not exist"]);
+    contains(&connect(&[0, 0], &[LinkSpec { depth: 0, ..good.clone() }]), &["depth is 0"]);
+    contains(&connect(&[0, 0], &[LinkSpec { words: 1 << 31, ..good }]), &["2147483648 words", "2147483631"]);
+}
+
+#[test]
+fn a_wait_is_bounded_and_says_for_what() {
+    let (mut sender, mut receiver, link, _endpoints) = two_workers(Duration::from_millis(30));
+    let error = receiver.wait(&link.header(12, 5, [4, 1, 1, 1])).unwrap_err();
+    contains(&error, &["rank 0", "link 1 \"module 1 -> 2\"", "clip 12 step 5", "waited 0.0 s"]);
+    for step in 0..2 {
+        sender.send(&link.header(1, step, [1; 4]), &[1.0]).unwrap();
+    }
+    contains(&sender.send(&link.header(1, 2, [1; 4]), &[1.0]).unwrap_err(), &["depth 2", "after sending", "step 1"]);
+}
+
+#[test]
+fn an_end_that_is_gone_is_an_error_and_what_it_sent_still_counts() {
+    let (mut sender, mut receiver, link, _endpoints) = two_workers(MINUTE);
+    sender.send(&link.header(0, 0, [1; 4]), &[2.0]).unwrap();
+    drop(sender);
+    assert_eq!(receiver.wait(&link.header(0, 0, [1; 4])).unwrap(), [2.0]);
+    receiver.release().unwrap();
+    contains(&receiver.wait(&link.header(0, 1, [1; 4])).unwrap_err(), &["worker 0 ended without sending", "step 1"]);
+    let (mut sender, receiver, link, _endpoints) = two_workers(MINUTE);
+    drop(receiver);
+    contains(&sender.send(&link.header(0, 0, [1; 4]), &[2.0]).unwrap_err(), &["worker 1 ended"]);
+}
+
+#[test]
+fn a_failed_worker_stops_the_others() {
+    let (_sender, mut receiver, link, endpoints) = two_workers(MINUTE);
+    let start = Instant::now();
+    let waiting = std::thread::spawn(move || receiver.wait(&link.header(0, 0, [1; 4])).map(|_| ()).unwrap_err());
+    endpoints.breaker().trip("rank 0 tick 17: the loss is not a number");
+    contains(&waiting.join().unwrap(), &["another worker", "tick 17: the loss"]);
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_panicking_worker_stops_the_others() {
+    let (sender, mut receiver, link, _endpoints) = two_workers(MINUTE);
+    let panicking = std::thread::spawn(move || {
+        let _sender = sender;
+        panic!("on purpose");
+    });
+    contains(&receiver.wait(&link.header(0, 0, [1; 4])).unwrap_err(), &["worker 0"]);
+    assert!(panicking.join().is_err());
+}
+
+/// A chain in which rank 1 does as `fault` says at tick 3, while the others would wait for a minute.
+fn faulty_chain(world: &World, fault: impl Fn(&mut Sender, &LinkSpec) -> Result<()>) -> Result<()> {
+    let size = world.size();
+    let ranks: Vec<usize> = (0..size).collect();
+    let links: Vec<LinkSpec> = (0..size).map(|from| link(Kind::Activation, from, (from + 1) % size)).collect();
+    let mut endpoints = connect(world, &ranks, &links, MINUTE)?;
+    let (out, inward) = (&links[world.rank()], &links[(world.rank() + size - 1) % size]);
+    let (mut sender, mut receiver) = (endpoints.sender(out.id).unwrap(), endpoints.receiver(inward.id).unwrap());
+    for tick in 0..10_000 {
+        if tick == 3 && world.rank() == 1 {
+            fault(&mut sender, out)?;
+        }
+        sender.send(&out.header(0, tick, [1; 4]), &[0.0])?;
+        receiver.wait(&inward.header(0, tick, [1; 4]))?;
+        receiver.release()?;
+    }
+    sender.flush()
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_out_of_place() {
+    rank(|world| faulty_chain(world, |sender, out| sender.send(&out.header(0, 99, [1; 4]), &[0.0])));
+}
+
+#[test]
+fn out_of_place_between_ranks() {
+    fails(3, "rank_out_of_place", 1, &["rank 2 on", "clip 0 step 3", "clip 0 step 99", "step differ"]);
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_error() {
+    rank(|world| faulty_chain(world, |_, _| Err(Error::input("edge 3 tick 17: there is no frame 9"))));
+}
+
+#[test]
+fn a_failing_rank_ends_the_job() {
+    fails(4, "rank_error", 2, &["rank 1 on", "edge 3 tick 17: there is no frame 9"]);
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_panic() {
+    rank(|world| faulty_chain(world, |_, _| panic!("on purpose")));
+}
+
+#[test]
+fn a_panicking_rank_ends_the_job() {
+    fails(3, "rank_panic", 1, &["on purpose"]);
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_killed() {
+    rank(|world| {
+        faulty_chain(world, |_, _| {
+            // SAFETY: ends this process, as the out-of-memory killer would.
+            unsafe { libc::raise(libc::SIGKILL) };
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_killed_rank_ends_the_job() {
+    fails(4, "rank_killed", 137, &["signal 9"]);
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_timeout() {
+    rank(|world| {
+        let link = link(Kind::Cotangent, 1, 0);
+        let mut endpoints = connect(world, &[0, 1], std::slice::from_ref(&link), Duration::from_millis(200))?;
+        match endpoints.receiver(link.id) {
+            Some(mut receiver) => receiver.wait(&link.header(12, 5, [4, 4, 2, 2])).map(|_| ()),
+            None => loop {
+                std::thread::sleep(Duration::from_secs(1));
+            },
+        }
+    });
+}
+
+#[test]
+fn a_wait_between_ranks_is_bounded() {
+    let parts = ["rank 0, link 10 \"module 2 -> 1\"", "clip 12 step 5", "waited 0.2 s", "worker 1 on rank 1"];
+    fails(2, "rank_timeout", 1, &parts);
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_disagrees() {
+    rank(|world| world.agree(if [1, 3].contains(&world.rank()) { 5 } else { 4 }, "the configuration"));
+}
+
+#[test]
+fn ranks_that_disagree_are_named() {
+    let output = fails(4, "rank_disagrees", 2, &["the configuration is not the same", "rank 1 (", "rank 3 ("]);
+    assert_eq!(output.matches("is not the same").count(), 1, "one rank prints: {output}");
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_start_fails() {
+    rank(|world| {
+        let opened = if world.rank() == 2 { Err(Error::input("train-0.h5: no such file")) } else { Ok(()) };
+        world.first_error(opened)
+    });
+}
+
+#[test]
+fn an_error_at_the_start_is_printed_once() {
+    let output = fails(3, "rank_start_fails", 2, &["rank 2: train-0.h5: no such file"]);
+    assert_eq!(output.matches("no such file").count(), 1, "one rank prints: {output}");
+}
+
+/// A rank's life: join, work, conclude.
+fn rank(work: impl FnOnce(&World) -> Result<()>) {
+    env_logger::builder().filter_level(log::LevelFilter::Warn).init();
+    let world = World::join().expect("the ranks find each other");
+    assert!(world.size() > 1 && world.local_rank() < world.local_size());
+    let result = work(&world);
+    std::process::exit(world.conclude(result));
+}
+
+fn job(n: usize, function: &str) -> (std::process::Output, Duration) {
+    let program: PathBuf = std::env::current_exe().unwrap();
+    let start = Instant::now();
+    let output = mpirun(n, &program, &["--exact", "--ignored", "--nocapture", function], &[], MINUTE);
+    (output, start.elapsed())
+}
+
+fn passes(n: usize, function: &str) {
+    let (output, _) = job(n, function);
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+/// Runs a job that must end by itself, well before its ranks' timeouts, with this exit code and these words.
+fn fails(n: usize, function: &str, code: i32, parts: &[&str]) -> String {
+    let (output, took) = job(n, function);
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(code), "{all}");
+    assert!(took < Duration::from_secs(20), "took {took:?}: {all}");
+    parts.iter().for_each(|part| assert!(all.contains(part), "{part:?} is not in: {all}"));
+    all
+}
