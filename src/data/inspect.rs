@@ -1,1 +1,194 @@
-//! to come
+//! What is in shards, checked: structure, offsets, labels, checksums, JPEG headers; counts; a contact sheet.
+
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use super::dataset::{Dataset, expand};
+use super::jpeg;
+use super::shard::{self, Encoding, ShardReader};
+use crate::{Error, Result};
+
+/// What [`inspect`] found.
+#[derive(Clone, Debug, Default)]
+pub struct Inspection {
+    /// One entry a shard that could be opened.
+    pub shards: Vec<ShardSummary>,
+    /// All classes, in label order, as the first sound shard has them.
+    pub class_names: Vec<String>,
+    /// Videos of each class.
+    pub per_class: Vec<u64>,
+    /// Shortest, longest and all videos together, in frames.
+    pub frames: (u64, u64, u64),
+    /// Height and width of the first sound shard's frames.
+    pub size: (usize, usize),
+    /// What is wrong, an entry an error: damaged videos, unreadable or disagreeing shards.
+    pub damage: Vec<String>,
+}
+
+/// One shard in numbers.
+#[derive(Clone, Debug)]
+pub struct ShardSummary {
+    /// Its file.
+    pub path: PathBuf,
+    /// `train`, `test`, …
+    pub split: String,
+    /// How its frames are stored.
+    pub encoding: Encoding,
+    /// Videos.
+    pub videos: usize,
+    /// Frames.
+    pub frames: u64,
+    /// Size of the file.
+    pub bytes: u64,
+}
+
+impl Inspection {
+    /// Videos in all sound shards.
+    pub fn videos(&self) -> u64 {
+        self.per_class.iter().sum()
+    }
+}
+
+/// The shards `patterns` stand for: files, globs, or folders (their `*.h5`).
+///
+/// # Errors
+/// [`Error::Input`] when a pattern or a folder has no shards.
+pub fn find(patterns: &[String]) -> Result<Vec<PathBuf>> {
+    let globs: Vec<String> = patterns
+        .iter()
+        .map(|p| {
+            if Path::new(p).is_dir() {
+                format!("{}/*.h5", glob::Pattern::escape(p.trim_end_matches('/')))
+            } else {
+                p.clone()
+            }
+        })
+        .collect();
+    expand(&globs)
+}
+
+/// Reads every byte of the shards and checks it. Damage does not end the inspection, it is collected. `progress` is
+/// called with the number of bytes' worth of shards done since the last call.
+pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
+    let mut found = Inspection { frames: (u64::MAX, 0, 0), ..Inspection::default() };
+    let mut sound: Option<PathBuf> = None;
+    for path in files {
+        let reader = match ShardReader::open(path) {
+            Ok(reader) => reader,
+            Err(error) => {
+                found.damage.push(error.to_string());
+                continue;
+            }
+        };
+        // Dataset::from_files is what training uses: what it would refuse is damage here.
+        match &sound {
+            None => {
+                found.class_names = reader.header.class_names.clone();
+                found.per_class = vec![0; found.class_names.len()];
+                found.size = (reader.header.height, reader.header.width);
+                sound = Some(path.clone());
+            }
+            Some(first) => {
+                if let Err(error) = Dataset::from_files(&[first.clone(), path.clone()]) {
+                    found.damage.push(error.to_string());
+                    continue;
+                }
+            }
+        }
+        let mut told = 0;
+        for v in 0..reader.videos() {
+            if let Err(error) = reader.verify(v) {
+                found.damage.push(error.to_string());
+            }
+            let range = reader.frames_of(v);
+            let n = range.end - range.start;
+            found.per_class[reader.labels[v] as usize] += 1;
+            found.frames = (found.frames.0.min(n), found.frames.1.max(n), found.frames.2 + n);
+            let done = (reader.bytes as f64 * (v + 1) as f64 / reader.videos() as f64) as u64;
+            progress(done - told);
+            told = done;
+        }
+        found.shards.push(ShardSummary {
+            path: path.clone(),
+            split: reader.header.split.clone(),
+            encoding: reader.header.encoding,
+            videos: reader.videos(),
+            frames: reader.offsets.last().copied().unwrap_or(0),
+            bytes: reader.bytes,
+        });
+    }
+    found
+}
+
+/// What a contact sheet shows: a row a video, and frames of it from left to right.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sheet {
+    /// Each row's video and class, from the top.
+    pub rows: Vec<(String, String)>,
+    /// Frames a row.
+    pub columns: usize,
+}
+
+/// Draws a contact sheet as PNG: up to `rows` videos (of different classes first) and `columns` frames of each, evenly
+/// spaced over its length. Damaged shards are passed over.
+///
+/// # Errors
+/// [`Error::Input`] when no shard can be read, or a frame is damaged; [`Error::Io`] when `out` cannot be written.
+pub fn contact_sheet(files: &[PathBuf], out: &Path, rows: usize, columns: usize) -> Result<Sheet> {
+    const GAP: usize = 2;
+    let sound: Vec<PathBuf> = files.iter().filter(|p| ShardReader::open(p).is_ok()).cloned().collect();
+    let dataset = Dataset::from_files(&sound)?;
+    let (h, w) = (dataset.height, dataset.width);
+    let columns = columns.max(1);
+    // The first video of each class, then the second of each, …
+    let mut seen = vec![0u32; dataset.class_names.len()];
+    let mut order: Vec<(u32, i32, usize)> = Vec::new();
+    for (i, video) in dataset.videos.iter().enumerate() {
+        let round = &mut seen[video.label as usize];
+        order.push((*round, video.label, i));
+        *round += 1;
+    }
+    order.sort_unstable();
+    order.truncate(rows.max(1));
+    let (sheet_h, sheet_w) = (order.len() * (h + GAP) - GAP, columns * (w + GAP) - GAP);
+    let mut pixels = vec![255u8; sheet_h * sheet_w * 3];
+    let mut frame = vec![0u8; h * w * 3];
+    for (row, (_, _, index)) in order.iter().enumerate() {
+        let video = &dataset.videos[*index];
+        let reader = ShardReader::open(&dataset.shards[video.shard])?;
+        for column in 0..columns {
+            let t = (video.frames - 1) * column as u64 / (columns as u64 - 1).max(1);
+            let (bytes, _) = reader.read(video.offset + t..video.offset + t + 1)?;
+            match reader.header.encoding {
+                Encoding::Raw => frame.copy_from_slice(&bytes),
+                Encoding::Jpeg => jpeg::decode(&bytes, h, w, &mut frame)
+                    .map_err(|why| shard::damaged(&reader.path, &video.id, t, &why))?,
+            }
+            for (y, line) in frame.chunks_exact(w * 3).enumerate() {
+                let at = ((row * (h + GAP) + y) * sheet_w + column * (w + GAP)) * 3;
+                pixels[at..at + w * 3].copy_from_slice(line);
+            }
+        }
+    }
+    write_png(out, &pixels, sheet_h, sheet_w)?;
+    let name = |i: usize| dataset.class_names[dataset.videos[i].label as usize].clone();
+    Ok(Sheet { rows: order.iter().map(|&(_, _, i)| (dataset.videos[i].id.clone(), name(i))).collect(), columns })
+}
+
+/// Writes `[height, width, 3]` bytes of RGB as a PNG file.
+fn write_png(path: &Path, rgb: &[u8], height: usize, width: usize) -> Result<()> {
+    let (Ok(w), Ok(h)) = (u32::try_from(width), u32::try_from(height)) else {
+        return Err(Error::input(format!("{}: a sheet of {height}x{width} pixels is too large", path.display())));
+    };
+    let file = std::fs::File::create(path).map_err(|e| Error::io(path, e))?;
+    let failed = |e: png::EncodingError| match e {
+        png::EncodingError::IoError(e) => Error::io(path, e),
+        other => Error::Run(format!("{}: {other}", path.display())),
+    };
+    let mut encoder = png::Encoder::new(BufWriter::new(file), w, h);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let mut writer = encoder.write_header().map_err(failed)?;
+    writer.write_image_data(rgb).map_err(failed)?;
+    writer.finish().map_err(failed)
+}

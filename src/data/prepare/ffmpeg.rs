@@ -1,0 +1,192 @@
+//! The `ffmpeg` program as a child process: any video file to RGB frames of a fixed size and rate. A file that makes
+//! it crash or hang costs that file, nothing more.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::{Error, Result};
+
+/// What frames are to look like.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Target {
+    /// Pixels.
+    pub height: usize,
+    /// Pixels.
+    pub width: usize,
+    /// Frames a second.
+    pub fps: f64,
+    /// What lies beyond this many seconds of a video is left out.
+    pub max_seconds: f64,
+    /// A video that takes longer than this to decode is broken.
+    pub time_limit: Duration,
+}
+
+impl Target {
+    /// Checks the values.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the value and what it has to be.
+    pub fn validate(&self) -> Result<()> {
+        for (name, side) in [("height", self.height), ("width", self.width)] {
+            if !(1..=8192).contains(&side) {
+                return Err(Error::input(format!("frames of {side} pixels {name}: it must be 1..=8192")));
+            }
+        }
+        for (name, value) in [("--fps", self.fps), ("--max-seconds", self.max_seconds)] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(Error::input(format!("{name} {value}: it must be above 0")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A video was decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decoded {
+    /// What ffmpeg had to say about it, if anything: the last line of its errors.
+    pub complaint: Option<String>,
+}
+
+/// The `ffmpeg` program.
+#[derive(Clone, Copy, Debug)]
+pub struct Ffmpeg(());
+
+/// Of a child's errors no more than this is kept.
+const MAX_ERRORS: u64 = 64 << 10;
+
+impl Ffmpeg {
+    /// Checks that `ffmpeg` can be run.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when it cannot.
+    pub fn find() -> Result<Self> {
+        let version = Command::new("ffmpeg").arg("-version").stdin(Stdio::null()).output();
+        match version {
+            Ok(output) if output.status.success() => Ok(Ffmpeg(())),
+            Ok(output) => Err(Error::input(format!("`ffmpeg -version` fails ({}): reinstall ffmpeg", output.status))),
+            Err(e) => Err(Error::input(format!(
+                "cannot run `ffmpeg`, which decodes the videos: {e}; install it (Debian: apt install ffmpeg)"
+            ))),
+        }
+    }
+
+    /// Decodes `path` and hands each frame, `[height, width, 3]` bytes of RGB, to `store`. The picture is scaled to
+    /// cover the target and cut to it around the centre. On failure says why.
+    pub fn decode(
+        &self,
+        path: &Path,
+        target: &Target,
+        store: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> std::result::Result<Decoded, String> {
+        let mut child = command(path, target).spawn().map_err(|e| format!("cannot start ffmpeg: {e}"))?;
+        let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+            return Err("ffmpeg has no pipes".into());
+        };
+        let child = Arc::new(Mutex::new(child));
+        // Dropping `done` is what tells the watchdog that all is over.
+        let (done, over) = channel::<()>();
+        let watched = child.clone();
+        let limit = target.time_limit;
+        let (read, errors, expired) = std::thread::scope(|scope| {
+            let watchdog = scope.spawn(move || {
+                let expired = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+                if expired {
+                    kill(&watched);
+                }
+                expired
+            });
+            let errors = scope.spawn(move || errors_of(stderr));
+            let read = frames(&mut stdout, target.height * target.width * 3, store);
+            if read.is_err() {
+                kill(&child);
+            }
+            // With its output closed a child that still writes gets a broken pipe, and ends.
+            drop(stdout);
+            let errors = errors.join().unwrap_or_default();
+            drop(done);
+            (read, errors, watchdog.join().unwrap_or(false))
+        });
+        let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
+        let status = status.map_err(|e| format!("waiting for ffmpeg: {e}"))?;
+        if expired {
+            return Err(format!("took longer than {} s to decode", limit.as_secs_f64()));
+        }
+        let cut_short = read?;
+        let complaint = reason(&errors, path);
+        if !status.success() {
+            return Err(complaint.unwrap_or_else(|| format!("ffmpeg ended with {status}")));
+        }
+        if cut_short {
+            return Err("ffmpeg's output ends within a frame".into());
+        }
+        Ok(Decoded { complaint })
+    }
+}
+
+fn command(path: &Path, target: &Target) -> Command {
+    let (h, w) = (target.height, target.width);
+    let filter =
+        format!("fps={},scale={w}:{h}:force_original_aspect_ratio=increase:flags=bicubic,crop={w}:{h}", target.fps);
+    // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
+    let mut input = std::ffi::OsString::from("file:");
+    input.push(path);
+    let mut command = Command::new("ffmpeg");
+    command
+        .args(["-nostdin", "-hide_banner", "-loglevel", "error"])
+        // A playlist posing as a video must not open connections.
+        .args(["-protocol_whitelist", "file,pipe", "-i"])
+        .arg(input)
+        .args(["-map", "0:v:0", "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
+        .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Reads whole frames to the end; true if bytes of an unfinished one were left.
+fn frames(
+    from: &mut impl Read,
+    size: usize,
+    store: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> std::result::Result<bool, String> {
+    let mut frame = vec![0; size];
+    loop {
+        let mut filled = 0;
+        while filled < size {
+            match from.read(&mut frame[filled..]) {
+                Ok(0) => return Ok(filled > 0),
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(format!("reading from ffmpeg: {e}")),
+            }
+        }
+        store(&frame).map_err(|e| e.to_string())?;
+    }
+}
+
+/// The beginning of what a child says on its error channel, which is read to its end lest the child waits.
+fn errors_of(mut stderr: impl Read) -> String {
+    let mut kept = Vec::new();
+    // A failed read ends the text; the exit status still tells.
+    let _ = stderr.by_ref().take(MAX_ERRORS).read_to_end(&mut kept);
+    let _ = std::io::copy(&mut stderr, &mut std::io::sink());
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+/// The last line of the errors, without the file's name in front.
+fn reason(errors: &str, path: &Path) -> Option<String> {
+    let line = errors.lines().map(str::trim).rfind(|line| !line.is_empty())?;
+    let name = format!("file:{}: ", path.display());
+    Some(line.strip_prefix(&name).unwrap_or(line).to_string())
+}
+
+fn kill(child: &Mutex<Child>) {
+    // It may have ended by itself meanwhile.
+    let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+}

@@ -1,0 +1,70 @@
+//! The folder that shards are written into.
+
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// The name of shard `number` of a split: `train-00000.h5`.
+pub fn shard_path(out: &Path, split: &str, number: usize) -> PathBuf {
+    out.join(format!("{split}-{number:05}.h5"))
+}
+
+/// Checks what all writers of shards have in common.
+pub(crate) fn check(per_shard: usize, quality: u8) -> Result<()> {
+    if per_shard == 0 {
+        return Err(Error::input("--per-shard must be at least 1"));
+    }
+    if !(1..=100).contains(&quality) {
+        return Err(Error::input(format!("--quality {quality}: it must be 1..=100")));
+    }
+    Ok(())
+}
+
+/// Makes the folder, checks that it can be written, and deals with shards of these splits that it holds: refused, or
+/// with `overwrite` removed (what another split left there stays).
+///
+/// # Errors
+/// [`Error::Input`] for a folder that cannot be made or written, a split name that is no file name, shards that are
+/// there already.
+pub(crate) fn prepare_folder(out: &Path, splits: &[&str], overwrite: bool) -> Result<()> {
+    let refused = |e: std::io::Error| Error::input(format!("{}: cannot write into this folder: {e}", out.display()));
+    for split in splits {
+        if split.is_empty() || split.contains(['/', '*', '?', '[', '\0']) || split.starts_with(['.', '-']) {
+            return Err(Error::input(format!("{split:?} cannot name a split: it becomes part of a file name")));
+        }
+    }
+    std::fs::create_dir_all(out).map_err(refused)?;
+    let mut old = Vec::new();
+    for entry in std::fs::read_dir(out).map_err(refused)? {
+        let entry = entry.map_err(refused)?;
+        if let Some(name) = entry.file_name().to_str()
+            && splits.iter().any(|split| is_shard_of(name, split))
+        {
+            old.push(entry.path());
+        }
+    }
+    let complete = old.iter().filter(|p| p.extension().is_some_and(|e| e == "h5")).count();
+    if complete > 0 && !overwrite {
+        return Err(Error::input(format!(
+            "{}: {complete} shards of {} are there already: give another --out, or --overwrite to replace them",
+            out.display(),
+            splits.join(" and ")
+        )));
+    }
+    let probe = out.join(format!(".sideways-{}.partial", std::process::id()));
+    std::fs::write(&probe, b"").and_then(|_| std::fs::remove_file(&probe)).map_err(refused)?;
+    for path in old {
+        std::fs::remove_file(&path)
+            .map_err(|e| Error::input(format!("{}: cannot remove this old shard: {e}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// Is this `SPLIT-NNNNN.h5`, or one that was never finished?
+fn is_shard_of(name: &str, split: &str) -> bool {
+    let name = name.strip_suffix(".partial").unwrap_or(name);
+    name.strip_prefix(split)
+        .and_then(|rest| rest.strip_prefix('-'))
+        .and_then(|rest| rest.strip_suffix(".h5"))
+        .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+}
