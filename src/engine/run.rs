@@ -162,7 +162,7 @@ fn run(
             let Ok(result) = finished.recv() else { break };
             if let Err(e) = result {
                 // The first error is the cause; what others say after it follows from it.
-                breaker.trip();
+                breaker.trip(e.to_string());
                 return Err(e);
             }
         }

@@ -107,7 +107,9 @@ impl Worker {
     fn vjp(&mut self, g: &Tensor, at: At) -> Result<Vec<Option<Tensor>>> {
         self.watch.enter(Phase::Backward);
         let pass = self.pass(at);
-        self.module.vjp(g, &pass, &mut self.tape, &self.plan[at.step].wanted)
+        // Frames need no gradient.
+        let wanted = if self.source.is_some() { &[false][..] } else { &self.plan[at.step].wanted };
+        self.module.vjp(g, &pass, &mut self.tape, wanted)
     }
 
     fn send_cotangents(&mut self, cotangents: &[Option<Tensor>], at: At) -> Result<()> {

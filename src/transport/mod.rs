@@ -21,6 +21,7 @@ use std::time::Duration;
 use crate::{Error, Result};
 
 mod launch;
+pub mod average;
 mod link;
 mod local;
 pub mod message;
