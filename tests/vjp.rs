@@ -136,7 +136,8 @@ fn check(mut module: Module, shapes: &[&[usize]], pass: Pass) -> Result<()> {
     let mix = ((&gy * 2.0)? + (&other * -3.0)?)?;
     let (cotangents_other, params_other) = gradients(&mut module, &inputs, &other, &pass, true)?;
     let (cotangents_mix, params_mix) = gradients(&mut module, &inputs, &mix, &pass, true)?;
-    let flat = |list: Vec<Option<Tensor>>, params: Vec<Tensor>| list.into_iter().flatten().chain(params).collect::<Vec<_>>();
+    let flat =
+        |list: Vec<Option<Tensor>>, params: Vec<Tensor>| list.into_iter().flatten().chain(params).collect::<Vec<_>>();
     let (a, b) = (flat(cotangents, of_params), flat(cotangents_other, params_other));
     for ((a, b), m) in a.iter().zip(&b).zip(flat(cotangents_mix, params_mix)) {
         assert_close("linearity", &values(&m)?, &values(&((a * 2.0)? + (b * -3.0)?)?)?);
@@ -217,7 +218,8 @@ fn fused(fuse: Fuse, spec_texts: &[&str]) -> Result<()> {
     // Skips from modules 3 (the main input's channels: no adapter in a sum) and 1 (others: an adapter).
     let skips = [SkipInput { from: 3, shape: [4, 3, 2] }, SkipInput { from: 1, shape: [4, 3, 5] }];
     let mut module = Module::new(5, &layers, [4, 3, 2], &skips, fuse, &init())?;
-    let adapters: Vec<String> = parameters(&mut module)?.into_iter().map(|(n, _)| n).filter(|n| n.starts_with("skips")).collect();
+    let adapters: Vec<String> =
+        parameters(&mut module)?.into_iter().map(|(n, _)| n).filter(|n| n.starts_with("skips")).collect();
     match fuse {
         Fuse::Sum => assert_eq!(adapters, ["skips.1_5.weight", "skips.1_5.bias"]),
         Fuse::Concat => assert!(adapters.is_empty()),
