@@ -100,8 +100,10 @@ impl OptimizerSpec {
     /// # Errors
     /// [`Error::Input`] that names the setting and its range.
     pub fn validate(&self) -> Result<()> {
-        let at_least_0 = |name: &str, v: f64| if v >= 0.0 && v.is_finite() { Ok(()) } else { bad(name, v, "at least 0") };
-        let below_1 = |name: &str, v: f64| if (0.0..1.0).contains(&v) { Ok(()) } else { bad(name, v, "from 0 to below 1") };
+        let at_least_0 =
+            |name: &str, v: f64| if v >= 0.0 && v.is_finite() { Ok(()) } else { bad(name, v, "at least 0") };
+        let below_1 =
+            |name: &str, v: f64| if (0.0..1.0).contains(&v) { Ok(()) } else { bad(name, v, "from 0 to below 1") };
         at_least_0("lr", self.lr())?;
         match *self {
             OptimizerSpec::Sgd { momentum, weight_decay, nesterov, .. } => {
@@ -183,8 +185,9 @@ impl Default for ScheduleSpec {
 impl ScheduleSpec {
     /// What the learning rate is multiplied by at batch `clip` (from 0) of `total`. In the warm-up (clip + 1) / warmup.
     pub fn factor(&self, clip: u64, total: u64) -> f64 {
-        let (ScheduleSpec::Constant { warmup } | ScheduleSpec::Step { warmup, .. } | ScheduleSpec::Cosine { warmup, .. }) =
-            *self;
+        let (ScheduleSpec::Constant { warmup }
+        | ScheduleSpec::Step { warmup, .. }
+        | ScheduleSpec::Cosine { warmup, .. }) = *self;
         if clip < warmup {
             return (clip + 1) as f64 / warmup as f64;
         }
@@ -206,7 +209,9 @@ impl ScheduleSpec {
     pub fn validate(&self) -> Result<()> {
         match *self {
             ScheduleSpec::Step { every: 0, .. } => Err(Error::input("schedule: every should be at least 1")),
-            ScheduleSpec::Step { gamma: v, .. } | ScheduleSpec::Cosine { floor: v, .. } if !(0.0..=1.0).contains(&v) => {
+            ScheduleSpec::Step { gamma: v, .. } | ScheduleSpec::Cosine { floor: v, .. }
+                if !(0.0..=1.0).contains(&v) =>
+            {
                 Err(Error::input(format!("schedule: gamma and floor should be from 0 to 1, not {v}")))
             }
             _ => Ok(()),
@@ -402,13 +407,14 @@ fn apply<T: Real>(
                 let g = g + decay * *p;
                 *s = keep * *s + take * g * g;
                 let step = g / ((*s).root() + eps);
-                *p -= lr * match &mut buffer {
-                    Some(buffer) => {
-                        buffer[i] = momentum * buffer[i] + step;
-                        buffer[i]
-                    }
-                    None => step,
-                };
+                *p -= lr
+                    * match &mut buffer {
+                        Some(buffer) => {
+                            buffer[i] = momentum * buffer[i] + step;
+                            buffer[i]
+                        }
+                        None => step,
+                    };
             }
         }
     }

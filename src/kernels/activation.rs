@@ -106,9 +106,14 @@ fn map<T: Real>(x: &Tensor, f: impl Fn(T) -> T + Sync) -> Result<Tensor> {
     let input = Host::of(&x)?;
     let input = input.slice::<T>()?;
     let mut y = vec![T::ZERO; input.len()];
-    threads::chunks(&mut y, PIECE, || (), |(), i, y| {
-        y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x));
-    });
+    threads::chunks(
+        &mut y,
+        PIECE,
+        || (),
+        |(), i, y| {
+            y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x));
+        },
+    );
     tensor(y, x.dims())
 }
 
@@ -126,9 +131,14 @@ fn zip<T: Real>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Result<
     let (p, q) = (Host::of(&a)?, Host::of(&b)?);
     let (p, q) = (p.slice::<T>()?, q.slice::<T>()?);
     let mut y = vec![T::ZERO; p.len()];
-    threads::chunks(&mut y, PIECE, || (), |(), i, y| {
-        let inputs = p[i * PIECE..].iter().zip(&q[i * PIECE..]);
-        y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q));
-    });
+    threads::chunks(
+        &mut y,
+        PIECE,
+        || (),
+        |(), i, y| {
+            let inputs = p[i * PIECE..].iter().zip(&q[i * PIECE..]);
+            y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q));
+        },
+    );
     tensor(y, a.dims())
 }

@@ -28,7 +28,9 @@ impl Conv {
 
     fn shape(&self, x: &[usize], w: &[usize]) -> Result<Shape> {
         let (&[b, h, width, c], &[o, cg, kh, kw]) = (x, w) else {
-            return Err(Error::Run(format!("convolution of {x:?} (want [B, H, W, C]) with {w:?} (want [O, C/g, kH, kW])")));
+            return Err(Error::Run(format!(
+                "convolution of {x:?} (want [B, H, W, C]) with {w:?} (want [O, C/g, kH, kW])"
+            )));
         };
         let g = self.groups;
         if g == 0 || c != cg * g || o % g != 0 || [kh, kw] != self.window.kernel {
@@ -164,18 +166,23 @@ fn scatter_slices<T: Real>(s: &Shape, gy: &[T], packed: &[T], gx: &mut [T]) {
     let (patch, og) = (s.patch(), s.og());
     let lines = s.lines_at_once(patch).min(s.oh);
     let sample = s.oh * s.ow * s.o;
-    threads::chunks(gx, s.h * s.w * s.c, || vec![T::ZERO; lines * s.ow * patch], |columns, b, gx| {
-        for first in (0..s.oh).step_by(lines) {
-            let last = (first + lines).min(s.oh);
-            let pixels = (last - first) * s.ow;
-            for (group, weight) in packed.chunks(patch * og).enumerate() {
-                let columns = &mut columns[..pixels * patch];
-                let a = Matrix::new(&gy[b * sample + first * s.ow * s.o + group * og..], s.o);
-                multiply([pixels, patch, og], columns, patch, a, Matrix::new(weight, og).transposed(), false);
-                scatter(s, gx, group, first..last, columns);
+    threads::chunks(
+        gx,
+        s.h * s.w * s.c,
+        || vec![T::ZERO; lines * s.ow * patch],
+        |columns, b, gx| {
+            for first in (0..s.oh).step_by(lines) {
+                let last = (first + lines).min(s.oh);
+                let pixels = (last - first) * s.ow;
+                for (group, weight) in packed.chunks(patch * og).enumerate() {
+                    let columns = &mut columns[..pixels * patch];
+                    let a = Matrix::new(&gy[b * sample + first * s.ow * s.o + group * og..], s.o);
+                    multiply([pixels, patch, og], columns, patch, a, Matrix::new(weight, og).transposed(), false);
+                    scatter(s, gx, group, first..last, columns);
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// One group's weight gradient, packed (`[ky, kx, c][o]`). Pieces of it, each one kernel row (or for 1x1 kernels a block

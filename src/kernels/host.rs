@@ -30,7 +30,9 @@ impl<G: Deref<Target = Storage>> Host<G> {
     pub(crate) fn slice<T: candle_core::WithDType>(&self) -> Result<&[T]> {
         match &*self.guard {
             Storage::Cpu(storage) => Ok(&storage.as_slice::<T>()?[self.start..self.end]),
-            _ => Err(Error::Run("this kernel has no implementation for the tensor's device yet: use device = \"cpu\"".into())),
+            _ => Err(Error::Run(
+                "this kernel has no implementation for the tensor's device yet: use device = \"cpu\"".into(),
+            )),
         }
     }
 }

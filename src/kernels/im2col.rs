@@ -56,7 +56,7 @@ impl Shape {
         let (left, pad, kw) = (ox * self.window.stride[1], self.window.padding[1], self.window.kernel[1]);
         let lo = pad.saturating_sub(left).min(kw);
         let hi = (self.w + pad).saturating_sub(left).min(kw).max(lo);
-        (lo, hi, (left + lo).saturating_sub(pad))
+        (lo, hi, if lo < hi { left + lo - pad } else { 0 })
     }
 }
 

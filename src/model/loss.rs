@@ -77,7 +77,7 @@ pub fn topk_correct(logits: &[f32], label: i32, k: usize) -> bool {
     let Some(own) = usize::try_from(label).ok().and_then(|i| logits.get(i)) else { return false };
     // Not `v >= own`: a comparison with what is not a number must count against the network too.
     let ahead = logits.iter().filter(|v| !matches!(v.partial_cmp(&own), Some(std::cmp::Ordering::Less))).count();
-    ahead <= k
+    !own.is_nan() && ahead <= k
 }
 
 fn to_f64(t: &Tensor) -> Result<Vec<f64>> {

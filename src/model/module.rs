@@ -204,7 +204,9 @@ pub fn pool_for_edge(y: &Tensor, fh: usize, fw: usize) -> Result<Tensor> {
     }
     let (_, h, w, _) = y.dims4()?;
     if fh == 0 || fw == 0 || h % fh != 0 || w % fw != 0 {
-        return Err(Error::input(format!("a skip's output of {h}x{w} cannot be pooled by {fh}x{fw}: not a whole ratio")));
+        return Err(Error::input(format!(
+            "a skip's output of {h}x{w} cannot be pooled by {fh}x{fw}: not a whole ratio"
+        )));
     }
     pool::average(y, &edge_window(fh, fw))
 }

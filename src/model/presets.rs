@@ -87,10 +87,8 @@ fn resnet(blocks: &[usize; 4], block: Block, classes: usize) -> Vec<LayerSpec> {
 
 /// Three strided units down to an eighth of the side, three up-sampled ones back, and a convolution to the frame.
 fn autoencoder(channels: usize) -> Vec<LayerSpec> {
-    let mut layers: Vec<LayerSpec> = [(32, 2), (64, 2), (128, 2), (128, 1)]
-        .into_iter()
-        .flat_map(|(out, stride)| unit(out, 3, stride, 8))
-        .collect();
+    let mut layers: Vec<LayerSpec> =
+        [(32, 2), (64, 2), (128, 2), (128, 1)].into_iter().flat_map(|(out, stride)| unit(out, 3, stride, 8)).collect();
     for out in [64, 32, 32] {
         layers.push(LayerSpec::Upsample { factor: 2 });
         layers.extend(unit(out, 3, 1, 8));

@@ -13,7 +13,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::layers::{
-    AvgPool, BatchNorm, Conv2d, Dropout, Gelu, GlobalAvgPool, GroupNorm, Layer, Linear, MaxPool, Relu, Residual, Upsample,
+    AvgPool, BatchNorm, Conv2d, Dropout, Gelu, GlobalAvgPool, GroupNorm, Layer, Linear, MaxPool, Relu, Residual,
+    Upsample,
 };
 use super::param::Init;
 use crate::kernels::Window;

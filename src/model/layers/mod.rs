@@ -64,7 +64,9 @@ impl Tape {
     /// # Errors
     /// [`Error::Run`] on an empty tape: a vjp without its forward pass.
     pub fn pop(&mut self) -> Result<Tensor> {
-        self.0.pop().ok_or_else(|| Error::Run("a vjp was asked for without its forward pass (the tape is empty)".into()))
+        self.0
+            .pop()
+            .ok_or_else(|| Error::Run("a vjp was asked for without its forward pass (the tape is empty)".into()))
     }
 
     /// Forgets everything.

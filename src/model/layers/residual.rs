@@ -98,7 +98,10 @@ impl Layer for Residual {
 impl ResidualSpec {
     /// The branch's convolutions: (geometry, input channels, output channels).
     pub(crate) fn convolutions(&self, channels: usize) -> Vec<(Conv, usize, usize)> {
-        let conv = |kernel, stride, padding| Conv { window: crate::kernels::Window::square(kernel, stride, padding), groups: 1 };
+        let conv = |kernel, stride, padding| Conv {
+            window: crate::kernels::Window::square(kernel, stride, padding),
+            groups: 1,
+        };
         match self.block {
             Block::Basic => vec![(conv(3, self.stride, 1), channels, self.out), (conv(3, 1, 1), self.out, self.out)],
             Block::Bottleneck => {

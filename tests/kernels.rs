@@ -1,0 +1,217 @@
+//! Kernels against loops written from the definitions, literals for the rules at kinks and ties, and bit-equality for any
+//! number of threads.
+
+use candle_core::{DType, Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use rand_distr::{Distribution, StandardNormal};
+use sideways::Result;
+use sideways::kernels::conv::{self, Conv};
+use sideways::kernels::{Window, activation, batch_norm, norm, pool, resample, with_threads};
+use sideways::model::layers::{Pass, Tape};
+use sideways::model::loss::topk_correct;
+use sideways::model::module::{Fuse, Module};
+use sideways::model::param::Init;
+use sideways::model::spec::LayerSpec;
+
+fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
+    let rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = StandardNormal.sample_iter(rng).take(shape.iter().product()).collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+fn values(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(t.flatten_all()?.to_vec1()?)
+}
+
+fn image(rows: &[&[f32]]) -> Result<Tensor> {
+    Ok(Tensor::from_vec(rows.concat(), (1, rows.len(), rows[0].len(), 1), &Device::Cpu)?)
+}
+
+/// The convolution as PyTorch's documentation defines it, by loops: with `visit(x index, w index, y index)` for every
+/// product in the sum.
+fn products(conv: &Conv, x: &[usize], w: &[usize], y: &[usize], mut visit: impl FnMut(usize, usize, usize)) {
+    let (og, cg) = (y[3] / conv.groups, w[1]);
+    for b in 0..y[0] {
+        for (oy, ox) in (0..y[1]).flat_map(|i| (0..y[2]).map(move |j| (i, j))) {
+            for o in 0..y[3] {
+                for (ky, kx) in (0..w[2]).flat_map(|i| (0..w[3]).map(move |j| (i, j))) {
+                    let iy = (oy * conv.window.stride[0] + ky) as isize - conv.window.padding[0] as isize;
+                    let ix = (ox * conv.window.stride[1] + kx) as isize - conv.window.padding[1] as isize;
+                    if iy < 0 || ix < 0 || iy >= x[1] as isize || ix >= x[2] as isize {
+                        continue;
+                    }
+                    for c in 0..cg {
+                        let at = ((b * x[1] + iy as usize) * x[2] + ix as usize) * x[3] + o / og * cg + c;
+                        let weight = ((o * cg + c) * w[2] + ky) * w[3] + kx;
+                        visit(at, weight, ((b * y[1] + oy) * y[2] + ox) * y[3] + o);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn close(what: &str, found: &Tensor, expected: &[f64]) -> Result<()> {
+    let scale = expected.iter().fold(1.0f64, |m, v| m.max(v.abs()));
+    for (f, e) in values(found)?.iter().zip(expected) {
+        assert!((f64::from(*f) - e).abs() < 1e-5 * scale, "{what}: {f} where loops give {e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_is_its_definition() -> Result<()> {
+    for (kernel, stride, padding, groups, [h, w]) in [
+        ([3, 3], [1, 1], [1, 1], 1, [9, 7]),
+        ([3, 2], [2, 1], [0, 1], 1, [8, 6]),
+        ([1, 5], [1, 2], [0, 2], 2, [5, 9]),
+        ([7, 7], [2, 2], [3, 3], 1, [16, 16]),
+        ([3, 3], [3, 3], [4, 2], 4, [7, 7]),
+        ([1, 1], [1, 1], [0, 0], 2, [6, 6]),
+        ([1, 1], [2, 2], [0, 0], 1, [6, 6]),
+        ([3, 3], [1, 1], [1, 1], 1, [40, 40]),
+    ] {
+        let conv = Conv { window: Window { kernel, stride, padding }, groups };
+        let x = random(&[2, h, w, 4], 1)?;
+        let weight = random(&[8, 4 / groups, kernel[0], kernel[1]], 2)?;
+        let bias = random(&[8], 3)?;
+        let y = conv::forward(&conv, &x, &weight, Some(&bias))?;
+        let gy = random(y.dims(), 4)?;
+        let (xs, ws, gs) = (values(&x)?, values(&weight)?, values(&gy)?);
+        let mut sums = values(&bias)?.iter().map(|&b| f64::from(b)).cycle().take(gs.len()).collect::<Vec<_>>();
+        let (mut gx, mut gw) = (vec![0.0; xs.len()], vec![0.0; ws.len()]);
+        products(&conv, x.dims(), weight.dims(), y.dims(), |i, j, k| {
+            sums[k] += f64::from(xs[i]) * f64::from(ws[j]);
+            gx[i] += f64::from(ws[j]) * f64::from(gs[k]);
+            gw[j] += f64::from(xs[i]) * f64::from(gs[k]);
+        });
+        close("forward", &y, &sums)?;
+        close("input gradient", &conv::input_gradient(&conv, x.dims(), &weight, &gy)?, &gx)?;
+        close("weight gradient", &conv::weight_gradient(&conv, &x, weight.dims(), &gy)?, &gw)?;
+        let gb: Vec<f64> = (0..8).map(|o| gs.iter().skip(o).step_by(8).map(|&g| f64::from(g)).sum()).collect();
+        close("bias gradient", &conv::bias_gradient(&gy)?, &gb)?;
+    }
+    Ok(())
+}
+
+/// One thread and several give the same bits, on sizes that need several pieces each.
+#[test]
+fn threads_do_not_change_a_bit() -> Result<()> {
+    let conv = Conv { window: Window::square(3, 1, 1), groups: 1 };
+    let strided = Conv { window: Window::square(3, 2, 1), groups: 2 };
+    let x = random(&[3, 33, 31, 16], 1)?;
+    let w = random(&[24, 16, 3, 3], 2)?;
+    let half = random(&[24, 8, 3, 3], 3)?;
+    let point = random(&[24, 16, 1, 1], 4)?;
+    let (scale, shift) = (random(&[16], 5)?, random(&[16], 6)?);
+    let window = Window::square(3, 2, 1);
+    let all = || -> Result<Vec<Vec<f32>>> {
+        let mut found = Vec::new();
+        for (conv, w) in [(&conv, &w), (&strided, &half), (&Conv::pointwise(), &point)] {
+            let y = conv::forward(conv, &x, w, None)?;
+            found.push(conv::input_gradient(conv, x.dims(), w, &y)?);
+            found.push(conv::weight_gradient(conv, &x, w.dims(), &y)?);
+            found.push(conv::bias_gradient(&y)?);
+            found.push(y);
+        }
+        let (y, statistics) = norm::group(&x, &scale, &shift, 4, 1e-5)?;
+        let (gx, gw, gb) = norm::group_vjp(&x, &scale, &statistics, &y, 4, true)?;
+        found.extend(gx.into_iter().chain([y.clone(), gw, gb]));
+        let statistics = batch_norm::statistics(&x)?;
+        let (gx, gw, gb) = batch_norm::vjp(&x, &scale, &statistics, &y, 1e-5, true, true)?;
+        found.extend(gx.into_iter().chain([batch_norm::apply(&x, &scale, &shift, &statistics, 1e-5)?, gw, gb]));
+        let (y, winners) = pool::max(&x, &window)?;
+        found.push(pool::max_vjp(x.dims(), &window, &winners, &y)?);
+        found.push(pool::average_vjp(x.dims(), &window, &y)?);
+        found.push(pool::average(&x, &window)?);
+        found.push(activation::dropout(&activation::gelu(&x)?, 0.3, 9)?);
+        found.push(resample::upsample_vjp(&resample::upsample(&x, 2)?, 2)?);
+        found.iter().map(values).collect()
+    };
+    let alone = all()?;
+    for n in [2, 3, 7] {
+        assert!(with_threads(n, all)?? == alone, "{n} threads");
+    }
+    Ok(())
+}
+
+#[test]
+fn relu_has_derivative_zero_at_zero() -> Result<()> {
+    let x = image(&[&[-1.0, 0.0, -0.0, 2.0]])?;
+    let y = activation::relu(&x)?;
+    assert_eq!(values(&activation::relu_vjp(&y, &x.ones_like()?)?)?, [0.0, 0.0, 0.0, 1.0]);
+    Ok(())
+}
+
+#[test]
+fn max_pool_gives_a_tie_to_the_first() -> Result<()> {
+    let window = Window::square(2, 1, 0);
+    let x = image(&[&[1.0, 1.0, 0.0], &[1.0, 1.0, 2.0]])?;
+    let (y, winners) = pool::max(&x, &window)?;
+    assert_eq!(values(&y)?, [1.0, 2.0]);
+    let gx = pool::max_vjp(x.dims(), &window, &winners, &image(&[&[3.0, 5.0]])?)?;
+    assert_eq!(values(&gx)?, [3.0, 0.0, 0.0, 0.0, 0.0, 5.0]);
+    // The border is never chosen, even by inputs lower than any number.
+    let low = image(&[&[f32::NEG_INFINITY; 2], &[-3.0; 2]])?;
+    let (y, winners) = pool::max(&low, &Window::square(3, 2, 1))?;
+    assert_eq!(values(&y)?, [-3.0]);
+    let gx = pool::max_vjp(low.dims(), &Window::square(3, 2, 1), &winners, &image(&[&[1.0]])?)?;
+    assert_eq!(values(&gx)?, [0.0, 0.0, 1.0, 0.0]);
+    Ok(())
+}
+
+#[test]
+fn average_pool_counts_its_border() -> Result<()> {
+    let y = pool::average(&image(&[&[9.0, 18.0], &[27.0, 36.0]])?, &Window::square(3, 2, 1))?;
+    assert_eq!(values(&y)?, [10.0]);
+    Ok(())
+}
+
+#[test]
+fn values_that_are_not_numbers_stay_visible() -> Result<()> {
+    let x = image(&[&[f32::NAN, 1.0], &[2.0, 3.0]])?;
+    assert!(values(&activation::relu(&x)?)?[0].is_nan());
+    assert!(values(&pool::max(&x, &Window::square(2, 2, 0))?.0)?[0].is_nan());
+    Ok(())
+}
+
+#[test]
+fn running_statistics_follow_pytorch() -> Result<()> {
+    let init = Init { seed: 1, dtype: DType::F32, device: Device::Cpu };
+    let mut module = Module::new(1, &[(0, LayerSpec::BatchNorm {})], [1, 2, 1], &[], Fuse::Sum, &init)?;
+    let x = image(&[&[1.0, 5.0]])?;
+    module.forward(std::slice::from_ref(&x), &Pass { training: true, key: 0 }, &mut Tape::new())?;
+    let mut found = Vec::new();
+    module.visit(&mut |p| {
+        found.push((p.name.clone(), p.trainable, values(&p.value)?[0]));
+        Ok(())
+    })?;
+    // Mean 3 and unbiased variance 8, a tenth of each beside nine tenths of 0 and 1.
+    assert_eq!(found[2].0, "layers.0.batch-norm.running_mean");
+    assert!(!found[2].1 && !found[3].1 && found[0].1 && found[1].1);
+    assert!((found[2].2 - 0.3).abs() < 1e-6 && (found[3].2 - 1.7).abs() < 1e-6);
+    let single = x.narrow(2, 0, 1)?.contiguous()?;
+    let error = module.forward(&[single], &Pass { training: true, key: 0 }, &mut Tape::new()).unwrap_err();
+    assert!(error.to_string().contains("more than one value a channel"));
+    Ok(())
+}
+
+#[test]
+fn dropout_keeps_the_mean_and_depends_on_key_alone() -> Result<()> {
+    let x = Tensor::ones((1, 100, 100, 10), DType::F32, &Device::Cpu)?;
+    let y = activation::dropout(&x, 0.25, 7)?;
+    let mean = values(&y)?.iter().sum::<f32>() / 1e5;
+    assert!((mean - 1.0).abs() < 0.01, "mean {mean}");
+    assert_eq!(values(&y)?, values(&activation::dropout(&x, 0.25, 7)?)?);
+    assert_ne!(values(&y)?, values(&activation::dropout(&x, 0.25, 8)?)?);
+    Ok(())
+}
+
+#[test]
+fn ties_count_against_the_network() {
+    assert!(topk_correct(&[0.0, 2.0, 1.0], 1, 1));
+    assert!(topk_correct(&[0.0, 2.0, 1.0], 2, 2) && !topk_correct(&[0.0, 2.0, 1.0], 2, 1));
+    assert!(!topk_correct(&[1.0; 10], 0, 5) && topk_correct(&[1.0; 5], 0, 5));
+    assert!(!topk_correct(&[f32::NAN; 3], 0, 5) && !topk_correct(&[0.0, 1.0], -1, 5) && !topk_correct(&[0.0], 3, 1));
+}
