@@ -162,7 +162,7 @@ impl Network {
 
 /// A skip's output is averaged down to the main input's height and width by whole factors.
 fn pool_factors(edge: Edge, sent: [usize; 3], main: [usize; 3]) -> Result<(usize, usize)> {
-    if sent[0] % main[0] != 0 || sent[1] % main[1] != 0 {
+    if !sent[0].is_multiple_of(main[0]) || !sent[1].is_multiple_of(main[1]) {
         return Err(Error::input(format!(
             "{edge}: the skip brings {}x{} pixels and the main input of module {} has {}x{}; it can only be averaged \
              down by whole factors: choose other skips or cuts",

@@ -5,10 +5,12 @@ use clap::{Parser, Subcommand};
 use crate::Result;
 use crate::transport::World;
 
+pub mod bench;
 pub mod data;
 pub mod dry_run;
 pub mod eval;
 pub mod logging;
+pub mod plan;
 pub mod progress;
 pub mod train;
 
@@ -29,6 +31,11 @@ pub enum Command {
     Data(data::DataCommand),
     /// Train a network; alone, under mpirun or under srun.
     Train(train::TrainArgs),
+    /// Show how the network is cut, and who does what at which tick.
+    Plan(plan::PlanArgs),
+    /// Measure links on the machine at hand.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Score a checkpoint on test shards.
     Eval(eval::EvalArgs),
 }
@@ -40,6 +47,8 @@ pub fn run(cli: Cli) -> i32 {
         Command::Data(command) => World::Alone.conclude(data::run(command)),
         Command::Train(args) if args.plans_only() => World::Alone.conclude(train::plan(&args)),
         Command::Train(args) => with_world(|world| train::run(world, &args)),
+        Command::Plan(args) => World::Alone.conclude(plan::run(&args)),
+        Command::Bench(command) => with_world(|world| bench::run(&command, world)),
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
     }
 }

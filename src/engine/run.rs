@@ -158,15 +158,16 @@ fn run(
             });
             running += 1;
         }
-        for _ in 0..running {
-            let Ok(result) = finished.recv() else { break };
+        let mut errors = Vec::new();
+        for result in finished.iter().take(running) {
             if let Err(e) = result {
-                // The first error is the cause; what others say after it follows from it.
                 breaker.trip(e.to_string());
-                return Err(e);
+                errors.push(e);
             }
         }
-        Ok(())
+        // A worker that fails makes its neighbours' links fail: the cause is what is not about links, else the first.
+        let cause = errors.iter().position(|e| !matches!(e, Error::Transport(_))).unwrap_or(0);
+        if errors.is_empty() { Ok(()) } else { Err(errors.swap_remove(cause)) }
     })?;
     Ok(console.totals())
 }
@@ -190,10 +191,13 @@ fn work(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<()> {
     worker.flush()
 }
 
+/// An edge's ends at one worker: its activations' and, where any is used, its cotangents'.
+type EdgeEnds<Forward, Back> = (u32, Forward, Option<(u32, Back)>);
+
 /// A worker's ends of links.
 struct Ends {
-    inputs: Vec<(u32, Receiver, Option<(u32, Sender)>)>,
-    outputs: Vec<(u32, Sender, Option<(u32, Receiver)>)>,
+    inputs: Vec<EdgeEnds<Receiver, Sender>>,
+    outputs: Vec<EdgeEnds<Sender, Receiver>>,
     truth_in: Option<(u32, Receiver)>,
     truth_out: Option<(u32, Sender)>,
     console: (u32, Sender),
@@ -264,8 +268,8 @@ pub fn update(setup: &Setup, span: &Span) -> Update {
     let train = &setup.config.train;
     Update {
         rate: train.optimizer.lr(),
-        optimizer: Optimizer::new(train.optimizer.clone()),
-        schedule: train.schedule.clone(),
+        optimizer: Optimizer::new(train.optimizer),
+        schedule: train.schedule,
         total_clips: span.total,
         every: train.update_every,
         clip_norm: train.clip_norm,

@@ -28,7 +28,7 @@ pub struct Saver {
 impl Saver {
     /// Is a checkpoint due when `clips` batches are done?
     pub fn due(&self, clips: u64) -> bool {
-        clips % self.every == 0 || clips == self.end
+        clips.is_multiple_of(self.every) || clips == self.end
     }
 }
 

@@ -30,6 +30,7 @@ pub mod world;
 
 pub use link::Breaker;
 pub use message::{HEADER_WORDS, Header, Kind};
+pub(crate) use mpi::Baseline;
 pub use world::{World, hostname};
 
 use link::Link;

@@ -3,65 +3,75 @@
 use std::sync::Arc;
 
 use super::calls::{Comm, Request};
-use super::{Buffer, Session};
+use super::{Buffer, HEADER_WORDS, Session};
 use crate::{Error, Result};
 
-/// Plain nonblocking sends and receives between rank 0 and rank 1, the rank's lock held throughout.
+/// Plain nonblocking sends and receives between ranks 0 and 1, receives posted early, two buffers a direction.
+///
+/// The rank's lock is held throughout an exchange, so nothing else of this rank calls MPI meanwhile.
 pub(crate) struct Baseline {
     session: Arc<Session>,
     comm: Comm,
-    out: Buffer,
-    inward: Buffer,
+    out: [Buffer; 2],
+    inward: [Buffer; 2],
 }
 
 impl Baseline {
-    /// Two buffers of `words`. Collective over all ranks.
+    /// Buffers of `words`. Collective over all ranks.
     pub(in crate::transport) fn new(session: &Arc<Session>, words: usize) -> Result<Baseline> {
         let _calls = session.core.lock();
         let comm = Comm::duplicate_world()?;
-        Ok(Baseline { session: session.clone(), comm, out: Buffer::new(words), inward: Buffer::new(words) })
+        let pair = || [Buffer::new(words), Buffer::new(words)];
+        Ok(Baseline { session: session.clone(), comm, out: pair(), inward: pair() })
     }
 
-    /// Sends `words` to the other rank and back `rounds` times, `each` called with what is about to be sent and
-    /// with what came, as on a link. `both`: the two ranks send at the same time.
+    /// Sends `words` to the other rank and back `rounds` times, or at the same time if `both`. `fill` gets each
+    /// payload before it is sent, `read` each one that came.
     pub(crate) fn exchange(
         &mut self,
         words: usize,
         rounds: usize,
         both: bool,
-        mut fill: impl FnMut(&mut [f32]),
-        mut read: impl FnMut(&[f32]),
+        fill: impl Fn(&mut [f32]),
+        read: impl Fn(&[f32]),
     ) -> Result<()> {
-        let _calls = self.session.core.lock();
-        let (rank, peer) = (self.session.rank, 1 - self.session.rank.min(1));
-        if rank > 1 || words > self.out.payload().len() {
+        let session = self.session.clone();
+        let _calls = session.core.lock();
+        let rank = session.rank;
+        if rank > 1 || words > self.out[0].payload().len() {
             return Err(Error::Run(format!("no baseline of {words} words on rank {rank}")));
         }
-        let (out, inward) = (self.out.start(), self.inward.start());
-        for _ in 0..rounds {
-            // SAFETY: the buffers live in `self`, and every request completes before they are touched again.
-            unsafe {
-                if both {
-                    fill(&mut self.out.payload_mut()[..words]);
-                    let received = self.comm.receive(inward, super::HEADER_WORDS + words, peer, 0)?;
-                    let sent = self.comm.send(out, super::HEADER_WORDS + words, peer, 0)?;
-                    Request::wait_all(&mut [received, sent])?;
-                    read(&self.inward.payload()[..words]);
-                    continue;
-                }
-                for sender in [0, 1] {
-                    if rank == sender {
-                        fill(&mut self.out.payload_mut()[..words]);
-                        let sent = self.comm.send(out, super::HEADER_WORDS + words, peer, 0)?;
-                        Request::wait_all(&mut [sent])?;
-                    } else {
-                        let received = self.comm.receive(inward, super::HEADER_WORDS + words, peer, 0)?;
-                        Request::wait_all(&mut [received])?;
-                        read(&self.inward.payload()[..words]);
-                    }
-                }
+        let leads = both || rank == 0;
+        let mut receiving = [self.receive(0, words)?];
+        for round in 0..rounds {
+            let (this, next) = (round % 2, (round + 1) % 2);
+            if leads {
+                let sent = self.send(this, words, &fill)?;
+                Request::wait_all(&mut [sent, receiving[0]])?;
+            } else {
+                Request::wait_all(&mut receiving)?;
+            }
+            read(&self.inward[this].payload()[..words]);
+            if round + 1 < rounds {
+                receiving = [self.receive(next, words)?];
+            }
+            if !leads {
+                let sent = self.send(this, words, &fill)?;
+                Request::wait_all(&mut [sent])?;
             }
         }
         Ok(())
+    }
+
+    fn send(&mut self, buffer: usize, words: usize, fill: &impl Fn(&mut [f32])) -> Result<Request> {
+        let buffer = &mut self.out[buffer];
+        fill(&mut buffer.payload_mut()[..words]);
+        // SAFETY: the buffer lives in `self`, and `exchange` completes every request before it is touched again.
+        unsafe { self.comm.send(buffer.start(), HEADER_WORDS + words, 1 - self.session.rank, 0) }
+    }
+
+    fn receive(&mut self, buffer: usize, words: usize) -> Result<Request> {
+        // SAFETY: as in `send`.
+        unsafe { self.comm.receive(self.inward[buffer].start(), HEADER_WORDS + words, 1 - self.session.rank, 0) }
     }
 }

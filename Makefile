@@ -1,0 +1,39 @@
+# `make demo` and `make test` set a fresh Debian 12 machine with Rust up and do the work.
+
+PACKAGES := openmpi-bin libopenmpi-dev libhdf5-dev libclang-dev clang pkg-config ffmpeg hdf5-tools
+CARGO ?= cargo
+# One profile for the program, its tests and clippy, so that dependencies are built once.
+PROFILE := --release --locked
+# Open MPI on more ranks than cores, and as root (containers).
+export OMPI_MCA_rmaps_base_oversubscribe := 1
+export OMPI_MCA_mpi_yield_when_idle := 1
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.PHONY: help deps build demo test lint doc clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+deps: ## install the missing system packages (with apt where it may, else says which)
+	@.ci/install-packages $(PACKAGES)
+
+build: deps ## the program, target/release/sideways
+	$(CARGO) build $(PROFILE)
+
+demo: build ## train on a motion dataset under mpirun, with and without skips, and compare
+	.ci/demo
+
+lint: deps ## formatting and clippy
+	$(CARGO) fmt --check
+	$(CARGO) clippy $(PROFILE) --all-targets -- -D warnings
+
+doc: deps ## the library's documentation, target/doc
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --no-deps
+
+test: build lint doc ## everything that continuous integration checks
+	$(CARGO) test $(PROFILE) -- --test-threads=2
+
+clean: ## remove what was built and made here
+	$(CARGO) clean
+	rm -rf data runs

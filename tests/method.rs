@@ -1,0 +1,207 @@
+//! What must hold of the method whatever the implementation: equalities with exact back-propagation, between
+//! placements, replicas, and across a stop.
+//!
+//! With an update period longer than the run, a checkpoint holds the sum of the pseudo-gradients (`gradient.…`), so
+//! gradients are compared and not only what an optimiser makes of them.
+
+mod common;
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use common::runs::{SIDE, assert_close, config, shard, tensors, train, with_prefix};
+use sideways::config::Config;
+use sideways::data::FrameStream;
+use sideways::engine::head::Head;
+use sideways::engine::reference;
+use sideways::engine::run::modules;
+use sideways::engine::setup::{Purpose, Setup};
+use sideways::engine::worker::pass;
+
+/// Never update within a run: gradients pile up.
+const PILE_UP: &str = "train.update_every=1000000";
+
+/// Exact gradient of the sum of the losses at the steps `counted` says, for the first clip.
+fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collections::HashMap<String, Vec<f64>> {
+    let setup = Setup::new(config, 1, Purpose::Train).unwrap();
+    let mut modules = modules(&setup).unwrap();
+    let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
+    let mut head = Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes);
+    head.begin(&stream.begin(0).unwrap().labels);
+    let mut buffer = vec![0.0; config.data.batch * SIDE * SIDE * 3];
+    let mut frame = |t: usize| {
+        stream.frame(t, &mut buffer)?;
+        Ok(Tensor::from_slice(&buffer, (config.data.batch, SIDE, SIDE, 3), &Device::Cpu)?)
+    };
+    let passes = |t: usize| pass(true, 0, 0, t);
+    let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame).unwrap();
+    let steps = run.last().len();
+    let gradients = run.last().iter().enumerate().map(|(t, y)| match counted(t, steps) {
+        true => head.loss(y, None, true).unwrap(),
+        false => None,
+    });
+    let gradients = gradients.collect();
+    reference::backward(&mut modules, &setup.network, &setup.schedule, &passes, run, gradients).unwrap();
+    let mut all = std::collections::HashMap::new();
+    for module in &mut modules {
+        module
+            .visit(&mut |p| {
+                if let Some(grad) = &p.grad {
+                    let values = grad.flatten_all()?.to_vec1::<f32>()?;
+                    all.insert(p.name.clone(), values.into_iter().map(f64::from).collect());
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+    all
+}
+
+fn sum_of_pseudo_gradients(dir: &Path, name: &str, sets: &[&str]) -> std::collections::HashMap<String, Vec<f64>> {
+    let run = format!("run.dir={}", dir.join(name).display());
+    let sets: Vec<&str> = sets.iter().copied().chain([run.as_str(), PILE_UP, "train.clips=1"]).collect();
+    train(&config(dir, &sets), None);
+    with_prefix(&tensors(&dir.join(name), 1), "gradient.")
+}
+
+/// One module: the pseudo-gradient is the gradient.
+#[test]
+fn one_module_is_back_propagation() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 4, 14, false);
+    let one = ["model.modules=1", "train.rule=sideways"];
+    let sideways = sum_of_pseudo_gradients(dir.path(), "one", &one);
+    let exact = exact(&config(dir.path(), &one), |_, _| true);
+    assert_close(&sideways, &exact, 1e-5, "D = 1");
+}
+
+/// Several modules on moving frames: they must differ, or the tests of equality would prove nothing.
+#[test]
+fn five_modules_on_moving_frames_are_not_back_propagation() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 4, 14, false);
+    let sideways = sum_of_pseudo_gradients(dir.path(), "five", &["train.rule=sideways"]);
+    let exact = exact(&config(dir.path(), &["train.rule=sideways"]), |_, _| true);
+    let first = "layers.0.conv2d.weight";
+    let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let (a, b) = (&sideways[first], &exact[first]);
+    let cosine = a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>() / norm(a) / norm(b);
+    assert!(cosine < 0.999, "cosine {cosine}");
+}
+
+/// Identical frames: once every edge has delivered, a step's pseudo-gradient is the true gradient of the steady
+/// state's loss. One more frame adds one more steady step, so it is the difference of the sums of two clips.
+#[test]
+fn identical_frames_give_the_true_gradient() {
+    for (n, skip) in [
+        "",
+        "model.skip={ spans = [2] }",
+        "model.skip={ spans = [2, 3] }",
+        "model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }",
+        "model.skip={ spans = [3], delay = 2 }",
+        "model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for boundary in ["train.boundary=flow", "train.boundary=cut"] {
+            let dir = tempfile::tempdir().unwrap();
+            shard(&dir.path().join("train.h5"), 2, 24, true);
+            let sets: Vec<&str> = [skip, boundary].into_iter().filter(|s| !s.is_empty()).collect();
+            let sum = |name: &str, frames: &str| {
+                let sets: Vec<&str> = sets.iter().copied().chain([frames]).collect();
+                sum_of_pseudo_gradients(dir.path(), name, &sets)
+            };
+            let (short, long) = (sum("short", "data.frames=19"), sum("long", "data.frames=20"));
+            let added = long
+                .iter()
+                .map(|(name, v)| (name.clone(), v.iter().zip(&short[name]).map(|(l, s)| l - s).collect()))
+                .collect();
+            let sets: Vec<&str> = sets.iter().copied().chain(["data.frames=20"]).collect();
+            let exact = exact(&config(dir.path(), &sets), |t, steps| t + 1 == steps);
+            assert_close(&added, &exact, 2e-4, &format!("case {n} {skip} {boundary}"));
+        }
+    }
+}
+
+/// Skip-Sideways without skips is Sideways, to the bit.
+#[test]
+fn skip_sideways_without_skips_is_sideways() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 8, 14, false);
+    for rule in ["sideways", "skip-sideways"] {
+        let run = format!("run.dir={}", dir.path().join(rule).display());
+        train(&config(dir.path(), &[&run, &format!("train.rule={rule}")]), None);
+    }
+    assert!(tensors(&dir.path().join("sideways"), 4) == tensors(&dir.path().join("skip-sideways"), 4));
+}
+
+/// Two replicas on the halves of a batch are one replica on the whole batch, to rounding; three threads' bits do not
+/// depend on the run.
+#[test]
+fn replicas_on_a_split_batch_are_one_on_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 12, 14, false);
+    let run = |name: &str, sets: &[&str]| {
+        let run = format!("run.dir={}", dir.path().join(name).display());
+        let skip = "model.skip={ spans = [2] }";
+        train(&config(dir.path(), &[&[run.as_str(), skip, "train.clips=2"], sets].concat()), None);
+        tensors(&dir.path().join(name), 2)
+    };
+    let whole = run("whole", &["data.batch=6"]);
+    for replicas in [2, 3] {
+        let sets = [format!("train.replicas={replicas}"), format!("data.batch={}", 6 / replicas)];
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let split = run(&format!("split{replicas}"), &sets);
+        assert_close(&split, &whole, 1e-4, &format!("{replicas} replicas"));
+        assert!(split == run(&format!("again{replicas}"), &sets), "{replicas} replicas: not the same bits twice");
+    }
+}
+
+/// Two replicas on the same clips are one replica.
+#[test]
+fn replicas_on_the_same_clips_are_one() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train-a.h5"), 2, 14, false);
+    std::fs::copy(dir.path().join("train-a.h5"), dir.path().join("train-b.h5")).unwrap();
+    let run = |name: &str, sets: &[&str]| {
+        let run = format!("run.dir={}", dir.path().join(name).display());
+        train(&config(dir.path(), &[&[run.as_str(), "data.shuffle=false", "train.clips=2"], sets].concat()), None);
+        tensors(&dir.path().join(name), 2)
+    };
+    let first = format!("data.train={}/train-a.h5", dir.path().display());
+    let one = run("one", &[&first]);
+    let two = run("two", &["train.replicas=2"]);
+    assert_close(&two, &one, 1e-6, "the same clips twice");
+}
+
+/// Stopped after any clip and resumed: to the bit what an uninterrupted run gives; with updates that do not fall on
+/// clips' ends too.
+#[test]
+fn a_stopped_and_resumed_run_is_bit_identical() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 6, 20, false);
+    for (case, sets) in [
+        &["model.skip={ spans = [2, 3] }"][..],
+        &["train.update_every=5"],
+        &["train.optimizer={ kind = 'adamw', lr = 0.01 }", "train.schedule={ kind = 'cosine', warmup = 2 }"],
+        &["train.rule=bp", "model.skip={ spans = [2] }"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let through = dir.path().join(format!("through{case}"));
+        let run = |to: &Path| format!("run.dir={}", to.display());
+        train(&config(dir.path(), &[&[run(&through).as_str()], sets].concat()), None);
+        for stop in 1..4 {
+            let stopped = dir.path().join(format!("stopped{case}-{stop}"));
+            let config = config(dir.path(), &[&[run(&stopped).as_str()], sets].concat());
+            train(&config, Some(stop));
+            assert!(!stopped.join("checkpoints/step-00000004").exists());
+            train(&config, None);
+            assert!(tensors(&stopped, 4) == tensors(&through, 4), "case {case}: stopped after {stop}");
+            let lines = std::fs::read_to_string(stopped.join("metrics.jsonl")).unwrap();
+            assert_eq!(lines.lines().count(), 4, "one line a batch");
+        }
+    }
+}
