@@ -62,7 +62,7 @@ mod tests {
     #[test]
     fn round_trip_is_close_and_wrong_sizes_and_damage_are_told() {
         let (h, w) = (24, 33);
-        let smooth: Vec<u8> = (0..h * w * 3).map(|i| ((i / 3 % w) * 5 + (i / 3 / w) * 3 + i % 3 * 20) as u8).collect();
+        let smooth: Vec<u8> = (0..h * w * 3).map(|i| ((i / 3 % w) * 4 + (i / 3 / w) * 2 + i % 3 * 20) as u8).collect();
         let coded = encode(&smooth, h, w, 95).unwrap();
         let mut back = vec![0; h * w * 3];
         decode(&coded, h, w, &mut back).unwrap();

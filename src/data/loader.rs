@@ -108,18 +108,15 @@ pub struct Clip {
     pub videos: Vec<Option<usize>>,
 }
 
-/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` bytes.
+/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` bytes. (There is no message for a clip's
+/// beginning alone: it would take a chunk's place in the channel, and memory would depend on T after all.)
 pub(super) struct Chunk {
     pub(super) clip: u64,
+    /// With the first chunk of a clip, the clip.
+    pub(super) begins: Option<Clip>,
     pub(super) first: usize,
     pub(super) frames: usize,
     pub(super) data: Vec<u8>,
-}
-
-/// What the reader thread sends.
-pub(super) enum Message {
-    Begin(u64, Clip),
-    Frames(Chunk),
 }
 
 /// Clips of a dataset, in the sampler's order, frame by frame. See the module's page.
@@ -129,7 +126,7 @@ pub struct FrameStream {
     clips_per_epoch: u64,
     /// For each channel, each byte's normalised value.
     table: [[f32; 256]; 3],
-    incoming: Option<Receiver<Result<Message>>>,
+    incoming: Option<Receiver<Result<Chunk>>>,
     recycle: Sender<Vec<u8>>,
     thread: Option<JoinHandle<()>>,
     next: u64,
@@ -212,18 +209,19 @@ impl FrameStream {
             self.give_back(chunk);
         }
         loop {
-            match self.receive()? {
-                Message::Begin(c, info) if c == clip => {
-                    self.next = clip + 1;
-                    self.newest = 0;
-                    self.current = Some((clip, info.clone()));
-                    return Ok(info);
-                }
-                Message::Begin(c, _) => {
-                    return Err(Error::Run(format!("the frame reader sent clip {c} instead of {clip}")));
-                }
-                Message::Frames(chunk) => self.give_back(chunk),
+            let mut chunk = self.receive()?;
+            let Some(info) = chunk.begins.take() else {
+                self.give_back(chunk);
+                continue;
+            };
+            if chunk.clip != clip {
+                return Err(Error::Run(format!("the frame reader sent clip {} instead of {clip}", chunk.clip)));
             }
+            self.chunks.push_back(chunk);
+            self.next = clip + 1;
+            self.newest = 0;
+            self.current = Some((clip, info.clone()));
+            return Ok(info);
         }
     }
 
@@ -255,12 +253,11 @@ impl FrameStream {
             }
         }
         while self.chunks.back().is_none_or(|c| c.first + c.frames <= t) {
-            match self.receive()? {
-                Message::Frames(chunk) if chunk.clip == clip => self.chunks.push_back(chunk),
-                Message::Frames(Chunk { clip: c, .. }) | Message::Begin(c, _) => {
-                    return Err(Error::Run(format!("the frame reader sent clip {c} before the end of {clip}")));
-                }
+            let chunk = self.receive()?;
+            if chunk.clip != clip {
+                return Err(Error::Run(format!("the frame reader sent clip {} before the end of {clip}", chunk.clip)));
             }
+            self.chunks.push_back(chunk);
         }
         let held = self.chunks.iter().find(|c| (c.first..c.first + c.frames).contains(&t));
         let (Some(chunk), Some((_, info))) = (held, &self.current) else {
@@ -285,7 +282,7 @@ impl FrameStream {
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<Message> {
+    fn receive(&mut self) -> Result<Chunk> {
         if let Some(failure) = &self.failure {
             return Err(Error::input(failure.clone()));
         }
@@ -322,11 +319,11 @@ impl Drop for FrameStream {
 }
 
 /// The reader thread: everything, in order, until the end, an error, or nobody listens.
-fn deliver(reader: &mut Reader, to: &SyncSender<Result<Message>>) {
+fn deliver(reader: &mut Reader, to: &SyncSender<Result<Chunk>>) {
     loop {
         match reader.next() {
-            Ok(Some(message)) => {
-                if to.send(Ok(message)).is_err() {
+            Ok(Some(chunk)) => {
+                if to.send(Ok(chunk)).is_err() {
                     return;
                 }
             }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::dataset::Dataset;
 use super::jpeg;
-use super::loader::{Chunk, Clip, Message, StreamOptions};
+use super::loader::{Chunk, Clip, StreamOptions};
 use super::sampler::{Draw, Sampler, VideoWindow, draw};
 use super::shard::{self, Encoding, ShardReader};
 use crate::{Error, Result};
@@ -73,13 +73,12 @@ struct Slot {
     cut: Cut,
 }
 
-/// A stored frame that is to become frame (place) `to` of the chunk.
+/// A stored frame that is to be delivered.
 struct Job {
-    /// Index into the spans read for the batch.
+    /// Index into what was read for the window.
     read: usize,
-    /// The frame's bytes among them.
+    /// The frame's bytes in there.
     bytes: std::ops::Range<usize>,
-    encoding: Encoding,
     /// Frame of the video, for error messages.
     source: u64,
 }
@@ -95,9 +94,11 @@ pub(super) struct Reader {
     /// The most recently used last.
     open: Vec<(usize, ShardReader)>,
     clip: u64,
-    /// The next frame of the clip; `None` before its beginning has been announced.
-    frame: Option<usize>,
+    /// The next frame of the clip.
+    frame: usize,
     slots: Vec<Option<Slot>>,
+    /// A whole decoded frame, before it is cropped.
+    scratch: Vec<u8>,
 }
 
 impl Reader {
@@ -119,28 +120,25 @@ impl Reader {
             ),
         };
         let clip = options.first_clip;
-        let (open, slots) = (Vec::new(), Vec::new());
-        Ok(Self { dataset, sampler, geometry, options, buffers, pool, open, clip, frame: None, slots })
+        let (open, slots, scratch) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { dataset, sampler, geometry, options, buffers, pool, open, clip, frame: 0, slots, scratch })
     }
 
-    /// The next message; `None` after the last clip.
-    pub(super) fn next(&mut self) -> Result<Option<Message>> {
-        let Some(first) = self.frame else {
-            if self.clip >= self.options.end_clip {
-                return Ok(None);
-            }
-            self.frame = Some(0);
-            return Ok(Some(Message::Begin(self.clip, self.begin()?)));
-        };
+    /// The next chunk; `None` after the last clip.
+    pub(super) fn next(&mut self) -> Result<Option<Chunk>> {
+        if self.clip >= self.options.end_clip {
+            return Ok(None);
+        }
+        let first = self.frame;
+        let begins = if first == 0 { Some(self.begin()?) } else { None };
         let frames = self.options.chunk.min(self.options.frames - first);
-        let data = self.chunk(first, frames)?;
-        let chunk = Chunk { clip: self.clip, first, frames, data };
-        self.frame = Some(first + frames);
-        if first + frames == self.options.frames {
-            self.frame = None;
+        let chunk = Chunk { clip: self.clip, begins, first, frames, data: self.chunk(first, frames)? };
+        self.frame = first + frames;
+        if self.frame == self.options.frames {
+            self.frame = 0;
             self.clip += 1;
         }
-        Ok(Some(Message::Frames(chunk)))
+        Ok(Some(chunk))
     }
 
     /// Chooses the clip's windows and crops.
@@ -179,78 +177,87 @@ impl Reader {
         }
     }
 
-    /// Frames `first..first + frames` of all windows: `[frames, B, h, w, 3]`.
+    /// Frames `first..first + frames` of all windows: `[frames, B, h, w, 3]`. Read window by window, so that no more
+    /// than one window's stored frames are in memory at a time.
     fn chunk(&mut self, first: usize, frames: usize) -> Result<Vec<u8>> {
-        let batch = self.slots.len();
-        let mut reads: Vec<Vec<u8>> = Vec::new();
-        let mut jobs: Vec<Option<Job>> = Vec::with_capacity(frames * batch);
-        jobs.resize_with(frames * batch, || None);
+        let (batch, frame) = (self.slots.len(), self.geometry.frame_bytes());
+        let mut data = self.buffers.try_recv().unwrap_or_default();
+        data.resize(frames * batch * frame, 0);
         for (b, slot) in self.slots.iter().enumerate() {
-            let Some(Slot { window, .. }) = slot else { continue };
+            let Some(Slot { window, cut }) = slot else { continue };
             let video = &self.dataset.videos[window.video];
             let shard = shard_reader(&mut self.open, &self.dataset, video.shard)?;
-            let mut t = 0;
-            while t < frames {
-                // As many as lie side by side in the file; a repeated last frame is read once and used again.
-                let source = window.source(first + t);
-                let mut next = t + 1;
-                let mut last = source;
-                while next < frames && window.source(first + next).saturating_sub(last) <= 1 {
-                    last = window.source(first + next);
-                    next += 1;
+            let (stored, jobs) = read_window(shard, video.offset, window, first, frames)?;
+            let unpack = Unpack { geometry: self.geometry, encoding: shard.header.encoding, cut: *cut };
+            let one = |scratch: &mut Vec<u8>, job: &Job, out: &mut [u8]| {
+                unpack
+                    .run(&stored[job.read][job.bytes.clone()], scratch, out)
+                    .map_err(|why| shard::damaged(&self.dataset.shards[video.shard], &video.id, job.source, &why))
+            };
+            match &self.pool {
+                Some(pool) if unpack.encoding == Encoding::Jpeg => pool.install(|| {
+                    let places = data.par_chunks_exact_mut(frame).skip(b).step_by(batch);
+                    places.zip(&jobs).try_for_each_init(Vec::new, |scratch, (out, job)| one(scratch, job, out))
+                })?,
+                _ => {
+                    let places = data.chunks_exact_mut(frame).skip(b).step_by(batch);
+                    places.zip(&jobs).try_for_each(|(out, job)| one(&mut self.scratch, job, out))?;
                 }
-                let (bytes, spans) = shard.read(video.offset + source..video.offset + last + 1)?;
-                for k in t..next {
-                    let frame = window.source(first + k);
-                    let bytes = spans[(frame - source) as usize].clone();
-                    jobs[k * batch + b] =
-                        Some(Job { read: reads.len(), bytes, encoding: shard.header.encoding, source: frame });
-                }
-                reads.push(bytes);
-                t = next;
             }
         }
-        let mut data = self.buffers.try_recv().unwrap_or_default();
-        data.resize(frames * batch * self.geometry.frame_bytes(), 0);
-        self.unpack(&reads, &jobs, &mut data)?;
         Ok(data)
     }
+}
 
-    /// Decodes and crops every job's frame into its place of `data`.
-    fn unpack(&self, reads: &[Vec<u8>], jobs: &[Option<Job>], data: &mut [u8]) -> Result<()> {
-        let (geometry, dataset, slots) = (self.geometry, &self.dataset, &self.slots);
-        let whole = geometry.height * geometry.width * 3;
-        let work = |scratch: &mut Vec<u8>, place: usize, job: &Option<Job>, out: &mut [u8]| -> Result<()> {
-            let (Some(job), Some(Slot { window, cut })) = (job, &slots[place % slots.len()]) else { return Ok(()) };
-            let bytes = &reads[job.read][job.bytes.clone()];
-            if job.encoding == Encoding::Raw {
-                geometry.cut(bytes, *cut, out);
-                return Ok(());
-            }
-            scratch.resize(whole, 0);
-            jpeg::decode(bytes, geometry.height, geometry.width, scratch).map_err(|why| {
-                let video = &dataset.videos[window.video];
-                shard::damaged(&dataset.shards[video.shard], &video.id, job.source, &why)
-            })?;
-            geometry.cut(scratch, *cut, out);
-            Ok(())
-        };
-        let frame = geometry.frame_bytes();
-        match &self.pool {
-            Some(pool) => pool.install(|| {
-                data.par_chunks_exact_mut(frame)
-                    .zip(jobs)
-                    .enumerate()
-                    .try_for_each_init(Vec::new, |scratch, (place, (out, job))| work(scratch, place, job, out))
-            }),
-            None => {
-                let mut scratch = Vec::new();
-                data.chunks_exact_mut(frame)
-                    .zip(jobs)
-                    .enumerate()
-                    .try_for_each(|(place, (out, job))| work(&mut scratch, place, job, out))
-            }
+/// Reads frames `first..first + frames` of a window as they are stored, as many at a time as lie side by side in the
+/// file; the video begins at frame `offset` of the shard. A repeated last frame is read once.
+fn read_window(
+    shard: &ShardReader,
+    offset: u64,
+    window: &VideoWindow,
+    first: usize,
+    frames: usize,
+) -> Result<(Vec<Vec<u8>>, Vec<Job>)> {
+    let mut stored = Vec::new();
+    let mut jobs = Vec::with_capacity(frames);
+    let mut t = 0;
+    while t < frames {
+        let start = window.source(first + t);
+        let (mut next, mut last) = (t + 1, start);
+        while next < frames && window.source(first + next) - last <= 1 {
+            last = window.source(first + next);
+            next += 1;
         }
+        let (bytes, spans) = shard.read(offset + start..offset + last + 1)?;
+        for k in t..next {
+            let source = window.source(first + k);
+            jobs.push(Job { read: stored.len(), bytes: spans[(source - start) as usize].clone(), source });
+        }
+        stored.push(bytes);
+        t = next;
+    }
+    Ok((stored, jobs))
+}
+
+/// How a stored frame becomes a delivered one.
+struct Unpack {
+    geometry: Geometry,
+    encoding: Encoding,
+    cut: Cut,
+}
+
+impl Unpack {
+    /// Decodes (through `scratch`) and crops one frame into `out`. On failure says what is wrong with it.
+    fn run(&self, stored: &[u8], scratch: &mut Vec<u8>, out: &mut [u8]) -> std::result::Result<(), String> {
+        let Geometry { height, width, .. } = self.geometry;
+        if self.encoding == Encoding::Raw {
+            self.geometry.cut(stored, self.cut, out);
+            return Ok(());
+        }
+        scratch.resize(height * width * 3, 0);
+        jpeg::decode(stored, height, width, scratch)?;
+        self.geometry.cut(scratch, self.cut, out);
+        Ok(())
     }
 }
 

@@ -78,8 +78,8 @@ pub struct SynthVideo {
     pub label: i32,
     /// Its frames, each `[size, size, 3]` bytes of RGB.
     pub frames: Vec<Vec<u8>>,
-    /// Where the centre of each shape is in frame 0 (x, y), in pixels.
-    pub starts: Vec<[f64; 2]>,
+    /// Where the centre of each shape is (x, y), in pixels: `places[t][shape]`.
+    pub places: Vec<Vec<[f64; 2]>>,
 }
 
 impl Scene {
@@ -123,18 +123,19 @@ impl Scene {
         let drift = polar(rng.random::<f64>() * std::f64::consts::TAU, self.camera);
         let ground = Sprite::new(self, &mut rng);
         let shapes: Vec<Sprite> = (0..self.shapes).map(|_| Sprite::new(self, &mut rng)).collect();
-        let frames = (0..self.frames)
-            .map(|t| {
-                let moved = |s: &Sprite, v: [f64; 2]| [0, 1].map(|i| (s.start[i] + t as f64 * v[i]).rem_euclid(size));
-                let mut canvas = vec![0.0f32; self.size * self.size * 3];
-                ground.fill(&mut canvas, self.size, moved(&ground, drift));
-                for shape in &shapes {
-                    shape.draw(&mut canvas, self.size, self.radius, moved(shape, velocity));
-                }
-                self.bytes(&canvas, &mut rng)
-            })
-            .collect();
-        SynthVideo { label, frames, starts: shapes.iter().map(|s| s.start).collect() }
+        let moved = |s: &Sprite, v: [f64; 2], t: usize| [0, 1].map(|i| (s.start[i] + t as f64 * v[i]).rem_euclid(size));
+        let mut video = SynthVideo { label, frames: Vec::new(), places: Vec::new() };
+        let mut canvas = vec![0.0f32; self.size * self.size * 3];
+        for t in 0..self.frames {
+            let places: Vec<_> = shapes.iter().map(|shape| moved(shape, velocity, t)).collect();
+            ground.fill(&mut canvas, self.size, moved(&ground, drift, t));
+            for (shape, &at) in shapes.iter().zip(&places) {
+                shape.draw(&mut canvas, self.size, self.radius, at);
+            }
+            video.frames.push(self.bytes(&canvas, &mut rng));
+            video.places.push(places);
+        }
+        video
     }
 
     fn bytes(&self, canvas: &[f32], rng: &mut ChaCha8Rng) -> Vec<u8> {
