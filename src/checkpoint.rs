@@ -88,12 +88,8 @@ pub fn write_module(dir: &Path, clips: u64, module: usize, tensors: Vec<(String,
     candle_core::safetensors::save(&tensors, &path).map_err(|e| write_error(&path, e))?;
     sync(&path)?;
     let content = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let entry = FileEntry {
-        name,
-        bytes: content.len() as u64,
-        xxh3: format!("{:016x}", xxh3_64(&content)),
-        tensors: names,
-    };
+    let entry =
+        FileEntry { name, bytes: content.len() as u64, xxh3: format!("{:016x}", xxh3_64(&content)), tensors: names };
     let beside = folder.join(entry_name(module));
     let text = serde_json::to_vec(&entry).map_err(|e| Error::io(&beside, e.into()))?;
     fs::write(&beside, text).map_err(|e| Error::io(&beside, e))?;
@@ -206,8 +202,9 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self> {
         let runs = path.join("checkpoints");
         if !path.join(MANIFEST).exists() && runs.is_dir() {
-            return latest(&runs)?
-                .ok_or_else(|| Error::input(format!("{}: there is no checkpoint in this run folder yet", path.display())));
+            return latest(&runs)?.ok_or_else(|| {
+                Error::input(format!("{}: there is no checkpoint in this run folder yet", path.display()))
+            });
         }
         let at = path.join(MANIFEST);
         let text = fs::read(&at).map_err(|e| {

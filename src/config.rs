@@ -377,8 +377,7 @@ impl Config {
     pub fn parse(text: &str, source: &str, overrides: &[String]) -> Result<Self> {
         // The file alone first: its errors carry line numbers.
         toml::from_str::<Config>(text).map_err(|e| Error::input(format!("{source}: {}", with_suggestion(&e))))?;
-        let mut table: toml::Table =
-            toml::from_str(text).map_err(|e| Error::input(format!("{source}: {e}")))?;
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| Error::input(format!("{source}: {e}")))?;
         for setting in overrides {
             apply(&mut table, setting)?;
         }
@@ -542,9 +541,8 @@ fn with_suggestion(error: &toml::de::Error) -> String {
     let mut quoted = error.message().split('`').skip(1).step_by(2);
     let unknown = error.message().contains("unknown field") || error.message().contains("unknown variant");
     if let (true, Some(given)) = (unknown, quoted.next())
-        && let Some(best) = quoted.max_by(|a, b| {
-            strsim::jaro_winkler(given, a).total_cmp(&strsim::jaro_winkler(given, b))
-        })
+        && let Some(best) =
+            quoted.max_by(|a, b| strsim::jaro_winkler(given, a).total_cmp(&strsim::jaro_winkler(given, b)))
         && strsim::jaro_winkler(given, best) > 0.75
     {
         return format!("{text}\ndid you mean `{best}`?");

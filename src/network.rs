@@ -108,7 +108,9 @@ impl Network {
             let skip_shapes: Vec<[usize; 3]> = skips.iter().map(|s| s.shape).collect();
             let mut shape = fused_shape(main, &skip_shapes, fuse);
             let adapters: u64 = match fuse {
-                Fuse::Sum => skip_shapes.iter().filter(|s| s[2] != main[2]).map(|s| ((s[2] + 1) * main[2]) as u64).sum(),
+                Fuse::Sum => {
+                    skip_shapes.iter().filter(|s| s[2] != main[2]).map(|s| ((s[2] + 1) * main[2]) as u64).sum()
+                }
                 Fuse::Concat => 0,
             };
             let (mut flops, mut params, mut tape) = (2 * adapters * (main[0] * main[1]) as u64, adapters, 0);

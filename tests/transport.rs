@@ -126,7 +126,7 @@ const WORKLOADS: [Workload; 6] = [
     CHAIN,
     Workload { workers: 6, spans: &[2, 3, 5], words: 1 << 10, ticks: 60, ..CHAIN },
     Workload { workers: 5, spans: &[2], words: 1 << 14, depth: 2, ticks: 30, hold: true, ..CHAIN },
-    Workload { workers: 4, spans: &[3], words: 1 << 18, depth: 3, ticks: 12, hold: true, shorter: true, ..CHAIN },
+    Workload { workers: 4, spans: &[3], words: 1 << 18, depth: 3, ticks: 12, hold: true, shorter: true },
     Workload { workers: 9, spans: &[4], words: 100, depth: 8, ticks: 50, shorter: true, ..CHAIN },
     Workload { workers: 3, spans: &[2], words: 1 << 22, depth: 1, ticks: 4, ..CHAIN },
 ];

@@ -22,12 +22,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     let grid = setup.grid;
     println!(
         "{} modules x {} replicas on {} ranks; frames {:?} (height, width, channels), T = {}, B = {}",
-        grid.modules,
-        grid.replicas,
-        grid.ranks,
-        setup.network.input,
-        config.data.frames,
-        config.data.batch
+        grid.modules, grid.replicas, grid.ranks, setup.network.input, config.data.frames, config.data.batch
     );
     for warning in setup.warnings() {
         println!("warning: {warning}");

@@ -146,7 +146,13 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
         println!("{}", serde_json::json!({ "clips": tally.clips, "top1": top1, "top5": top5, "loss": loss }));
         return Ok(());
     }
-    println!("clips {}  loss {:.4}  top-1 {:.2} %  top-5 {:.2} %", tally.clips, totals.score.loss(), 100.0 * top1, 100.0 * top5);
+    println!(
+        "clips {}  loss {:.4}  top-1 {:.2} %  top-5 {:.2} %",
+        tally.clips,
+        totals.score.loss(),
+        100.0 * top1,
+        100.0 * top5
+    );
     for (k, name) in setup.class_names.iter().enumerate() {
         let row = &tally.confusion[k * tally.classes..(k + 1) * tally.classes];
         let clips: u64 = row.iter().sum();

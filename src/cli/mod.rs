@@ -11,6 +11,7 @@ pub mod dry_run;
 pub mod eval;
 pub mod logging;
 pub mod plan;
+pub mod predict;
 pub mod progress;
 pub mod train;
 
@@ -31,6 +32,8 @@ pub enum Command {
     Data(data::DataCommand),
     /// Train a network; alone, under mpirun or under srun.
     Train(train::TrainArgs),
+    /// Predict future frames: pictures, and MSE and PSNR beside the copy of the newest frame.
+    Predict(predict::PredictArgs),
     /// Show how the network is cut, and who does what at which tick.
     Plan(plan::PlanArgs),
     /// Measure links on the machine at hand.
@@ -47,6 +50,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Data(command) => World::Alone.conclude(data::run(command)),
         Command::Train(args) if args.plans_only() => World::Alone.conclude(train::plan(&args)),
         Command::Train(args) => with_world(|world| train::run(world, &args)),
+        Command::Predict(args) => World::Alone.conclude(predict::run(&args)),
         Command::Plan(args) => World::Alone.conclude(plan::run(&args)),
         Command::Bench(command) => with_world(|world| bench::run(&command, world)),
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),

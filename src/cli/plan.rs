@@ -53,7 +53,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             println!("    skip from module {}, {:?} as sent", skip.from, skip.shape);
         }
         for n in module.layers.clone() {
-            println!("    layer {n}: {}", toml::to_string(&setup.network.layers[n]).unwrap_or_default().replace('\n', "  "));
+            println!(
+                "    layer {n}: {}",
+                toml::to_string(&setup.network.layers[n]).unwrap_or_default().replace('\n', "  ")
+            );
         }
     }
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! [`tick`] is the algorithm; read it first. [`worker`] is what it works on, [`grid`] says where workers run and how
 //! they are joined, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`reference`] is exact
-//! back-propagation over the same graph.
+//! back-propagation over the same graph, [`bp`] trains with it.
 
 pub mod bp;
 pub mod console;

@@ -34,12 +34,12 @@ impl Report {
 
     /// Writes the report at the front of a message's payload; returns the words written.
     pub fn write(&self, out: &mut [f32]) -> usize {
-        let fixed = self
-            .score
-            .to_array()
-            .into_iter()
-            .chain(self.time.to_array())
-            .chain([self.backward_steps, self.grad_norm, self.lr, f32::from(u8::from(self.saved))]);
+        let fixed = self.score.to_array().into_iter().chain(self.time.to_array()).chain([
+            self.backward_steps,
+            self.grad_norm,
+            self.lr,
+            f32::from(u8::from(self.saved)),
+        ]);
         let all = fixed.chain(self.logits.iter().copied()).chain(self.labels.iter().copied());
         let mut words = 0;
         for (place, value) in out.iter_mut().zip(all) {

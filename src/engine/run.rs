@@ -71,7 +71,9 @@ fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
         )));
     }
     if before.data != now.data || before.train != now.train || before.model.skip != now.model.skip {
-        log::warn!("{path} was written under other settings of [data], [train] or model.skip: the run goes on with the present ones");
+        log::warn!(
+            "{path} was written under other settings of [data], [train] or model.skip: the run goes on with the present ones"
+        );
     }
     Ok(())
 }
@@ -110,13 +112,7 @@ pub fn recorder(setup: &Setup, span: &Span) -> Result<Recorder> {
     Recorder::open(dir, setup.checkpoints(), manifest, setup.config.run.keep, span.first)
 }
 
-fn run(
-    setup: &Setup,
-    world: &World,
-    span: &Span,
-    recorder: Option<Recorder>,
-    observer: Observer,
-) -> Result<Totals> {
+fn run(setup: &Setup, world: &World, span: &Span, recorder: Option<Recorder>, observer: Observer) -> Result<Totals> {
     let grid = setup.grid;
     let timeout = Duration::from_secs(setup.config.run.timeout);
     let mut endpoints = connect(world, &grid.placement(), &setup.wiring.links, timeout)?;

@@ -133,7 +133,9 @@ impl Setup {
                 2 * d - 1
             ));
         }
-        if self.purpose == Purpose::Train && self.config.train.rule == Rule::SkipSideways && self.config.model.skip.is_none()
+        if self.purpose == Purpose::Train
+            && self.config.train.rule == Rule::SkipSideways
+            && self.config.model.skip.is_none()
         {
             warnings.push("train.rule = \"skip-sideways\" without model.skip is plain Sideways".into());
         }

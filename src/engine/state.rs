@@ -194,7 +194,9 @@ pub fn restore(
         Ok(())
     })?;
     if let Some(update) = update {
-        update.optimizer.load_state(&mut |f| module.visit(f), &mut |name| tensors.remove(&format!("optimizer.{name}")))?;
+        update
+            .optimizer
+            .load_state(&mut |f| module.visit(f), &mut |name| tensors.remove(&format!("optimizer.{name}")))?;
         match tensors.iter().find(|(name, _)| name.starts_with(STEPS)) {
             Some((_, steps)) => update.steps = u64::from(steps.to_dtype(DType::U32)?.to_vec1::<u32>()?[0]),
             // Cut elsewhere than it was: whose count it is cannot be told, so the unfinished mean starts anew.

@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use crate::{Error, Result};
 
-mod launch;
 pub mod average;
+mod launch;
 mod link;
 mod local;
 pub mod message;

@@ -1,4 +1,5 @@
-//! What several test programs share.
+//! What several test programs share; not every one needs all of it.
+#![allow(dead_code)]
 
 pub mod mpirun;
 pub mod runs;

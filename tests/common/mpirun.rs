@@ -45,7 +45,6 @@ pub fn mpirun(n: usize, program: &Path, args: &[&str], env: &[(&str, &str)], tim
 }
 
 /// Both outputs of a job, for assertions and for the reader of a failed one.
-#[allow(dead_code)] // not every test program needs it
 pub fn text(output: &Output) -> String {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     format!("{}\n--- standard output\n{out}\n--- standard error\n{err}", output.status)

@@ -1,5 +1,4 @@
 //! Small datasets and whole training runs in this process.
-#![allow(dead_code)] // not every test program needs all of it
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,165 @@
+//! `sideways predict`: future frames as pictures, and their error beside the copy of the newest frame seen.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use clap::Args;
+
+use super::eval::config_of;
+use crate::checkpoint::Checkpoint;
+use crate::config::Task;
+use crate::data::FrameStream;
+use crate::engine::reference;
+use crate::engine::run::{last_layer, modules};
+use crate::engine::setup::{Purpose, Setup};
+use crate::engine::state::{Fit, restore};
+use crate::engine::worker::pass;
+use crate::{Error, Result};
+
+/// Arguments of `sideways predict`.
+#[derive(Args, Debug)]
+pub struct PredictArgs {
+    /// A checkpoint folder (step-NNNNNNNN), or a run folder, whose newest checkpoint is meant.
+    pub checkpoint: PathBuf,
+    /// Shards to take clips from; default: the run's data.test.
+    #[arg(long, value_name = "GLOB")]
+    pub data: Vec<String>,
+    /// Override a key of the run's configuration (may be repeated).
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Clips to predict.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub clips: u64,
+    /// Folder for the pictures: clip-NNNN.png (columns: steps; rows: newest frame seen, target, prediction) and
+    /// clip-NNNN-animated.png.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// Three pictures of one step, `[H, W, 3]` in 0..=1.
+struct Step {
+    seen: Vec<f32>,
+    target: Vec<f32>,
+    prediction: Vec<f32>,
+}
+
+/// Runs it, in one process.
+///
+/// # Errors
+/// [`Error::Input`] for a checkpoint of a recognition network; as the parts.
+pub fn run(args: &PredictArgs) -> Result<()> {
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let mut config = config_of(&checkpoint, &args.set, &args.data)?;
+    if config.model.task != Task::FutureFrames {
+        return Err(Error::input(format!(
+            "{}: this network was trained for recognition; score it with `sideways eval`",
+            checkpoint.path().display()
+        )));
+    }
+    config.data.batch = 1;
+    let setup = Setup::new(&config, 1, Purpose::Evaluate)?;
+    let mut modules = modules(&setup)?;
+    for module in &mut modules {
+        restore(module, None, &checkpoint, Fit::Exact, &last_layer(&setup))?;
+    }
+    std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;
+    let dataset = setup.dataset.clone().ok_or_else(|| Error::input("there is no dataset to read"))?;
+    let clips = args.clips.min(setup.total_clips()?);
+    let mut stream = FrameStream::open(dataset, setup.stream(0, 0, clips))?;
+    let [h, w, c] = setup.network.input;
+    let (ahead, horizon) = (setup.ahead.unwrap_or(1), config.model.horizon);
+    let mut errors = (0.0, 0.0, 0usize);
+    for clip in 0..clips {
+        stream.begin(clip)?;
+        let mut frames = Vec::new();
+        for t in 0..config.data.frames {
+            let mut frame = vec![0.0; h * w * c];
+            stream.frame(t, &mut frame)?;
+            frames.push(frame);
+        }
+        let mut frame = |t: usize| Ok(Tensor::from_slice(&frames[t], (1, h, w, c), &Device::Cpu)?);
+        let passes = |t: usize| pass(false, 0, clip, t);
+        let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame)?;
+        let pixels = |x: &[f32]| -> Vec<f32> {
+            let (mean, std) = (&config.data.mean, &config.data.std);
+            x.iter().enumerate().map(|(n, v)| (v * std[n % c] + mean[n % c]).clamp(0.0, 1.0)).collect()
+        };
+        let mut steps = Vec::new();
+        for (t, y) in run.last().iter().enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
+            let y = y.flatten_all()?.to_vec1::<f32>()?;
+            steps.push(Step {
+                seen: pixels(&frames[t + ahead - horizon]),
+                target: pixels(&frames[t + ahead]),
+                prediction: pixels(&y),
+            });
+        }
+        for step in &steps {
+            errors.0 += mean_square(&step.prediction, &step.target);
+            errors.1 += mean_square(&step.seen, &step.target);
+            errors.2 += 1;
+        }
+        strip(&args.out.join(format!("clip-{clip:04}.png")), &steps, h, w)?;
+        animation(&args.out.join(format!("clip-{clip:04}-animated.png")), &steps, h, w)?;
+    }
+    let count = errors.2.max(1) as f64;
+    let (network, copy) = (errors.0 / count, errors.1 / count);
+    println!("{} steps of {clips} clips; pixels in 0..1; pictures in {}", errors.2, args.out.display());
+    println!("prediction:              MSE {network:.6}  PSNR {:.2} dB", psnr(network));
+    println!("copy of the newest seen: MSE {copy:.6}  PSNR {:.2} dB", psnr(copy));
+    Ok(())
+}
+
+fn mean_square(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / a.len().max(1) as f64
+}
+
+/// Of pixels in 0..=1.
+fn psnr(mean_square: f64) -> f64 {
+    -10.0 * mean_square.log10()
+}
+
+fn bytes(pixels: &[f32]) -> impl Iterator<Item = u8> + '_ {
+    pixels.iter().map(|x| (x * 255.0).round() as u8)
+}
+
+/// Columns: steps; rows: newest frame seen, target, prediction.
+fn strip(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
+    let mut image = Vec::with_capacity(3 * h * w * 3 * steps.len());
+    for row in [|s: &Step| s.seen.clone(), |s: &Step| s.target.clone(), |s: &Step| s.prediction.clone()] {
+        let pictures: Vec<Vec<f32>> = steps.iter().map(row).collect();
+        for y in 0..h {
+            pictures.iter().for_each(|p| image.extend(bytes(&p[y * w * 3..(y + 1) * w * 3])));
+        }
+    }
+    let mut writer = encoder(path, w * steps.len(), 3 * h, None)?;
+    writer.write_image_data(&image).and_then(|()| writer.finish()).map_err(|e| Error::io(path, e.into()))
+}
+
+/// A frame a step: newest frame seen, target, prediction side by side, five steps a second.
+fn animation(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
+    let mut writer = encoder(path, 3 * w, h, Some(steps.len() as u32))?;
+    for step in steps {
+        let mut image = Vec::with_capacity(h * w * 9);
+        for y in 0..h {
+            let row = y * w * 3..(y + 1) * w * 3;
+            [&step.seen, &step.target, &step.prediction].iter().for_each(|p| image.extend(bytes(&p[row.clone()])));
+        }
+        writer.write_image_data(&image).map_err(|e| Error::io(path, e.into()))?;
+    }
+    writer.finish().map_err(|e| Error::io(path, e.into()))
+}
+
+/// A PNG of `width` × `height` RGB pixels, animated if `frames` are given.
+fn encoder(path: &Path, width: usize, height: usize, frames: Option<u32>) -> Result<png::Writer<BufWriter<File>>> {
+    let file = File::create(path).map_err(|e| Error::io(path, e))?;
+    let mut encoder = png::Encoder::new(BufWriter::new(file), width as u32, height as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let animated = match frames {
+        Some(frames) => encoder.set_animated(frames, 0).and_then(|()| encoder.set_frame_delay(1, 5)),
+        None => Ok(()),
+    };
+    animated.and_then(|()| encoder.write_header()).map_err(|e| Error::io(path, e.into()))
+}

@@ -1,0 +1,52 @@
+//! Peak resident memory of a training process: flat in the clip's length under Skip-Sideways, not under exact
+//! back-propagation.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use common::runs::{config, shard};
+
+/// Peak resident memory of `sideways train`, in KiB.
+fn peak(config: &Path) -> i64 {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sideways"))
+        .args(["train".as_ref(), config.as_os_str()])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut status = 0;
+    // SAFETY: both are plain values the call fills in; the process is our child and is waited for only here.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        assert_eq!(libc::wait4(child.id() as i32, &mut status, 0, &mut usage), child.id() as i32);
+        usage
+    };
+    assert_eq!(status, 0, "training failed");
+    let _ = child.try_wait();
+    usage.ru_maxrss
+}
+
+#[test]
+fn memory_does_not_grow_with_the_clip_except_under_exact_back_propagation() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 32, 64, false);
+    let measure = |rule: &str, frames: usize| {
+        let path = dir.path().join(format!("{rule}-{frames}.toml"));
+        let sets = [
+            format!("data.frames={frames}"),
+            format!("train.rule={rule}"),
+            format!("run.dir={}/{rule}-{frames}", dir.path().display()),
+            "model.skip={ spans = [2] }".into(),
+            "data.batch=16".into(),
+            "train.clips=6".into(),
+        ];
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        std::fs::write(&path, config(dir.path(), &sets).to_toml().unwrap()).unwrap();
+        peak(&path) as f64
+    };
+    let (short, long) = (measure("skip-sideways", 16), measure("skip-sideways", 64));
+    assert!(long < 1.03 * short, "skip-sideways: {short} KiB at T = 16, {long} KiB at T = 64");
+    let (bp_short, bp_long) = (measure("bp", 16), measure("bp", 64));
+    assert!(bp_long > 1.10 * bp_short, "bp: {bp_short} KiB at T = 16, {bp_long} KiB at T = 64");
+}

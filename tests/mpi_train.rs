@@ -1,0 +1,128 @@
+//! The program under mpirun: the same parameters wherever modules run, and what happens when something is wrong.
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use common::mpirun::{mpirun, text};
+use common::runs::{config, shard, tensors};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+
+/// Writes shards and a configuration file; returns the latter.
+fn prepare(dir: &Path, sets: &[&str]) -> String {
+    shard(&dir.join("train.h5"), 12, 14, false);
+    let path = dir.join("config.toml");
+    std::fs::write(&path, config(dir, sets).to_toml().unwrap()).unwrap();
+    path.display().to_string()
+}
+
+fn set(key: &str, path: &Path) -> String {
+    format!("{key}={}", path.display())
+}
+
+fn alone(args: &[&str]) -> Output {
+    Command::new(PROGRAM).args(args).output().unwrap()
+}
+
+/// Threads of one process, one rank, several modules a rank, one module a rank; skips, delays, replicas: the same bits.
+#[test]
+fn the_result_does_not_depend_on_where_modules_run() {
+    for (sets, rank_counts) in [
+        (&["model.skip={ spans = [2, 3] }"][..], &[1, 2, 3, 5][..]),
+        (&["model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }", "train.boundary=cut"], &[4, 5]),
+        (&["model.skip={ spans = [2], delay = 'aligned' }", "train.replicas=2"], &[3, 9]),
+        (&["model.modules=3", "train.rule=sideways", "train.replicas=3"], &[2, 9]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = prepare(dir.path(), sets);
+        let threads = dir.path().join("threads");
+        let output = alone(&["train", &config, "--set", &set("run.dir", &threads)]);
+        assert!(output.status.success(), "{}", text(&output));
+        for &ranks in rank_counts {
+            let run = dir.path().join(format!("ranks{ranks}"));
+            let args = ["train", &config, "--set", &set("run.dir", &run)];
+            let output = mpirun(ranks, Path::new(PROGRAM), &args, &[], MINUTE);
+            assert!(output.status.success(), "{}", text(&output));
+            assert!(tensors(&run, 4) == tensors(&threads, 4), "{sets:?} on {ranks} ranks");
+            // The last module's loss reaches rank 0's terminal.
+            assert!(text(&output).contains("batch 4/4  loss "), "{}", text(&output));
+        }
+    }
+}
+
+/// Stopped on some number of ranks, resumed on another.
+#[test]
+fn a_run_resumes_on_another_number_of_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &["model.skip={ spans = [2] }"]);
+    let (through, stopped) = (dir.path().join("through"), dir.path().join("stopped"));
+    assert!(alone(&["train", &config, "--set", &set("run.dir", &through)]).status.success());
+    let (at, args) = (set("run.dir", &stopped), ["train", config.as_str(), "--set"]);
+    let first = mpirun(5, Path::new(PROGRAM), &[&args[..], &[&at, "--stop-after", "1"]].concat(), &[], MINUTE);
+    assert_eq!(first.status.code(), Some(75), "{}", text(&first));
+    let second = mpirun(2, Path::new(PROGRAM), &[&args[..], &[&at, "--stop-after", "2"]].concat(), &[], MINUTE);
+    assert_eq!(second.status.code(), Some(75), "{}", text(&second));
+    let last = alone(&[&args[..], &[&at]].concat());
+    assert!(last.status.success(), "{}", text(&last));
+    assert!(tensors(&stopped, 4) == tensors(&through, 4));
+}
+
+/// Evaluation says the same alone and on ranks.
+#[test]
+fn evaluation_does_not_depend_on_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &["data.batch=5"]);
+    let run = dir.path().join("run");
+    assert!(alone(&["train", &config]).status.success());
+    let args = ["eval", run.to_str().unwrap(), "--json"];
+    let (one, three) = (alone(&args), mpirun(3, Path::new(PROGRAM), &args, &[], MINUTE));
+    assert!(one.status.success() && three.status.success(), "{}\n{}", text(&one), text(&three));
+    assert_eq!(String::from_utf8_lossy(&one.stdout), String::from_utf8_lossy(&three.stdout));
+    // 12 videos in batches of 5: padding does not count.
+    assert!(String::from_utf8_lossy(&one.stdout).contains("\"clips\":12"), "{}", text(&one));
+}
+
+#[test]
+fn more_ranks_than_workers_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &["model.modules=2"]);
+    let output = mpirun(3, Path::new(PROGRAM), &["train", &config], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("at most 2 can be used"), "{}", text(&output));
+}
+
+/// Ranks with different configurations stop before a tensor moves, and the ranks that differ are named.
+#[test]
+fn different_configurations_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &[]);
+    let script = format!("exec {PROGRAM} train {config} --set train.seed=$OMPI_COMM_WORLD_RANK");
+    let output = mpirun(2, Path::new("sh"), &["-c", &script], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("not the same on all ranks: rank 1"), "{}", text(&output));
+}
+
+/// A rank that is killed, and one whose loss is no number, end the whole job within seconds.
+#[test]
+fn a_rank_that_fails_ends_the_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &["train.clips=1000000", "run.checkpoint_every=1000000"]);
+    let kill =
+        format!("if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (sleep 2; kill -9 $$) & fi; exec {PROGRAM} train {config}");
+    let begun = Instant::now();
+    let output = mpirun(3, Path::new("sh"), &["-c", &kill], &[], MINUTE);
+    assert!(!output.status.success() && begun.elapsed() < Duration::from_secs(15), "{}", text(&output));
+
+    let config = prepare(dir.path(), &["train.clips=1000000", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
+    let begun = Instant::now();
+    let run = set("run.dir", &dir.path().join("diverges"));
+    let output = mpirun(5, Path::new(PROGRAM), &["train", &config, "--set", &run], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(begun.elapsed() < Duration::from_secs(15), "{}", text(&output));
+    assert!(text(&output).contains("error: rank "), "{}", text(&output));
+    assert!(text(&output).contains("learning rate") || text(&output).contains("diverged"), "{}", text(&output));
+}
