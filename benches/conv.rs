@@ -7,7 +7,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use sideways::Result;
 use sideways::kernels::conv::{self, Conv};
-use sideways::kernels::{Window, with_threads};
+use sideways::kernels::{Window, keep_freed_memory, with_threads};
 
 /// Best of several calls, in seconds.
 fn best(mut f: impl FnMut() -> Result<Tensor>) -> Result<f64> {
@@ -39,6 +39,7 @@ fn measure(b: usize, side: usize, c: usize, o: usize, kernel: usize, stride: usi
 }
 
 fn main() -> Result<()> {
+    keep_freed_memory();
     let threads = std::env::args().filter_map(|a| a.parse().ok()).next().unwrap_or(1);
     println!("{threads} thread(s): forward, input gradient, weight gradient");
     with_threads(threads, || {

@@ -2,10 +2,14 @@
 //!
 //! One optimiser belongs to one module and is stepped at the end of that module's own window: there is no global one.
 
+mod rate;
+
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+
+pub use rate::ScheduleSpec;
 
 use crate::kernels::{Host, Real, by_dtype, tensor};
 use crate::model::param::Param;
@@ -87,6 +91,13 @@ fn small() -> f64 {
     1e-8
 }
 
+impl Default for OptimizerSpec {
+    /// AdamW at 0.001.
+    fn default() -> Self {
+        OptimizerSpec::Adamw { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
 impl OptimizerSpec {
     /// The learning rate before any schedule.
     pub fn lr(&self) -> f64 {
@@ -131,92 +142,6 @@ impl OptimizerSpec {
 
 fn bad(name: &str, value: f64, range: &str) -> Result<()> {
     Err(Error::input(format!("optimizer: {name} = {value} should be {range}")))
-}
-
-/// How the learning rate changes over a run. The unit is one batch of clips; all begin with a linear warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum ScheduleSpec {
-    /// The same throughout.
-    Constant {
-        /// Batches of the warm-up.
-        #[serde(default)]
-        warmup: u64,
-    },
-    /// Multiplied by `gamma` after each `every` batches.
-    Step {
-        /// Batches of the warm-up.
-        #[serde(default)]
-        warmup: u64,
-        /// Batches between drops.
-        every: u64,
-        /// Factor of a drop.
-        #[serde(default = "tenth")]
-        gamma: f64,
-    },
-    /// Half a cosine from 1 after the warm-up down to `floor` at the run's end.
-    Cosine {
-        /// Batches of the warm-up.
-        #[serde(default)]
-        warmup: u64,
-        /// Factor at the end.
-        #[serde(default)]
-        floor: f64,
-    },
-}
-
-fn tenth() -> f64 {
-    0.1
-}
-
-impl Default for OptimizerSpec {
-    /// AdamW at 0.001.
-    fn default() -> Self {
-        OptimizerSpec::Adamw { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 }
-    }
-}
-
-impl Default for ScheduleSpec {
-    fn default() -> Self {
-        ScheduleSpec::Constant { warmup: 0 }
-    }
-}
-
-impl ScheduleSpec {
-    /// What the learning rate is multiplied by at batch `clip` (from 0) of `total`. In the warm-up (clip + 1) / warmup.
-    pub fn factor(&self, clip: u64, total: u64) -> f64 {
-        let (ScheduleSpec::Constant { warmup }
-        | ScheduleSpec::Step { warmup, .. }
-        | ScheduleSpec::Cosine { warmup, .. }) = *self;
-        if clip < warmup {
-            return (clip + 1) as f64 / warmup as f64;
-        }
-        match *self {
-            ScheduleSpec::Constant { .. } => 1.0,
-            ScheduleSpec::Step { every, gamma, .. } => gamma.powf((clip / every.max(1)) as f64),
-            ScheduleSpec::Cosine { floor, .. } => {
-                let span = total.saturating_sub(warmup).max(1) as f64;
-                let progress = ((clip - warmup) as f64 / span).min(1.0);
-                floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
-            }
-        }
-    }
-
-    /// Checks every setting's range.
-    ///
-    /// # Errors
-    /// [`Error::Input`] that names the setting and its range.
-    pub fn validate(&self) -> Result<()> {
-        match *self {
-            ScheduleSpec::Step { every: 0, .. } => Err(Error::input("schedule: every should be at least 1")),
-            ScheduleSpec::Step { gamma: v, .. } | ScheduleSpec::Cosine { floor: v, .. }
-                if !(0.0..=1.0).contains(&v) =>
-            {
-                Err(Error::input(format!("schedule: gamma and floor should be from 0 to 1, not {v}")))
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 /// What a step found.

@@ -60,7 +60,7 @@ pub fn forward(conv: &Conv, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
             same(bias.len(), s.o, "bias")?;
             y.chunks_exact_mut(s.o).for_each(|pixel| pixel.copy_from_slice(bias));
         }
-        forward_slices(&s, x.slice()?, &pack(&s, w.slice()?), &mut y);
+        forward_slices(&s, x.slice()?, &pack(&s, w.slice()?), &mut y, bias.is_some());
         tensor(y, (s.b, s.oh, s.ow, s.o))
     })
 }
@@ -78,7 +78,7 @@ pub fn input_gradient(conv: &Conv, x: &[usize], weight: &Tensor, gy: &Tensor) ->
         let (gy, w) = (Host::of(&gy)?, Host::of(&weight)?);
         let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
         match mirrored {
-            Some(m) => forward_slices(&m, gy.slice()?, &pack_mirrored(&s, w.slice()?), &mut gx),
+            Some(m) => forward_slices(&m, gy.slice()?, &pack_mirrored(&s, w.slice()?), &mut gx, false),
             None => scatter_slices(&s, gy.slice()?, &pack(&s, w.slice()?), &mut gx),
         }
         tensor(gx, (s.b, s.h, s.w, s.c))
@@ -139,8 +139,8 @@ fn mirrored(s: &Shape) -> Option<Shape> {
     })
 }
 
-/// Adds the convolution of `x` with packed weights (`[g][ky, kx, c][o]`) to `y`.
-fn forward_slices<T: Real>(s: &Shape, x: &[T], packed: &[T], y: &mut [T]) {
+/// Writes the convolution of `x` with packed weights (`[g][ky, kx, c][o]`) to `y`, or adds it there.
+fn forward_slices<T: Real>(s: &Shape, x: &[T], packed: &[T], y: &mut [T], accumulate: bool) {
     let (patch, cg, og) = (s.patch(), s.cg(), s.og());
     let pointwise = s.window.is_pointwise();
     let lines = s.lines_at_once(if pointwise { cg } else { patch });
@@ -156,7 +156,7 @@ fn forward_slices<T: Real>(s: &Shape, x: &[T], packed: &[T], y: &mut [T]) {
                 gather(s, x, group, first..first + pixels / s.ow, 0..s.window.kernel[0], columns);
                 Matrix::new(columns, patch)
             };
-            multiply([pixels, og, patch], &mut y[group * og..], s.o, a, Matrix::new(weight, og), true);
+            multiply([pixels, og, patch], &mut y[group * og..], s.o, a, Matrix::new(weight, og), accumulate);
         }
     });
 }

@@ -13,6 +13,7 @@ pub mod conv;
 mod host;
 mod im2col;
 mod matmul;
+mod memory;
 pub mod norm;
 pub mod pool;
 mod real;
@@ -21,6 +22,7 @@ pub mod resample;
 pub mod threads;
 
 pub(crate) use host::{Host, by_dtype, tensor};
+pub use memory::keep_freed_memory;
 pub use real::Real;
 pub use threads::{set_threads, with_threads};
 
