@@ -22,7 +22,7 @@ build: deps ## the program, target/release/sideways
 	$(CARGO) build $(PROFILE)
 
 demo: build ## train on a motion dataset under mpirun, with and without skips, and compare
-	.ci/demo
+	datasets/motion/demo.sh
 
 lint: deps ## formatting and clippy
 	$(CARGO) fmt --check
