@@ -4,6 +4,7 @@
 
 use candle_core::Tensor;
 
+use crate::kernels::activation;
 use crate::model::layers::{Pass, Tape};
 use crate::model::module::{Module, pool_for_edge, pool_for_edge_vjp};
 use crate::network::{EdgeSpec, Network};
@@ -97,7 +98,7 @@ pub fn backward(
                 let from = edge.edge.from;
                 let at = &mut g[from - 1][source_step(edge, t, schedule.steps(from).len())];
                 *at = Some(match at.take() {
-                    Some(sum) => (sum + c)?,
+                    Some(sum) => activation::add(&sum, &c)?,
                     None => c,
                 });
             }

@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor};
 use super::report::Report;
 use super::worker::{At, Worker, header, receive, send};
 use crate::config::UpdateEvery;
+use crate::kernels::activation;
 use crate::metrics::Phase;
 use crate::model::module::{pool_for_edge, pool_for_edge_vjp};
 use crate::transport::{Header, Kind};
@@ -97,7 +98,7 @@ impl Worker {
             let (fh, fw) = edge.spec.pool;
             let c = pool_for_edge_vjp(&c, fh, fw)?;
             sum = Some(match sum {
-                Some(sum) => (sum + c)?,
+                Some(sum) => activation::add(&sum, &c)?,
                 None => c,
             });
         }
