@@ -84,7 +84,7 @@ impl ShardWriter {
     }
 
     /// Adds one video of class `label`. Each frame is stored as given: `height * width * 3` bytes of RGB, or one
-    /// JPEG file of that size (see [`super::jpeg::encode`]).
+    /// JPEG file of that size (see [`crate::data::jpeg::encode`]).
     ///
     /// # Errors
     /// [`Error::Input`] for no frames, a frame of the wrong length, or a label that is no class; then, as after a
