@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 /// A job that is still running after `timeout` is killed, ranks included, and its exit status is that of a
 /// process killed by signal 9; its standard error ends with a line that says so.
 pub fn mpirun(n: usize, program: &Path, args: &[&str], env: &[(&str, &str)], timeout: Duration) -> Output {
+    // Jobs that start at once would race to make Open MPI's one session folder of this user ("File exists").
+    let session = tempfile::tempdir().expect("a temporary folder");
     let mut command = Command::new("mpirun");
+    command.env("OMPI_MCA_orte_tmpdir_base", session.path());
     command.args(["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]);
     command.args(["-n", &n.to_string()]).arg(program).args(args);
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
