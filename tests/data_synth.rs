@@ -11,7 +11,17 @@ const SPEED: f64 = 1.5;
 const N: usize = 2400;
 
 fn scene() -> Scene {
-    Scene { frames: 6, size: SIZE, speed: SPEED..SPEED, shapes: 1, radius: 3.0, texture: 3.0, camera: 0.0, noise: 2.0 }
+    Scene {
+        frames: 6,
+        size: SIZE,
+        speed: SPEED..SPEED,
+        shapes: 1,
+        radius: 3.0,
+        texture: 3.0,
+        camera: 0.0,
+        noise: 2.0,
+        grey: false,
+    }
 }
 
 fn videos(split: &str, n: usize) -> Vec<SynthVideo> {

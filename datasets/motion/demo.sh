@@ -9,7 +9,7 @@ extra=()
 [ -n "${CLIPS:-}" ] && extra=(--set "train.clips=$CLIPS")
 
 [ -e data/motion/train-00000.h5 ] ||
-  "$sideways" data synth --out data/motion --videos 4000 --test-videos 800 --shapes 3 --radius 9 --speed 1
+  "$sideways" data synth --out data/motion --videos 4096 --test-videos 800 --frames 12 --shapes 8 --radius 12 --speed 1 --noise 0 --grey
 
 rm -rf runs/demo
 for rule in sideways skip-sideways; do

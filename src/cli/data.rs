@@ -66,6 +66,9 @@ pub struct SynthArgs {
     /// Standard deviation of the noise, in grey levels
     #[arg(long, value_name = "SIGMA", default_value_t = 4.0)]
     noise: f64,
+    /// Grey textures of one contrast instead of random colours
+    #[arg(long)]
+    grey: bool,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -183,6 +186,7 @@ fn synth(args: SynthArgs) -> Result<()> {
             texture: args.texture,
             camera: args.camera,
             noise: args.noise,
+            grey: args.grey,
         },
         videos: args.videos,
         test_videos: args.test_videos,

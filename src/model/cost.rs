@@ -27,7 +27,7 @@ impl LayerSpec {
                 out * area * c / groups.max(1) as u64 + if bias { out } else { 0 }
             }
             LayerSpec::Linear { out, bias } => (product(&input) + u64::from(bias)) * out as u64,
-            LayerSpec::GroupNorm { .. } | LayerSpec::BatchNorm {} => 2 * c,
+            LayerSpec::GroupNorm { .. } | LayerSpec::BatchNorm { .. } => 2 * c,
             LayerSpec::Residual(ref block) => block.walk(input).iter().map(|step| step.params).sum(),
             _ => 0,
         }
@@ -38,7 +38,7 @@ impl LayerSpec {
     pub fn tape_elements(&self, input: Shape) -> u64 {
         let output = self.output_shape(input).map_or(0, |s| product(&s));
         match self {
-            LayerSpec::Conv2d { .. } | LayerSpec::Linear { .. } | LayerSpec::BatchNorm {} | LayerSpec::Gelu {} => {
+            LayerSpec::Conv2d { .. } | LayerSpec::Linear { .. } | LayerSpec::BatchNorm { .. } | LayerSpec::Gelu {} => {
                 product(&input)
             }
             LayerSpec::GroupNorm { groups } => product(&input) + 2 * *groups as u64,

@@ -12,6 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::layers::batch_norm::MOMENTUM;
 use super::layers::{
     AvgPool, BatchNorm, Conv2d, Dropout, Gelu, GlobalAvgPool, GroupNorm, Layer, Linear, MaxPool, Relu, Residual,
     Upsample,
@@ -62,7 +63,11 @@ pub enum LayerSpec {
         groups: usize,
     },
     /// Batch normalisation.
-    BatchNorm {},
+    BatchNorm {
+        /// Weight of a new batch in the running statistics, above 0 and up to 1.
+        #[serde(default = "batch_norm_momentum")]
+        momentum: f64,
+    },
     /// max(x, 0).
     Relu {},
     /// Gaussian error linear unit.
@@ -155,6 +160,10 @@ fn yes() -> bool {
     true
 }
 
+fn batch_norm_momentum() -> f64 {
+    MOMENTUM
+}
+
 fn default_groups() -> usize {
     32
 }
@@ -166,7 +175,7 @@ impl LayerSpec {
             LayerSpec::Conv2d { .. } => "conv2d",
             LayerSpec::Linear { .. } => "linear",
             LayerSpec::GroupNorm { .. } => "group-norm",
-            LayerSpec::BatchNorm {} => "batch-norm",
+            LayerSpec::BatchNorm { .. } => "batch-norm",
             LayerSpec::Relu {} => "relu",
             LayerSpec::Gelu {} => "gelu",
             LayerSpec::MaxPool { .. } => "max-pool",
@@ -231,7 +240,12 @@ impl LayerSpec {
             LayerSpec::Dropout { rate } if !(0.0..1.0).contains(&rate) => {
                 Err(wrong(format!("rate = {rate} is not a probability below 1")))
             }
-            LayerSpec::BatchNorm {} | LayerSpec::Relu {} | LayerSpec::Gelu {} | LayerSpec::Dropout { .. } => Ok(input),
+            LayerSpec::BatchNorm { momentum } if !(momentum > 0.0 && momentum <= 1.0) => {
+                Err(wrong(format!("momentum = {momentum} is not above 0 and up to 1")))
+            }
+            LayerSpec::BatchNorm { .. } | LayerSpec::Relu {} | LayerSpec::Gelu {} | LayerSpec::Dropout { .. } => {
+                Ok(input)
+            }
         }
     }
 
@@ -250,7 +264,7 @@ impl LayerSpec {
             }
             LayerSpec::Linear { out, bias } => Box::new(Linear::new(&name, h * w * c, out, bias, init)?),
             LayerSpec::GroupNorm { groups } => Box::new(GroupNorm::new(&name, c, groups, init)?),
-            LayerSpec::BatchNorm {} => Box::new(BatchNorm::new(&name, c, init)?),
+            LayerSpec::BatchNorm { momentum } => Box::new(BatchNorm::new(&name, c, momentum, init)?),
             LayerSpec::Relu {} => Box::new(Relu),
             LayerSpec::Gelu {} => Box::new(Gelu),
             LayerSpec::MaxPool { kernel, stride, padding } => {

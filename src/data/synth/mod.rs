@@ -48,6 +48,8 @@ pub struct Scene {
     pub camera: f64,
     /// Standard deviation of the noise added to each value, in grey levels (of 255).
     pub noise: f64,
+    /// All textures grey and of one contrast (mean 128, standard deviation 45) instead of random colours.
+    pub grey: bool,
 }
 
 /// What to make: a [`Scene`] and how many videos of it are stored how.
@@ -169,7 +171,7 @@ impl Sprite {
         Sprite {
             start: [rng.random::<f64>() * size, rng.random::<f64>() * size],
             square: rng.random(),
-            palette: Palette::random(rng),
+            palette: if scene.grey { Palette::GREY } else { Palette::random(rng) },
             texture: Texture::random(scene.size, scene.texture, rng),
         }
     }

@@ -79,6 +79,9 @@ pub(super) struct Palette {
 }
 
 impl Palette {
+    /// A texture's deviation of 1/4 becomes 45 grey levels around 128.
+    pub(super) const GREY: Palette = Palette { dark: [38.0; 3], light: [218.0; 3] };
+
     /// Two random colours, and a random contrast between them.
     pub(super) fn random(rng: &mut ChaCha8Rng) -> Self {
         let mut colour = || -> [f32; 3] { std::array::from_fn(|_| rng.random::<f32>() * 255.0) };

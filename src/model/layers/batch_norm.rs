@@ -9,8 +9,9 @@ use crate::model::param::{Init, Param};
 
 /// Added to the variance, as in PyTorch.
 const EPSILON: f64 = 1e-5;
-/// Weight of a new batch in the running statistics, as in PyTorch.
-const MOMENTUM: f64 = 0.1;
+/// Weight of a new batch in the running statistics unless the layer says otherwise, as in PyTorch. A batch here is one
+/// step of B clips, and the steps of a clip are alike: small B asks for a smaller weight.
+pub const MOMENTUM: f64 = 0.1;
 
 /// Each channel brought to mean 0 and variance 1 over the batch and all positions, in evaluation by running means; then
 /// a scale and a shift. Training moves the running statistics at every forward pass (mean, and unbiased variance).
@@ -19,13 +20,15 @@ pub struct BatchNorm {
     bias: Param,
     mean: Param,
     variance: Param,
+    momentum: f64,
 }
 
 impl BatchNorm {
     /// Parameters `{prefix}.weight` (ones) and `{prefix}.bias` (zeros), buffers `{prefix}.running_mean` and
-    /// `{prefix}.running_var`, all `[channels]`.
-    pub fn new(prefix: &str, channels: usize, init: &Init) -> Result<Self> {
+    /// `{prefix}.running_var`, all `[channels]`; `momentum` is the weight of a new batch in these.
+    pub fn new(prefix: &str, channels: usize, momentum: f64, init: &Init) -> Result<Self> {
         Ok(BatchNorm {
+            momentum,
             weight: init.constant(format!("{prefix}.weight"), channels, 1.0)?,
             bias: init.constant(format!("{prefix}.bias"), channels, 0.0)?,
             mean: init.buffer(format!("{prefix}.running_mean"), channels, 0.0)?,
@@ -35,10 +38,11 @@ impl BatchNorm {
 
     fn follow(&mut self, statistics: &Tensor, values: usize) -> Result<()> {
         let unbias = values as f64 / (values as f64 - 1.0);
-        let blend = |old: &Tensor, new: Tensor| Ok((old.affine(1.0 - MOMENTUM, 0.0)? + new)?);
+        let momentum = self.momentum;
+        let blend = |old: &Tensor, new: Tensor| Ok((old.affine(1.0 - momentum, 0.0)? + new)?);
         let blend: &dyn Fn(&Tensor, Tensor) -> Result<Tensor> = &blend;
-        self.mean.value = blend(&self.mean.value, statistics.get(0)?.affine(MOMENTUM, 0.0)?)?;
-        self.variance.value = blend(&self.variance.value, statistics.get(1)?.affine(MOMENTUM * unbias, 0.0)?)?;
+        self.mean.value = blend(&self.mean.value, statistics.get(0)?.affine(momentum, 0.0)?)?;
+        self.variance.value = blend(&self.variance.value, statistics.get(1)?.affine(momentum * unbias, 0.0)?)?;
         Ok(())
     }
 }

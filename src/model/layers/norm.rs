@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::batch_norm;
 use super::{BatchNorm, GroupNorm, Layer, Pass, Tape};
 use crate::Result;
 use crate::model::param::{Init, Param};
@@ -20,7 +21,7 @@ impl Norm {
     pub fn new(kind: NormKind, prefix: &str, channels: usize, groups: usize, init: &Init) -> Result<Self> {
         Ok(match kind {
             NormKind::Group => Norm::Group(GroupNorm::new(prefix, channels, groups, init)?),
-            NormKind::Batch => Norm::Batch(BatchNorm::new(prefix, channels, init)?),
+            NormKind::Batch => Norm::Batch(BatchNorm::new(prefix, channels, batch_norm::MOMENTUM, init)?),
         })
     }
 
