@@ -84,6 +84,7 @@ impl Sender {
         self.last = Some(*header);
         // The thread may be in a long pause: a message that needs several rounds should not wait for it.
         if header.words >= LARGE
+            && self.ring.session.core.resting.load(Ordering::Relaxed)
             && let Some(thread) = self.ring.session.core.progress.get()
         {
             thread.unpark();

@@ -166,6 +166,10 @@ pub(super) struct Core {
     /// Workers polling at the moment: the progress thread leaves it to them.
     waiting: AtomicUsize,
     stop: AtomicBool,
+    /// The progress thread is in a long pause.
+    resting: AtomicBool,
+    /// How long a waiting worker yields before it sleeps.
+    patience: Duration,
     /// A worker panicked or a request failed: the job must be aborted, not finalised.
     broken: AtomicBool,
     progress: OnceLock<std::thread::Thread>,
@@ -193,7 +197,7 @@ impl Core {
             return link.breaker.check();
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let mut pause = progress::Backoff::new();
+        let mut pause = progress::Backoff::new(self.patience);
         let outcome = loop {
             if let Err(error) = link.breaker.check().and_then(|()| self.try_drive().map(|_| ())) {
                 break Err(error);
@@ -260,6 +264,8 @@ impl Session {
             table: Mutex::default(),
             waiting: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            resting: AtomicBool::new(true),
+            patience: progress::patience(place.1),
             broken: AtomicBool::new(false),
             progress: OnceLock::new(),
         };
