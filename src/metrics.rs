@@ -19,9 +19,14 @@ pub enum Phase {
     Optimizer,
     /// Waiting for and scaling frames (module 1).
     Data,
-    /// Handing messages over, checkpoints, reports.
+    /// Handing messages over: copying, and waiting for a free buffer where the receiver is behind.
+    Send,
+    /// Checkpoints, reports, what is between phases.
     Other,
 }
+
+/// How many phases there are.
+pub const PHASES: usize = 8;
 
 /// Seconds spent in each phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -38,13 +43,15 @@ pub struct TimeAccount {
     pub optimizer: f32,
     /// [`Phase::Data`]
     pub data: f32,
+    /// [`Phase::Send`]
+    pub send: f32,
     /// [`Phase::Other`]
     pub other: f32,
 }
 
 impl TimeAccount {
-    /// The seven entries, in declaration order.
-    pub fn to_array(self) -> [f32; 7] {
+    /// All entries, in declaration order.
+    pub fn to_array(self) -> [f32; PHASES] {
         [
             self.forward,
             self.wait_activations,
@@ -52,12 +59,13 @@ impl TimeAccount {
             self.wait_cotangents,
             self.optimizer,
             self.data,
+            self.send,
             self.other,
         ]
     }
 
     /// The inverse of [`TimeAccount::to_array`].
-    pub fn from_array(a: [f32; 7]) -> Self {
+    pub fn from_array(a: [f32; PHASES]) -> Self {
         TimeAccount {
             forward: a[0],
             wait_activations: a[1],
@@ -65,7 +73,8 @@ impl TimeAccount {
             wait_cotangents: a[3],
             optimizer: a[4],
             data: a[5],
-            other: a[6],
+            send: a[6],
+            other: a[7],
         }
     }
 
@@ -85,12 +94,12 @@ impl TimeAccount {
 pub struct Stopwatch {
     phase: Phase,
     since: Instant,
-    spent: [f64; 7],
+    spent: [f64; PHASES],
 }
 
 impl Default for Stopwatch {
     fn default() -> Self {
-        Stopwatch { phase: Phase::Other, since: Instant::now(), spent: [0.0; 7] }
+        Stopwatch { phase: Phase::Other, since: Instant::now(), spent: [0.0; PHASES] }
     }
 }
 

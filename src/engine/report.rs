@@ -1,6 +1,6 @@
 //! What a worker tells the console at the end of every clip.
 
-use crate::metrics::{Score, TimeAccount};
+use crate::metrics::{PHASES, Score, TimeAccount};
 
 /// One worker's clip.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,7 +24,7 @@ pub struct Report {
 }
 
 /// Words in front of the logits.
-const FIXED: usize = Score::WORDS + 7 + 4;
+const FIXED: usize = Score::WORDS + PHASES + 4;
 
 impl Report {
     /// Words of a report with the logits and labels of `batch` clips over `classes` (0: without).
@@ -52,7 +52,7 @@ impl Report {
     /// Reads what [`Report::write`] wrote; `batch` is the number of clips if logits are in it.
     pub fn read(words: &[f32], batch: usize) -> Report {
         let at = |n: usize| words.get(n).copied().unwrap_or(0.0);
-        let mut time = [0.0; 7];
+        let mut time = [0.0; PHASES];
         time.iter_mut().enumerate().for_each(|(n, t)| *t = at(Score::WORDS + n));
         let rest = words.get(FIXED..).unwrap_or(&[]);
         let (logits, labels) = rest.split_at(rest.len().saturating_sub(batch));
@@ -78,7 +78,7 @@ mod tests {
     fn a_report_reads_back_as_written() {
         let mut report = Report {
             score: Score { loss_sum: 1.0, loss_steps: 2.0, clips: 3.0, top1: 4.0, top5: 5.0 },
-            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
+            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]),
             backward_steps: 8.0,
             grad_norm: 9.0,
             lr: 10.0,

@@ -74,7 +74,7 @@ impl Worker {
             self.watch.enter(Phase::Forward);
             let (fh, fw) = edge.spec.pool;
             let pooled = pool_for_edge(y, fh, fw)?;
-            self.watch.enter(Phase::Other);
+            self.watch.enter(Phase::Send);
             let head = header(Kind::Activation, edge.id, at.clip, at.step, self.batch, edge.spec.shape);
             send(&mut edge.activations, &head.stamped(at.tick, 0), &pooled)?;
         }
@@ -114,7 +114,7 @@ impl Worker {
     }
 
     fn send_cotangents(&mut self, cotangents: &[Option<Tensor>], at: At) -> Result<()> {
-        self.watch.enter(Phase::Other);
+        self.watch.enter(Phase::Send);
         for (edge, c) in self.inputs.iter_mut().zip(cotangents) {
             if let (Some(c), Some((id, sender))) = (c, edge.cotangents.as_mut()) {
                 let head = header(Kind::Cotangent, *id, at.clip, at.step, self.batch, edge.spec.shape);
