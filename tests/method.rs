@@ -136,8 +136,7 @@ fn skip_sideways_without_skips_is_sideways() {
     assert!(tensors(&dir.path().join("sideways"), 4) == tensors(&dir.path().join("skip-sideways"), 4));
 }
 
-/// Two replicas on the halves of a batch are one replica on the whole batch, to rounding; three threads' bits do not
-/// depend on the run.
+/// Replicas on the parts of a batch are one replica on the whole batch, to rounding; and the same bits every time.
 #[test]
 fn replicas_on_a_split_batch_are_one_on_the_whole() {
     let dir = tempfile::tempdir().unwrap();

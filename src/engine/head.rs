@@ -43,7 +43,7 @@ impl Head {
     }
 
     /// The loss of one step's output `y` (recognition `[B, 1, 1, K]`, future frames `[B, H, W, C]` with `target`) and
-    /// its gradient with respect to `y`, which is computed only if `training`.
+    /// its gradient with respect to `y` if `training`.
     ///
     /// # Errors
     /// [`Error::Run`] if the loss is not a finite number.

@@ -1,10 +1,11 @@
 //! Training and evaluation: one worker a module, each following its schedule over its links.
 //!
-//! [`tick`] is the algorithm; read it first. [`worker`] is what it works on, [`grid`] says where workers run and how
+//! [`tick`] is the algorithm; read it first, then [`clip`]. [`worker`] is what it works on, [`grid`] says where workers run and how
 //! they are joined, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`mod@reference`]
 //! is exact back-propagation over the same graph and [`bp`] trains with it.
 
 pub mod bp;
+pub mod clip;
 pub mod console;
 pub mod grid;
 pub mod head;

@@ -7,32 +7,18 @@
 
 use candle_core::{Device, Tensor};
 
-use super::report::Report;
 use super::worker::{At, Worker, header, receive, send};
 use crate::config::UpdateEvery;
 use crate::kernels::activation;
 use crate::metrics::Phase;
 use crate::model::module::{pool_for_edge, pool_for_edge_vjp};
-use crate::transport::{Header, Kind};
+use crate::transport::Kind;
 use crate::{Error, Result};
 
 impl Worker {
-    /// One clip. `first_tick` is the tick of module 1's first step in it.
-    ///
-    /// # Errors
-    /// Whatever fails, with module, clip, step and tick in front.
-    pub fn clip(&mut self, clip: u64, first_tick: u64) -> Result<()> {
-        self.begin(clip)?;
-        for step in 0..self.plan.len() {
-            let at = At { clip, step, tick: first_tick + (step + self.index - 1) as u64 };
-            self.tick(at).map_err(|e| self.locate(at, e))?;
-        }
-        self.end(clip)
-    }
-
     /// One tick: forward with what is there, then one vector–Jacobian product at these same fresh activations and
     /// present parameters, with the cotangent that has just arrived. Nothing is kept for later.
-    fn tick(&mut self, at: At) -> Result<()> {
+    pub(super) fn tick(&mut self, at: At) -> Result<()> {
         let inputs = self.wait_for_activations(at)?;
         let y = self.forward(&inputs, at)?;
         self.send_activations(&y, at)?;
@@ -134,36 +120,6 @@ impl Worker {
         }
     }
 
-    /// Clears every register and takes the clip's labels.
-    fn begin(&mut self, clip: u64) -> Result<()> {
-        self.inputs.iter_mut().for_each(|edge| edge.held = None);
-        if let Some(source) = &mut self.source {
-            self.watch.enter(Phase::Data);
-            let labels = source.stream.begin(clip)?.labels;
-            match (&mut source.truth, &mut self.loss) {
-                (None, Some(end)) => end.head.begin(&labels),
-                (Some((id, sender)), _) if source.ahead.is_none() => {
-                    let head = header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]);
-                    let labels: Vec<f32> = labels.iter().map(|&l| l as f32).collect();
-                    sender.send(&head, &labels)?;
-                }
-                _ => {}
-            }
-        } else if let Some(end) = &mut self.loss {
-            self.watch.enter(Phase::WaitActivations);
-            match &mut end.truth {
-                Some((id, receiver)) if end.head.needs_labels() => {
-                    let labels = receiver.wait(&header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]))?;
-                    let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
-                    receiver.release()?;
-                    end.head.begin(&labels);
-                }
-                _ => end.head.begin(&vec![0; self.batch]),
-            }
-        }
-        Ok(())
-    }
-
     /// Module 1: this step's frame; and this step's target, if module D will have a loss, on its way.
     fn read_frame(&mut self, at: At) -> Result<Tensor> {
         self.watch.enter(Phase::Data);
@@ -202,63 +158,5 @@ impl Worker {
         };
         self.watch.enter(Phase::Backward);
         end.head.loss(y, target.as_ref(), training)
-    }
-
-    /// The end of the module's own window: no barrier, every module updates when it is through.
-    fn end(&mut self, clip: u64) -> Result<()> {
-        let backward_steps = self.plan.iter().filter(|s| s.backward).count() as f32;
-        if let Some(update) = &self.update
-            && matches!(update.every, UpdateEvery::Named(_))
-            && update.steps > 0
-        {
-            self.apply_update(clip, self.plan.len())?;
-        }
-        self.watch.enter(Phase::Other);
-        let saved = self.save(clip)?;
-        let mut report = Report { backward_steps, saved, ..Report::default() };
-        if let Some(end) = &mut self.loss {
-            report.score = end.head.end();
-            if self.report_logits {
-                let (logits, labels) = end.head.logits_and_labels();
-                report.logits = logits.to_vec();
-                report.labels = labels.iter().map(|&l| l as f32).collect();
-            }
-        }
-        if let Some(update) = &self.update {
-            (report.grad_norm, report.lr) = (update.grad_norm as f32, update.lr as f32);
-        }
-        report.time = self.watch.take();
-        self.send_report(clip, &report)
-    }
-
-    /// Sends a report of batch `clip` to the console.
-    pub(super) fn send_report(&mut self, clip: u64, report: &Report) -> Result<()> {
-        let (id, sender) = &mut self.console;
-        let words = report.write(sender.slot()?);
-        sender.start(&Header::new(Kind::Report, *id, clip, 0, [words as u32, 1, 1, 1]))
-    }
-
-    /// Waits until everything sent has left.
-    pub(super) fn flush(&mut self) -> Result<()> {
-        for edge in &mut self.outputs {
-            edge.activations.flush()?;
-        }
-        for (_, sender) in self.inputs.iter_mut().filter_map(|edge| edge.cotangents.as_mut()) {
-            sender.flush()?;
-        }
-        if let Some((_, sender)) = self.source.as_mut().and_then(|s| s.truth.as_mut()) {
-            sender.flush()?;
-        }
-        self.console.1.flush()
-    }
-
-    fn locate(&self, at: At, e: Error) -> Error {
-        let place = format!("module {}, clip {}, step {}, tick {}", self.index, at.clip, at.step, at.tick);
-        match e {
-            Error::Input(text) => Error::Input(format!("{place}: {text}")),
-            Error::Transport(text) => Error::Transport(format!("{place}: {text}")),
-            e @ Error::Io { .. } => e,
-            e => Error::Run(format!("{place}: {e}")),
-        }
     }
 }
