@@ -76,9 +76,9 @@ fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
     let number: usize = digits.trim().parse().map_err(|_| "write a size as 64, 1KiB, 16MiB or 1GiB".to_string())?;
     let unit: usize = match text.trim()[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 1,
-        "kib" => 1 << 10,
-        "mib" => 1 << 20,
-        "gib" => 1 << 30,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
         other => return Err(format!("unknown unit {other:?}: use KiB, MiB or GiB")),
     };
     match number.checked_mul(unit) {

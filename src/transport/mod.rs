@@ -234,7 +234,11 @@ pub fn connect(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], time
 /// Makes this rank's ends of the links.
 fn open(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
     let opening = match world {
-        World::Mpi(ranks) if ranks.session.size > 1 => Some(ranks.session.open()?),
+        World::Mpi(ranks) if ranks.session.size > 1 => {
+            let computes = |w: &usize| links.iter().any(|l| l.kind != Kind::Report && (l.from == *w || l.to == *w));
+            let here = (0..rank_of_worker.len()).filter(|&w| rank_of_worker[w] == world.rank()).filter(computes);
+            Some(ranks.session.open(here.count())?)
+        }
         _ => None,
     };
     let breaker = Breaker::default();

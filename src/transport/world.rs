@@ -69,7 +69,7 @@ impl World {
     pub fn local_rank(&self) -> usize {
         match self {
             World::Alone => 0,
-            World::Mpi(ranks) => ranks.session.place.0,
+            World::Mpi(ranks) => ranks.session.core.place.rank,
         }
     }
 
@@ -77,7 +77,7 @@ impl World {
     pub fn local_size(&self) -> usize {
         match self {
             World::Alone => 1,
-            World::Mpi(ranks) => ranks.session.place.1,
+            World::Mpi(ranks) => ranks.session.core.place.size,
         }
     }
 

@@ -27,6 +27,22 @@ unsafe impl Sync for Comm {}
 // SAFETY: as above.
 unsafe impl Send for Request {}
 
+/// Words of a set of processors: as many as the C library's `cpu_set_t` has room for.
+pub(super) const PROCESSOR_WORDS: usize = 16;
+/// A set of processors, a bit each.
+pub(super) type Processors = [u64; PROCESSOR_WORDS];
+
+/// A rank's place on its node.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::transport) struct Place {
+    /// Its number among the node's ranks.
+    pub(in crate::transport) rank: usize,
+    /// Ranks of the node.
+    pub(in crate::transport) size: usize,
+    /// Processors that one or another of them may use.
+    pub(in crate::transport) cores: usize,
+}
+
 /// Turns a return code into a result.
 fn check(code: c_int, call: &str) -> Result<()> {
     if code == ffi::MPI_SUCCESS as c_int { Ok(()) } else { Err(Error::Transport(format!("{call}: {}", text(code)))) }
@@ -119,16 +135,22 @@ impl Comm {
         Ok((rank as usize, size as usize))
     }
 
-    /// Rank and size among the processes that share this one's memory. Collective.
-    pub(super) fn place_on_node(self) -> Result<(usize, usize)> {
-        // SAFETY: the communicator made is freed again.
+    /// Where this rank is among the processes that share its memory. `mine`: the processors this rank may use, a bit
+    /// each. Collective.
+    pub(super) fn place_on_node(self, mine: &Processors) -> Result<Place> {
+        let mut all: Processors = [0; PROCESSOR_WORDS];
+        // SAFETY: the communicator made is freed again; both arrays have the length given.
         unsafe {
             let mut node = mem::zeroed();
             let (kind, info) = (ffi::RSMPI_COMM_TYPE_SHARED, ffi::RSMPI_INFO_NULL);
             check(ffi::MPI_Comm_split_type(self.0, kind, 0, info, &mut node), "MPI_Comm_split_type")?;
             let place = Comm(node).rank_and_size();
+            let (from, to) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
+            let (number, word, or) = (mine.len() as c_int, ffi::RSMPI_UINT64_T, ffi::RSMPI_BOR);
+            check(ffi::MPI_Allreduce(from, to, number, word, or, node), "MPI_Allreduce")?;
             check(ffi::MPI_Comm_free(&mut node), "MPI_Comm_free")?;
-            place
+            let (rank, size) = place?;
+            Ok(Place { rank, size, cores: all.iter().map(|word| word.count_ones() as usize).sum() })
         }
     }
 

@@ -21,7 +21,7 @@ mod endpoint;
 mod progress;
 mod raw;
 
-use calls::{Comm, Completions, Request, Tested};
+use calls::{Comm, Completions, Place, Request, Tested};
 pub use endpoint::{Receiver, Sender};
 pub(crate) use raw::Baseline;
 
@@ -168,8 +168,9 @@ pub(super) struct Core {
     stop: AtomicBool,
     /// The progress thread is in a long pause.
     resting: AtomicBool,
-    /// How long a waiting worker yields before it sleeps.
-    patience: Duration,
+    pub(super) place: Place,
+    /// Workers of this rank that compute: each wants a core.
+    workers: AtomicUsize,
     /// A worker panicked or a request failed: the job must be aborted, not finalised.
     broken: AtomicBool,
     progress: OnceLock<std::thread::Thread>,
@@ -191,13 +192,18 @@ impl Core {
         table.drive().map(Some).inspect_err(|_| self.broken.store(true, Ordering::Relaxed))
     }
 
+    /// How long a worker that waits for this link yields before it sleeps.
+    fn patience(&self, link: &Link) -> Duration {
+        progress::patience(&self.place, self.workers.load(Ordering::Relaxed), link.spec.kind)
+    }
+
     /// Polls until `slot` is ours; `late` is the error when the link's timeout has passed.
     fn wait_for(&self, slot: &Slot, link: &Link, late: impl Fn() -> Error) -> Result<()> {
         if slot.is_mine() {
             return link.breaker.check();
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let mut pause = progress::Backoff::new(self.patience);
+        let mut pause = progress::Backoff::new(self.patience(link));
         let outcome = loop {
             if let Err(error) = link.breaker.check().and_then(|()| self.try_drive().map(|_| ())) {
                 break Err(error);
@@ -247,8 +253,6 @@ pub(super) struct Session {
     comm: Comm,
     pub(super) rank: usize,
     pub(super) size: usize,
-    /// This rank's place on its node, and how many ranks the node has.
-    pub(super) place: (usize, usize),
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -258,18 +262,19 @@ impl Session {
         calls::initialise()?;
         let comm = Comm::duplicate_world()?;
         let (rank, size) = comm.rank_and_size()?;
-        let place = comm.place_on_node()?;
-        log::debug!("rank {rank} of {size}, {} on its node: {}", place.0, calls::library());
+        let place = comm.place_on_node(&progress::processors())?;
+        log::debug!("rank {rank} of {size}, {place:?} on its node: {}", calls::library());
         let core = Core {
             table: Mutex::default(),
             waiting: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             resting: AtomicBool::new(true),
-            patience: progress::patience(place.1),
+            place,
+            workers: AtomicUsize::new(1),
             broken: AtomicBool::new(false),
             progress: OnceLock::new(),
         };
-        Ok(Session { core: Arc::new(core), comm, rank, size, place, thread: Mutex::new(None) })
+        Ok(Session { core: Arc::new(core), comm, rank, size, thread: Mutex::new(None) })
     }
 
     /// Every rank's bytes, in rank order. Collective.
@@ -312,8 +317,10 @@ impl Session {
         }
     }
 
-    /// A communicator for one set of links. Collective, and never freed: a run makes one or two.
-    pub(super) fn open(self: &Arc<Self>) -> Result<Opening> {
+    /// A communicator for one set of links, between `workers` workers of this rank and others. Collective, and never
+    /// freed: a run makes one or two.
+    pub(super) fn open(self: &Arc<Self>, workers: usize) -> Result<Opening> {
+        self.core.workers.store(workers, Ordering::Relaxed);
         let comm = Comm::duplicate_world()?;
         self.core.lock().comm = Some(comm);
         Ok(Opening { session: self.clone(), comm })

@@ -5,14 +5,17 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::super::message::Kind;
 use super::Core;
+use super::calls::{PROCESSOR_WORDS, Place, Processors};
 use crate::{Error, Result};
 
 /// Polls before a waiting worker starts to yield its core.
 const SPINS: u32 = 100;
-/// How long it yields before it starts to sleep between polls, where every rank of the node has a core...
-const YIELD: Duration = Duration::from_millis(5);
-/// ... and where ranks share cores: the ones that compute need them.
+/// How long it yields before it starts to sleep between polls, where every worker of the node has a core: longer than
+/// 64 MiB take to come...
+const YIELD: Duration = Duration::from_millis(50);
+/// ... and where workers share cores: the ones that compute need them.
 const YIELD_SHARED: Duration = Duration::from_micros(200);
 /// How long it sleeps.
 const NAP: Duration = Duration::from_micros(50);
@@ -20,10 +23,12 @@ const NAP: Duration = Duration::from_micros(50);
 /// The thread's interval while messages move.
 const BUSY: Duration = Duration::from_micros(100);
 /// The thread's interval while a worker waits, which polls far more often: it looks only whether that is still so. Waking
-/// every 100 µs took a fifth of a link's bandwidth at 1 MiB from the waiting worker's core.
-const ATTENDED: Duration = Duration::from_micros(500);
+/// every 100 µs took a fifth of a link's bandwidth at 1 MiB from the waiting worker's core, every 500 µs a twentieth.
+const ATTENDED: Duration = Duration::from_millis(1);
 /// The longest it grows to while nothing moves.
 const IDLE: Duration = Duration::from_millis(2);
+/// An interval above this is worth cutting short for a large message.
+const LONG: Duration = Duration::from_micros(500);
 
 /// The pauses between a waiting worker's polls: none, then a yield, then short sleeps.
 pub(super) struct Backoff {
@@ -32,10 +37,26 @@ pub(super) struct Backoff {
     patience: Duration,
 }
 
-/// How long a waiting worker yields on a node with `ranks` ranks.
-pub(super) fn patience(ranks: usize) -> Duration {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if ranks <= cores { YIELD } else { YIELD_SHARED }
+/// The processors this process may use. A launcher often binds each rank to a core of its own, so the node's ranks have
+/// to put theirs together to know whether they share.
+pub(super) fn processors() -> Processors {
+    let mut set: Processors = [0; PROCESSOR_WORDS];
+    #[cfg(target_os = "linux")]
+    // SAFETY: the length is the array's; where it is too short the call fails and changes nothing.
+    unsafe {
+        libc::sched_getaffinity(0, size_of::<Processors>(), set.as_mut_ptr().cast());
+    }
+    if set.iter().all(|word| *word == 0) {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (0..cores.min(64 * PROCESSOR_WORDS)).for_each(|core| set[core / 64] |= 1 << (core % 64));
+    }
+    set
+}
+
+/// How long a worker yields while it waits for a message of `kind`, if each rank of its node has `workers`.
+pub(super) fn patience(place: &Place, workers: usize, kind: Kind) -> Duration {
+    // Reports come once a clip: whoever gathers them should not take a core meanwhile.
+    if kind != Kind::Report && place.size * workers <= place.cores { YIELD } else { YIELD_SHARED }
 }
 
 impl Backoff {
@@ -76,6 +97,7 @@ fn run(core: &Core) {
     while !core.stop.load(Ordering::Relaxed) {
         if core.waiting.load(Ordering::Relaxed) > 0 {
             interval = ATTENDED;
+            core.resting.store(false, Ordering::Relaxed);
         } else {
             let mut moved = false;
             if let Ok(mut table) = core.table.try_lock() {
@@ -83,8 +105,8 @@ fn run(core: &Core) {
                 moved = table.drive().is_ok_and(|completed| completed > 0) || table.sends_flying > 0;
             }
             interval = if moved { BUSY } else { (interval * 2).min(IDLE) };
+            core.resting.store(interval > LONG, Ordering::Relaxed);
         }
-        core.resting.store(interval > ATTENDED, Ordering::Relaxed);
         std::thread::park_timeout(interval);
     }
 }
