@@ -122,9 +122,9 @@ impl Stopwatch {
 /// What the last module counted over one clip (or several, added up).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Score {
-    /// Sum of the steps' losses.
+    /// Sum of the losses of clips' steps.
     pub loss_sum: f32,
-    /// Steps with a loss.
+    /// Steps with a loss, of each clip.
     pub loss_steps: f32,
     /// Clips counted.
     pub clips: f32,

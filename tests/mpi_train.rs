@@ -86,6 +86,30 @@ fn evaluation_does_not_depend_on_ranks() {
     assert!(String::from_utf8_lossy(&one.stdout).contains("\"clips\":12"), "{}", text(&one));
 }
 
+/// The loss of future frames is a mean over clips: ranks and the padding of the last batch do not matter.
+#[test]
+fn evaluation_of_future_frames_counts_no_padding() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = "model.layers=[{ kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'relu' }, \
+                  { kind = 'conv2d', out = 3, kernel = 3, padding = 1 }]";
+    let sets = ["model.task=future-frames", layers, "model.modules=2", "train.rule=sideways", "data.batch=5"];
+    prepare(dir.path(), &sets);
+    let config = dir.path().join("config.toml").display().to_string();
+    assert!(alone(&["train", &config]).status.success());
+    let run = dir.path().join("run");
+    let args = ["eval", run.to_str().unwrap(), "--set"];
+    let padded = [&args[..], &["data.batch=5"]].concat();
+    let (one, two) = (alone(&padded), mpirun(2, Path::new(PROGRAM), &padded, &[], MINUTE));
+    let whole = alone(&[&args[..], &["data.batch=4"]].concat());
+    let loss = |output: &Output| {
+        let line = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(line.starts_with("loss ") && line.contains("over 12 clips"), "{}", text(output));
+        line.split(' ').nth(1).unwrap().parse::<f64>().unwrap()
+    };
+    assert_eq!(loss(&one), loss(&two));
+    assert!((loss(&one) - loss(&whole)).abs() < 2e-6, "{} {}", loss(&one), loss(&whole));
+}
+
 #[test]
 fn more_ranks_than_workers_are_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -283,8 +283,14 @@ fn losses() -> Result<()> {
     }
     let target = random(&[3, 1, 1, 5], 2)?;
     for kind in [PixelLoss::Squared, PixelLoss::Absolute] {
-        let expected = differences(&logits, |l| Ok(pixel(kind, l, &target)?.0))?;
-        assert_close("pixel", &values(&pixel(kind, &logits, &target)?.1)?, &expected);
+        for labels in [[0, 0, 0], [0, 0, -1]] {
+            let expected = differences(&logits, |l| Ok(pixel(kind, l, &target, &labels)?.0))?;
+            assert_close("pixel", &values(&pixel(kind, &logits, &target, &labels)?.1)?, &expected);
+        }
+        // Padding counts neither in the sum nor in the number.
+        let two = |t: &Tensor| t.narrow(0, 0, 2);
+        let padded = pixel(kind, &logits, &target, &[0, 0, -1])?.0;
+        assert!((padded - pixel(kind, &two(&logits)?, &two(&target)?, &[0, 0])?.0).abs() < 1e-12);
     }
     assert!(cross_entropy(&logits, &[0, 5, 1]).unwrap_err().to_string().contains("label 5"));
     // Even logits: the loss is ln 5 whatever the labels; large ones must not overflow.

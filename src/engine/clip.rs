@@ -45,7 +45,7 @@ impl Worker {
                     receiver.release()?;
                     end.head.begin(&labels);
                 }
-                _ => end.head.begin(&vec![0; self.batch]),
+                _ => end.head.begin(&end.present(clip, self.batch)),
             }
         }
         Ok(())

@@ -33,7 +33,7 @@ impl Head {
         self.task == Task::Recognition
     }
 
-    /// Begins a clip with `labels` (`[B]`, −1 where the batch is padded).
+    /// Begins a clip with `labels` (`[B]`, −1 where the batch is padded; for future frames nothing else matters).
     pub fn begin(&mut self, labels: &[i32]) {
         self.labels.clear();
         self.labels.extend_from_slice(labels);
@@ -54,7 +54,7 @@ impl Head {
                 self.logits.iter_mut().zip(&step).for_each(|(sum, x)| *sum += x);
                 loss::cross_entropy(y, &self.labels)?
             }
-            (Task::FutureFrames, Some(target)) => loss::pixel(self.frame_loss, y, target)?,
+            (Task::FutureFrames, Some(target)) => loss::pixel(self.frame_loss, y, target, &self.labels)?,
             (Task::FutureFrames, None) => return Err(Error::Run("a step with a loss came without its target".into())),
         };
         if !value.is_finite() {
@@ -64,8 +64,10 @@ impl Head {
             )));
         }
         self.steps += 1;
-        self.score.loss_sum += value as f32;
-        self.score.loss_steps += 1.0;
+        // The mean over clips, whatever the padding of the last batch.
+        let counted = self.labels.iter().filter(|&&label| label >= 0).count() as f32;
+        self.score.loss_sum += value as f32 * counted;
+        self.score.loss_steps += counted;
         Ok(training.then_some(gradient))
     }
 

@@ -300,6 +300,7 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<Worker> {
         head: Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes),
         truth: ends.truth_in,
         target: None,
+        clips: setup.dataset.as_ref().filter(|_| !training).map(|data| data.videos.len()),
     });
     Ok(Worker {
         index: i,

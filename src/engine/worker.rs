@@ -77,6 +77,16 @@ pub struct LossEnd {
     pub truth: Option<(u32, Receiver)>,
     /// This step's target (future frames, D = 1).
     pub target: Option<Tensor>,
+    /// Evaluation: how many clips there are in all; the last batch is padded behind them.
+    pub clips: Option<usize>,
+}
+
+impl LossEnd {
+    /// Batch `clip` in place of labels, where none are sent: 0 for a clip, −1 for padding.
+    pub fn present(&self, clip: u64, batch: usize) -> Vec<i32> {
+        let first = clip as usize * batch;
+        (first..first + batch).map(|n| if self.clips.is_some_and(|clips| n >= clips) { -1 } else { 0 }).collect()
+    }
 }
 
 /// How parameters change.

@@ -48,25 +48,39 @@ pub enum PixelLoss {
     Absolute,
 }
 
-/// The mean over all elements of the squared or absolute difference of two tensors of one shape, and its gradient with
-/// respect to `output`.
+/// The mean over all elements of the squared or absolute difference of two tensors `[B, ..]` of one shape, and its
+/// gradient with respect to `output`. As in [`cross_entropy`], a negative label marks padding: that sample has no loss
+/// and is not counted.
 ///
 /// # Errors
-/// [`Error::Run`] with both shapes where they differ.
-pub fn pixel(kind: PixelLoss, output: &Tensor, target: &Tensor) -> Result<(f64, Tensor)> {
-    if output.dims() != target.dims() {
-        return Err(Error::Run(format!("the output is {:?} and its target {:?}", output.dims(), target.dims())));
+/// [`Error::Run`] with both shapes where they differ, or where there is not a label a sample.
+pub fn pixel(kind: PixelLoss, output: &Tensor, target: &Tensor, labels: &[i32]) -> Result<(f64, Tensor)> {
+    if output.dims() != target.dims() || output.dims().first() != Some(&labels.len()) || labels.is_empty() {
+        let (found, wanted) = (output.dims(), target.dims());
+        return Err(Error::Run(format!(
+            "the output is {found:?} and its target {wanted:?}, with {} labels",
+            labels.len()
+        )));
     }
-    let n = output.elem_count() as f64;
+    let sample = output.elem_count() / labels.len();
+    let counted = labels.iter().filter(|&&label| label >= 0).count().max(1);
+    let n = (counted * sample) as f64;
     let mut values = to_f64(output)?;
+    let target = to_f64(target)?;
     let mut loss = 0.0;
-    for (v, t) in values.iter_mut().zip(to_f64(target)?) {
-        let d = *v - t;
-        (loss, *v) = match kind {
-            PixelLoss::Squared => (loss + d * d, 2.0 * d / n),
-            PixelLoss::Absolute if d == 0.0 => (loss, 0.0),
-            PixelLoss::Absolute => (loss + d.abs(), d.signum() / n),
-        };
+    for ((values, target), &label) in values.chunks_mut(sample).zip(target.chunks(sample)).zip(labels) {
+        if label < 0 {
+            values.fill(0.0);
+            continue;
+        }
+        for (v, t) in values.iter_mut().zip(target) {
+            let d = *v - t;
+            (loss, *v) = match kind {
+                PixelLoss::Squared => (loss + d * d, 2.0 * d / n),
+                PixelLoss::Absolute if d == 0.0 => (loss, 0.0),
+                PixelLoss::Absolute => (loss + d.abs(), d.signum() / n),
+            };
+        }
     }
     Ok((loss / n, like(values, output)?))
 }
