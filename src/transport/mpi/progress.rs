@@ -25,6 +25,8 @@ const BUSY: Duration = Duration::from_micros(100);
 /// The thread's interval while a worker waits, which polls far more often: it looks only whether that is still so. Waking
 /// every 100 µs took a fifth of a link's bandwidth at 1 MiB from the waiting worker's core, every 500 µs a twentieth.
 const ATTENDED: Duration = Duration::from_millis(1);
+/// The longest that grows to: a worker that waits long leaves the thread in peace about as long.
+const PATIENT: Duration = Duration::from_millis(8);
 /// The longest it grows to while nothing moves.
 const IDLE: Duration = Duration::from_millis(2);
 /// An interval above this is worth cutting short for a large message.
@@ -96,7 +98,7 @@ fn run(core: &Core) {
     let mut interval = IDLE;
     while !core.stop.load(Ordering::Relaxed) {
         if core.waiting.load(Ordering::Relaxed) > 0 {
-            interval = ATTENDED;
+            interval = (interval * 2).clamp(ATTENDED, PATIENT);
             core.resting.store(false, Ordering::Relaxed);
         } else {
             let mut moved = false;
