@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::kernels::conv::{self, Conv};
+use sideways::kernels::conv::{self, Algorithm, Conv, Convolution};
 use sideways::kernels::{Window, activation, batch_norm, norm, pool, resample, with_threads};
 use sideways::model::layers::{Pass, Tape};
 use sideways::model::loss::topk_correct;
@@ -52,12 +52,58 @@ fn products(conv: &Conv, x: &[usize], w: &[usize], y: &[usize], mut visit: impl 
     }
 }
 
-fn close(what: &str, found: &Tensor, expected: &[f64]) -> Result<()> {
+fn close(what: &str, found: &Tensor, expected: &[f64], tolerance: f64) -> Result<()> {
     let scale = expected.iter().fold(1.0f64, |m, v| m.max(v.abs()));
-    for (f, e) in values(found)?.iter().zip(expected) {
-        assert!((f64::from(*f) - e).abs() < 1e-5 * scale, "{what}: {f} where loops give {e}");
+    for (f, e) in found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.iter().zip(expected) {
+        assert!((f - e).abs() < tolerance * scale, "{what}: {f} where loops give {e} (scale {scale})");
     }
     Ok(())
+}
+
+/// Forward and gradients against loops, in both element types; in f32 by `algorithm`. Of the largest element, f32 may be
+/// off by 1e-5, by Winograd 2e-5 (its transforms add and subtract numbers a few times larger than the result).
+fn check_convolution(conv: Conv, [b, h, w, c]: [usize; 4], o: usize, algorithm: Algorithm) -> Result<()> {
+    let [kh, kw] = conv.window.kernel;
+    let (x, weight) = (random(&[b, h, w, c], 1)?, random(&[o, c / conv.groups, kh, kw], 2)?);
+    let bias = random(&[o], 3)?;
+    let (xs, ws) = (values(&x)?, values(&weight)?);
+    let [oh, ow] = conv.window.output(h, w)?;
+    let gy = random(&[b, oh, ow, o], 4)?;
+    let gs = values(&gy)?;
+    let mut y = values(&bias)?.iter().map(|&b| f64::from(b)).cycle().take(gs.len()).collect::<Vec<_>>();
+    // A gradient is added to what there is.
+    let (mut gx, mut gw) = (vec![0.0; xs.len()], ws.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
+    products(&conv, x.dims(), weight.dims(), gy.dims(), |i, j, k| {
+        y[k] += f64::from(xs[i]) * f64::from(ws[j]);
+        gx[i] += f64::from(ws[j]) * f64::from(gs[k]);
+        gw[j] += f64::from(xs[i]) * f64::from(gs[k]);
+    });
+    let gb: Vec<f64> = (0..o).map(|n| gs.iter().skip(n).step_by(o).map(|&g| f64::from(g)).sum()).collect();
+    let found = Convolution::new(conv).algorithm(x.dims(), weight.dims())?;
+    assert_eq!(found, algorithm, "{conv:?} of {:?}", x.dims());
+    for (dtype, tolerance) in
+        [(DType::F32, if algorithm == Algorithm::Winograd { 2e-5 } else { 1e-5 }), (DType::F64, 1e-13)]
+    {
+        let [x, weight, bias, gy] = [&x, &weight, &bias, &gy].map(|t| t.to_dtype(dtype));
+        let (x, weight, bias, gy) = (x?, weight?, bias?, gy?);
+        let mut convolution = Convolution::new(conv);
+        // Twice: the second call finds everything ready.
+        for _ in 0..2 {
+            let (found, kept) = convolution.forward(&x, &weight, Some(&bias))?;
+            close("forward", &found, &y, tolerance)?;
+            let sum = Some(weight.copy()?);
+            let (sum, input) = convolution.vjp(x.dims(), &kept, &weight, &gy, sum, true)?;
+            close("input gradient", &input.unwrap(), &gx, tolerance)?;
+            close("weight gradient", &sum, &gw, tolerance)?;
+        }
+        close("bias gradient", &conv::bias_gradient(&gy)?, &gb, tolerance)?;
+    }
+    Ok(())
+}
+
+/// What is chosen where Winograd does not apply.
+fn direct() -> Algorithm {
+    if sideways::kernels::has_onednn() { Algorithm::OneDnn } else { Algorithm::Patches }
 }
 
 #[test]
@@ -73,26 +119,29 @@ fn convolution_is_its_definition() -> Result<()> {
         ([3, 3], [1, 1], [1, 1], 1, [40, 40]),
     ] {
         let conv = Conv { window: Window { kernel, stride, padding }, groups };
-        let x = random(&[2, h, w, 4], 1)?;
-        let weight = random(&[8, 4 / groups, kernel[0], kernel[1]], 2)?;
-        let bias = random(&[8], 3)?;
-        let y = conv::forward(&conv, &x, &weight, Some(&bias))?;
-        let gy = random(y.dims(), 4)?;
-        let (xs, ws, gs) = (values(&x)?, values(&weight)?, values(&gy)?);
-        let mut sums = values(&bias)?.iter().map(|&b| f64::from(b)).cycle().take(gs.len()).collect::<Vec<_>>();
-        let (mut gx, mut gw) = (vec![0.0; xs.len()], vec![0.0; ws.len()]);
-        products(&conv, x.dims(), weight.dims(), y.dims(), |i, j, k| {
-            sums[k] += f64::from(xs[i]) * f64::from(ws[j]);
-            gx[i] += f64::from(ws[j]) * f64::from(gs[k]);
-            gw[j] += f64::from(xs[i]) * f64::from(gs[k]);
-        });
-        close("forward", &y, &sums)?;
-        close("input gradient", &conv::input_gradient(&conv, x.dims(), &weight, &gy)?, &gx)?;
-        close("weight gradient", &conv::weight_gradient(&conv, &x, weight.dims(), &gy)?, &gw)?;
-        let gb: Vec<f64> = (0..8).map(|o| gs.iter().skip(o).step_by(8).map(|&g| f64::from(g)).sum()).collect();
-        close("bias gradient", &conv::bias_gradient(&gy)?, &gb)?;
+        check_convolution(conv, [2, h, w, 4], 8, direct())?;
     }
     Ok(())
+}
+
+/// Sides that are and are not whole tiles, every padding, more samples than one group of tiles holds, and more input
+/// channels than one block of the weight's gradient.
+#[test]
+fn winograd_is_the_definition() -> Result<()> {
+    for (padding, [b, h, w, c], o) in [
+        ([1, 1], [2, 16, 16, 16], 32),
+        ([1, 1], [3, 15, 18, 48], 16),
+        ([0, 2], [2, 18, 13, 16], 16),
+        ([2, 0], [1, 22, 26, 32], 16),
+        ([1, 1], [5, 60, 62, 16], 16),
+    ] {
+        let conv = Conv { window: Window { kernel: [3, 3], stride: [1, 1], padding }, groups: 1 };
+        check_convolution(conv, [b, h, w, c], o, Algorithm::Winograd)?;
+    }
+    // Not worth it: few tiles, or much of them outside.
+    let conv = Conv { window: Window::square(3, 1, 1), groups: 1 };
+    check_convolution(conv, [2, 8, 8, 16], 16, direct())?;
+    check_convolution(conv, [9, 9, 9, 16], 16, direct())
 }
 
 /// One thread and several give the same bits, on sizes that need several pieces each.
@@ -100,8 +149,8 @@ fn convolution_is_its_definition() -> Result<()> {
 fn threads_do_not_change_a_bit() -> Result<()> {
     let conv = Conv { window: Window::square(3, 1, 1), groups: 1 };
     let strided = Conv { window: Window::square(3, 2, 1), groups: 2 };
-    let x = random(&[3, 33, 31, 16], 1)?;
-    let w = random(&[24, 16, 3, 3], 2)?;
+    let x = random(&[4, 33, 31, 16], 1)?;
+    let w = random(&[48, 16, 3, 3], 2)?;
     let half = random(&[24, 8, 3, 3], 3)?;
     let point = random(&[24, 16, 1, 1], 4)?;
     let (scale, shift) = (random(&[16], 5)?, random(&[16], 6)?);
@@ -109,11 +158,10 @@ fn threads_do_not_change_a_bit() -> Result<()> {
     let all = || -> Result<Vec<Vec<f32>>> {
         let mut found = Vec::new();
         for (conv, w) in [(&conv, &w), (&strided, &half), (&Conv::pointwise(), &point)] {
-            let y = conv::forward(conv, &x, w, None)?;
-            found.push(conv::input_gradient(conv, x.dims(), w, &y)?);
-            found.push(conv::weight_gradient(conv, &x, w.dims(), &y)?);
-            found.push(conv::bias_gradient(&y)?);
-            found.push(y);
+            let mut convolution = Convolution::new(*conv);
+            let (y, kept) = convolution.forward(&x, w, None)?;
+            let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, true)?;
+            found.extend(gx.into_iter().chain([gw, conv::bias_gradient(&y)?, y]));
         }
         let (y, statistics) = norm::group(&x, &scale, &shift, 4, 1e-5)?;
         let (gx, gw, gb) = norm::group_vjp(&x, &scale, &statistics, &y, 4, true)?;

@@ -1,14 +1,15 @@
-//! Two-dimensional convolution of NHWC tensors and its gradients, by patches and matrix products.
+//! Two-dimensional convolution of NHWC tensors and its gradients.
 //!
-//! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A weight is
-//! rearranged at each call: a pass over it, small beside the product. A 1x1 convolution of stride 1 is a product on the
-//! tensor as it lies.
+//! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A layer
+//! holds a [`Convolution`], which chooses among three ways by the shape alone and keeps what it made ready:
+//! [`winograd`] for 3x3 kernels of stride 1, oneDNN where the program was built with it, else [`patches`].
 
-use candle_core::Tensor;
+use candle_core::{Tensor, TensorId, WithDType};
 
-use super::im2col::{Shape, gather, scatter};
-use super::matmul::{Matrix, multiply};
-use super::{Host, Real, Window, by_dtype, reduce, tensor, threads};
+use super::im2col::{Shape, add};
+use super::{Host, Real, Window, by_dtype, host, overwritten, patches, reduce, tensor, winograd};
+#[cfg(onednn)]
+use super::{onednn, threads};
 use crate::{Error, Result};
 
 /// A convolution's geometry.
@@ -44,69 +45,208 @@ impl Conv {
     }
 }
 
-/// `y = x * weight (+ bias)`.
-///
-/// # Errors
-/// [`Error::Run`] on shapes that do not fit, element types other than f32 and f64, or devices without a kernel.
-pub fn forward(conv: &Conv, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let s = conv.shape(x.dims(), weight.dims())?;
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    by_dtype!(x, T => {
-        let (x, w) = (Host::of(&x)?, Host::of(&weight)?);
-        let mut y = vec![T::ZERO; s.b * s.oh * s.ow * s.o];
-        if let Some(bias) = bias {
-            let bias = Host::of(bias)?;
-            let bias = bias.slice::<T>()?;
-            same(bias.len(), s.o, "bias")?;
-            y.chunks_exact_mut(s.o).for_each(|pixel| pixel.copy_from_slice(bias));
-        }
-        forward_slices(&s, x.slice()?, &pack(&s, w.slice()?), &mut y, bias.is_some());
-        tensor(y, (s.b, s.oh, s.ow, s.o))
-    })
+/// How a convolution is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// Winograd's minimal filtering, with our own transforms.
+    Winograd,
+    /// oneDNN's direct convolution.
+    OneDnn,
+    /// Patches laid out as matrix rows, and a matrix product.
+    Patches,
 }
 
-/// The cotangent of the input, of shape `x` (`[B, H, W, C]`), from the output's cotangent `gy`.
-///
-/// # Errors
-/// As [`forward`].
-pub fn input_gradient(conv: &Conv, x: &[usize], weight: &Tensor, gy: &Tensor) -> Result<Tensor> {
-    let s = conv.shape(x, weight.dims())?;
-    let (gy, weight) = (gy.contiguous()?, weight.contiguous()?);
-    same(gy.elem_count(), s.b * s.oh * s.ow * s.o, "cotangent")?;
-    let mirrored = mirrored(&s);
-    by_dtype!(gy, T => {
-        let (gy, w) = (Host::of(&gy)?, Host::of(&weight)?);
-        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
-        match mirrored {
-            Some(m) => forward_slices(&m, gy.slice()?, &pack_mirrored(&s, w.slice()?), &mut gx, false),
-            None => scatter_slices(&s, gy.slice()?, &pack(&s, w.slice()?), &mut gx),
-        }
-        tensor(gx, (s.b, s.h, s.w, s.c))
-    })
+fn choose(s: &Shape, f32: bool) -> Algorithm {
+    if winograd::suits(s) {
+        Algorithm::Winograd
+    } else if cfg!(onednn) && f32 {
+        Algorithm::OneDnn
+    } else {
+        Algorithm::Patches
+    }
 }
 
-/// The gradient of the weight, of shape `weight`, from the input and the output's cotangent.
-///
-/// # Errors
-/// As [`forward`].
-pub fn weight_gradient(conv: &Conv, x: &Tensor, weight: &[usize], gy: &Tensor) -> Result<Tensor> {
-    let s = conv.shape(x.dims(), weight)?;
-    let (x, gy) = (x.contiguous()?, gy.contiguous()?);
-    same(gy.elem_count(), s.b * s.oh * s.ow * s.o, "cotangent")?;
-    by_dtype!(x, T => {
-        let (x, gy) = (Host::of(&x)?, Host::of(&gy)?);
-        let mut packed = vec![T::ZERO; s.o * s.patch()];
-        for (group, out) in packed.chunks_mut(s.patch() * s.og()).enumerate() {
-            weight_slices(&s, group, x.slice()?, gy.slice()?, out);
+/// A convolution of one layer: geometry, and what was made ready for a shape and a weight. Weights in the algorithm's
+/// layout are kept until the weight changes, which for Sideways is once a clip or less.
+pub struct Convolution {
+    conv: Conv,
+    ready: Option<Ready>,
+}
+
+/// What is kept from call to call.
+struct Ready {
+    shape: Shape,
+    float: bool,
+    algorithm: Algorithm,
+    weight: TensorId,
+    forward: Option<Tensor>,
+    backward: Option<Tensor>,
+    #[cfg(onednn)]
+    products: Products,
+}
+
+impl Convolution {
+    /// Nothing is made ready yet.
+    pub fn new(conv: Conv) -> Self {
+        Convolution { conv, ready: None }
+    }
+
+    /// Its geometry.
+    pub fn geometry(&self) -> &Conv {
+        &self.conv
+    }
+
+    /// How inputs of shape `x` are convolved with weights of shape `w` in 32-bit floats.
+    ///
+    /// # Errors
+    /// [`Error::Run`] on shapes that do not fit.
+    pub fn algorithm(&self, x: &[usize], w: &[usize]) -> Result<Algorithm> {
+        Ok(choose(&self.conv.shape(x, w)?, true))
+    }
+
+    fn ready(&mut self, x: &[usize], weight: &Tensor, float: bool) -> Result<&mut Ready> {
+        let shape = self.conv.shape(x, weight.dims())?;
+        let fits = self.ready.as_ref().is_some_and(|r| r.shape == shape && r.float == float);
+        if !fits {
+            self.ready = None;
         }
-        tensor(unpack(&s, &packed), weight)
-    })
+        let algorithm = choose(&shape, float);
+        let ready = self.ready.get_or_insert_with(|| Ready {
+            shape,
+            float,
+            algorithm,
+            weight: weight.id(),
+            forward: None,
+            backward: None,
+            #[cfg(onednn)]
+            products: Products::default(),
+        });
+        if ready.weight != weight.id() {
+            (ready.weight, ready.forward, ready.backward) = (weight.id(), None, None);
+        }
+        Ok(ready)
+    }
+
+    /// `(y, kept)`: `y = x * weight (+ bias)`, and what [`Convolution::vjp`] needs of this call: x, or its transform.
+    ///
+    /// # Errors
+    /// [`Error::Run`] on shapes that do not fit, element types other than f32 and f64, or devices without a kernel.
+    pub fn forward(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+        by_dtype!(x, T => {
+            let ready = self.ready(x.dims(), &weight, T::DTYPE == f32::DTYPE)?;
+            let s = ready.shape;
+            let bias = bias.map(Host::of).transpose()?;
+            let bias = bias.as_ref().map(|b| b.slice::<T>()).transpose()?;
+            if let Some(bias) = bias {
+                same(bias.len(), s.o, "bias")?;
+            }
+            let (input, w) = (Host::of(&x)?, Host::of(&weight)?);
+            let (input, w) = (input.slice::<T>()?, w.slice::<T>()?);
+            let mut y = overwritten::<T>(s.b * s.oh * s.ow * s.o);
+            let kept = match ready.algorithm {
+                Algorithm::Winograd => {
+                    let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
+                    let mut v = overwritten(winograd::transformed_len(&s));
+                    winograd::transform_input(&s, input, &mut v);
+                    winograd::forward(&s, &v, Host::of(&u)?.slice()?, bias, &mut y);
+                    let length = v.len();
+                    tensor(v, length)?
+                }
+                #[cfg(onednn)]
+                Algorithm::OneDnn => {
+                    let bias = bias.map(floats).transpose()?;
+                    let y = T::as_f32_mut(&mut y).ok_or_else(mistaken)?;
+                    ready.onednn_forward(floats(input)?, floats(w)?, bias, y)?;
+                    x.clone()
+                }
+                _ => {
+                    let packed = keep(&mut ready.forward, || patches::pack(&s, w))?;
+                    patches::forward(&s, input, Host::of(&packed)?.slice()?, bias, &mut y);
+                    x.clone()
+                }
+            };
+            Ok((tensor(y, (s.b, s.oh, s.ow, s.o))?, kept))
+        })
+    }
+
+    /// `(gw, gx)` from the output's cotangent `gy`, for an input of shape `x` and what its forward call kept: `gw` is the
+    /// weight's gradient added to `sum`, a gradient so far that nobody else holds (it is changed in place); `gx`, the
+    /// input's cotangent, comes only where `need_input`.
+    ///
+    /// # Errors
+    /// As [`Convolution::forward`].
+    pub fn vjp(
+        &mut self,
+        x: &[usize],
+        kept: &Tensor,
+        weight: &Tensor,
+        gy: &Tensor,
+        sum: Option<Tensor>,
+        need_input: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (weight, gy) = (weight.contiguous()?, gy.contiguous()?);
+        by_dtype!(gy, T => {
+            let ready = self.ready(x, &weight, T::DTYPE == f32::DTYPE)?;
+            let s = ready.shape;
+            same(gy.elem_count(), s.b * s.oh * s.ow * s.o, "cotangent")?;
+            let sum = match sum {
+                Some(sum) => sum,
+                None => tensor(vec![T::ZERO; weight.elem_count()], weight.dims())?,
+            };
+            let (kept, cotangent, w) = (Host::of(kept)?, Host::of(&gy)?, Host::of(&weight)?);
+            let (kept, cotangent, w) = (kept.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
+            let mut gx = overwritten::<T>(if need_input { s.b * s.h * s.w * s.c } else { 0 });
+            match ready.algorithm {
+                Algorithm::Winograd => {
+                    let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
+                    winograd::transform_cotangent(&s, cotangent, &mut z);
+                    let mut packed = overwritten(w.len());
+                    winograd::weight_gradient(&s, kept, &z, &mut packed);
+                    host::update::<T>(&sum, |sum| reduce::add_transposed(sum, &packed, s.o))?;
+                    if need_input {
+                        let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
+                        winograd::input_gradient(&s, &z, Host::of(&u)?.slice()?, &mut gx);
+                    }
+                }
+                #[cfg(onednn)]
+                Algorithm::OneDnn => {
+                    let gw = ready.onednn_weight_gradient(floats(kept)?, floats(cotangent)?)?;
+                    host::update::<f32>(&sum, |sum| add(sum, &gw))?;
+                    if need_input {
+                        let gx = T::as_f32_mut(&mut gx).ok_or_else(mistaken)?;
+                        ready.onednn_input_gradient(floats(cotangent)?, floats(w)?, gx)?;
+                    }
+                }
+                _ => {
+                    let gw = patches::weight_gradient(&s, kept, cotangent);
+                    host::update::<T>(&sum, |sum| add(sum, &gw))?;
+                    if need_input {
+                        let packed = keep(&mut ready.backward, || patches::pack_backward(&s, w))?;
+                        patches::input_gradient(&s, cotangent, Host::of(&packed)?.slice()?, &mut gx);
+                    }
+                }
+            }
+            let gx = if need_input { Some(tensor(gx, (s.b, s.h, s.w, s.c))?) } else { None };
+            Ok((sum, gx))
+        })
+    }
+}
+
+/// What `slot` holds, made first where it is empty.
+fn keep<T: Real>(slot: &mut Option<Tensor>, make: impl FnOnce() -> Vec<T>) -> Result<Tensor> {
+    if let Some(kept) = slot {
+        return Ok(kept.clone());
+    }
+    let made = make();
+    let length = made.len();
+    Ok(slot.insert(tensor(made, length)?).clone())
 }
 
 /// The gradient of the bias `[O]`: the cotangent `gy` `[.., O]` summed over all but channels.
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`Convolution::forward`].
 pub fn bias_gradient(gy: &Tensor) -> Result<Tensor> {
     let gy = gy.contiguous()?;
     let channels = gy.dims().last().copied().unwrap_or(1).max(1);
@@ -123,129 +263,140 @@ fn same(found: usize, expected: usize, what: &str) -> Result<()> {
     Err(Error::Run(format!("a convolution's {what} has {found} elements where its shapes give {expected}")))
 }
 
-/// The convolution that carries cotangents back where the stride is 1: the same kernel mirrored, over `gy`.
-fn mirrored(s: &Shape) -> Option<Shape> {
-    let Window { kernel: [kh, kw], stride, padding: [ph, pw] } = s.window;
-    let padding = [(kh - 1).checked_sub(ph)?, (kw - 1).checked_sub(pw)?];
-    (stride == [1, 1]).then_some(Shape {
-        h: s.oh,
-        w: s.ow,
-        c: s.o,
-        oh: s.h,
-        ow: s.w,
-        o: s.c,
-        window: Window { kernel: [kh, kw], stride, padding },
-        ..*s
-    })
+/// oneDNN's products for pieces of a batch, made when first used. A batch falls into pieces by its shape alone, so that
+/// threads may share it and results do not depend on their number.
+#[cfg(onednn)]
+#[derive(Default)]
+struct Products {
+    forward: Option<onednn::Product>,
+    input: Option<onednn::Product>,
+    weight: Option<onednn::Product>,
 }
 
-/// Writes the convolution of `x` with packed weights (`[g][ky, kx, c][o]`) to `y`, or adds it there.
-fn forward_slices<T: Real>(s: &Shape, x: &[T], packed: &[T], y: &mut [T], accumulate: bool) {
-    let (patch, cg, og) = (s.patch(), s.cg(), s.og());
-    let pointwise = s.window.is_pointwise();
-    let lines = s.lines_at_once(if pointwise { cg } else { patch });
-    let scratch = || vec![T::ZERO; if pointwise { 0 } else { lines * s.ow * patch }];
-    threads::chunks(y, lines * s.ow * s.o, scratch, |columns, i, y| {
-        let pixels = y.len() / s.o;
-        let first = i * lines;
-        for (group, weight) in packed.chunks(patch * og).enumerate() {
-            let a = if pointwise {
-                Matrix::new(&x[first * s.ow * s.c + group * cg..], s.c)
-            } else {
-                let columns = &mut columns[..pixels * patch];
-                gather(s, x, group, first..first + pixels / s.ow, 0..s.window.kernel[0], columns);
-                Matrix::new(columns, patch)
-            };
-            multiply([pixels, og, patch], &mut y[group * og..], s.o, a, Matrix::new(weight, og), accumulate);
-        }
-    });
+/// Multiply-adds above which a sample is a piece of its own.
+#[cfg(onednn)]
+const PIECE: usize = 5_000_000;
+
+#[cfg(onednn)]
+fn piece_of(s: &Shape) -> Shape {
+    let per_sample = s.oh * s.ow * s.o * s.patch();
+    Shape { b: if per_sample > PIECE { 1 } else { s.b }, ..*s }
 }
 
-/// Adds the input's cotangent to `gx` by way of the patches' cotangents: any stride.
-fn scatter_slices<T: Real>(s: &Shape, gy: &[T], packed: &[T], gx: &mut [T]) {
-    let (patch, og) = (s.patch(), s.og());
-    let lines = s.lines_at_once(patch).min(s.oh);
-    let sample = s.oh * s.ow * s.o;
-    threads::chunks(
-        gx,
-        s.h * s.w * s.c,
-        || vec![T::ZERO; lines * s.ow * patch],
-        |columns, b, gx| {
-            for first in (0..s.oh).step_by(lines) {
-                let last = (first + lines).min(s.oh);
-                let pixels = (last - first) * s.ow;
-                for (group, weight) in packed.chunks(patch * og).enumerate() {
-                    let columns = &mut columns[..pixels * patch];
-                    let a = Matrix::new(&gy[b * sample + first * s.ow * s.o + group * og..], s.o);
-                    multiply([pixels, patch, og], columns, patch, a, Matrix::new(weight, og).transposed(), false);
-                    scatter(s, gx, group, first..last, columns);
-                }
-            }
-        },
-    );
+/// Pieces of the weight's gradient: each has a whole gradient, so there are few, and one where weights are many.
+#[cfg(onednn)]
+fn weight_piece_of(s: &Shape) -> Shape {
+    let cheap = s.b * s.oh * s.ow * (s.c + s.o) > 8 * s.o * s.patch();
+    let pieces = (1..=4).rev().find(|n| cheap && s.b.is_multiple_of(*n)).unwrap_or(1);
+    Shape { b: s.b / pieces, ..*s }
 }
 
-/// One group's weight gradient, packed (`[ky, kx, c][o]`). Pieces of it, each one kernel row (or for 1x1 kernels a block
-/// of channels), are summed over the batch independently: threads share nothing, and the order of sums is fixed.
-fn weight_slices<T: Real>(s: &Shape, group: usize, x: &[T], gy: &[T], out: &mut [T]) {
-    let (cg, og) = (s.cg(), s.og());
-    let pointwise = s.window.is_pointwise();
-    let piece = if pointwise { cg.div_ceil(4).max(64).min(cg) } else { s.window.kernel[1] * cg };
-    let lines = s.lines_at_once(piece);
-    let scratch = || vec![T::ZERO; if pointwise { 0 } else { lines * s.ow * piece }];
-    threads::chunks(out, piece * og, scratch, |columns, i, out| {
-        let rows = out.len() / og;
-        for first in (0..s.lines()).step_by(lines) {
-            let last = (first + lines).min(s.lines());
-            let pixels = (last - first) * s.ow;
-            let a = if pointwise {
-                Matrix::new(&x[first * s.ow * s.c + group * cg + i * piece..], s.c)
-            } else {
-                let columns = &mut columns[..pixels * piece];
-                gather(s, x, group, first..last, i..i + 1, columns);
-                Matrix::new(columns, piece)
-            };
-            let b = Matrix::new(&gy[first * s.ow * s.o + group * og..], s.o);
-            multiply([rows, og, pixels], out, og, a.transposed(), b, first > 0);
-        }
-    });
+#[cfg(onednn)]
+impl Ready {
+    fn onednn_forward(&mut self, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<()> {
+        let piece = piece_of(&self.shape);
+        let product = made(&mut self.products.forward, &piece, onednn::Kind::Forward, bias.is_some())?;
+        let packed = keep_packed(&mut self.forward, product, w)?;
+        let (packed, failed) = (Host::of(&packed)?, Failed::default());
+        let (packed, samples) = (packed.slice::<f32>()?, piece.b * piece.h * piece.w * piece.c);
+        threads::chunks(
+            y,
+            piece.b * piece.oh * piece.ow * piece.o,
+            || product.scratch(),
+            |scratch, i, y| {
+                failed.keep(product.forward(&x[i * samples..][..samples], packed, bias, y, scratch));
+            },
+        );
+        failed.result()
+    }
+
+    fn onednn_input_gradient(&mut self, gy: &[f32], w: &[f32], gx: &mut [f32]) -> Result<()> {
+        let piece = piece_of(&self.shape);
+        let product = made(&mut self.products.input, &piece, onednn::Kind::InputGradient, false)?;
+        let packed = keep_packed(&mut self.backward, product, w)?;
+        let (packed, failed) = (Host::of(&packed)?, Failed::default());
+        let (packed, samples) = (packed.slice::<f32>()?, piece.b * piece.oh * piece.ow * piece.o);
+        threads::chunks(
+            gx,
+            piece.b * piece.h * piece.w * piece.c,
+            || product.scratch(),
+            |scratch, i, gx| {
+                failed.keep(product.input_gradient(gx, packed, &gy[i * samples..][..samples], scratch));
+            },
+        );
+        failed.result()
+    }
+
+    /// The weight's gradient, as the weight lies.
+    fn onednn_weight_gradient(&mut self, x: &[f32], gy: &[f32]) -> Result<Vec<f32>> {
+        let (s, piece) = (self.shape, weight_piece_of(&self.shape));
+        let product = made(&mut self.products.weight, &piece, onednn::Kind::WeightGradient, false)?;
+        let (below, above) = (piece.b * s.h * s.w * s.c, piece.b * s.oh * s.ow * s.o);
+        let failed = Failed::default();
+        let mut parts = overwritten::<f32>(s.b / piece.b * product.packed_len());
+        threads::chunks(
+            &mut parts,
+            product.packed_len(),
+            || product.scratch(),
+            |scratch, i, gw| {
+                failed.keep(product.weight_gradient(&x[i * below..][..below], gw, &gy[i * above..][..above], scratch));
+            },
+        );
+        failed.result()?;
+        let (total, rest) = parts.split_at_mut(product.packed_len());
+        rest.chunks_exact(product.packed_len()).for_each(|part| add(total, part));
+        product.unpack(total)
+    }
 }
 
-/// `[O, C/g, kH, kW]` as `[g][kH, kW, C/g][O/g]`.
-fn pack<T: Real>(s: &Shape, weight: &[T]) -> Vec<T> {
-    let (cg, og, taps) = (s.cg(), s.og(), s.patch() / s.cg());
-    let mut packed = vec![T::ZERO; weight.len()];
-    for (o, from) in weight.chunks_exact(cg * taps).enumerate() {
-        let to = &mut packed[(o / og) * taps * cg * og + o % og..];
-        for (c, from) in from.chunks_exact(taps).enumerate() {
-            from.iter().enumerate().for_each(|(tap, &v)| to[(tap * cg + c) * og] = v);
+/// The product of `slot`, made first where it is empty.
+#[cfg(onednn)]
+fn made<'a>(
+    slot: &'a mut Option<onednn::Product>,
+    piece: &Shape,
+    kind: onednn::Kind,
+    bias: bool,
+) -> Result<&'a onednn::Product> {
+    if slot.is_none() {
+        let product = onednn::Product::new(piece, kind, bias)?;
+        log::debug!("{kind:?} of {piece:?}: {}", product.name());
+        *slot = Some(product);
+    }
+    slot.as_ref().ok_or_else(mistaken)
+}
+
+#[cfg(onednn)]
+fn keep_packed(slot: &mut Option<Tensor>, product: &onednn::Product, w: &[f32]) -> Result<Tensor> {
+    if slot.is_none() {
+        *slot = Some(tensor(product.pack(w)?, product.packed_len())?);
+    }
+    slot.clone().ok_or_else(mistaken)
+}
+
+/// The first failure of products that run on several threads.
+#[cfg(onednn)]
+#[derive(Default)]
+struct Failed(std::sync::Mutex<Option<Error>>);
+
+#[cfg(onednn)]
+impl Failed {
+    fn keep(&self, result: Result<()>) {
+        if let (Err(e), Ok(mut slot)) = (result, self.0.lock()) {
+            slot.get_or_insert(e);
         }
     }
-    packed
+
+    fn result(self) -> Result<()> {
+        self.0.into_inner().ok().flatten().map_or(Ok(()), Err)
+    }
 }
 
-/// The inverse of [`pack`].
-fn unpack<T: Real>(s: &Shape, packed: &[T]) -> Vec<T> {
-    let (cg, og, taps) = (s.cg(), s.og(), s.patch() / s.cg());
-    let mut weight = vec![T::ZERO; packed.len()];
-    for (o, to) in weight.chunks_exact_mut(cg * taps).enumerate() {
-        let from = &packed[(o / og) * taps * cg * og + o % og..];
-        for (c, to) in to.chunks_exact_mut(taps).enumerate() {
-            to.iter_mut().enumerate().for_each(|(tap, v)| *v = from[(tap * cg + c) * og]);
-        }
-    }
-    weight
+#[cfg(onednn)]
+fn floats<T: Real>(values: &[T]) -> Result<&[f32]> {
+    T::as_f32(values).ok_or_else(mistaken)
 }
 
-/// `[O, C/g, kH, kW]` as `[g][kH, kW mirrored, O/g][C/g]`: the weights of the [`mirrored`] convolution.
-fn pack_mirrored<T: Real>(s: &Shape, weight: &[T]) -> Vec<T> {
-    let (cg, og, taps) = (s.cg(), s.og(), s.patch() / s.cg());
-    let mut packed = vec![T::ZERO; weight.len()];
-    for (o, from) in weight.chunks_exact(cg * taps).enumerate() {
-        let to = &mut packed[(o / og) * taps * cg * og..][..taps * cg * og];
-        for (c, from) in from.chunks_exact(taps).enumerate() {
-            from.iter().enumerate().for_each(|(tap, &v)| to[((taps - 1 - tap) * og + o % og) * cg + c] = v);
-        }
-    }
-    packed
+#[cfg(onednn)]
+fn mistaken() -> Error {
+    Error::Run("oneDNN was chosen for a product that it does not compute here (a bug)".into())
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use candle_core::{Device, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
 
 use super::Real;
 use crate::{Error, Result};
@@ -40,6 +40,33 @@ impl<G: Deref<Target = Storage>> Host<G> {
 /// A CPU tensor that owns `data`.
 pub(crate) fn tensor<T: Real>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, shape.into(), &Device::Cpu)?)
+}
+
+/// A vector of `n` elements of no particular value: for output that is written in full before it is read. Where each
+/// call would clear its output first, cheap kernels would take half as long again.
+pub(crate) fn overwritten<T: Real>(n: usize) -> Vec<T> {
+    let memory = Box::<[T]>::new_uninit_slice(n);
+    // SAFETY: `Real` is f32 or f64, of which every bit pattern is a value; callers write every element before they
+    // read it.
+    unsafe { memory.assume_init() }.into_vec()
+}
+
+/// Changes a contiguous CPU tensor's elements in place. Whoever shares the tensor sees the change.
+pub(crate) fn update<T: Real>(tensor: &Tensor, f: impl Fn(&mut [T])) -> Result<()> {
+    struct Update<F, T>(F, std::marker::PhantomData<fn(T)>);
+    impl<T: Real, F: Fn(&mut [T])> InplaceOp1 for Update<F, T> {
+        fn name(&self) -> &'static str {
+            "update"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+            let (start, end) =
+                layout.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op: "update" })?;
+            let wrong = || candle_core::Error::Msg("a tensor was updated as one of another type".into());
+            (self.0)(&mut T::stored(storage).ok_or_else(wrong)?[start..end]);
+            Ok(())
+        }
+    }
+    Ok(tensor.inplace_op1(&Update(f, std::marker::PhantomData::<fn(T)>))?)
 }
 
 /// Evaluates an expression with `$T` standing for the element type of tensor `$t`.

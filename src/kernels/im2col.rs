@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{Real, Window};
 
 /// Shapes of one convolution: input `[b, h, w, c]`, output `[b, oh, ow, o]`, `g` groups.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub b: usize,
     pub h: usize,

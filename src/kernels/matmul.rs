@@ -23,6 +23,17 @@ impl<'a, T: Real> Matrix<'a, T> {
         Matrix { row: self.column, column: self.row, ..self }
     }
 
+    /// (start, elements from one row to the next as it lies, whether it is the transpose of what lies there).
+    #[cfg(onednn)]
+    fn plain(&self) -> Option<(*const f32, usize, bool)> {
+        let start = self.data.as_ptr().cast();
+        match (self.row, self.column) {
+            (row, 1) => Some((start, row, false)),
+            (1, column) => Some((start, column, true)),
+            _ => None,
+        }
+    }
+
     fn holds(&self, rows: usize, columns: usize) -> bool {
         rows == 0 || columns == 0 || (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
     }
@@ -40,6 +51,16 @@ pub(crate) fn multiply<T: Real>(
 ) {
     let c_fits = m == 0 || n == 0 || (m - 1) * c_row + n <= c.len();
     assert!(c_fits && a.holds(m, k) && b.holds(k, n), "matrix product {m}x{k} by {k}x{n} out of bounds");
+    #[cfg(onednn)]
+    if T::DTYPE == candle_core::DType::F32
+        && let (Some(a), Some(b)) = (a.plain(), b.plain())
+    {
+        // SAFETY: the assertion above keeps every element inside its slice, and T is f32.
+        let done = unsafe { super::onednn::sgemm([m, n, k], a, b, accumulate, c.as_mut_ptr().cast(), c_row) };
+        if done {
+            return;
+        }
+    }
     // SAFETY: the assertion above keeps every element read or written inside its slice; T is f32 or f64, which gemm
     // knows; c is borrowed mutably, so it overlaps neither a nor b. Strides fit isize as the slices do.
     unsafe {

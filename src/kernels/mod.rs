@@ -1,8 +1,8 @@
 //! Numerical kernels: the seam between layers and whatever computes them.
 //!
 //! Every function here takes and returns candle tensors in NHWC layout, of 32- or 64-bit floats, and picks an
-//! implementation by the tensor's device. Today there is one, for the CPU: plain loops on slices and the `gemm` crate
-//! for products. Another (oneDNN, cuDNN) is added behind the same functions, and no layer notices.
+//! implementation by the tensor's device. Today there is one device, the CPU: plain loops on slices, compiled for the
+//! widest vectors there are, and for products oneDNN (where the program was built with it) or the `gemm` crate.
 //!
 //! Results do not depend on the number of threads, to the bit: work is cut into pieces by its shape alone, and sums
 //! over pieces are taken in a fixed order (see [`threads`]).
@@ -15,18 +15,39 @@ mod im2col;
 mod matmul;
 mod memory;
 pub mod norm;
+#[cfg(onednn)]
+mod onednn;
+mod patches;
 pub mod pool;
 mod real;
 mod reduce;
 pub mod resample;
+mod simd;
 pub mod threads;
+mod winograd;
 
-pub(crate) use host::{Host, by_dtype, tensor};
+pub(crate) use host::{Host, by_dtype, overwritten, tensor};
 pub use memory::keep_freed_memory;
 pub use real::Real;
 pub use threads::{set_threads, with_threads};
 
 use crate::{Error, Result};
+
+/// Whether the program was built with oneDNN.
+pub fn has_onednn() -> bool {
+    cfg!(onednn)
+}
+
+/// What computes convolutions, for a log: oneDNN with its version, or what is there without it.
+pub fn back_end() -> String {
+    #[cfg(onednn)]
+    {
+        let [major, minor, patch] = onednn::version();
+        format!("oneDNN {major}.{minor}.{patch}")
+    }
+    #[cfg(not(onednn))]
+    "built without oneDNN".into()
+}
 
 /// A sliding window over height and width, as convolutions and pools have it: `[vertical, horizontal]` each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

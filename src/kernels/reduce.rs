@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Real, threads};
+use super::{Real, simd, threads};
 
 /// Rows of one block. Rounding errors grow with a block's length and with the number of blocks, not with their product.
 const BLOCK: usize = 256;
@@ -58,4 +58,27 @@ pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T]) -> Vec<T> {
             }
         }
     })
+}
+
+/// `to += fromᵀ`: `from` has rows of `columns` elements, `to` as many rows as that.
+pub(crate) fn add_transposed<T: Real>(to: &mut [T], from: &[T], columns: usize) {
+    const SIDE: usize = 16;
+    let rows = from.len() / columns.max(1);
+    threads::chunks(
+        to,
+        SIDE * rows.max(1),
+        || (),
+        |(), block, to| {
+            simd::vectorized(|| {
+                for first in (0..rows).step_by(SIDE) {
+                    let last = (first + SIDE).min(rows);
+                    for (column, to) in to.chunks_exact_mut(rows).enumerate() {
+                        for (row, to) in (first..last).zip(&mut to[first..last]) {
+                            *to += from[row * columns + block * SIDE + column];
+                        }
+                    }
+                }
+            });
+        },
+    );
 }

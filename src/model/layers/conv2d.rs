@@ -4,14 +4,15 @@ use candle_core::Tensor;
 
 use super::{Layer, Pass, Tape};
 use crate::Result;
-use crate::kernels::conv::{self, Conv};
+use crate::kernels::conv::{self, Conv, Convolution};
 use crate::model::param::{Init, Param};
 
 /// A two-dimensional convolution, with or without a bias. Weight `[O, C/groups, kH, kW]`.
 pub struct Conv2d {
-    conv: Conv,
+    conv: Convolution,
     weight: Param,
     bias: Option<Param>,
+    input: Vec<usize>,
 }
 
 impl Conv2d {
@@ -21,26 +22,27 @@ impl Conv2d {
         let [kh, kw] = conv.window.kernel;
         let weight = init.kaiming(format!("{prefix}.weight"), &[out, channels / conv.groups, kh, kw])?;
         let bias = if bias { Some(init.constant(format!("{prefix}.bias"), out, 0.0)?) } else { None };
-        Ok(Conv2d { conv, weight, bias })
+        Ok(Conv2d { conv: Convolution::new(conv), weight, bias, input: Vec::new() })
     }
 }
 
 impl Layer for Conv2d {
     fn forward(&mut self, x: &Tensor, _: &Pass, tape: &mut Tape) -> Result<Tensor> {
-        let x = x.contiguous()?;
-        let y = conv::forward(&self.conv, &x, &self.weight.value, self.bias.as_ref().map(|b| &b.value))?;
-        tape.push(x);
+        self.input = x.dims().to_vec();
+        let (y, kept) = self.conv.forward(x, &self.weight.value, self.bias.as_ref().map(|b| &b.value))?;
+        tape.push(kept);
         Ok(y)
     }
 
     fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
-        let x = tape.pop()?;
-        self.weight.accumulate(conv::weight_gradient(&self.conv, &x, self.weight.value.dims(), gy)?)?;
+        let kept = tape.pop()?;
+        let sum = self.weight.grad.take();
+        let (gw, gx) = self.conv.vjp(&self.input, &kept, &self.weight.value, gy, sum, need_input)?;
+        self.weight.grad = Some(gw);
         if let Some(bias) = &mut self.bias {
             bias.accumulate(conv::bias_gradient(gy)?)?;
         }
-        let gx = need_input.then(|| conv::input_gradient(&self.conv, x.dims(), &self.weight.value, gy));
-        gx.transpose()
+        Ok(gx)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
