@@ -121,7 +121,9 @@ fn convolution_is_its_definition() -> Result<()> {
         let conv = Conv { window: Window { kernel, stride, padding }, groups };
         check_convolution(conv, [2, h, w, 4], 8, direct())?;
     }
-    Ok(())
+    // More weights than activations.
+    let conv = Conv { window: Window::square(3, 2, 1), groups: 1 };
+    check_convolution(conv, [2, 5, 4, 32], 160, direct())
 }
 
 /// Sides that are and are not whole tiles, every padding, more samples than one group of tiles holds, and more input

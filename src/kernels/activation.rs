@@ -2,7 +2,7 @@
 
 use candle_core::{Tensor, WithDType};
 
-use super::{Host, Real, by_dtype, tensor, threads};
+use super::{Host, Real, by_dtype, overwritten, simd, tensor, threads};
 use crate::{Error, Result};
 
 /// Elements a thread takes at once.
@@ -76,7 +76,7 @@ pub fn dropout(x: &Tensor, rate: f64, key: u64) -> Result<Tensor> {
         let x = x.contiguous()?;
         let input = Host::of(&x)?;
         let input = input.slice::<T>()?;
-        let mut y = vec![T::ZERO; input.len()];
+        let mut y = overwritten::<T>(input.len());
         threads::chunks(&mut y, PIECE, || (), |(), i, y| {
             let place = (i * PIECE) as u64;
             for (k, (y, &v)) in y.iter_mut().zip(&input[i * PIECE..]).enumerate() {
@@ -105,13 +105,13 @@ fn map<T: Real>(x: &Tensor, f: impl Fn(T) -> T + Sync) -> Result<Tensor> {
     let x = x.contiguous()?;
     let input = Host::of(&x)?;
     let input = input.slice::<T>()?;
-    let mut y = vec![T::ZERO; input.len()];
+    let mut y = overwritten::<T>(input.len());
     threads::chunks(
         &mut y,
         PIECE,
         || (),
         |(), i, y| {
-            y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x));
+            simd::vectorized(|| y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x)));
         },
     );
     tensor(y, x.dims())
@@ -130,14 +130,14 @@ fn zip<T: Real>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Result<
     let (a, b) = (a.contiguous()?, b.contiguous()?);
     let (p, q) = (Host::of(&a)?, Host::of(&b)?);
     let (p, q) = (p.slice::<T>()?, q.slice::<T>()?);
-    let mut y = vec![T::ZERO; p.len()];
+    let mut y = overwritten::<T>(p.len());
     threads::chunks(
         &mut y,
         PIECE,
         || (),
         |(), i, y| {
             let inputs = p[i * PIECE..].iter().zip(&q[i * PIECE..]);
-            y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q));
+            simd::vectorized(|| y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q)));
         },
     );
     tensor(y, a.dims())

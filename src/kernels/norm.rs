@@ -5,7 +5,7 @@
 
 use candle_core::Tensor;
 
-use super::{Host, Real, by_dtype, reduce, tensor, threads};
+use super::{Host, Real, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
 
 /// `(y, statistics)`: `x` `[B, H, W, C]` normalised, with `weight` and `bias` `[C]`, and what [`group_vjp`] needs to know:
@@ -20,7 +20,7 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, epsilon:
     by_dtype!(x, T => {
         let (x, weight, bias) = (Host::of(&x)?, Host::of(weight)?, Host::of(bias)?);
         let (x, weight, bias) = (x.slice::<T>()?, weight.slice::<T>()?, bias.slice::<T>()?);
-        let mut y = vec![T::ZERO; x.len()];
+        let mut y = overwritten::<T>(x.len());
         let mut statistics = vec![T::ZERO; b * groups * 2];
         let sample = h * w * c;
         threads::chunks2(&mut y, sample, &mut statistics, groups * 2, |i, y, statistics| {
@@ -32,7 +32,7 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, epsilon:
                 *scale *= of_group[1];
                 *shift -= of_group[0] * *scale;
             }
-            affine(x, &scale, &shift, y);
+            simd::vectorized(|| affine(x, &scale, &shift, y));
         });
         Ok((tensor(y, (b, h, w, c))?, tensor(statistics, (b, groups, 2))?))
     })
@@ -58,7 +58,7 @@ pub fn group_vjp(
         let (x, gy, weight, statistics) =
             (x.slice::<T>()?, gy.slice::<T>()?, weight.slice::<T>()?, statistics.slice::<T>()?);
         let sample = h * w * c;
-        let mut gx = vec![T::ZERO; if need_input { x.len() } else { 0 }];
+        let mut gx = overwritten::<T>(if need_input { x.len() } else { 0 });
         let mut sums = vec![T::ZERO; b * 2 * c];
         let each = |i: usize, sums: &mut [T], gx: Option<&mut [T]>| {
             let (x, gy) = (&x[i * sample..][..sample], &gy[i * sample..][..sample]);
@@ -133,10 +133,11 @@ fn group_input<T: Real>(x: &[T], gy: &[T], weight: &[T], statistics: &[T], sums:
             coefficients[2].push(inverse * (inverse * m2 * mean - m1));
         }
     }
-    combine(gy, x, &coefficients, gx);
+    simd::vectorized(|| combine(gy, x, &coefficients, gx));
 }
 
 /// `out = scale x + shift` by channel.
+#[inline(always)]
 pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T]) {
     let c = scale.len();
     for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
@@ -147,6 +148,7 @@ pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T]) 
 }
 
 /// `out = k0 p + k1 q + k2` by channel.
+#[inline(always)]
 pub(crate) fn combine<T: Real>(p: &[T], q: &[T], k: &[Vec<T>; 3], out: &mut [T]) {
     let c = k[0].len();
     for ((out, p), q) in out.chunks_exact_mut(c).zip(p.chunks_exact(c)).zip(q.chunks_exact(c)) {

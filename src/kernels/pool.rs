@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::im2col::{Shape, add};
-use super::{Host, Real, Window, by_dtype, reduce, tensor, threads};
+use super::{Host, Real, Window, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
 
 fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
@@ -28,6 +28,7 @@ fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
 /// Calls `f(tap, input, output)` for each kernel element and output pixel of line `oy` where that element lies inside
 /// the input; `tap` counts kernel elements and `input`, `output` pixels of a sample's and of a line's. For each output
 /// pixel the taps come in row-major order.
+#[inline(always)]
 fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
     let [kh, kw] = s.window.kernel;
     for ky in 0..kh {
@@ -52,11 +53,11 @@ pub fn max(x: &Tensor, window: &Window) -> Result<(Tensor, Tensor)> {
     let y = by_dtype!(x, T => {
         let x = Host::of(&x)?;
         let x = x.slice::<T>()?;
-        let mut y = vec![T::ZERO; winners.len()];
+        let mut y = overwritten::<T>(winners.len());
         threads::chunks2(&mut y, line, &mut winners, line, |i, y, winners| {
             let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
             let mut started = vec![false; s.ow];
-            each_tap(&s, i % s.oh, |tap, input, output| {
+            simd::vectorized(|| each_tap(&s, i % s.oh, |tap, input, output| {
                 let v = &sample[input * s.c..][..s.c];
                 let y = &mut y[output * s.c..][..s.c];
                 let winners = &mut winners[output * s.c..][..s.c];
@@ -73,7 +74,7 @@ pub fn max(x: &Tensor, window: &Window) -> Result<(Tensor, Tensor)> {
                     *y = if wins { v } else { *y };
                     *k = if wins { tap as u8 } else { *k };
                 }
-            });
+            }));
         });
         tensor(y, (s.b, s.oh, s.ow, s.c))
     })?;
@@ -96,17 +97,18 @@ pub fn max_vjp(x: &[usize], window: &Window, winners: &Tensor, gy: &Tensor) -> R
     by_dtype!(gy, T => {
         let gy = Host::of(&gy)?;
         let gy = gy.slice::<T>()?;
-        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
+        let mut gx = overwritten::<T>(s.b * s.h * s.w * s.c);
         threads::chunks(&mut gx, s.h * s.w * s.c, || (), |(), b, gx| {
+            gx.fill(T::ZERO);
             for oy in 0..s.oh {
                 let (gy, winners) = (&gy[(b * s.oh + oy) * line..][..line], &winners[(b * s.oh + oy) * line..][..line]);
-                each_tap(&s, oy, |tap, input, output| {
+                simd::vectorized(|| each_tap(&s, oy, |tap, input, output| {
                     let from = output * s.c..(output + 1) * s.c;
                     let cotangent = gy[from.clone()].iter().zip(&winners[from]);
                     for (x, (&g, &k)) in gx[input * s.c..][..s.c].iter_mut().zip(cotangent) {
                         *x += if k == tap as u8 { g } else { T::ZERO };
                     }
-                });
+                }));
             }
         });
         tensor(gx, x)
@@ -124,11 +126,14 @@ pub fn average(x: &Tensor, window: &Window) -> Result<Tensor> {
         let x = Host::of(&x)?;
         let x = x.slice::<T>()?;
         let scale = T::of(1.0 / (window.kernel[0] * window.kernel[1]) as f64);
-        let mut y = vec![T::ZERO; s.lines() * s.ow * s.c];
+        let mut y = overwritten::<T>(s.lines() * s.ow * s.c);
         threads::chunks(&mut y, s.ow * s.c, || (), |(), i, y| {
+            y.fill(T::ZERO);
             let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
-            each_tap(&s, i % s.oh, |_, input, output| {
-                add(&mut y[output * s.c..][..s.c], &sample[input * s.c..][..s.c]);
+            simd::vectorized(|| {
+                each_tap(&s, i % s.oh, |_, input, output| {
+                    add(&mut y[output * s.c..][..s.c], &sample[input * s.c..][..s.c]);
+                });
             });
             y.iter_mut().for_each(|v| *v *= scale);
         });
@@ -148,11 +153,14 @@ pub fn average_vjp(x: &[usize], window: &Window, gy: &Tensor) -> Result<Tensor> 
         let gy = Host::of(&gy)?;
         let gy = gy.slice::<T>()?;
         let scale = T::of(1.0 / (window.kernel[0] * window.kernel[1]) as f64);
-        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
+        let mut gx = overwritten::<T>(s.b * s.h * s.w * s.c);
         threads::chunks(&mut gx, s.h * s.w * s.c, || (), |(), b, gx| {
+            gx.fill(T::ZERO);
             for oy in 0..s.oh {
                 let gy = &gy[(b * s.oh + oy) * line..][..line];
-                each_tap(&s, oy, |_, input, output| add(&mut gx[input * s.c..][..s.c], &gy[output * s.c..][..s.c]));
+                simd::vectorized(|| {
+                    each_tap(&s, oy, |_, input, output| add(&mut gx[input * s.c..][..s.c], &gy[output * s.c..][..s.c]));
+                });
             }
             gx.iter_mut().for_each(|v| *v *= scale);
         });

@@ -13,7 +13,14 @@ pub(crate) fn rows<T: Real>(rows: usize, width: usize, f: impl Fn(Range<usize>, 
     let blocks = rows.div_ceil(BLOCK);
     let mut parts = vec![T::ZERO; blocks * width];
     if width > 0 {
-        threads::chunks(&mut parts, width, || (), |(), i, out| f(i * BLOCK..((i + 1) * BLOCK).min(rows), out));
+        threads::chunks(
+            &mut parts,
+            width,
+            || (),
+            |(), i, out| {
+                simd::vectorized(|| f(i * BLOCK..((i + 1) * BLOCK).min(rows), out));
+            },
+        );
     }
     let mut total = vec![T::ZERO; width];
     for part in parts.chunks_exact(width.max(1)) {
@@ -58,27 +65,4 @@ pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T]) -> Vec<T> {
             }
         }
     })
-}
-
-/// `to += fromᵀ`: `from` has rows of `columns` elements, `to` as many rows as that.
-pub(crate) fn add_transposed<T: Real>(to: &mut [T], from: &[T], columns: usize) {
-    const SIDE: usize = 16;
-    let rows = from.len() / columns.max(1);
-    threads::chunks(
-        to,
-        SIDE * rows.max(1),
-        || (),
-        |(), block, to| {
-            simd::vectorized(|| {
-                for first in (0..rows).step_by(SIDE) {
-                    let last = (first + SIDE).min(rows);
-                    for (column, to) in to.chunks_exact_mut(rows).enumerate() {
-                        for (row, to) in (first..last).zip(&mut to[first..last]) {
-                            *to += from[row * columns + block * SIDE + column];
-                        }
-                    }
-                }
-            });
-        },
-    );
 }
