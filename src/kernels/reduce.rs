@@ -51,17 +51,33 @@ pub(crate) fn centred_squares<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
     })
 }
 
-/// The sums over rows of `gy`, then of `gy * (x - centre)`: `2 * channels` elements.
-pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T]) -> Vec<T> {
+/// The sums over rows of `x - centre`, then of its square: `2 * channels` elements.
+pub(crate) fn shifted_moments<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
+    let channels = centre.len();
+    rows(x.len() / channels.max(1), 2 * channels, |range, out| {
+        let (plain, squares) = out.split_at_mut(channels);
+        for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
+            let sums = plain.iter_mut().zip(squares.iter_mut());
+            for ((p, s), (&v, &m)) in sums.zip(row.iter().zip(centre)) {
+                let d = v - m;
+                *p += d;
+                *s += d * d;
+            }
+        }
+    })
+}
+
+/// The sums over rows of `g`, then of `g * (x - centre)`, for `g = through(channel, x, gy)`: `2 * channels` elements.
+pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T], through: impl Fn(usize, T, T) -> T + Sync) -> Vec<T> {
     let channels = centre.len();
     rows(x.len() / channels.max(1), 2 * channels, |range, out| {
         let (plain, times) = out.split_at_mut(channels);
         let span = range.start * channels..range.end * channels;
         for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
-            let sums = plain.iter_mut().zip(times.iter_mut());
-            for (((p, t), (&v, &g)), &m) in sums.zip(x.iter().zip(gy)).zip(centre) {
-                *p += g;
-                *t += g * (v - m);
+            for n in 0..channels {
+                let g = through(n, x[n], gy[n]);
+                plain[n] += g;
+                times[n] += g * (x[n] - centre[n]);
             }
         }
     })
