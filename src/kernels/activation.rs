@@ -13,7 +13,7 @@ const PIECE: usize = 1 << 15;
 /// # Errors
 /// [`Error::Run`] on devices without a kernel.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x, T => map::<T>(x, |v| if v < T::ZERO { T::ZERO } else { v }))
+    by_dtype!(x, T => map::<T>(x, #[inline(always)] |v| if v < T::ZERO { T::ZERO } else { v }))
 }
 
 /// `relu(a + b)` of two tensors of one shape, in one pass.
@@ -21,7 +21,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn add_relu(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    by_dtype!(a, T => zip::<T>(a, b, |a, b| {
+    by_dtype!(a, T => zip::<T>(a, b, #[inline(always)] |a, b| {
         let v = a + b;
         if v < T::ZERO { T::ZERO } else { v }
     }))
@@ -32,7 +32,7 @@ pub fn add_relu(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    by_dtype!(a, T => zip::<T>(a, b, |a, b| a + b))
+    by_dtype!(a, T => zip::<T>(a, b, #[inline(always)] |a, b| a + b))
 }
 
 /// The input's cotangent of [`relu`] from its output: `gy` where `y > 0`, else 0. So the derivative at 0 is 0.
@@ -40,7 +40,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn relu_vjp(y: &Tensor, gy: &Tensor) -> Result<Tensor> {
-    by_dtype!(y, T => zip::<T>(y, gy, |y, g| if y > T::ZERO { g } else { T::ZERO }))
+    by_dtype!(y, T => zip::<T>(y, gy, #[inline(always)] |y, g| if y > T::ZERO { g } else { T::ZERO }))
 }
 
 /// The exact Gaussian error linear unit, `x Phi(x)` (Hendrycks and Gimpel, 2016).
@@ -48,7 +48,7 @@ pub fn relu_vjp(y: &Tensor, gy: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x, T => map::<T>(x, |v| v * normal_cdf(v)))
+    by_dtype!(x, T => map::<T>(x, #[inline(always)] |v| v * normal_cdf(v)))
 }
 
 /// The input's cotangent of [`gelu`] from its input.
@@ -59,7 +59,7 @@ pub fn gelu_vjp(x: &Tensor, gy: &Tensor) -> Result<Tensor> {
     by_dtype!(x, T => {
         let scale = T::of((2.0 * std::f64::consts::PI).sqrt().recip());
         let half = T::of(-0.5);
-        zip::<T>(x, gy, move |v, g| g * (normal_cdf(v) + v * scale * (half * v * v).exponential()))
+        zip::<T>(x, gy, #[inline(always)] move |v, g| g * (normal_cdf(v) + v * scale * (half * v * v).exponential()))
     })
 }
 
@@ -111,7 +111,10 @@ fn map<T: Real>(x: &Tensor, f: impl Fn(T) -> T + Sync) -> Result<Tensor> {
         PIECE,
         || (),
         |(), i, y| {
-            simd::vectorized(|| y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x)));
+            simd::vectorized(
+                #[inline(always)]
+                || y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x)),
+            );
         },
     );
     tensor(y, x.dims())
@@ -137,7 +140,10 @@ fn zip<T: Real>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Result<
         || (),
         |(), i, y| {
             let inputs = p[i * PIECE..].iter().zip(&q[i * PIECE..]);
-            simd::vectorized(|| y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q)));
+            simd::vectorized(
+                #[inline(always)]
+                || y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q)),
+            );
         },
     );
     tensor(y, a.dims())

@@ -50,7 +50,7 @@ pub fn apply(x: &Tensor, weight: &Tensor, bias: &Tensor, statistics: &Tensor, ep
         let shift: Vec<T> = bias.iter().zip(&scale).zip(s).map(|((&b, &a), &m)| b - m * a).collect();
         let mut y = overwritten::<T>(input.len());
         threads::chunks(&mut y, PIXELS * c, || (), |(), i, y| {
-            simd::vectorized(|| affine(&input[i * PIXELS * c..], &scale, &shift, y, |v| v));
+            simd::vectorized(#[inline(always)] || affine(&input[i * PIXELS * c..], &scale, &shift, y, #[inline(always)] |v| v));
         });
         tensor(y, x.dims())
     })
@@ -78,7 +78,7 @@ pub fn vjp(
             (input.slice::<T>()?, cotangent.slice::<T>()?, weight.slice::<T>()?, s.slice::<T>()?);
         let mean = &s[..c];
         let inverse: Vec<T> = inverse(&s[c..], epsilon).collect();
-        let mut sums = reduce::moments(input, cotangent, mean, |_, _, g| g);
+        let mut sums = reduce::moments(input, cotangent, mean, #[inline(always)] |_, _, g| g);
         sums[c..].iter_mut().zip(&inverse).for_each(|(v, &i)| *v *= i);
         let (plain, times) = sums.split_at(c);
         let gx = if need_input {
@@ -95,7 +95,7 @@ pub fn vjp(
             let mut gx = overwritten::<T>(input.len());
             threads::chunks(&mut gx, PIXELS * c, || (), |(), i, gx| {
                 let (gy, x) = (&cotangent[i * PIXELS * c..], &input[i * PIXELS * c..]);
-                simd::vectorized(|| combine(gy, x, &k, gx, |_, _, g| g));
+                simd::vectorized(#[inline(always)] || combine(gy, x, &k, gx, #[inline(always)] |_, _, g| g));
             });
             Some(tensor(gx, x.dims())?)
         } else {

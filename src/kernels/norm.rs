@@ -41,9 +41,9 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Re
             group_statistics(x, c, norm.epsilon, statistics);
             let (scale, shift) = scale_and_shift(weight, bias, statistics);
             if norm.relu {
-                simd::vectorized(|| affine(x, &scale, &shift, y, |v| if v < T::ZERO { T::ZERO } else { v }));
+                simd::vectorized(#[inline(always)] || affine(x, &scale, &shift, y, #[inline(always)] |v| if v < T::ZERO { T::ZERO } else { v }));
             } else {
-                simd::vectorized(|| affine(x, &scale, &shift, y, |v| v));
+                simd::vectorized(#[inline(always)] || affine(x, &scale, &shift, y, #[inline(always)] |v| v));
             }
         });
         Ok((tensor(y, (b, h, w, c))?, tensor(statistics, (b, groups, 2))?))
@@ -83,9 +83,9 @@ pub fn group_vjp(
             };
             let (scale, shift) = scale_and_shift(weight, bias, of.statistics);
             if norm.relu {
-                group_sample(&of, weight, sums, gx, |c, x, g| if x * scale[c] + shift[c] > T::ZERO { g } else { T::ZERO });
+                group_sample(&of, weight, sums, gx, #[inline(always)] |c, x, g| if x * scale[c] + shift[c] > T::ZERO { g } else { T::ZERO });
             } else {
-                group_sample(&of, weight, sums, gx, |_, _, g| g);
+                group_sample(&of, weight, sums, gx, #[inline(always)] |_, _, g| g);
             }
         };
         if need_input {
@@ -175,7 +175,10 @@ fn group_sample<T: Real>(
             coefficients[2].push(inverse * (inverse * m2 * mean - m1));
         }
     }
-    simd::vectorized(|| combine(of.gy, of.x, &coefficients, gx, &through));
+    simd::vectorized(
+        #[inline(always)]
+        || combine(of.gy, of.x, &coefficients, gx, &through),
+    );
 }
 
 /// `out = f(scale x + shift)` by channel.

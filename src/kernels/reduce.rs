@@ -18,7 +18,10 @@ pub(crate) fn rows<T: Real>(rows: usize, width: usize, f: impl Fn(Range<usize>, 
             width,
             || (),
             |(), i, out| {
-                simd::vectorized(|| f(i * BLOCK..((i + 1) * BLOCK).min(rows), out));
+                simd::vectorized(
+                    #[inline(always)]
+                    || f(i * BLOCK..((i + 1) * BLOCK).min(rows), out),
+                );
             },
         );
     }
@@ -31,54 +34,74 @@ pub(crate) fn rows<T: Real>(rows: usize, width: usize, f: impl Fn(Range<usize>, 
 
 /// The sum of all rows of `channels` elements.
 pub(crate) fn column_sums<T: Real>(data: &[T], channels: usize) -> Vec<T> {
-    rows(data.len() / channels.max(1), channels, |range, out| {
-        for row in data[range.start * channels..range.end * channels].chunks_exact(channels) {
-            out.iter_mut().zip(row).for_each(|(o, &r)| *o += r);
-        }
-    })
+    rows(
+        data.len() / channels.max(1),
+        channels,
+        #[inline(always)]
+        |range, out| {
+            for row in data[range.start * channels..range.end * channels].chunks_exact(channels) {
+                out.iter_mut().zip(row).for_each(|(o, &r)| *o += r);
+            }
+        },
+    )
 }
 
 /// The sum over rows of `(x - centre)^2`.
 pub(crate) fn centred_squares<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
     let channels = centre.len();
-    rows(x.len() / channels.max(1), channels, |range, out| {
-        for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
-            for ((o, &v), &m) in out.iter_mut().zip(row).zip(centre) {
-                let d = v - m;
-                *o += d * d;
+    rows(
+        x.len() / channels.max(1),
+        channels,
+        #[inline(always)]
+        |range, out| {
+            for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
+                for ((o, &v), &m) in out.iter_mut().zip(row).zip(centre) {
+                    let d = v - m;
+                    *o += d * d;
+                }
             }
-        }
-    })
+        },
+    )
 }
 
 /// The sums over rows of `x - centre`, then of its square: `2 * channels` elements.
 pub(crate) fn shifted_moments<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
     let channels = centre.len();
-    rows(x.len() / channels.max(1), 2 * channels, |range, out| {
-        let (plain, squares) = out.split_at_mut(channels);
-        for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
-            let sums = plain.iter_mut().zip(squares.iter_mut());
-            for ((p, s), (&v, &m)) in sums.zip(row.iter().zip(centre)) {
-                let d = v - m;
-                *p += d;
-                *s += d * d;
+    rows(
+        x.len() / channels.max(1),
+        2 * channels,
+        #[inline(always)]
+        |range, out| {
+            let (plain, squares) = out.split_at_mut(channels);
+            for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
+                let sums = plain.iter_mut().zip(squares.iter_mut());
+                for ((p, s), (&v, &m)) in sums.zip(row.iter().zip(centre)) {
+                    let d = v - m;
+                    *p += d;
+                    *s += d * d;
+                }
             }
-        }
-    })
+        },
+    )
 }
 
 /// The sums over rows of `g`, then of `g * (x - centre)`, for `g = through(channel, x, gy)`: `2 * channels` elements.
 pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T], through: impl Fn(usize, T, T) -> T + Sync) -> Vec<T> {
     let channels = centre.len();
-    rows(x.len() / channels.max(1), 2 * channels, |range, out| {
-        let (plain, times) = out.split_at_mut(channels);
-        let span = range.start * channels..range.end * channels;
-        for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
-            for n in 0..channels {
-                let g = through(n, x[n], gy[n]);
-                plain[n] += g;
-                times[n] += g * (x[n] - centre[n]);
+    rows(
+        x.len() / channels.max(1),
+        2 * channels,
+        #[inline(always)]
+        |range, out| {
+            let (plain, times) = out.split_at_mut(channels);
+            let span = range.start * channels..range.end * channels;
+            for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
+                for n in 0..channels {
+                    let g = through(n, x[n], gy[n]);
+                    plain[n] += g;
+                    times[n] += g * (x[n] - centre[n]);
+                }
             }
-        }
-    })
+        },
+    )
 }

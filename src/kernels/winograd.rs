@@ -85,21 +85,24 @@ pub(crate) fn transform_weight<T: Real>(s: &Shape, weight: &[T]) -> Vec<T> {
         TILE * o,
         || (),
         |(), channel, out| {
-            simd::vectorized(|| {
-                for first in (0..o).step_by(LANES) {
-                    let mut w = [[[T::ZERO; LANES]; 3]; 3];
-                    for l in 0..LANES {
-                        let kernel = &weight[((first + l) * c + channel) * 9..][..9];
-                        kernel.iter().enumerate().for_each(|(t, &v)| w[t / 3][t % 3][l] = v);
-                    }
-                    let rows: [[Lanes<T>; 3]; IN] = columns(&w, |v| k.g(v));
-                    for (i, row) in rows.iter().enumerate() {
-                        for (j, u) in k.g(row).iter().enumerate() {
-                            out[(i * IN + j) * o + first..][..LANES].copy_from_slice(u);
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    for first in (0..o).step_by(LANES) {
+                        let mut w = [[[T::ZERO; LANES]; 3]; 3];
+                        for l in 0..LANES {
+                            let kernel = &weight[((first + l) * c + channel) * 9..][..9];
+                            kernel.iter().enumerate().for_each(|(t, &v)| w[t / 3][t % 3][l] = v);
+                        }
+                        let rows: [[Lanes<T>; 3]; IN] = columns(&w, |v| k.g(v));
+                        for (i, row) in rows.iter().enumerate() {
+                            for (j, u) in k.g(row).iter().enumerate() {
+                                out[(i * IN + j) * o + first..][..LANES].copy_from_slice(u);
+                            }
                         }
                     }
-                }
-            });
+                },
+            );
         },
     );
     let mut u = overwritten(TILE * c * o);
@@ -129,7 +132,10 @@ pub(crate) fn transform_input<T: Real>(s: &Shape, x: &[T], v: &mut [T]) {
             let top = (row % tiles.down * OUT) as isize - pad_y as isize;
             for (tx, v) in v.chunks_exact_mut(TILE * s.c).enumerate() {
                 let left = (tx * OUT) as isize - pad_x as isize;
-                simd::vectorized(|| input_tile(&k, x, [s.h, s.w, s.c], [top, left], v));
+                simd::vectorized(
+                    #[inline(always)]
+                    || input_tile(&k, x, [s.h, s.w, s.c], [top, left], v),
+                );
             }
         },
     );
@@ -162,7 +168,10 @@ pub(crate) fn forward<T: Real>(s: &Shape, v: &[T], u: &[T], bias: Option<&[T]>, 
                 for tile in 0..tiles.sample() {
                     let m = Plane { data: &products[(sample * tiles.sample() + tile) * s.o..], step: count * s.o };
                     let at = [tile / tiles.across * OUT, tile % tiles.across * OUT];
-                    simd::vectorized(|| output_tile(&k, &m, bias, [s.oh, s.ow, s.o], at, y));
+                    simd::vectorized(
+                        #[inline(always)]
+                        || output_tile(&k, &m, bias, [s.oh, s.ow, s.o], at, y),
+                    );
                 }
             },
         );
@@ -180,7 +189,10 @@ pub(crate) fn transform_cotangent<T: Real>(s: &Shape, gy: &[T], z: &mut [T]) {
             let gy = &gy[row / tiles.down * s.oh * s.ow * s.o..][..s.oh * s.ow * s.o];
             for (tx, z) in z.chunks_exact_mut(TILE * s.o).enumerate() {
                 let at = [row % tiles.down * OUT, tx * OUT];
-                simd::vectorized(|| cotangent_tile(&k, gy, [s.oh, s.ow, s.o], at, z));
+                simd::vectorized(
+                    #[inline(always)]
+                    || cotangent_tile(&k, gy, [s.oh, s.ow, s.o], at, z),
+                );
             }
         },
     );
@@ -217,7 +229,10 @@ pub(crate) fn input_gradient<T: Real>(s: &Shape, z: &[T], u: &[T], gx: &mut [T])
                     let m = Plane { data: &products[(sample * tiles.sample() + tile) * s.c..], step: count * s.c };
                     let top = (tile / tiles.across * OUT) as isize - pad_y as isize;
                     let left = (tile % tiles.across * OUT) as isize - pad_x as isize;
-                    simd::vectorized(|| add_input_tile(&k, &m, [s.h, s.w, s.c], [top, left], gx));
+                    simd::vectorized(
+                        #[inline(always)]
+                        || add_input_tile(&k, &m, [s.h, s.w, s.c], [top, left], gx),
+                    );
                 }
             },
         );
@@ -246,16 +261,19 @@ pub(crate) fn add_weight_gradient<T: Real>(s: &Shape, v: &[T], z: &[T], sum: &mu
         for (lane, sum) in sum.chunks_exact_mut(LANES * c * 9).enumerate() {
             for first in (0..c).step_by(ROWS) {
                 let rows = ROWS.min(c - first);
-                simd::vectorized(|| {
-                    for (row, taps) in taps.chunks_exact_mut(9).enumerate().take(rows) {
-                        let at = (first + row) * width + lane * LANES;
-                        weight_taps(&k, &Plane { data: &du[at..], step: c * width }, taps);
-                    }
-                    for (l, sum) in sum.chunks_exact_mut(c * 9).enumerate() {
-                        let sum = &mut sum[first * 9..][..rows * 9];
-                        sum.iter_mut().zip(&*taps).for_each(|(sum, tap)| *sum += tap[l]);
-                    }
-                });
+                simd::vectorized(
+                    #[inline(always)]
+                    || {
+                        for (row, taps) in taps.chunks_exact_mut(9).enumerate().take(rows) {
+                            let at = (first + row) * width + lane * LANES;
+                            weight_taps(&k, &Plane { data: &du[at..], step: c * width }, taps);
+                        }
+                        for (l, sum) in sum.chunks_exact_mut(c * 9).enumerate() {
+                            let sum = &mut sum[first * 9..][..rows * 9];
+                            sum.iter_mut().zip(&*taps).for_each(|(sum, tap)| *sum += tap[l]);
+                        }
+                    },
+                );
             }
         }
     });
