@@ -1,3 +1,4 @@
 //! Planning before a run: where to cut the network.
 
+pub mod blocks;
 pub mod partition;
