@@ -112,8 +112,7 @@ pub fn recorder(setup: &Setup, span: &Span) -> Result<Option<Recorder>> {
     let text = setup.config.to_toml()?;
     let path = dir.join("config.toml");
     std::fs::write(&path, &text).map_err(|e| Error::io(&path, e))?;
-    let cuts = setup.network.modules.iter().skip(1).map(|m| m.layers.start).collect();
-    let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, cuts);
+    let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
     Recorder::open(dir, setup.checkpoints(), manifest, setup.config.run.keep, span.first).map(Some)
 }
 
