@@ -186,6 +186,15 @@ pub fn latest(dir: &Path) -> Result<Option<Checkpoint>> {
     last.map_or(Ok(None), Err)
 }
 
+/// The manifest of the newest checkpoint under `dir`, without a look at its tensors; `None` where there is no readable one.
+///
+/// # Errors
+/// [`Error::Io`] if the folder cannot be read.
+pub fn newest_manifest(dir: &Path) -> Result<Option<Manifest>> {
+    let read = |path: &PathBuf| serde_json::from_slice(&fs::read(path.join(MANIFEST)).ok()?).ok();
+    Ok(list(dir)?.iter().rev().find_map(|(_, path)| read(path)))
+}
+
 /// A complete checkpoint, verified, opened for reading.
 #[derive(Debug)]
 pub struct Checkpoint {

@@ -132,7 +132,8 @@ pub struct ModelConfig {
     /// Number of classes; absent: the dataset's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
-    /// D, the number of modules, cut to balance arithmetic; absent: as many as there are ranks for a replica.
+    /// D, the number of modules, cut to balance arithmetic; absent: as many as there are ranks for a replica, cut by times
+    /// measured on this machine, or as the run's checkpoint was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub modules: Option<usize>,
     /// The layers (counted from 0) before which to cut, instead of `modules`.
@@ -468,6 +469,11 @@ impl Config {
             }
         }
         Graph::new(modules, &skips)
+    }
+
+    /// Whether it is left open where the network is cut.
+    pub fn cut_is_open(&self) -> bool {
+        self.model.modules.is_none() && self.model.cuts.is_none()
     }
 
     /// How skips join the main path.

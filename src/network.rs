@@ -7,7 +7,7 @@ use crate::graph::{Edge, Graph};
 use crate::model::module::{Fuse, SkipInput, fused_shape};
 use crate::model::presets::preset;
 use crate::model::spec::LayerSpec;
-use crate::plan::partition::balanced_cuts;
+use crate::plan::blocks::Blocks;
 use crate::{Error, Result};
 
 /// One module's share of the network. Shapes are `[H, W, C]` of one sample.
@@ -73,15 +73,17 @@ impl Network {
             (None, Some(name)) => preset(name, outputs)?,
             (None, None) => return Err(Error::input("no network: set model.preset or model.layers")),
         };
-        let cuts = match &config.model.cuts {
-            Some(cuts) => checked_cuts(cuts, layers.len())?,
+        let (cuts, graph) = match &config.model.cuts {
+            Some(cuts) => {
+                let cuts = checked_cuts(cuts, layers.len())?;
+                let graph = config.graph(cuts.len() + 1)?;
+                (cuts, graph)
+            }
             None => {
-                let costs = plain_costs(&layers, input)?;
-                let allowed: Vec<bool> = layers.iter().map(LayerSpec::is_heavy).collect();
-                balanced_cuts(&costs, &allowed, config.model.modules.unwrap_or(ranks))?
+                let graph = config.graph(config.model.modules.unwrap_or(ranks))?;
+                (Blocks::new(&layers, input)?.cut_by_arithmetic(&layers, &graph)?, graph)
             }
         };
-        let graph = config.graph(cuts.len() + 1)?;
         let network = Self::infer(layers, &cuts, graph, config.fuse(), input)?;
         network.check_output(config.model.task, classes)?;
         Ok(network)
@@ -183,17 +185,4 @@ fn checked_cuts(cuts: &[usize], layers: usize) -> Result<Vec<usize>> {
         )));
     }
     Ok(cuts.to_vec())
-}
-
-/// Arithmetic of each layer without skips, with a small share for memory traffic so that cheap layers count too.
-fn plain_costs(layers: &[LayerSpec], input: [usize; 3]) -> Result<Vec<f64>> {
-    let mut shape = input;
-    let mut costs = Vec::with_capacity(layers.len());
-    for (n, layer) in layers.iter().enumerate() {
-        let output = layer.output_shape(shape).map_err(|e| Error::input(format!("layer {n}: {e}")))?;
-        let elements = (shape.iter().product::<usize>() + output.iter().product::<usize>()) as f64;
-        costs.push(layer.flops(shape) as f64 + 8.0 * elements);
-        shape = output;
-    }
-    Ok(costs)
 }

@@ -1,4 +1,4 @@
-//! `sideways bench`: what links, and the overlap of links with compute, reach on the machine at hand.
+//! `sideways bench`: what links, the overlap of links with compute, and training reach on the machine at hand.
 
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use crate::{Error, Result};
 
 mod link;
 mod overlap;
+mod train;
 
 /// Micro-benchmarks of the machine at hand.
 #[derive(Debug, Subcommand)]
@@ -17,6 +18,8 @@ pub enum BenchCommand {
     Link(LinkArgs),
     /// A pipeline with sleeps for compute: does a tick take longer than its compute? Alone, or under mpirun.
     Overlap(OverlapArgs),
+    /// Training as configured, on made-up frames: frames/s, peak memory, where the time goes. Alone, or under mpirun.
+    Train(train::TrainArgs),
 }
 
 /// Options of `sideways bench link`.
@@ -67,6 +70,7 @@ pub fn run(command: &BenchCommand, world: &World) -> Result<()> {
     match command {
         BenchCommand::Link(args) => link::run(args, world),
         BenchCommand::Overlap(args) => overlap::run(args, world),
+        BenchCommand::Train(args) => train::run(args, world),
     }
 }
 

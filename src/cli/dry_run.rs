@@ -46,7 +46,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
             // Forward, and as much again for each of the two gradients.
             3.0 * (module.flops * config.data.batch as u64) as f64 / 1e9,
             bytes(memory(&setup, w)),
-            bytes(sent_a_tick(&setup, w)),
+            bytes(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
         );
     }
     println!("memory: parameters, gradient, optimizer, one step's activations, message buffers; without the program");
@@ -54,7 +54,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
 }
 
 /// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.
-fn memory(setup: &Setup, w: usize) -> u64 {
+pub(super) fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
     let copies = 2 + match setup.config.train.optimizer {
@@ -69,15 +69,14 @@ fn memory(setup: &Setup, w: usize) -> u64 {
     4 * (copies * module.params + setup.config.data.batch as u64 * module.tape + buffers as u64)
 }
 
-/// Bytes worker `w` sends at a tick at which it sends on every edge.
-fn sent_a_tick(setup: &Setup, w: usize) -> u64 {
-    let links = setup.wiring.links.iter().filter(|l| l.from == w);
-    let a_tick = links.filter(|l| matches!(l.kind, Kind::Activation | Kind::Cotangent | Kind::Target));
-    a_tick.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
+/// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.
+pub(super) fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
+    let links = setup.wiring.links.iter().filter(|l| l.from == w && kinds.contains(&l.kind));
+    links.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
 }
 
 /// `12.3 MiB`
-fn bytes(n: u64) -> String {
+pub(super) fn bytes(n: u64) -> String {
     let mut value = n as f64;
     let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter();
     let mut unit = units.next().unwrap_or_default();

@@ -112,7 +112,7 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
             )));
         }
         let total = setup.total_clips()?;
-        let span = Span { first: 0, end: total, total, from: Some((checkpoint, Fit::Exact)) };
+        let span = Span { first: 0, end: total, total, from: Some((checkpoint, Fit::Exact)), record: false };
         Ok((setup, span))
     });
     let (setup, span) = world.first_error(planned)?;

@@ -1,13 +1,22 @@
-//! `sideways plan`: how a network is cut, and the schedule as a picture.
+//! `sideways plan`: where the network is cut, what each module costs on this machine, and the schedule as a picture.
 
 use std::path::PathBuf;
+use std::time::{Duration, UNIX_EPOCH};
 
 use clap::Args;
+use serde::Serialize;
 
-use crate::Result;
-use crate::config::Config;
+use super::dry_run::{bytes, memory, sent};
+use crate::config::{Config, Rule};
 use crate::engine::setup::Setup;
+use crate::plan::blocks::Blocks;
+use crate::plan::cut::{resume_cut, times_of};
+use crate::plan::predict::{Prediction, best_cuts, block_parts, module_parts, predict};
+use crate::plan::profile::Profile;
+use crate::plan::simulate::Processors;
 use crate::schedule::{Boundary, StepPlan};
+use crate::transport::Kind;
+use crate::{Error, Result};
 
 /// Arguments of `sideways plan`.
 #[derive(Args, Debug)]
@@ -17,10 +26,22 @@ pub struct PlanArgs {
     /// Override a key (may be repeated).
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
-    /// Ranks to plan for, where model.modules and model.cuts are not set.
+    /// Ranks to plan for [default: one a module, or one where model.modules and model.cuts are not set].
     #[arg(long, value_name = "N")]
     pub ranks: Option<usize>,
-    /// Draw who does what at which tick.
+    /// Cores each rank has to itself [default: run.threads, so that one of its modules computes at a time].
+    #[arg(long, value_name = "N")]
+    pub cores: Option<usize>,
+    /// Measure the layers anew, whatever was measured before.
+    #[arg(long)]
+    pub fresh: bool,
+    /// List each module's layers, as a configuration has them.
+    #[arg(long)]
+    pub layers: bool,
+    /// Print the plan as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Draw who does what at which tick (nothing is measured).
     #[arg(long)]
     pub ticks: bool,
     /// With --ticks: how many clips to draw.
@@ -28,38 +49,240 @@ pub struct PlanArgs {
     pub clips: u64,
 }
 
+/// Where a cut comes from.
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Origin {
+    /// model.cuts
+    Given,
+    /// model.modules
+    Arithmetic,
+    /// Measured times.
+    Measured,
+    /// The run folder's checkpoint.
+    Checkpoint,
+}
+
 /// Runs it.
 ///
 /// # Errors
 /// Whatever in the configuration cannot work.
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let config = Config::load(&args.config, &args.set)?;
-    let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).or(args.ranks);
-    let setup = Setup::dry(&config, args.ranks.or(modules).unwrap_or(1).min(modules.unwrap_or(1)))?;
+    let mut config = Config::load(&args.config, &args.set)?;
+    let mut origin = match (&config.model.cuts, config.model.modules) {
+        (Some(_), _) => Origin::Given,
+        (None, Some(_)) => Origin::Arithmetic,
+        (None, None) => Origin::Measured,
+    };
+    if resume_cut(&mut config)? {
+        origin = Origin::Checkpoint;
+    }
+    if args.ranks == Some(0) || args.cores == Some(0) {
+        return Err(Error::input("--ranks and --cores must be at least 1"));
+    }
+    let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1));
+    let ranks = match config.train.rule {
+        Rule::Bp => 1,
+        _ => args.ranks.unwrap_or(modules.unwrap_or(1) * config.train.replicas),
+    };
+    let mut setup = Setup::dry(&config, ranks)?;
     if args.ticks {
         print!("{}", picture(&setup, args.clips));
         return Ok(());
     }
-    for (i, module) in setup.network.modules.iter().enumerate() {
+    let threads = config.run.threads;
+    let slots = args.cores.map_or(1, |cores| (cores / threads).max(1));
+    let busy = (ranks * slots).min(setup.grid.workers());
+    let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
+    let a_module_a_rank = ranks == setup.grid.workers() && setup.grid.modules > 1;
+    let mut better = None;
+    // A cut by arithmetic is compared with the one that the times give.
+    if a_module_a_rank && matches!(origin, Origin::Measured | Origin::Arithmetic) {
+        let profile = times_of(&setup, block_parts(&setup, &blocks), busy, args.fresh)?;
+        let (cuts, found) = best_cuts(&setup, &blocks, &profile)?;
+        if !found.exact {
+            log::warn!("there were too many ways to cut for a complete search: a better one may exist");
+        }
+        match origin {
+            Origin::Measured => setup = setup.recut(cuts)?,
+            _ if cuts != setup.cuts() => better = Some(cuts),
+            _ => {}
+        }
+    }
+    let profile = times_of(&setup, module_parts(&setup), busy, args.fresh)?;
+    let prediction = predict(&setup, &profile, &Processors::of_ranks(ranks, slots));
+    if args.json {
+        return print_json(&setup, origin, &profile, &prediction);
+    }
+    print(&setup, origin, &profile, &prediction, args.layers);
+    if let Some(cuts) = better {
+        let other = setup.recut(cuts.clone())?;
+        let times = times_of(&other, module_parts(&other), busy, args.fresh)?;
+        let reached = predict(&other, &times, &Processors::of_ranks(ranks, slots));
         println!(
-            "module {}: {:?} -> {:?}, {} parameters, {:.1} MFLOP a sample",
-            i + 1,
-            module.main,
-            module.output,
+            "by the measured times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
+             efficiency {:.3}",
+            1e3 * reached.outcome.tick,
+            reached.frames_per_second,
+            reached.balance
+        );
+    }
+    Ok(())
+}
+
+fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Prediction, layers: bool) {
+    let (grid, network, config) = (setup.grid, &setup.network, &setup.config);
+    println!(
+        "{} modules x {} replicas on {} ranks x {} thread(s); frames {:?} (height, width, channels), T = {}, B = {}",
+        grid.modules,
+        grid.replicas,
+        grid.ranks,
+        config.run.threads,
+        network.input,
+        config.data.frames,
+        config.data.batch
+    );
+    let origin = match origin {
+        Origin::Given => "as model.cuts says",
+        Origin::Arithmetic => "by arithmetic, into as many modules as model.modules says",
+        Origin::Measured => "by the measured times",
+        Origin::Checkpoint => "as the run folder's checkpoint was",
+    };
+    println!("model.cuts = {:?}: {origin}", setup.cuts());
+    let c = &profile.conditions;
+    println!(
+        "times: {}, {}, {} thread(s) a module, {} at a time; {}",
+        c.cpu,
+        c.kernels,
+        c.threads,
+        c.busy,
+        age(profile)
+    );
+    for warning in setup.warnings() {
+        println!("warning: {warning}");
+    }
+    println!(
+        "{:>4} {:>6} {:>7} {:>15} {:>11} {:>10} {:>9} {:>9} {:>8} {:>9} {:>11} {:>11}",
+        "rank",
+        "module",
+        "layers",
+        "output",
+        "parameters",
+        "memory",
+        "forward",
+        "backward",
+        "update",
+        "busy/tick",
+        "down/tick",
+        "up/tick"
+    );
+    for w in 0..grid.modules {
+        let module = &network.modules[w];
+        let times = &profile.times[w];
+        println!(
+            "{:>4} {:>6} {:>7} {:>15} {:>11} {:>10} {:>9.3} {:>9.3} {:>8.3} {:>9.3} {:>11} {:>11}",
+            grid.rank_of(w),
+            w + 1,
+            format!("{}-{}", module.layers.start, module.layers.end - 1),
+            format!("{:?}", module.output),
             module.params,
-            module.flops as f64 / 1e6
+            bytes(memory(setup, w)),
+            1e3 * times.forward,
+            1e3 * if w == 0 { times.backward_leaf } else { times.backward },
+            1e3 * times.update,
+            1e3 * prediction.outcome.busy[w],
+            bytes(sent(setup, w, &[Kind::Activation, Kind::Target])),
+            bytes(sent(setup, w, &[Kind::Cotangent])),
         );
         for skip in &module.skips {
-            println!("    skip from module {}, {:?} as sent", skip.from, skip.shape);
+            println!("{:12}skip from module {}, {:?} as sent", "", skip.from, skip.shape);
         }
-        for n in module.layers.clone() {
+        for n in module.layers.clone().filter(|_| layers) {
             println!(
-                "    layer {n}: {}",
-                toml::to_string(&setup.network.layers[n]).unwrap_or_default().replace('\n', "  ")
+                "{:12}layer {n}: {}",
+                "",
+                toml::to_string(&network.layers[n]).unwrap_or_default().replace('\n', "  ")
             );
         }
     }
+    println!(
+        "ms: a forward pass, a vector-Jacobian product, an update (once a clip); all of it a tick, with messages. Memory: \
+         parameters, gradient, optimizer, one step's activations, message buffers"
+    );
+    let tick = prediction.outcome.tick;
+    println!(
+        "predicted: tick {:.2} ms, {:.1} frames/s; efficiency {:.3} (mean over maximum of the ranks' busy time)",
+        1e3 * tick,
+        prediction.frames_per_second,
+        prediction.balance
+    );
+}
+
+#[derive(Serialize)]
+struct Module<'a> {
+    module: usize,
+    rank: usize,
+    layers: [usize; 2],
+    parameters: u64,
+    memory: u64,
+    forward: f64,
+    backward: f64,
+    update: f64,
+    busy: f64,
+    bytes_down: u64,
+    bytes_up: u64,
+    skips_from: Vec<usize>,
+    output: &'a [usize; 3],
+}
+
+fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Prediction) -> Result<()> {
+    let modules: Vec<Module> = setup
+        .network
+        .modules
+        .iter()
+        .enumerate()
+        .map(|(w, module)| Module {
+            module: w + 1,
+            rank: setup.grid.rank_of(w),
+            layers: [module.layers.start, module.layers.end],
+            parameters: module.params,
+            memory: memory(setup, w),
+            forward: profile.times[w].forward,
+            backward: if w == 0 { profile.times[w].backward_leaf } else { profile.times[w].backward },
+            update: profile.times[w].update,
+            busy: prediction.outcome.busy[w],
+            bytes_down: sent(setup, w, &[Kind::Activation, Kind::Target]),
+            bytes_up: sent(setup, w, &[Kind::Cotangent]),
+            skips_from: module.skips.iter().map(|s| s.from).collect(),
+            output: &module.output,
+        })
+        .collect();
+    let plan = serde_json::json!({
+        "cuts": setup.cuts(),
+        "origin": origin,
+        "ranks": setup.grid.ranks,
+        "replicas": setup.grid.replicas,
+        "modules": modules,
+        "tick": prediction.outcome.tick,
+        "frames_per_second": prediction.frames_per_second,
+        "efficiency": prediction.balance,
+        "cpu": profile.conditions.cpu,
+        "kernels": profile.conditions.kernels,
+        "threads": profile.conditions.threads,
+        "busy": profile.conditions.busy,
+    });
+    println!("{plan}");
     Ok(())
+}
+
+/// `measured now`, or when and where from.
+fn age(profile: &Profile) -> String {
+    let path = profile.file.as_ref().map_or("not kept".into(), |f| f.display().to_string());
+    if !profile.cached {
+        return format!("measured now ({path})");
+    }
+    let minutes = (UNIX_EPOCH + Duration::from_secs(profile.taken)).elapsed().map_or(0, |d| d.as_secs() / 60);
+    format!("measured {minutes} min ago ({path})")
 }
 
 /// The schedule as text: a row a module, a column a tick.

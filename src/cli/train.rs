@@ -11,6 +11,7 @@ use crate::engine::console::Totals;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
 use crate::kernels;
+use crate::plan::cut::{cut, resume_cut};
 use crate::transport::World;
 use crate::{Error, Result};
 
@@ -62,12 +63,12 @@ pub fn plan(args: &TrainArgs) -> Result<()> {
 /// # Errors
 /// As the parts; [`Error::Stopped`] after `--stop-after`.
 pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
-    let planned = Config::load(&args.config, &args.set).and_then(|config| {
-        let setup = Setup::new(&config, world.size(), Purpose::Train)?;
-        let span = Span::of_training(&setup, args.stop_after)?;
-        Ok((setup, span))
+    let planned = Config::load(&args.config, &args.set).and_then(|mut config| {
+        resume_cut(&mut config)?;
+        Setup::new(&config, world.size(), Purpose::Train)
     });
-    let (setup, span) = world.first_error(planned)?;
+    let setup = cut(world.first_error(planned)?, world)?;
+    let span = world.first_error(Span::of_training(&setup, args.stop_after))?;
     let chief = world.rank() == 0;
     if chief {
         logging::also_to(&setup.config.run.dir.join("log.txt"))?;

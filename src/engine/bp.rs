@@ -50,9 +50,9 @@ pub fn train(setup: &Setup, span: &Span, observer: Observer) -> Result<Totals> {
         }
     }
     let frames = (config.data.batch * config.data.frames) as u64;
-    let mut console = Console::new(setup.grid, span.total, frames, Some(recorder(setup, span)?), observer);
+    let mut console = Console::new(setup.grid, span.total, frames, recorder(setup, span)?, observer);
     let saver = Saver { dir: setup.checkpoints(), every: config.run.checkpoint_every, end: span.end };
-    let start = span.first == 0;
+    let start = span.first == 0 && span.record;
     if start {
         trainer.save(&saver, 0)?;
     }
@@ -63,7 +63,7 @@ pub fn train(setup: &Setup, span: &Span, observer: Observer) -> Result<Totals> {
                 Error::Run(text) => Error::Run(format!("clip {clip}: {text}")),
                 e => e,
             })?;
-            if saver.due(clip + 1) {
+            if span.record && saver.due(clip + 1) {
                 trainer.save(&saver, clip + 1)?;
                 report.saved = true;
             }

@@ -34,6 +34,8 @@ pub struct Span {
     pub total: u64,
     /// Where parameters (and in training the optimiser's state) come from.
     pub from: Option<(Checkpoint, Fit)>,
+    /// Training: whether the run folder gets metrics and checkpoints; without, nothing is written.
+    pub record: bool,
 }
 
 impl Span {
@@ -53,7 +55,7 @@ impl Span {
             (None, None) => (0, None),
         };
         let end = stop_after.map_or(total, |n| total.min(first + n));
-        Ok(Span { first, end: end.max(first), total, from })
+        Ok(Span { first, end: end.max(first), total, from, record: true })
     }
 }
 
@@ -84,7 +86,7 @@ fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
 /// The first failure of any worker of this process; under MPI the whole job is ended with it.
 pub fn train(setup: &Setup, world: &World, span: &Span, observer: Observer) -> Result<Totals> {
     world.agree(setup.fingerprint(span.first)?, "configuration, dataset and checkpoint")?;
-    let recorder = if world.rank() == 0 { Some(recorder(setup, span)?) } else { None };
+    let recorder = if world.rank() == 0 { recorder(setup, span)? } else { None };
     run(setup, world, span, recorder, observer)
 }
 
@@ -97,19 +99,21 @@ pub fn evaluate(setup: &Setup, world: &World, span: &Span, observer: Observer) -
     run(setup, world, span, None, observer)
 }
 
-/// Opens the run folder for recording.
+/// Opens the run folder for recording, if the span is to be recorded.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be written.
-pub fn recorder(setup: &Setup, span: &Span) -> Result<Recorder> {
+pub fn recorder(setup: &Setup, span: &Span) -> Result<Option<Recorder>> {
+    if !span.record {
+        return Ok(None);
+    }
     let dir = &setup.config.run.dir;
     std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     let text = setup.config.to_toml()?;
     let path = dir.join("config.toml");
     std::fs::write(&path, &text).map_err(|e| Error::io(&path, e))?;
-    let cuts = setup.network.modules.iter().skip(1).map(|m| m.layers.start).collect();
-    let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, cuts);
-    Recorder::open(dir, setup.checkpoints(), manifest, setup.config.run.keep, span.first)
+    let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
+    Recorder::open(dir, setup.checkpoints(), manifest, setup.config.run.keep, span.first).map(Some)
 }
 
 fn run(setup: &Setup, world: &World, span: &Span, recorder: Option<Recorder>, observer: Observer) -> Result<Totals> {
@@ -324,7 +328,7 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<Worker> {
         source,
         loss,
         update,
-        saver: (training && r == 0).then(|| Saver {
+        saver: (training && r == 0 && span.record).then(|| Saver {
             dir: setup.checkpoints(),
             every: config.run.checkpoint_every,
             end: span.end,

@@ -62,7 +62,7 @@ impl Setup {
             Error::Input(text) => Error::Input(format!("{key}: {text}")),
             e => e,
         })?;
-        Self::plan(config, ranks, purpose, Some(dataset))
+        Self::plan(config, ranks, purpose, Some(Arc::new(dataset)))
     }
 
     /// Plans a run without opening its shards where they are not there: the frame size is `data.crop`, the classes
@@ -80,10 +80,10 @@ impl Setup {
         Self::plan(config, ranks, Purpose::Train, None)
     }
 
-    fn plan(config: &Config, ranks: usize, purpose: Purpose, dataset: Option<Dataset>) -> Result<Self> {
-        let (height, width) = frame_size(config, dataset.as_ref())?;
+    fn plan(config: &Config, ranks: usize, purpose: Purpose, dataset: Option<Arc<Dataset>>) -> Result<Self> {
+        let (height, width) = frame_size(config, dataset.as_deref())?;
         let class_names = match config.model.task {
-            Task::Recognition => class_names(config, dataset.as_ref())?,
+            Task::Recognition => class_names(config, dataset.as_deref())?,
             Task::FutureFrames => Vec::new(),
         };
         let classes = class_names.len();
@@ -110,7 +110,7 @@ impl Setup {
         Ok(Setup {
             config: config.clone(),
             purpose,
-            dataset: dataset.map(Arc::new),
+            dataset,
             class_names,
             classes,
             network,
@@ -119,6 +119,21 @@ impl Setup {
             wiring,
             ahead,
         })
+    }
+
+    /// The same run, cut before the layers `cuts`.
+    ///
+    /// # Errors
+    /// As [`Setup::new`].
+    pub fn recut(&self, cuts: Vec<usize>) -> Result<Self> {
+        let mut config = self.config.clone();
+        (config.model.modules, config.model.cuts) = (None, Some(cuts));
+        Self::plan(&config, self.grid.ranks, self.purpose, self.dataset.clone())
+    }
+
+    /// The layers before which the network is cut.
+    pub fn cuts(&self) -> Vec<usize> {
+        self.network.modules.iter().skip(1).map(|m| m.layers.start).collect()
     }
 
     /// The warnings a user should see before training starts.

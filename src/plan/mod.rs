@@ -1,3 +1,11 @@
-//! Planning before a run: where to cut the network.
+//! Planning before a run: where to cut the network, and how fast the pipeline will be.
+//!
+//! [`blocks`] says where cuts may be, [`partition`] finds the best ones for given costs, [`profile`] measures what layers cost
+//! here, [`simulate`] plays a schedule with such costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
+pub mod blocks;
+pub mod cut;
 pub mod partition;
+pub mod predict;
+pub mod profile;
+pub mod simulate;

@@ -167,6 +167,23 @@ impl Comm {
         }
     }
 
+    /// Waits for all ranks, however long they take, without using a processor that others might need. Collective.
+    pub(super) fn meet(self) -> Result<()> {
+        // SAFETY: one request, tested until it is done.
+        unsafe {
+            let mut request = mem::zeroed();
+            check(ffi::MPI_Ibarrier(self.0, &mut request), "MPI_Ibarrier")?;
+            loop {
+                let mut done = 0;
+                check(ffi::MPI_Test(&mut request, &mut done, ffi::RSMPI_STATUS_IGNORE), "MPI_Test")?;
+                if done != 0 {
+                    return Ok(());
+                }
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+        }
+    }
+
     /// Every rank's bytes, in rank order. Collective.
     pub(super) fn gather(self, bytes: &[u8], size: usize) -> Result<Vec<Vec<u8>>> {
         let length = count(bytes.len(), "bytes to gather")?;

@@ -280,6 +280,7 @@ impl Session {
     /// Every rank's bytes, in rank order. Collective.
     pub(super) fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         let _calls = self.core.lock();
+        self.comm.meet()?;
         self.comm.gather(bytes, self.size)
     }
 

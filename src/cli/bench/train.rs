@@ -1,0 +1,267 @@
+//! `sideways bench train`: a configuration trained on made-up frames, without a dataset and without writing anything.
+//!
+//! The frames go the way of real ones: a shard in the temporary folder, the loader, module 1.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::config::{Config, Globs, Rule, Task};
+use crate::data::{Encoding, ShardHeader, ShardWriter};
+use crate::engine::bp;
+use crate::engine::console::ClipSummary;
+use crate::engine::run::{self, Span};
+use crate::engine::setup::{Purpose, Setup};
+use crate::kernels;
+use crate::metrics::{PHASES, TimeAccount};
+use crate::transport::{World, hostname};
+use crate::{Error, Result};
+
+/// Options of `sideways bench train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run's configuration (TOML); its data.train is not read.
+    pub config: PathBuf,
+    /// Override a key (may be repeated).
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Classes to tell apart [default: model.classes].
+    #[arg(long, value_name = "K")]
+    pub classes: Option<usize>,
+    /// Batches of clips that count, after a warm-up.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub clips: u64,
+    /// Print the result as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What is printed, on rank 0.
+#[derive(Serialize)]
+struct Outcome {
+    modules: usize,
+    replicas: usize,
+    ranks: usize,
+    threads: usize,
+    /// Cores rank 0 may run on.
+    cores: usize,
+    frames: usize,
+    batch: usize,
+    rule: Rule,
+    back_end: String,
+    frames_per_second: f64,
+    /// Milliseconds of a tick: a clip's time over its frames.
+    tick_ms: f64,
+    /// Peak resident memory of all ranks together, in MiB.
+    peak_mib: f64,
+    /// Share of all modules' steps that have backward work.
+    backward_share: f64,
+    /// Mean over maximum of the ranks' busy time.
+    balance: f64,
+    /// Milliseconds a tick by module: forward, backward, optimiser.
+    module_ms: Vec<[f64; 3]>,
+}
+
+/// Trains and prints.
+///
+/// # Errors
+/// As training; [`Error::Input`] if the frames' size or the classes are not known.
+pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
+    let folder = Folder::shared(world)?;
+    let config = world.first_error(made_up(args, world, &folder))?;
+    let setup = world.first_error(Setup::new(&config, world.size(), Purpose::Train))?;
+    let depth = setup.grid.modules.div_ceil(config.data.frames) as u64;
+    // The first batches fill the pipeline, the last ones let it run empty.
+    let (from, to) = (depth, depth + args.clips);
+    let end = to + depth;
+    let span = Span { first: 0, end, total: end, from: None, record: false };
+    let mut begun = Instant::now();
+    let mut seconds = 0.0;
+    let mut time = vec![[0.0f64; PHASES]; setup.grid.workers()];
+    let mut observer = |summary: &ClipSummary| {
+        if summary.clips == from {
+            begun = Instant::now();
+        }
+        if summary.clips == to {
+            seconds = begun.elapsed().as_secs_f64();
+        }
+        if summary.clips > from && summary.clips <= to {
+            for (sum, report) in time.iter_mut().zip(&summary.reports) {
+                sum.iter_mut().zip(report.time.to_array()).for_each(|(s, t)| *s += f64::from(t));
+            }
+        }
+    };
+    match config.train.rule {
+        Rule::Bp => bp::train(&setup, &span, &mut observer)?,
+        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &mut observer)?,
+    };
+    let peaks = world.gather(&peak_kib().to_le_bytes())?;
+    if world.rank() > 0 {
+        return Ok(());
+    }
+    let kib: u64 = peaks.iter().map(|b| b.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte))).sum();
+    let outcome = outcome(&setup, world, args, seconds, &time, kib as f64 / 1024.0);
+    if args.json {
+        println!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
+    } else {
+        print(&setup, &outcome);
+    }
+    Ok(())
+}
+
+fn outcome(
+    setup: &Setup,
+    world: &World,
+    args: &TrainArgs,
+    seconds: f64,
+    time: &[[f64; PHASES]],
+    peak_mib: f64,
+) -> Outcome {
+    let (grid, config) = (setup.grid, &setup.config);
+    let ticks = (args.clips as usize * config.data.frames) as f64;
+    let steps: usize = (1..=grid.modules).map(|i| setup.schedule.steps(i).len()).sum();
+    let backward = (1..=grid.modules).flat_map(|i| setup.schedule.steps(i)).filter(|s| s.backward).count();
+    let mut busy = vec![0.0; grid.ranks];
+    let accounts: Vec<TimeAccount> = time.iter().map(|t| TimeAccount::from_array(t.map(|x| x as f32))).collect();
+    accounts.iter().enumerate().for_each(|(w, t)| busy[grid.rank_of(w)] += f64::from(t.busy()));
+    let module = |t: &TimeAccount| [t.forward, t.backward, t.optimizer].map(|s| f64::from(s) * 1e3 / ticks);
+    Outcome {
+        modules: grid.modules,
+        replicas: grid.replicas,
+        ranks: world.size(),
+        threads: config.run.threads,
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        frames: config.data.frames,
+        batch: config.data.batch,
+        rule: config.train.rule,
+        back_end: kernels::back_end(),
+        frames_per_second: ticks * (grid.replicas * config.data.batch) as f64 / seconds,
+        tick_ms: seconds / ticks * 1e3,
+        peak_mib,
+        backward_share: backward as f64 / steps as f64,
+        balance: mean(&busy) / busy.iter().copied().fold(f64::MIN_POSITIVE, f64::max),
+        module_ms: accounts.iter().map(module).collect(),
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+fn print(setup: &Setup, o: &Outcome) {
+    println!(
+        "{} modules x {} replicas on {} rank(s) x {} thread(s) ({} core(s) each) of {}, {}; T = {}, B = {}, frames {:?}",
+        o.modules,
+        o.replicas,
+        o.ranks,
+        o.threads,
+        o.cores,
+        hostname(),
+        o.back_end,
+        o.frames,
+        o.batch,
+        setup.network.input
+    );
+    println!(
+        "{:.2} frames/s, {:.2} ms a tick; peak memory of all ranks {:.0} MiB; backward work at {:.1} % of the modules' steps",
+        o.frames_per_second,
+        o.tick_ms,
+        o.peak_mib,
+        100.0 * o.backward_share
+    );
+    if setup.config.train.rule == Rule::Bp {
+        return;
+    }
+    println!("ms a tick (wall, so modules that share a core count each other's): forward, backward, optimiser");
+    for (w, [forward, backward, optimizer]) in o.module_ms.iter().enumerate() {
+        let (i, r) = setup.grid.module_and_replica(w);
+        let rank = setup.grid.rank_of(w);
+        println!("  module {i} replica {r} rank {rank}: {forward:9.3} {backward:9.3} {optimizer:9.3}");
+    }
+    println!("balance of the ranks' busy time, mean/max: {:.3}", o.balance);
+}
+
+/// The configuration on made-up shards.
+fn made_up(args: &TrainArgs, world: &World, folder: &Folder) -> Result<Config> {
+    let mut config = Config::load(&args.config, &args.set)?;
+    config.validate()?;
+    let side = config.data.crop.ok_or_else(|| {
+        Error::input("data.crop is not set: made-up frames have no size of their own, set it to the side in pixels")
+    })?;
+    let classes = match (config.model.task, args.classes.or(config.model.classes)) {
+        (Task::FutureFrames, _) => 1,
+        (Task::Recognition, Some(classes)) => classes,
+        (Task::Recognition, None) => {
+            return Err(Error::input("the number of classes is not known: give --classes K, or set model.classes"));
+        }
+    };
+    config.model.classes = (config.model.task == Task::Recognition).then_some(classes);
+    let path = folder.path.join("train.h5");
+    if world.local_rank() == 0 {
+        write_shard(&path, &config, side, classes)?;
+    }
+    config.data.train = Globs::One(path.display().to_string());
+    Ok(config)
+}
+
+/// As many videos as a batch takes, of noise: every pixel costs what it would cost in a real frame.
+fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Result<()> {
+    let header = ShardHeader {
+        encoding: Encoding::Raw,
+        fps: 25.0,
+        height: side,
+        width: side,
+        dataset: "bench".into(),
+        split: "train".into(),
+        class_names: (0..classes).map(|k| format!("class {k}")).collect(),
+    };
+    let mut writer = ShardWriter::create(path, header)?;
+    let frames = config.data.frames * config.data.stride;
+    let mut state = 1u32;
+    let mut pixel = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    for v in 0..config.data.batch * config.train.replicas {
+        let video = (0..frames).map(|_| (0..side * side * 3).map(|_| pixel()).collect::<Vec<u8>>());
+        writer.append(&format!("video {v}"), (v % classes) as i32, video)?;
+    }
+    writer.finish().map(|_| ())
+}
+
+/// A temporary folder under the same name on every node, removed when dropped.
+struct Folder {
+    path: PathBuf,
+    owner: bool,
+}
+
+impl Folder {
+    fn shared(world: &World) -> Result<Self> {
+        let mine = format!("sideways-bench-{}-{}", hostname(), std::process::id());
+        let names = world.gather(mine.as_bytes())?;
+        let path = std::env::temp_dir().join(String::from_utf8_lossy(&names[0]).as_ref());
+        let owner = world.local_rank() == 0;
+        if owner {
+            std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        }
+        Ok(Folder { path, owner })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if self.owner {
+            // What is left in the temporary folder hurts nobody.
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// The most resident memory this process has had, in KiB; 0 where the system does not say.
+fn peak_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}

@@ -1,0 +1,217 @@
+//! From measured times to cuts, and to what a cut will reach.
+
+use super::blocks::Blocks;
+use super::partition::{Partition, Piece};
+use super::profile::{Conditions, Part, Profile, Times};
+use super::simulate::{Outcome, Processors, StepCost, simulate};
+use crate::Result;
+use crate::engine::setup::Setup;
+use crate::model::module::Fuse;
+use crate::model::spec::Shape;
+
+/// Cuts whose costliest module is this much slower than the best one's count as equal; the one that costs least in all is
+/// taken. Measured times are no more certain than that.
+const SLACK: f64 = 0.005;
+
+/// Bytes of a batch of `shape`.
+fn bytes(setup: &Setup, shape: Shape) -> f64 {
+    (4 * setup.config.data.batch * shape.iter().product::<usize>()) as f64
+}
+
+/// The conditions of `setup`'s modules with `busy` of them at work at a time.
+pub fn conditions(setup: &Setup, busy: usize) -> Conditions {
+    let config = &setup.config;
+    Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer)
+}
+
+/// The network's blocks as parts to be timed.
+pub fn block_parts(setup: &Setup, blocks: &Blocks) -> Vec<Part> {
+    let layers = &setup.network.layers;
+    let part = |b: usize| Part {
+        layers: blocks.layers(b, b + 1).map(|n| (n, layers[n].clone())).collect(),
+        main: blocks.shape(b),
+        skips: Vec::new(),
+    };
+    (0..blocks.len()).map(part).collect()
+}
+
+/// The modules as they are cut, as parts to be timed.
+pub fn module_parts(setup: &Setup) -> Vec<Part> {
+    let network = &setup.network;
+    let part = |i: usize| {
+        let module = &network.modules[i - 1];
+        Part { layers: network.layers_of(i), main: module.main, skips: module.skips.iter().map(|s| s.shape).collect() }
+    };
+    (1..=network.modules.len()).map(part).collect()
+}
+
+/// The skip adapters that may be needed: for each pair of blocks' ends whose channels differ, the one with most to do of
+/// each shape is enough.
+fn adapter_rate(profile: &Profile) -> f64 {
+    // A 1x1 convolution reaches about what the network's own layers do.
+    let flops = |part: &Part| {
+        let mut shape = part.main;
+        let mut sum = 0;
+        for (_, layer) in &part.layers {
+            sum += layer.flops(shape);
+            shape = layer.output_shape(shape).unwrap_or(shape);
+        }
+        sum as f64 * profile.conditions.batch as f64
+    };
+    let all: f64 = profile.conditions.parts.iter().map(flops).sum();
+    let seconds: f64 = profile.times.iter().map(|t| t.forward).sum();
+    (all / seconds.max(1e-9)).max(1.0)
+}
+
+/// Cuts `setup`'s network anew into as many modules as it has, by the measured times of its blocks.
+///
+/// # Errors
+/// [`crate::Error::Input`] if skips fit nowhere.
+pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(Vec<usize>, Partition)> {
+    let graph = &setup.network.graph;
+    let rate = adapter_rate(profile);
+    let shares: Vec<Shares> = (1..=graph.modules()).map(|i| Shares::of(setup, i)).collect();
+    let mut cost = |piece: &Piece| -> Option<f64> {
+        let skips = blocks.skip_shapes(piece)?;
+        let mut times = Times::default();
+        for t in &profile.times[piece.start..piece.end] {
+            times.forward += t.forward;
+            times.backward += t.backward;
+            times.update += t.update;
+        }
+        // Without an input's cotangent the first block saves its share of it.
+        let first = &profile.times[piece.start];
+        times.backward_leaf = times.backward - first.backward + first.backward_leaf;
+        let main = blocks.shape(piece.start);
+        for skip in &skips {
+            // Joining: an addition or a copy, and a product where channels differ.
+            let moved = bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
+            let product = match setup.network.fuse {
+                Fuse::Sum if skip[2] != main[2] => {
+                    2.0 * (setup.config.data.batch * main[0] * main[1] * main[2] * skip[2]) as f64 / rate
+                }
+                _ => 0.0,
+            };
+            times.forward += moved + product;
+            times.backward += moved + 2.0 * product;
+            times.backward_leaf += product;
+        }
+        let inputs: Vec<Shape> = std::iter::once(main).chain(skips).collect();
+        let output = blocks.shape(piece.end);
+        // How far a skip will be averaged down is not known yet: its size before that counts.
+        let outputs = vec![(output, false); graph.outputs(piece.module).count()];
+        let cross = setup.grid.ranks > 1;
+        let step = step_cost(setup, profile.copy, piece.module, &times, &inputs, &outputs, output, cross);
+        let share = &shares[piece.module - 1];
+        Some(
+            step.forward
+                + share.backward * step.backward
+                + share.leaf * step.backward_leaf
+                + step.update / setup.schedule.frames() as f64,
+        )
+    };
+    blocks.cut(graph, SLACK, &mut cost)
+}
+
+/// At which share of a module's steps there is backward work.
+struct Shares {
+    /// With a cotangent to send.
+    backward: f64,
+    /// Without.
+    leaf: f64,
+}
+
+impl Shares {
+    fn of(setup: &Setup, i: usize) -> Self {
+        let steps = setup.schedule.steps(i);
+        let wanted = |s: &&crate::schedule::StepPlan| s.wanted.iter().any(|&w| w);
+        let backward = steps.iter().filter(|s| s.backward);
+        let share = |n: usize| n as f64 / steps.len() as f64;
+        let with = backward.clone().filter(wanted).count();
+        Shares { backward: share(with), leaf: share(backward.count() - with) }
+    }
+}
+
+/// A step's cost: computing, and moving what comes and goes. `outputs`: each edge's shape as sent, and whether `y` is
+/// averaged down to it; `y` the module's output; `cross`: messages go to other ranks.
+#[allow(clippy::too_many_arguments)]
+fn step_cost(
+    setup: &Setup,
+    copy: f64,
+    module: usize,
+    times: &Times,
+    inputs: &[Shape],
+    outputs: &[(Shape, bool)],
+    y: Shape,
+    cross: bool,
+) -> StepCost {
+    let seconds = |shape: Shape| bytes(setup, shape) / copy;
+    // A message is copied into its buffer and out of it; between ranks once more on its way.
+    let taken = if cross { 2.0 } else { 1.0 };
+    let frames = module == 1;
+    let inward: f64 =
+        if frames { FRAME * seconds(setup.network.input) } else { inputs.iter().map(|&s| seconds(s)).sum() };
+    let outward: f64 = outputs.iter().map(|&(s, _)| seconds(s)).sum();
+    let pooled: f64 = outputs.iter().filter(|(_, pooled)| *pooled).map(|_| seconds(y)).sum();
+    let sums = outputs.len().saturating_sub(1) as f64 * 1.5 * seconds(y);
+    let comes = taken * outward + pooled + sums;
+    StepCost {
+        forward: times.forward + if frames { inward } else { taken * inward } + outward + pooled,
+        backward: times.backward + comes + if frames { 0.0 } else { inward },
+        backward_leaf: times.backward_leaf + comes,
+        update: times.update,
+    }
+}
+
+/// Scaling a frame from bytes, in copies of it.
+const FRAME: f64 = 10.0;
+
+/// What each worker's steps cost, from its module's measured times.
+pub fn step_costs(setup: &Setup, profile: &Profile) -> Vec<StepCost> {
+    let (grid, network) = (setup.grid, &setup.network);
+    let cost = |w: usize| {
+        let (i, r) = grid.module_and_replica(w);
+        let inputs: Vec<Shape> = network.inputs(i).iter().map(|e| e.shape).collect();
+        let outputs: Vec<(Shape, bool)> = network.outputs(i).iter().map(|e| (e.shape, e.pool != (1, 1))).collect();
+        let neighbour = |m: usize| grid.rank_of(grid.worker(m, r));
+        let here = grid.rank_of(w);
+        let cross = network.edges.iter().any(|e| {
+            (e.edge.from == i && neighbour(e.edge.to) != here) || (e.edge.to == i && neighbour(e.edge.from) != here)
+        });
+        let y = network.modules[i - 1].output;
+        let times = &profile.times[i - 1];
+        // Module 1 never computes its input's cotangent.
+        let times = if i == 1 { &Times { backward: times.backward_leaf, ..*times } } else { times };
+        step_cost(setup, profile.copy, i, times, &inputs, &outputs, y, cross)
+    };
+    (0..grid.workers()).map(cost).collect()
+}
+
+/// What a pipeline will reach.
+#[derive(Clone, Debug)]
+pub struct Prediction {
+    /// Each worker's step.
+    pub costs: Vec<StepCost>,
+    /// Tick and busy time.
+    pub outcome: Outcome,
+    /// Frames a second, all replicas together.
+    pub frames_per_second: f64,
+    /// Mean over maximum of the ranks' busy time: how well the cut balances them.
+    pub balance: f64,
+}
+
+/// Predicts `setup`'s tick from the measured times of its modules.
+pub fn predict(setup: &Setup, profile: &Profile, processors: &Processors) -> Prediction {
+    let costs = step_costs(setup, profile);
+    let outcome = simulate(setup, &costs, processors);
+    let grid = setup.grid;
+    let mut busy = vec![0.0; grid.ranks];
+    outcome.busy.iter().enumerate().for_each(|(w, seconds)| busy[grid.rank_of(w)] += seconds);
+    let largest = busy.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    Prediction {
+        frames_per_second: (grid.replicas * setup.config.data.batch) as f64 / outcome.tick,
+        balance: busy.iter().sum::<f64>() / busy.len() as f64 / largest,
+        costs,
+        outcome,
+    }
+}
