@@ -302,7 +302,7 @@ fn a_straggler_is_named() {
     let layers = format!(
         "model.layers=[{conv}, {conv}, {conv}, {{ kind = 'global-avg-pool' }}, {{ kind = 'linear', out = 4 }}]"
     );
-    let run = Run::new(&["data.batch=24", "model.cuts=[2, 4]", "model.skip={}", "train.rule=sideways", &layers]);
+    let run = Run::new(&["data.batch=24", "model.modules=3", "model.skip={}", "train.rule=sideways", &layers]);
     // Rank 1, whose module is no larger than rank 2's, is stopped four fifths of the time.
     let script = format!(
         "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then p=$$; (while kill -0 $p 2>/dev/null; do kill -STOP $p; sleep 0.08; \

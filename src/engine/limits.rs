@@ -8,6 +8,8 @@ use crate::metrics::TimeAccount;
 const STRAGGLER: f64 = 1.5;
 /// Below this share of the time spent working, even the busiest module is kept waiting by links.
 const BUSY: f64 = 0.7;
+/// A straggler works at least this share of the time: below, its links keep it waiting as well.
+const MOSTLY: f64 = 0.5;
 
 /// What limited a run.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +45,7 @@ pub fn limit(times: &[TimeAccount], waits: &[(u32, f64)], wall: f64) -> Limit {
     let median = sorted[(sorted.len() - 1) / 2];
     let longest = waits.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1));
     match longest {
-        _ if busy.len() > 1 && most > STRAGGLER * median && most > BUSY * wall => {
+        _ if busy.len() > 1 && most > STRAGGLER * median && most > MOSTLY * wall => {
             Limit::Straggler { worker, busy: most, median }
         }
         Some((link, waited)) if most < BUSY * wall => Limit::Link { link, waited, busiest: most / wall },
