@@ -144,7 +144,7 @@ fn conclude(setup: &Setup, totals: &Totals) {
     if setup.config.train.rule == Rule::Bp {
         return;
     }
-    log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, other");
+    log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other");
     for (w, time) in totals.time.iter().enumerate() {
         let (module, replica) = setup.grid.module_and_replica(w);
         let all = time.total().max(1e-9);

@@ -15,4 +15,5 @@ pub mod run;
 pub mod setup;
 pub mod state;
 pub mod tick;
+pub mod turns;
 pub mod worker;

@@ -1,6 +1,6 @@
 //! Starting workers and seeing them through: the pipeline's side of training and evaluation.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use candle_core::{DType, Device};
@@ -10,6 +10,7 @@ use super::head::Head;
 use super::report::Report;
 use super::setup::{Purpose, Setup};
 use super::state::{Fit, Saver, restore};
+use super::turns::Turns;
 use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Worker};
 use crate::checkpoint::{self, Checkpoint, Manifest};
 use crate::config::Config;
@@ -20,6 +21,7 @@ use crate::model::layers::Tape;
 use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
+use crate::plan::machine::at_once;
 use crate::transport::average::ReplicaAverage;
 use crate::transport::{Endpoints, Receiver, Sender, World, connect};
 use crate::{Error, Result};
@@ -130,15 +132,17 @@ fn run(setup: &Setup, world: &World, span: &Span, recorder: Option<Recorder>, ob
     }
     let frames_a_batch = (grid.replicas * batch * setup.config.data.frames) as u64;
     let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
+    let turns = Arc::new(Turns::new(at_once(setup.config.run.threads)));
     let (done, finished) = mpsc::channel();
     std::thread::scope(|scope| {
         let mut running = 0;
         for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
             let (i, r) = grid.module_and_replica(w);
-            let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
+            let (done, ends, turns) = (done.clone(), ends_of(setup, w, &mut endpoints)?, turns.clone());
             let threads = setup.config.run.threads;
             let body = move || {
-                let work = || kernels::with_threads(threads, || work(setup, w, ends, span)).and_then(|done| done);
+                let work =
+                    || kernels::with_threads(threads, || work(setup, w, ends, span, turns)).and_then(|done| done);
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
                 // The main thread waits for exactly one answer of every worker.
@@ -182,8 +186,8 @@ fn watch(console: &mut Console, reports: &mut [(u32, Receiver)], span: &Span, ba
 }
 
 /// A worker's thread: all clips of the span.
-fn work(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<()> {
-    let mut worker = build(setup, w, ends, span)?;
+fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>) -> Result<()> {
+    let mut worker = build(setup, w, ends, span, turns)?;
     worker.start(span.first)?;
     for clip in span.first..span.end {
         worker.clip(clip, setup.schedule.tick(clip, 1, 0))?;
@@ -286,7 +290,7 @@ pub fn last_layer(setup: &Setup) -> String {
     format!("layers.{last}.")
 }
 
-fn build(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<Worker> {
+fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let config = &setup.config;
     let training = setup.purpose == Purpose::Train;
@@ -336,6 +340,7 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span) -> Result<Worker> {
         console: ends.console,
         report_logits: !training && i == d && setup.ahead.is_none(),
         watch: Stopwatch::default(),
+        turns,
     })
 }
 

@@ -1,9 +1,12 @@
 //! One module of one replica with everything it works on: parameters, schedule, links, frames, loss, optimiser.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 
 use super::head::Head;
 use super::state::Saver;
+use super::turns::Turns;
 use crate::config::UpdateEvery;
 use crate::data::loader::FrameStream;
 use crate::metrics::Stopwatch;
@@ -145,6 +148,8 @@ pub struct Worker {
     pub report_logits: bool,
     /// Time account.
     pub watch: Stopwatch,
+    /// When it may compute.
+    pub turns: Arc<Turns>,
 }
 
 impl Worker {
