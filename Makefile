@@ -1,6 +1,6 @@
 # `make demo` and `make test` set a fresh Debian 12 machine with Rust up and do the work.
 
-PACKAGES := openmpi-bin libopenmpi-dev libhdf5-dev libclang-dev clang pkg-config ffmpeg hdf5-tools
+PACKAGES := openmpi-bin libopenmpi-dev libhdf5-dev libclang-dev clang g++ libdnnl-dev pkg-config ffmpeg hdf5-tools
 CARGO ?= cargo
 # One profile for the program, its tests and clippy, so that dependencies are built once.
 PROFILE := --release --locked

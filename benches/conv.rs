@@ -8,7 +8,10 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use sideways::Result;
 use sideways::kernels::conv::{Conv, Convolution};
-use sideways::kernels::{Window, back_end, keep_freed_memory, with_threads};
+use sideways::kernels::{Recycling, Window, back_end, with_threads};
+
+#[global_allocator]
+static HEAP: Recycling = Recycling::new();
 
 /// Best of several calls, in seconds.
 fn best(mut f: impl FnMut() -> Result<Tensor>) -> Result<f64> {
@@ -47,7 +50,6 @@ fn measure(b: usize, side: usize, c: usize, o: usize, kernel: usize, stride: usi
 }
 
 fn main() -> Result<()> {
-    keep_freed_memory();
     let threads = std::env::args().filter_map(|a| a.parse().ok()).next().unwrap_or(1);
     println!("{threads} thread(s), {}: forward, weight gradient, both gradients", back_end());
     with_threads(threads, || {

@@ -2,9 +2,12 @@
 
 use clap::Parser;
 use sideways::cli::{Cli, logging, run};
+use sideways::kernels::Recycling;
+
+#[global_allocator]
+static HEAP: Recycling = Recycling::new();
 
 fn main() {
-    sideways::kernels::keep_freed_memory();
     let cli = Cli::parse();
     logging::init();
     std::process::exit(run(cli));

@@ -7,6 +7,7 @@ use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
 use sideways::kernels::conv::{self, Algorithm, Conv, Convolution};
+use sideways::kernels::norm::GroupNorm;
 use sideways::kernels::{Window, activation, batch_norm, norm, pool, resample, with_threads};
 use sideways::model::layers::{Pass, Tape};
 use sideways::model::loss::topk_correct;
@@ -121,7 +122,9 @@ fn convolution_is_its_definition() -> Result<()> {
         let conv = Conv { window: Window { kernel, stride, padding }, groups };
         check_convolution(conv, [2, h, w, 4], 8, direct())?;
     }
-    Ok(())
+    // More weights than activations.
+    let conv = Conv { window: Window::square(3, 2, 1), groups: 1 };
+    check_convolution(conv, [2, 5, 4, 32], 160, direct())
 }
 
 /// Sides that are and are not whole tiles, every padding, more samples than one group of tiles holds, and more input
@@ -144,6 +147,27 @@ fn winograd_is_the_definition() -> Result<()> {
     check_convolution(conv, [9, 9, 9, 16], 16, direct())
 }
 
+/// A relu done in the norm's passes gives what the two give apart, to the bit; a norm far from 0 loses no digits.
+#[test]
+fn a_norm_takes_over_the_relu_behind_it() -> Result<()> {
+    let x = random(&[2, 5, 6, 8], 1)?.affine(1.0, 1000.0)?;
+    let (scale, shift, gy) = (random(&[8], 2)?, random(&[8], 3)?, random(&[2, 5, 6, 8], 4)?);
+    let apart = GroupNorm { groups: 2, epsilon: 1e-5, relu: false };
+    let together = GroupNorm { relu: true, ..apart };
+    let (normal, statistics) = norm::group(&x, &scale, &shift, &apart)?;
+    let y = activation::relu(&normal)?;
+    let g = activation::relu_vjp(&y, &gy)?;
+    let (gx, gw, gb) = norm::group_vjp(&x, &scale, &shift, &statistics, &g, &apart, true)?;
+    let (found, found_statistics) = norm::group(&x, &scale, &shift, &together)?;
+    let (found_gx, found_gw, found_gb) = norm::group_vjp(&x, &scale, &shift, &found_statistics, &gy, &together, true)?;
+    for (a, b) in [(&y, &found), (&gw, &found_gw), (&gb, &found_gb), (&gx.unwrap(), &found_gx.unwrap())] {
+        assert_eq!(values(a)?, values(b)?);
+    }
+    let exact = x.to_dtype(DType::F64)?;
+    let (scale, shift) = (scale.to_dtype(DType::F64)?, shift.to_dtype(DType::F64)?);
+    close("norm", &normal, &norm::group(&exact, &scale, &shift, &apart)?.0.flatten_all()?.to_vec1()?, 1e-4)
+}
+
 /// One thread and several give the same bits, on sizes that need several pieces each.
 #[test]
 fn threads_do_not_change_a_bit() -> Result<()> {
@@ -163,8 +187,9 @@ fn threads_do_not_change_a_bit() -> Result<()> {
             let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, true)?;
             found.extend(gx.into_iter().chain([gw, conv::bias_gradient(&y)?, y]));
         }
-        let (y, statistics) = norm::group(&x, &scale, &shift, 4, 1e-5)?;
-        let (gx, gw, gb) = norm::group_vjp(&x, &scale, &statistics, &y, 4, true)?;
+        let group = GroupNorm { groups: 4, epsilon: 1e-5, relu: true };
+        let (y, statistics) = norm::group(&x, &scale, &shift, &group)?;
+        let (gx, gw, gb) = norm::group_vjp(&x, &scale, &shift, &statistics, &y, &group, true)?;
         found.extend(gx.into_iter().chain([y.clone(), gw, gb]));
         let statistics = batch_norm::statistics(&x)?;
         let (gx, gw, gb) = batch_norm::vjp(&x, &scale, &statistics, &y, 1e-5, true, true)?;

@@ -10,6 +10,7 @@ use crate::engine::bp;
 use crate::engine::console::Totals;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
+use crate::kernels;
 use crate::plan::cut::{cut, resume_cut};
 use crate::transport::World;
 use crate::{Error, Result};
@@ -118,6 +119,10 @@ fn announce(setup: &Setup, world: &World, span: &Span) {
         setup.config.data.batch,
         setup.config.data.frames,
     );
+    if !kernels::has_onednn() {
+        log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (README, \"oneDNN\")");
+    }
+    log::info!("convolutions: {}, {} thread(s) a module", kernels::back_end(), setup.config.run.threads);
     if let Some((from, _)) = &span.from {
         log::info!("from {}", from.path().display());
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{Tensor, WithDType};
 
-use super::{Host, Real, by_dtype, tensor, threads};
+use super::{Host, Real, by_dtype, overwritten, simd, tensor, threads};
 use crate::{Error, Result};
 
 /// Elements a thread takes at once.
@@ -13,7 +13,7 @@ const PIECE: usize = 1 << 15;
 /// # Errors
 /// [`Error::Run`] on devices without a kernel.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x, T => map::<T>(x, |v| if v < T::ZERO { T::ZERO } else { v }))
+    by_dtype!(x, T => map::<T>(x, #[inline(always)] |v| if v < T::ZERO { T::ZERO } else { v }))
 }
 
 /// `relu(a + b)` of two tensors of one shape, in one pass.
@@ -21,7 +21,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn add_relu(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    by_dtype!(a, T => zip::<T>(a, b, |a, b| {
+    by_dtype!(a, T => zip::<T>(a, b, #[inline(always)] |a, b| {
         let v = a + b;
         if v < T::ZERO { T::ZERO } else { v }
     }))
@@ -32,7 +32,7 @@ pub fn add_relu(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    by_dtype!(a, T => zip::<T>(a, b, |a, b| a + b))
+    by_dtype!(a, T => zip::<T>(a, b, #[inline(always)] |a, b| a + b))
 }
 
 /// The input's cotangent of [`relu`] from its output: `gy` where `y > 0`, else 0. So the derivative at 0 is 0.
@@ -40,7 +40,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn relu_vjp(y: &Tensor, gy: &Tensor) -> Result<Tensor> {
-    by_dtype!(y, T => zip::<T>(y, gy, |y, g| if y > T::ZERO { g } else { T::ZERO }))
+    by_dtype!(y, T => zip::<T>(y, gy, #[inline(always)] |y, g| if y > T::ZERO { g } else { T::ZERO }))
 }
 
 /// The exact Gaussian error linear unit, `x Phi(x)` (Hendrycks and Gimpel, 2016).
@@ -48,7 +48,7 @@ pub fn relu_vjp(y: &Tensor, gy: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`relu`].
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x, T => map::<T>(x, |v| v * normal_cdf(v)))
+    by_dtype!(x, T => map::<T>(x, #[inline(always)] |v| v * normal_cdf(v)))
 }
 
 /// The input's cotangent of [`gelu`] from its input.
@@ -59,7 +59,7 @@ pub fn gelu_vjp(x: &Tensor, gy: &Tensor) -> Result<Tensor> {
     by_dtype!(x, T => {
         let scale = T::of((2.0 * std::f64::consts::PI).sqrt().recip());
         let half = T::of(-0.5);
-        zip::<T>(x, gy, move |v, g| g * (normal_cdf(v) + v * scale * (half * v * v).exponential()))
+        zip::<T>(x, gy, #[inline(always)] move |v, g| g * (normal_cdf(v) + v * scale * (half * v * v).exponential()))
     })
 }
 
@@ -76,7 +76,7 @@ pub fn dropout(x: &Tensor, rate: f64, key: u64) -> Result<Tensor> {
         let x = x.contiguous()?;
         let input = Host::of(&x)?;
         let input = input.slice::<T>()?;
-        let mut y = vec![T::ZERO; input.len()];
+        let mut y = overwritten::<T>(input.len());
         threads::chunks(&mut y, PIECE, || (), |(), i, y| {
             let place = (i * PIECE) as u64;
             for (k, (y, &v)) in y.iter_mut().zip(&input[i * PIECE..]).enumerate() {
@@ -105,13 +105,16 @@ fn map<T: Real>(x: &Tensor, f: impl Fn(T) -> T + Sync) -> Result<Tensor> {
     let x = x.contiguous()?;
     let input = Host::of(&x)?;
     let input = input.slice::<T>()?;
-    let mut y = vec![T::ZERO; input.len()];
+    let mut y = overwritten::<T>(input.len());
     threads::chunks(
         &mut y,
         PIECE,
         || (),
         |(), i, y| {
-            y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x));
+            simd::vectorized(
+                #[inline(always)]
+                || y.iter_mut().zip(&input[i * PIECE..]).for_each(|(y, &x)| *y = f(x)),
+            );
         },
     );
     tensor(y, x.dims())
@@ -130,14 +133,17 @@ fn zip<T: Real>(a: &Tensor, b: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Result<
     let (a, b) = (a.contiguous()?, b.contiguous()?);
     let (p, q) = (Host::of(&a)?, Host::of(&b)?);
     let (p, q) = (p.slice::<T>()?, q.slice::<T>()?);
-    let mut y = vec![T::ZERO; p.len()];
+    let mut y = overwritten::<T>(p.len());
     threads::chunks(
         &mut y,
         PIECE,
         || (),
         |(), i, y| {
             let inputs = p[i * PIECE..].iter().zip(&q[i * PIECE..]);
-            y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q));
+            simd::vectorized(
+                #[inline(always)]
+                || y.iter_mut().zip(inputs).for_each(|(y, (&p, &q))| *y = f(p, q)),
+            );
         },
     );
     tensor(y, a.dims())

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 
 use super::norm::{affine, combine};
-use super::{Host, Real, by_dtype, reduce, tensor, threads};
+use super::{Host, Real, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
 
 /// Pixels a thread takes at once.
@@ -48,8 +48,10 @@ pub fn apply(x: &Tensor, weight: &Tensor, bias: &Tensor, statistics: &Tensor, ep
         let (input, weight, bias, s) = (input.slice::<T>()?, weight.slice::<T>()?, bias.slice::<T>()?, s.slice::<T>()?);
         let scale: Vec<T> = weight.iter().zip(inverse(&s[c..], epsilon)).map(|(&w, i)| w * i).collect();
         let shift: Vec<T> = bias.iter().zip(&scale).zip(s).map(|((&b, &a), &m)| b - m * a).collect();
-        let mut y = vec![T::ZERO; input.len()];
-        threads::chunks(&mut y, PIXELS * c, || (), |(), i, y| affine(&input[i * PIXELS * c..], &scale, &shift, y));
+        let mut y = overwritten::<T>(input.len());
+        threads::chunks(&mut y, PIXELS * c, || (), |(), i, y| {
+            simd::vectorized(#[inline(always)] || affine(&input[i * PIXELS * c..], &scale, &shift, y, #[inline(always)] |v| v));
+        });
         tensor(y, x.dims())
     })
 }
@@ -76,7 +78,7 @@ pub fn vjp(
             (input.slice::<T>()?, cotangent.slice::<T>()?, weight.slice::<T>()?, s.slice::<T>()?);
         let mean = &s[..c];
         let inverse: Vec<T> = inverse(&s[c..], epsilon).collect();
-        let mut sums = reduce::moments(input, cotangent, mean);
+        let mut sums = reduce::moments(input, cotangent, mean, #[inline(always)] |_, _, g| g);
         sums[c..].iter_mut().zip(&inverse).for_each(|(v, &i)| *v *= i);
         let (plain, times) = sums.split_at(c);
         let gx = if need_input {
@@ -90,9 +92,10 @@ pub fn vjp(
                     k[2][j] = -a * plain[j] / n - k[1][j] * mean[j];
                 }
             }
-            let mut gx = vec![T::ZERO; input.len()];
+            let mut gx = overwritten::<T>(input.len());
             threads::chunks(&mut gx, PIXELS * c, || (), |(), i, gx| {
-                combine(&cotangent[i * PIXELS * c..], &input[i * PIXELS * c..], &k, gx);
+                let (gy, x) = (&cotangent[i * PIXELS * c..], &input[i * PIXELS * c..]);
+                simd::vectorized(#[inline(always)] || combine(gy, x, &k, gx, #[inline(always)] |_, _, g| g));
             });
             Some(tensor(gx, x.dims())?)
         } else {

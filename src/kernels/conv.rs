@@ -201,9 +201,7 @@ impl Convolution {
                 Algorithm::Winograd => {
                     let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
                     winograd::transform_cotangent(&s, cotangent, &mut z);
-                    let mut packed = overwritten(w.len());
-                    winograd::weight_gradient(&s, kept, &z, &mut packed);
-                    host::update::<T>(&sum, |sum| reduce::add_transposed(sum, &packed, s.o))?;
+                    host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, kept, &z, sum))?;
                     if need_input {
                         let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
                         winograd::input_gradient(&s, &z, Host::of(&u)?.slice()?, &mut gx);
@@ -211,16 +209,24 @@ impl Convolution {
                 }
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
-                    let gw = ready.onednn_weight_gradient(floats(kept)?, floats(cotangent)?)?;
-                    host::update::<f32>(&sum, |sum| add(sum, &gw))?;
+                    if patches::few_pixels(&s) {
+                        host::update::<T>(&sum, |sum| patches::add_weight_gradient_of_few(&s, kept, cotangent, sum))?;
+                    } else {
+                        let gw = ready.onednn_weight_gradient(floats(kept)?, floats(cotangent)?)?;
+                        host::update::<f32>(&sum, |sum| add(sum, &gw))?;
+                    }
                     if need_input {
                         let gx = T::as_f32_mut(&mut gx).ok_or_else(mistaken)?;
                         ready.onednn_input_gradient(floats(cotangent)?, floats(w)?, gx)?;
                     }
                 }
                 _ => {
-                    let gw = patches::weight_gradient(&s, kept, cotangent);
-                    host::update::<T>(&sum, |sum| add(sum, &gw))?;
+                    if patches::few_pixels(&s) {
+                        host::update::<T>(&sum, |sum| patches::add_weight_gradient_of_few(&s, kept, cotangent, sum))?;
+                    } else {
+                        let gw = patches::weight_gradient(&s, kept, cotangent);
+                        host::update::<T>(&sum, |sum| add(sum, &gw))?;
+                    }
                     if need_input {
                         let packed = keep(&mut ready.backward, || patches::pack_backward(&s, w))?;
                         patches::input_gradient(&s, cotangent, Host::of(&packed)?.slice()?, &mut gx);

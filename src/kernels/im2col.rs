@@ -122,6 +122,7 @@ pub(crate) fn scatter<T: Real>(s: &Shape, gx: &mut [T], group: usize, lines: Ran
 }
 
 /// `to += from`.
+#[inline(always)]
 pub(crate) fn add<T: Real>(to: &mut [T], from: &[T]) {
     to.iter_mut().zip(from).for_each(|(t, &f)| *t += f);
 }

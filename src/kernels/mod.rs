@@ -27,7 +27,7 @@ pub mod threads;
 mod winograd;
 
 pub(crate) use host::{Host, by_dtype, overwritten, tensor};
-pub use memory::keep_freed_memory;
+pub use memory::Recycling;
 pub use real::Real;
 pub use threads::{set_threads, with_threads};
 

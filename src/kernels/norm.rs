@@ -1,38 +1,50 @@
-//! Group normalisation of NHWC tensors and its gradients.
+//! Group normalisation of NHWC tensors and its gradients, with a relu behind it in the same passes where asked for.
 //!
 //! Each sample's channels fall into `groups` groups; a group is normalised to mean 0 and variance 1 over its channels
-//! and all positions, then scaled and shifted by channel (Wu and He, *Group Normalization*, ECCV 2018).
+//! and all positions, then scaled and shifted by channel (Wu and He, *Group Normalization*, ECCV 2018). Per channel that
+//! is `scale x + shift`; the input's cotangent is per channel `a gy + b x + d`.
 
 use candle_core::Tensor;
 
-use super::{Host, Real, by_dtype, reduce, tensor, threads};
+use super::{Host, Real, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
+
+/// How a group norm computes: its groups, the number added to variances, and whether a relu follows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupNorm {
+    /// Groups; they divide the channels.
+    pub groups: usize,
+    /// Added to the variance.
+    pub epsilon: f64,
+    /// Whether the output is `max(·, 0)` of the normalised values; the relu's derivative at 0 is 0.
+    pub relu: bool,
+}
 
 /// `(y, statistics)`: `x` `[B, H, W, C]` normalised, with `weight` and `bias` `[C]`, and what [`group_vjp`] needs to know:
 /// mean and inverse deviation of each group, `[B, groups, 2]`.
 ///
 /// # Errors
 /// [`Error::Run`] on shapes that do not fit or devices without a kernel.
-pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, epsilon: f64) -> Result<(Tensor, Tensor)> {
+pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Result<(Tensor, Tensor)> {
     let (b, h, w, c) = x.dims4()?;
+    let groups = norm.groups;
     check(c, groups, weight)?;
     let x = x.contiguous()?;
     by_dtype!(x, T => {
         let (x, weight, bias) = (Host::of(&x)?, Host::of(weight)?, Host::of(bias)?);
         let (x, weight, bias) = (x.slice::<T>()?, weight.slice::<T>()?, bias.slice::<T>()?);
-        let mut y = vec![T::ZERO; x.len()];
+        let mut y = overwritten::<T>(x.len());
         let mut statistics = vec![T::ZERO; b * groups * 2];
         let sample = h * w * c;
         threads::chunks2(&mut y, sample, &mut statistics, groups * 2, |i, y, statistics| {
             let x = &x[i * sample..][..sample];
-            group_statistics(x, c, epsilon, statistics);
-            let (mut scale, mut shift) = (weight.to_vec(), bias.to_vec());
-            for (k, (scale, shift)) in scale.iter_mut().zip(&mut shift).enumerate() {
-                let of_group = &statistics[k / (c / groups) * 2..];
-                *scale *= of_group[1];
-                *shift -= of_group[0] * *scale;
+            group_statistics(x, c, norm.epsilon, statistics);
+            let (scale, shift) = scale_and_shift(weight, bias, statistics);
+            if norm.relu {
+                simd::vectorized(#[inline(always)] || affine(x, &scale, &shift, y, #[inline(always)] |v| if v < T::ZERO { T::ZERO } else { v }));
+            } else {
+                simd::vectorized(#[inline(always)] || affine(x, &scale, &shift, y, #[inline(always)] |v| v));
             }
-            affine(x, &scale, &shift, y);
         });
         Ok((tensor(y, (b, h, w, c))?, tensor(statistics, (b, groups, 2))?))
     })
@@ -45,27 +57,35 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, epsilon:
 pub fn group_vjp(
     x: &Tensor,
     weight: &Tensor,
+    bias: &Tensor,
     statistics: &Tensor,
     gy: &Tensor,
-    groups: usize,
+    norm: &GroupNorm,
     need_input: bool,
 ) -> Result<(Option<Tensor>, Tensor, Tensor)> {
     let (b, h, w, c) = x.dims4()?;
+    let groups = norm.groups;
     check(c, groups, weight)?;
     let (x, gy) = (x.contiguous()?, gy.contiguous()?);
     by_dtype!(x, T => {
-        let (x, gy, weight, statistics) = (Host::of(&x)?, Host::of(&gy)?, Host::of(weight)?, Host::of(statistics)?);
-        let (x, gy, weight, statistics) =
-            (x.slice::<T>()?, gy.slice::<T>()?, weight.slice::<T>()?, statistics.slice::<T>()?);
+        let (x, gy, statistics) = (Host::of(&x)?, Host::of(&gy)?, Host::of(statistics)?);
+        let (weight, bias) = (Host::of(weight)?, Host::of(bias)?);
+        let (x, gy, statistics) = (x.slice::<T>()?, gy.slice::<T>()?, statistics.slice::<T>()?);
+        let (weight, bias) = (weight.slice::<T>()?, bias.slice::<T>()?);
         let sample = h * w * c;
-        let mut gx = vec![T::ZERO; if need_input { x.len() } else { 0 }];
+        let mut gx = overwritten::<T>(if need_input { x.len() } else { 0 });
         let mut sums = vec![T::ZERO; b * 2 * c];
         let each = |i: usize, sums: &mut [T], gx: Option<&mut [T]>| {
-            let (x, gy) = (&x[i * sample..][..sample], &gy[i * sample..][..sample]);
-            let statistics = &statistics[i * groups * 2..][..groups * 2];
-            group_sums(x, gy, statistics, sums);
-            if let Some(gx) = gx {
-                group_input(x, gy, weight, statistics, sums, gx);
+            let of = Sample {
+                x: &x[i * sample..][..sample],
+                gy: &gy[i * sample..][..sample],
+                statistics: &statistics[i * groups * 2..][..groups * 2],
+            };
+            let (scale, shift) = scale_and_shift(weight, bias, of.statistics);
+            if norm.relu {
+                group_sample(&of, weight, sums, gx, #[inline(always)] |c, x, g| if x * scale[c] + shift[c] > T::ZERO { g } else { T::ZERO });
+            } else {
+                group_sample(&of, weight, sums, gx, #[inline(always)] |_, _, g| g);
             }
         };
         if need_input {
@@ -89,42 +109,64 @@ fn check(channels: usize, groups: usize, weight: &Tensor) -> Result<()> {
     )))
 }
 
-/// Mean and inverse deviation of each group of one sample, one pass each.
+/// Mean and inverse deviation of each group of one sample, in one pass: sums of differences from the first pixel, which
+/// is near enough to the mean to lose nothing where the difference of two large sums would.
 fn group_statistics<T: Real>(x: &[T], c: usize, epsilon: f64, statistics: &mut [T]) {
     let cg = c / (statistics.len() / 2);
     let n = T::of((x.len() / c * cg) as f64);
-    let mut centre = vec![T::ZERO; c];
-    let sums = reduce::column_sums(x, c);
-    for ((s, sums), centre) in statistics.chunks_exact_mut(2).zip(sums.chunks(cg)).zip(centre.chunks_mut(cg)) {
-        s[0] = sums.iter().copied().sum::<T>() / n;
-        centre.fill(s[0]);
-    }
-    let squares = reduce::centred_squares(x, &centre);
-    for (s, squares) in statistics.chunks_exact_mut(2).zip(squares.chunks(cg)) {
-        s[1] = T::ONE / (squares.iter().copied().sum::<T>() / n + T::of(epsilon)).root();
-    }
-}
-
-/// Per channel, the sums over positions of the cotangent and of cotangent times normalised input.
-fn group_sums<T: Real>(x: &[T], gy: &[T], statistics: &[T], sums: &mut [T]) {
-    let c = sums.len() / 2;
-    let cg = c / (statistics.len() / 2);
-    let centre: Vec<T> = statistics.chunks_exact(2).flat_map(|s| std::iter::repeat_n(s[0], cg)).collect();
-    sums.copy_from_slice(&reduce::moments(x, gy, &centre));
-    for (s, sums) in statistics.chunks_exact(2).zip(sums[c..].chunks_mut(cg)) {
-        sums.iter_mut().for_each(|v| *v *= s[1]);
+    let centre: Vec<T> = x[..c].chunks(cg).flat_map(|g| std::iter::repeat_n(g[0], cg)).collect();
+    let sums = reduce::shifted_moments(x, &centre);
+    let (plain, squares) = sums.split_at(c);
+    for (g, s) in statistics.chunks_exact_mut(2).enumerate() {
+        let of_group = g * cg..(g + 1) * cg;
+        let shift = plain[of_group.clone()].iter().copied().sum::<T>() / n;
+        let square = squares[of_group].iter().copied().sum::<T>() / n;
+        s[0] = centre[g * cg] + shift;
+        s[1] = T::ONE / (square - shift * shift + T::of(epsilon)).root();
     }
 }
 
-/// One sample's input cotangent, which is per channel a gy + b x + d.
-fn group_input<T: Real>(x: &[T], gy: &[T], weight: &[T], statistics: &[T], sums: &[T], gx: &mut [T]) {
+/// Normalisation as one multiplication and one addition a channel.
+fn scale_and_shift<T: Real>(weight: &[T], bias: &[T], statistics: &[T]) -> (Vec<T>, Vec<T>) {
+    let cg = weight.len() / (statistics.len() / 2);
+    let (mut scale, mut shift) = (weight.to_vec(), bias.to_vec());
+    for (k, (scale, shift)) in scale.iter_mut().zip(&mut shift).enumerate() {
+        let of_group = &statistics[k / cg * 2..];
+        *scale *= of_group[1];
+        *shift -= of_group[0] * *scale;
+    }
+    (scale, shift)
+}
+
+/// One sample's input, output cotangent and statistics.
+struct Sample<'a, T> {
+    x: &'a [T],
+    gy: &'a [T],
+    statistics: &'a [T],
+}
+
+/// One sample's sums for the parameters' gradients (cotangent, then cotangent times normalised input, per channel) and
+/// its input cotangent. `through(channel, x, g)` carries a cotangent through what follows the norm.
+fn group_sample<T: Real>(
+    of: &Sample<T>,
+    weight: &[T],
+    sums: &mut [T],
+    gx: Option<&mut [T]>,
+    through: impl Fn(usize, T, T) -> T + Sync,
+) {
     let c = weight.len();
-    let cg = c / (statistics.len() / 2);
-    let n = T::of((x.len() / c * cg) as f64);
-    let (plain, times) = sums.split_at(c);
+    let cg = c / (of.statistics.len() / 2);
+    let centre: Vec<T> = of.statistics.chunks_exact(2).flat_map(|s| std::iter::repeat_n(s[0], cg)).collect();
+    sums.copy_from_slice(&reduce::moments(of.x, of.gy, &centre, &through));
+    let (plain, times) = sums.split_at_mut(c);
+    for (s, times) in of.statistics.chunks_exact(2).zip(times.chunks_mut(cg)) {
+        times.iter_mut().for_each(|v| *v *= s[1]);
+    }
+    let Some(gx) = gx else { return };
+    let n = T::of((of.x.len() / c * cg) as f64);
     let weighted = |v: &[T], g: usize| (g * cg..(g + 1) * cg).map(|k| weight[k] * v[k]).sum::<T>() / n;
     let mut coefficients = [Vec::with_capacity(c), Vec::with_capacity(c), Vec::with_capacity(c)];
-    for (g, s) in statistics.chunks_exact(2).enumerate() {
+    for (g, s) in of.statistics.chunks_exact(2).enumerate() {
         let (mean, inverse) = (s[0], s[1]);
         let (m1, m2) = (weighted(plain, g), weighted(times, g));
         for &w in &weight[g * cg..(g + 1) * cg] {
@@ -133,26 +175,31 @@ fn group_input<T: Real>(x: &[T], gy: &[T], weight: &[T], statistics: &[T], sums:
             coefficients[2].push(inverse * (inverse * m2 * mean - m1));
         }
     }
-    combine(gy, x, &coefficients, gx);
+    simd::vectorized(
+        #[inline(always)]
+        || combine(of.gy, of.x, &coefficients, gx, &through),
+    );
 }
 
-/// `out = scale x + shift` by channel.
-pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T]) {
+/// `out = f(scale x + shift)` by channel.
+#[inline(always)]
+pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T], f: impl Fn(T) -> T) {
     let c = scale.len();
     for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
         for (((o, &v), &a), &b) in out.iter_mut().zip(x).zip(scale).zip(shift) {
-            *o = v * a + b;
+            *o = f(v * a + b);
         }
     }
 }
 
-/// `out = k0 p + k1 q + k2` by channel.
-pub(crate) fn combine<T: Real>(p: &[T], q: &[T], k: &[Vec<T>; 3], out: &mut [T]) {
+/// `out = k0 through(gy) + k1 x + k2` by channel.
+#[inline(always)]
+pub(crate) fn combine<T: Real>(gy: &[T], x: &[T], k: &[Vec<T>; 3], out: &mut [T], through: impl Fn(usize, T, T) -> T) {
     let c = k[0].len();
-    for ((out, p), q) in out.chunks_exact_mut(c).zip(p.chunks_exact(c)).zip(q.chunks_exact(c)) {
-        let values = p.iter().zip(q).zip(k[0].iter().zip(&k[1]).zip(&k[2]));
-        for (o, ((&p, &q), ((&k0, &k1), &k2))) in out.iter_mut().zip(values) {
-            *o = k0 * p + k1 * q + k2;
+    let (k0, k1, k2) = (&k[0][..c], &k[1][..c], &k[2][..c]);
+    for ((out, gy), x) in out.chunks_exact_mut(c).zip(gy.chunks_exact(c)).zip(x.chunks_exact(c)) {
+        for n in 0..c {
+            out[n] = k0[n] * through(n, x[n], gy[n]) + k1[n] * x[n] + k2[n];
         }
     }
 }

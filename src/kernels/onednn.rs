@@ -148,8 +148,8 @@ impl Product {
     }
 
     /// Memory for [`Product::run`], for one thread.
-    pub(crate) fn scratch(&self) -> Vec<u64> {
-        vec![0; (self.scratch + 64).div_ceil(8)]
+    pub(crate) fn scratch(&self) -> Vec<f32> {
+        overwritten((self.scratch + 64).div_ceil(size_of::<f32>()))
     }
 
     /// Weights `[O, C/g, kH, kW]` in oneDNN's layout.
@@ -185,7 +185,7 @@ impl Product {
         w: &[f32],
         bias: Option<&[f32]>,
         y: &mut [f32],
-        s: &mut [u64],
+        s: &mut [f32],
     ) -> Result<()> {
         assert!(
             x.len() == self.x && w.len() == self.packed && y.len() == self.y && self.bias == bias.map_or(0, <[_]>::len)
@@ -195,19 +195,19 @@ impl Product {
     }
 
     /// x's cotangent.
-    pub(crate) fn input_gradient(&self, gx: &mut [f32], w: &[f32], gy: &[f32], s: &mut [u64]) -> Result<()> {
+    pub(crate) fn input_gradient(&self, gx: &mut [f32], w: &[f32], gy: &[f32], s: &mut [f32]) -> Result<()> {
         assert!(gx.len() == self.x && w.len() == self.packed && gy.len() == self.y);
         self.run(gx.as_mut_ptr(), w.as_ptr().cast_mut(), std::ptr::null(), gy.as_ptr().cast_mut(), s)
     }
 
     /// w's gradient, packed.
-    pub(crate) fn weight_gradient(&self, x: &[f32], gw: &mut [f32], gy: &[f32], s: &mut [u64]) -> Result<()> {
+    pub(crate) fn weight_gradient(&self, x: &[f32], gw: &mut [f32], gy: &[f32], s: &mut [f32]) -> Result<()> {
         assert!(x.len() == self.x && gw.len() == self.packed && gy.len() == self.y);
         self.run(x.as_ptr().cast_mut(), gw.as_mut_ptr(), std::ptr::null(), gy.as_ptr().cast_mut(), s)
     }
 
-    fn run(&self, x: *mut f32, w: *mut f32, bias: *const f32, y: *mut f32, scratch: &mut [u64]) -> Result<()> {
-        assert!(scratch.len() * 8 >= self.scratch + 56, "scratch memory of a convolution");
+    fn run(&self, x: *mut f32, w: *mut f32, bias: *const f32, y: *mut f32, scratch: &mut [f32]) -> Result<()> {
+        assert!(scratch.len() * size_of::<f32>() >= self.scratch + 60, "scratch memory of a convolution");
         let mut message = [0; MESSAGE];
         // oneDNN wants its scratch memory aligned to 64 bytes.
         let start = scratch.as_mut_ptr().cast::<u8>();

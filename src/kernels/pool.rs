@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::im2col::{Shape, add};
-use super::{Host, Real, Window, by_dtype, reduce, tensor, threads};
+use super::{Host, Real, Window, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
 
 fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
@@ -28,6 +28,7 @@ fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
 /// Calls `f(tap, input, output)` for each kernel element and output pixel of line `oy` where that element lies inside
 /// the input; `tap` counts kernel elements and `input`, `output` pixels of a sample's and of a line's. For each output
 /// pixel the taps come in row-major order.
+#[inline(always)]
 fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
     let [kh, kw] = s.window.kernel;
     for ky in 0..kh {
@@ -40,7 +41,7 @@ fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
 }
 
 /// `(y, winners)`: each window's maximum by channel, and which of the window's elements (counted row-major, u8) it was:
-/// the first of equals.
+/// the first of equals. A value that is not a number wins, so that it is noticed.
 ///
 /// # Errors
 /// [`Error::Input`] on a window that does not fit; [`Error::Run`] on devices without a kernel.
@@ -52,32 +53,66 @@ pub fn max(x: &Tensor, window: &Window) -> Result<(Tensor, Tensor)> {
     let y = by_dtype!(x, T => {
         let x = Host::of(&x)?;
         let x = x.slice::<T>()?;
-        let mut y = vec![T::ZERO; winners.len()];
+        let mut y = overwritten::<T>(winners.len());
         threads::chunks2(&mut y, line, &mut winners, line, |i, y, winners| {
             let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
-            let mut started = vec![false; s.ow];
-            each_tap(&s, i % s.oh, |tap, input, output| {
-                let v = &sample[input * s.c..][..s.c];
-                let y = &mut y[output * s.c..][..s.c];
-                let winners = &mut winners[output * s.c..][..s.c];
-                if !started[output] {
-                    started[output] = true;
-                    y.copy_from_slice(v);
-                    winners.fill(tap as u8);
-                    return;
-                }
-                for ((y, k), &v) in y.iter_mut().zip(winners).zip(v) {
-                    // The second comparison lets a value that is not a number through, so that it is noticed.
-                    #[allow(clippy::eq_op)]
-                    let wins = v > *y || v != v;
-                    *y = if wins { v } else { *y };
-                    *k = if wins { tap as u8 } else { *k };
-                }
-            });
+            simd::vectorized(#[inline(always)] || max_line(&s, sample, i % s.oh, y, winners));
         });
         tensor(y, (s.b, s.oh, s.ow, s.c))
     })?;
     Ok((y, Tensor::from_vec(winners, (s.b, s.oh, s.ow, s.c), &Device::Cpu)?))
+}
+
+/// Channels compared at once.
+const LANES: usize = 16;
+
+/// The maxima of output line `oy`.
+#[inline(always)]
+fn max_line<T: Real>(s: &Shape, sample: &[T], oy: usize, y: &mut [T], winners: &mut [u8]) {
+    let [kh, kw] = s.window.kernel;
+    for (ox, (y, winners)) in y.chunks_exact_mut(s.c).zip(winners.chunks_exact_mut(s.c)).enumerate() {
+        let (lo, hi, ix) = s.input_columns(ox);
+        for (first, (y, winners)) in y.chunks_mut(LANES).zip(winners.chunks_mut(LANES)).enumerate() {
+            let width = y.len();
+            let mut best = Best { value: [T::ZERO; LANES], tap: [0; LANES] };
+            let mut started = false;
+            for ky in 0..kh {
+                let Some(iy) = s.input_line(oy, ky) else { continue };
+                for kx in lo..hi {
+                    let at = (iy * s.w + ix + kx - lo) * s.c + first * LANES;
+                    let mut v = [T::ZERO; LANES];
+                    if width == LANES {
+                        v.copy_from_slice(&sample[at..at + LANES]);
+                    } else {
+                        v[..width].copy_from_slice(&sample[at..at + width]);
+                    }
+                    best.meet(&v, (ky * kw + kx) as u32, !started);
+                    started = true;
+                }
+            }
+            y.copy_from_slice(&best.value[..width]);
+            winners.iter_mut().zip(&best.tap).for_each(|(w, &tap)| *w = tap as u8);
+        }
+    }
+}
+
+/// The largest values so far and where they were.
+struct Best<T> {
+    value: [T; LANES],
+    tap: [u32; LANES],
+}
+
+impl<T: Real> Best<T> {
+    #[inline(always)]
+    fn meet(&mut self, v: &[T; LANES], tap: u32, first: bool) {
+        for l in 0..LANES {
+            // The second comparison lets a value that is not a number through.
+            #[allow(clippy::eq_op)]
+            let wins = first || v[l] > self.value[l] || v[l] != v[l];
+            self.value[l] = if wins { v[l] } else { self.value[l] };
+            self.tap[l] = if wins { tap } else { self.tap[l] };
+        }
+    }
 }
 
 /// The input's cotangent of [`max`], of shape `x`: `gy` at each window's winner, added where windows overlap.
@@ -93,20 +128,28 @@ pub fn max_vjp(x: &[usize], window: &Window, winners: &Tensor, gy: &Tensor) -> R
     let winners = Host::of(winners)?;
     let winners = winners.slice::<u8>()?;
     let line = s.ow * s.c;
+    // Windows side by side that cover the input: each element belongs to one and is written once.
+    let tiles = window.kernel == window.stride && [s.oh * window.stride[0], s.ow * window.stride[1]] == [s.h, s.w];
     by_dtype!(gy, T => {
         let gy = Host::of(&gy)?;
         let gy = gy.slice::<T>()?;
-        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
+        let mut gx = overwritten::<T>(s.b * s.h * s.w * s.c);
         threads::chunks(&mut gx, s.h * s.w * s.c, || (), |(), b, gx| {
+            if !tiles {
+                gx.fill(T::ZERO);
+            }
             for oy in 0..s.oh {
                 let (gy, winners) = (&gy[(b * s.oh + oy) * line..][..line], &winners[(b * s.oh + oy) * line..][..line]);
-                each_tap(&s, oy, |tap, input, output| {
+                simd::vectorized(#[inline(always)] || each_tap(&s, oy, #[inline(always)] |tap, input, output| {
                     let from = output * s.c..(output + 1) * s.c;
                     let cotangent = gy[from.clone()].iter().zip(&winners[from]);
-                    for (x, (&g, &k)) in gx[input * s.c..][..s.c].iter_mut().zip(cotangent) {
-                        *x += if k == tap as u8 { g } else { T::ZERO };
+                    let gx = gx[input * s.c..][..s.c].iter_mut().zip(cotangent);
+                    if tiles {
+                        gx.for_each(|(x, (&g, &k))| *x = if k == tap as u8 { g } else { T::ZERO });
+                    } else {
+                        gx.for_each(|(x, (&g, &k))| *x += if k == tap as u8 { g } else { T::ZERO });
                     }
-                });
+                }));
             }
         });
         tensor(gx, x)
@@ -124,11 +167,14 @@ pub fn average(x: &Tensor, window: &Window) -> Result<Tensor> {
         let x = Host::of(&x)?;
         let x = x.slice::<T>()?;
         let scale = T::of(1.0 / (window.kernel[0] * window.kernel[1]) as f64);
-        let mut y = vec![T::ZERO; s.lines() * s.ow * s.c];
+        let mut y = overwritten::<T>(s.lines() * s.ow * s.c);
         threads::chunks(&mut y, s.ow * s.c, || (), |(), i, y| {
+            y.fill(T::ZERO);
             let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
-            each_tap(&s, i % s.oh, |_, input, output| {
-                add(&mut y[output * s.c..][..s.c], &sample[input * s.c..][..s.c]);
+            simd::vectorized(#[inline(always)] || {
+                each_tap(&s, i % s.oh, #[inline(always)] |_, input, output| {
+                    add(&mut y[output * s.c..][..s.c], &sample[input * s.c..][..s.c]);
+                });
             });
             y.iter_mut().for_each(|v| *v *= scale);
         });
@@ -148,11 +194,14 @@ pub fn average_vjp(x: &[usize], window: &Window, gy: &Tensor) -> Result<Tensor> 
         let gy = Host::of(&gy)?;
         let gy = gy.slice::<T>()?;
         let scale = T::of(1.0 / (window.kernel[0] * window.kernel[1]) as f64);
-        let mut gx = vec![T::ZERO; s.b * s.h * s.w * s.c];
+        let mut gx = overwritten::<T>(s.b * s.h * s.w * s.c);
         threads::chunks(&mut gx, s.h * s.w * s.c, || (), |(), b, gx| {
+            gx.fill(T::ZERO);
             for oy in 0..s.oh {
                 let gy = &gy[(b * s.oh + oy) * line..][..line];
-                each_tap(&s, oy, |_, input, output| add(&mut gx[input * s.c..][..s.c], &gy[output * s.c..][..s.c]));
+                simd::vectorized(#[inline(always)] || {
+                    each_tap(&s, oy, #[inline(always)] |_, input, output| add(&mut gx[input * s.c..][..s.c], &gy[output * s.c..][..s.c]));
+                });
             }
             gx.iter_mut().for_each(|v| *v *= scale);
         });

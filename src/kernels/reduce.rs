@@ -13,7 +13,17 @@ pub(crate) fn rows<T: Real>(rows: usize, width: usize, f: impl Fn(Range<usize>, 
     let blocks = rows.div_ceil(BLOCK);
     let mut parts = vec![T::ZERO; blocks * width];
     if width > 0 {
-        threads::chunks(&mut parts, width, || (), |(), i, out| f(i * BLOCK..((i + 1) * BLOCK).min(rows), out));
+        threads::chunks(
+            &mut parts,
+            width,
+            || (),
+            |(), i, out| {
+                simd::vectorized(
+                    #[inline(always)]
+                    || f(i * BLOCK..((i + 1) * BLOCK).min(rows), out),
+                );
+            },
+        );
     }
     let mut total = vec![T::ZERO; width];
     for part in parts.chunks_exact(width.max(1)) {
@@ -24,61 +34,74 @@ pub(crate) fn rows<T: Real>(rows: usize, width: usize, f: impl Fn(Range<usize>, 
 
 /// The sum of all rows of `channels` elements.
 pub(crate) fn column_sums<T: Real>(data: &[T], channels: usize) -> Vec<T> {
-    rows(data.len() / channels.max(1), channels, |range, out| {
-        for row in data[range.start * channels..range.end * channels].chunks_exact(channels) {
-            out.iter_mut().zip(row).for_each(|(o, &r)| *o += r);
-        }
-    })
+    rows(
+        data.len() / channels.max(1),
+        channels,
+        #[inline(always)]
+        |range, out| {
+            for row in data[range.start * channels..range.end * channels].chunks_exact(channels) {
+                out.iter_mut().zip(row).for_each(|(o, &r)| *o += r);
+            }
+        },
+    )
 }
 
 /// The sum over rows of `(x - centre)^2`.
 pub(crate) fn centred_squares<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
     let channels = centre.len();
-    rows(x.len() / channels.max(1), channels, |range, out| {
-        for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
-            for ((o, &v), &m) in out.iter_mut().zip(row).zip(centre) {
-                let d = v - m;
-                *o += d * d;
-            }
-        }
-    })
-}
-
-/// The sums over rows of `gy`, then of `gy * (x - centre)`: `2 * channels` elements.
-pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T]) -> Vec<T> {
-    let channels = centre.len();
-    rows(x.len() / channels.max(1), 2 * channels, |range, out| {
-        let (plain, times) = out.split_at_mut(channels);
-        let span = range.start * channels..range.end * channels;
-        for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
-            let sums = plain.iter_mut().zip(times.iter_mut());
-            for (((p, t), (&v, &g)), &m) in sums.zip(x.iter().zip(gy)).zip(centre) {
-                *p += g;
-                *t += g * (v - m);
-            }
-        }
-    })
-}
-
-/// `to += fromᵀ`: `from` has rows of `columns` elements, `to` as many rows as that.
-pub(crate) fn add_transposed<T: Real>(to: &mut [T], from: &[T], columns: usize) {
-    const SIDE: usize = 16;
-    let rows = from.len() / columns.max(1);
-    threads::chunks(
-        to,
-        SIDE * rows.max(1),
-        || (),
-        |(), block, to| {
-            simd::vectorized(|| {
-                for first in (0..rows).step_by(SIDE) {
-                    let last = (first + SIDE).min(rows);
-                    for (column, to) in to.chunks_exact_mut(rows).enumerate() {
-                        for (row, to) in (first..last).zip(&mut to[first..last]) {
-                            *to += from[row * columns + block * SIDE + column];
-                        }
-                    }
+    rows(
+        x.len() / channels.max(1),
+        channels,
+        #[inline(always)]
+        |range, out| {
+            for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
+                for ((o, &v), &m) in out.iter_mut().zip(row).zip(centre) {
+                    let d = v - m;
+                    *o += d * d;
                 }
-            });
+            }
         },
-    );
+    )
+}
+
+/// The sums over rows of `x - centre`, then of its square: `2 * channels` elements.
+pub(crate) fn shifted_moments<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
+    let channels = centre.len();
+    rows(
+        x.len() / channels.max(1),
+        2 * channels,
+        #[inline(always)]
+        |range, out| {
+            let (plain, squares) = out.split_at_mut(channels);
+            for row in x[range.start * channels..range.end * channels].chunks_exact(channels) {
+                let sums = plain.iter_mut().zip(squares.iter_mut());
+                for ((p, s), (&v, &m)) in sums.zip(row.iter().zip(centre)) {
+                    let d = v - m;
+                    *p += d;
+                    *s += d * d;
+                }
+            }
+        },
+    )
+}
+
+/// The sums over rows of `g`, then of `g * (x - centre)`, for `g = through(channel, x, gy)`: `2 * channels` elements.
+pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T], through: impl Fn(usize, T, T) -> T + Sync) -> Vec<T> {
+    let channels = centre.len();
+    rows(
+        x.len() / channels.max(1),
+        2 * channels,
+        #[inline(always)]
+        |range, out| {
+            let (plain, times) = out.split_at_mut(channels);
+            let span = range.start * channels..range.end * channels;
+            for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
+                for n in 0..channels {
+                    let g = through(n, x[n], gy[n]);
+                    plain[n] += g;
+                    times[n] += g * (x[n] - centre[n]);
+                }
+            }
+        },
+    )
 }

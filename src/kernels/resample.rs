@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::im2col::add;
-use super::{Host, Real, by_dtype, tensor, threads};
+use super::{Host, Real, by_dtype, overwritten, tensor, threads};
 use crate::{Error, Result};
 
 /// `[B, H, W, C]` to `[B, H f, W f, C]`, every pixel repeated `factor` times each way.
@@ -17,7 +17,7 @@ pub fn upsample(x: &Tensor, factor: usize) -> Result<Tensor> {
     by_dtype!(x, T => {
         let x = Host::of(&x)?;
         let x = x.slice::<T>()?;
-        let mut y = vec![T::ZERO; x.len() * factor * factor];
+        let mut y = overwritten::<T>(x.len() * factor * factor);
         threads::chunks(&mut y, line * factor * factor, || (), |(), i, y| {
             let (first, rest) = y.split_at_mut(line * factor);
             for (to, from) in first.chunks_exact_mut(c * factor).zip(x[i * line..][..line].chunks_exact(c)) {

@@ -21,8 +21,8 @@ pub(crate) const TILE: usize = IN * IN;
 const LANES: usize = 16;
 /// Tiles whose products are held at once: bounds the scratch memory of large batches.
 const GROUP: usize = 1024;
-/// Rows of weights (input channels) whose gradient is held in transformed form at once.
-const ROWS: usize = 32;
+/// Input channels whose weights' gradients are transformed back at once, within the first-level cache.
+const ROWS: usize = 16;
 
 const P: f64 = 0.625;
 const Q: f64 = 1.5;
@@ -85,19 +85,24 @@ pub(crate) fn transform_weight<T: Real>(s: &Shape, weight: &[T]) -> Vec<T> {
         TILE * o,
         || (),
         |(), channel, out| {
-            simd::vectorized(|| {
-                for first in (0..o).step_by(LANES) {
-                    let w: [[Lanes<T>; 3]; 3] = std::array::from_fn(|y| {
-                        std::array::from_fn(|x| lanes(|l| weight[((first + l) * c + channel) * 9 + y * 3 + x]))
-                    });
-                    let rows: [[Lanes<T>; 3]; IN] = columns(&w, |v| k.g(v));
-                    for (i, row) in rows.iter().enumerate() {
-                        for (j, u) in k.g(row).iter().enumerate() {
-                            out[(i * IN + j) * o + first..][..LANES].copy_from_slice(u);
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    for first in (0..o).step_by(LANES) {
+                        let mut w = [[[T::ZERO; LANES]; 3]; 3];
+                        for l in 0..LANES {
+                            let kernel = &weight[((first + l) * c + channel) * 9..][..9];
+                            kernel.iter().enumerate().for_each(|(t, &v)| w[t / 3][t % 3][l] = v);
+                        }
+                        let rows: [[Lanes<T>; 3]; IN] = columns(&w, |v| k.g(v));
+                        for (i, row) in rows.iter().enumerate() {
+                            for (j, u) in k.g(row).iter().enumerate() {
+                                out[(i * IN + j) * o + first..][..LANES].copy_from_slice(u);
+                            }
                         }
                     }
-                }
-            });
+                },
+            );
         },
     );
     let mut u = overwritten(TILE * c * o);
@@ -127,7 +132,10 @@ pub(crate) fn transform_input<T: Real>(s: &Shape, x: &[T], v: &mut [T]) {
             let top = (row % tiles.down * OUT) as isize - pad_y as isize;
             for (tx, v) in v.chunks_exact_mut(TILE * s.c).enumerate() {
                 let left = (tx * OUT) as isize - pad_x as isize;
-                simd::vectorized(|| input_tile(&k, x, [s.h, s.w, s.c], [top, left], v));
+                simd::vectorized(
+                    #[inline(always)]
+                    || input_tile(&k, x, [s.h, s.w, s.c], [top, left], v),
+                );
             }
         },
     );
@@ -160,7 +168,10 @@ pub(crate) fn forward<T: Real>(s: &Shape, v: &[T], u: &[T], bias: Option<&[T]>, 
                 for tile in 0..tiles.sample() {
                     let m = Plane { data: &products[(sample * tiles.sample() + tile) * s.o..], step: count * s.o };
                     let at = [tile / tiles.across * OUT, tile % tiles.across * OUT];
-                    simd::vectorized(|| output_tile(&k, &m, bias, [s.oh, s.ow, s.o], at, y));
+                    simd::vectorized(
+                        #[inline(always)]
+                        || output_tile(&k, &m, bias, [s.oh, s.ow, s.o], at, y),
+                    );
                 }
             },
         );
@@ -178,7 +189,10 @@ pub(crate) fn transform_cotangent<T: Real>(s: &Shape, gy: &[T], z: &mut [T]) {
             let gy = &gy[row / tiles.down * s.oh * s.ow * s.o..][..s.oh * s.ow * s.o];
             for (tx, z) in z.chunks_exact_mut(TILE * s.o).enumerate() {
                 let at = [row % tiles.down * OUT, tx * OUT];
-                simd::vectorized(|| cotangent_tile(&k, gy, [s.oh, s.ow, s.o], at, z));
+                simd::vectorized(
+                    #[inline(always)]
+                    || cotangent_tile(&k, gy, [s.oh, s.ow, s.o], at, z),
+                );
             }
         },
     );
@@ -215,34 +229,54 @@ pub(crate) fn input_gradient<T: Real>(s: &Shape, z: &[T], u: &[T], gx: &mut [T])
                     let m = Plane { data: &products[(sample * tiles.sample() + tile) * s.c..], step: count * s.c };
                     let top = (tile / tiles.across * OUT) as isize - pad_y as isize;
                     let left = (tile % tiles.across * OUT) as isize - pad_x as isize;
-                    simd::vectorized(|| add_input_tile(&k, &m, [s.h, s.w, s.c], [top, left], gx));
+                    simd::vectorized(
+                        #[inline(always)]
+                        || add_input_tile(&k, &m, [s.h, s.w, s.c], [top, left], gx),
+                    );
                 }
             },
         );
     }
 }
 
-/// Writes the weight's gradient, `Gᵀ (Vᵀ Z) G`, packed as `[C][9][O]`.
-pub(crate) fn weight_gradient<T: Real>(s: &Shape, v: &[T], z: &[T], packed: &mut [T]) {
+/// Output channels whose weights' gradients are held in transformed form at once: few, to bound memory and so that
+/// threads find blocks to share; many enough for the products.
+fn columns_at_once(s: &Shape) -> usize {
+    (s.o / 2 / LANES * LANES).min(32_768 / s.c / LANES * LANES).clamp(2 * LANES, 8 * LANES)
+}
+
+/// Adds the weight's gradient, `Gᵀ (Vᵀ Z) G`, to `sum` `[O, C, 3, 3]`.
+pub(crate) fn add_weight_gradient<T: Real>(s: &Shape, v: &[T], z: &[T], sum: &mut [T]) {
     let (c, o, k) = (s.c, s.o, Points::<T>::new());
-    let count = Tiles::of(s).count(s.b);
-    threads::chunks(
-        packed,
-        ROWS * 9 * o,
-        || overwritten(TILE * ROWS * o),
-        |du, block, packed| {
-            let rows = packed.len() / (9 * o);
-            let du = &mut du[..TILE * rows * o];
-            for (tap, du) in du.chunks_exact_mut(rows * o).enumerate() {
-                let v = Matrix::new(&v[tap * c + block * ROWS..], TILE * c).transposed();
-                multiply([rows, o, count], du, o, v, Matrix::new(&z[tap * o..], TILE * o), false);
+    let (count, width_at_once) = (Tiles::of(s).count(s.b), columns_at_once(s));
+    let scratch = || (overwritten(TILE * c * width_at_once), vec![[T::ZERO; LANES]; ROWS * 9]);
+    threads::chunks(sum, width_at_once * c * 9, scratch, |(du, taps), block, sum| {
+        let width = sum.len() / (9 * c);
+        let du = &mut du[..TILE * c * width];
+        for (tap, du) in du.chunks_exact_mut(c * width).enumerate() {
+            let v = Matrix::new(&v[tap * c..], TILE * c).transposed();
+            let z = Matrix::new(&z[tap * o + block * width_at_once..], TILE * o);
+            multiply([c, width, count], du, width, v, z, false);
+        }
+        for (lane, sum) in sum.chunks_exact_mut(LANES * c * 9).enumerate() {
+            for first in (0..c).step_by(ROWS) {
+                let rows = ROWS.min(c - first);
+                simd::vectorized(
+                    #[inline(always)]
+                    || {
+                        for (row, taps) in taps.chunks_exact_mut(9).enumerate().take(rows) {
+                            let at = (first + row) * width + lane * LANES;
+                            weight_taps(&k, &Plane { data: &du[at..], step: c * width }, taps);
+                        }
+                        for (l, sum) in sum.chunks_exact_mut(c * 9).enumerate() {
+                            let sum = &mut sum[first * 9..][..rows * 9];
+                            sum.iter_mut().zip(&*taps).for_each(|(sum, tap)| *sum += tap[l]);
+                        }
+                    },
+                );
             }
-            for (row, packed) in packed.chunks_exact_mut(9 * o).enumerate() {
-                let u = Plane { data: &du[row * o..], step: rows * o };
-                simd::vectorized(|| weight_row(&k, &u, o, packed));
-            }
-        },
-    );
+        }
+    });
 }
 
 /// Element (i, j) of transformed tiles: `step` elements from one to the next, channels side by side.
@@ -251,25 +285,15 @@ struct Plane<'a, T> {
     step: usize,
 }
 
-impl<T: Real> Plane<'_, T> {
-    #[inline(always)]
-    fn at(&self, i: usize, j: usize, first: usize) -> Lanes<T> {
-        load(&self.data[(i * IN + j) * self.step + first..])
-    }
-}
-
-#[inline(always)]
-fn lanes<T>(f: impl FnMut(usize) -> T) -> Lanes<T> {
-    std::array::from_fn(f)
-}
-
 #[inline(always)]
 fn load<T: Real>(from: &[T]) -> Lanes<T> {
-    let from = &from[..LANES];
-    lanes(|l| from[l])
+    let mut to = [T::ZERO; LANES];
+    to.copy_from_slice(&from[..LANES]);
+    to
 }
 
-/// Applies a one-dimensional transform down every column.
+/// Applies a one-dimensional transform down every column. (Loops, not closures over arrays: the compiler keeps those
+/// apart, out of the reach of wide vectors.)
 #[inline(always)]
 fn columns<T: Real, const N: usize, const M: usize, const W: usize>(
     m: &[[Lanes<T>; W]; N],
@@ -277,12 +301,28 @@ fn columns<T: Real, const N: usize, const M: usize, const W: usize>(
 ) -> [[Lanes<T>; W]; M] {
     let mut out = [[[T::ZERO; LANES]; W]; M];
     for x in 0..W {
-        let column = f(&std::array::from_fn(|y| m[y][x]));
-        for (y, v) in column.into_iter().enumerate() {
-            out[y][x] = v;
+        let mut column = [[T::ZERO; LANES]; N];
+        for y in 0..N {
+            column[y] = m[y][x];
+        }
+        let column = f(&column);
+        for y in 0..M {
+            out[y][x] = column[y];
         }
     }
     out
+}
+
+/// A transformed tile's elements.
+#[inline(always)]
+fn gathered<T: Real>(plane: &Plane<T>, first: usize) -> [[Lanes<T>; IN]; IN] {
+    let mut tile = [[[T::ZERO; LANES]; IN]; IN];
+    for (i, row) in tile.iter_mut().enumerate() {
+        for (j, value) in row.iter_mut().enumerate() {
+            *value = load(&plane.data[(i * IN + j) * plane.step + first..]);
+        }
+    }
+    tile
 }
 
 #[inline(always)]
@@ -317,7 +357,7 @@ fn output_tile<T: Real>(
     y: &mut [T],
 ) {
     for first in (0..o).step_by(LANES) {
-        let tile: [[Lanes<T>; IN]; IN] = std::array::from_fn(|i| std::array::from_fn(|j| m.at(i, j, first)));
+        let tile = gathered(m, first);
         let rows: [[Lanes<T>; IN]; OUT] = columns(&tile, |v| k.at(v));
         let bias = bias.map_or([T::ZERO; LANES], |b| load(&b[first..]));
         for (i, row) in rows.iter().enumerate().take(h - top) {
@@ -351,7 +391,7 @@ fn cotangent_tile<T: Real>(k: &Points<T>, gy: &[T], [h, w, o]: [usize; 3], [top,
 fn add_input_tile<T: Real>(k: &Points<T>, m: &Plane<T>, [h, w, c]: [usize; 3], [top, left]: [isize; 2], gx: &mut [T]) {
     let inside = |at: isize, size: usize| usize::try_from(at).ok().filter(|&at| at < size);
     for first in (0..c).step_by(LANES) {
-        let tile: [[Lanes<T>; IN]; IN] = std::array::from_fn(|i| std::array::from_fn(|j| m.at(i, j, first)));
+        let tile = gathered(m, first);
         let rows: [[Lanes<T>; IN]; IN] = columns(&tile, |v| k.b(v));
         for (i, row) in rows.iter().enumerate() {
             let Some(y) = inside(top + i as isize, h) else { continue };
@@ -365,16 +405,13 @@ fn add_input_tile<T: Real>(k: &Points<T>, m: &Plane<T>, [h, w, c]: [usize; 3], [
     }
 }
 
+/// The nine elements of kernels at [`LANES`] outputs.
 #[inline(always)]
-fn weight_row<T: Real>(k: &Points<T>, u: &Plane<T>, o: usize, packed: &mut [T]) {
-    for first in (0..o).step_by(LANES) {
-        let tile: [[Lanes<T>; IN]; IN] = std::array::from_fn(|i| std::array::from_fn(|j| u.at(i, j, first)));
-        let rows: [[Lanes<T>; IN]; 3] = columns(&tile, |v| k.gt(v));
-        for (i, row) in rows.iter().enumerate() {
-            for (j, value) in k.gt(row).iter().enumerate() {
-                packed[(i * 3 + j) * o + first..][..LANES].copy_from_slice(value);
-            }
-        }
+fn weight_taps<T: Real>(k: &Points<T>, u: &Plane<T>, taps: &mut [Lanes<T>]) {
+    let tile = gathered(u, 0);
+    let rows: [[Lanes<T>; IN]; 3] = columns(&tile, |v| k.gt(v));
+    for (row, taps) in rows.iter().zip(taps.chunks_exact_mut(3)) {
+        taps.copy_from_slice(&k.gt(row));
     }
 }
 

@@ -83,8 +83,11 @@ impl Module {
                 Error::Input(text) => Error::Input(format!("layer {n} (module {index}): {text}")),
                 other => other,
             };
-            learned_before.push(learned);
-            built.push(spec.build(*n, output, init).map_err(place)?);
+            let absorbed = built.last_mut().is_some_and(|layer: &mut Box<dyn Layer>| layer.absorb(spec));
+            if !absorbed {
+                learned_before.push(learned);
+                built.push(spec.build(*n, output, init).map_err(place)?);
+            }
             learned |= spec.params(output) > 0;
             output = spec.output_shape(output).map_err(place)?;
         }

@@ -33,11 +33,16 @@ engine &cpu() {
     return the;
 }
 
-stream &queue() {
-    static thread_local stream the(cpu());
+// Products are cut into threads when they are made as well as when they run.
+void on_one_thread() {
 #if DNNL_CPU_RUNTIME == DNNL_RUNTIME_OMP
     omp_set_num_threads(1);
 #endif
+}
+
+stream &queue() {
+    static thread_local stream the(cpu());
+    on_one_thread();
     return the;
 }
 
@@ -104,6 +109,7 @@ struct sw_product {
 // shape: b, c, h, w, o, kh, kw, stride h, stride w, padding h, padding w, groups, 1 for a bias.
 sw_product *sw_product_new(const int64_t *s, int kind, char *message, size_t room) {
     sw_product *made = nullptr;
+    on_one_thread();
     int failed = guarded(message, room, [&] {
         std::unique_ptr<sw_product> p(new sw_product);
         int64_t b = s[0], c = s[1], h = s[2], w = s[3], o = s[4], kh = s[5], kw = s[6], g = s[11];
@@ -184,9 +190,7 @@ int sw_product_run(
 // c = op(a) op(b) + beta c, row-major, op transposing where the letter is 'T' (m by n, inner dimension k). 0: done.
 int sw_sgemm(char ta, char tb, int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb,
         float beta, float *c, int64_t ldc) {
-#if DNNL_CPU_RUNTIME == DNNL_RUNTIME_OMP
-    omp_set_num_threads(1);
-#endif
+    on_one_thread();
     return dnnl_sgemm(ta, tb, m, n, k, 1.0f, a, lda, b, ldb, beta, c, ldc) != dnnl_success;
 }
 

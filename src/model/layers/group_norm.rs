@@ -6,14 +6,16 @@ use super::{Layer, Pass, Tape};
 use crate::Result;
 use crate::kernels::norm;
 use crate::model::param::{Init, Param};
+use crate::model::spec::LayerSpec;
 
 /// Added to the variance, as in PyTorch.
 const EPSILON: f64 = 1e-5;
 
 /// Each sample's channels in groups, each brought to mean 0 and variance 1 over channels and positions; then a scale and
-/// a shift by channel. The same in training and evaluation, and blind to the batch: the norm of choice for Sideways.
+/// a shift by channel, and the relu that follows, if one does. The same in training and evaluation, and blind to the
+/// batch: the norm of choice for Sideways.
 pub struct GroupNorm {
-    groups: usize,
+    norm: norm::GroupNorm,
     weight: Param,
     bias: Param,
 }
@@ -23,13 +25,13 @@ impl GroupNorm {
     pub fn new(prefix: &str, channels: usize, groups: usize, init: &Init) -> Result<Self> {
         let weight = init.constant(format!("{prefix}.weight"), channels, 1.0)?;
         let bias = init.constant(format!("{prefix}.bias"), channels, 0.0)?;
-        Ok(GroupNorm { groups, weight, bias })
+        Ok(GroupNorm { norm: norm::GroupNorm { groups, epsilon: EPSILON, relu: false }, weight, bias })
     }
 }
 
 impl Layer for GroupNorm {
     fn forward(&mut self, x: &Tensor, _: &Pass, tape: &mut Tape) -> Result<Tensor> {
-        let (y, statistics) = norm::group(x, &self.weight.value, &self.bias.value, self.groups, EPSILON)?;
+        let (y, statistics) = norm::group(x, &self.weight.value, &self.bias.value, &self.norm)?;
         tape.push(x.clone());
         tape.push(statistics);
         Ok(y)
@@ -38,10 +40,17 @@ impl Layer for GroupNorm {
     fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
         let statistics = tape.pop()?;
         let x = tape.pop()?;
-        let (gx, gw, gb) = norm::group_vjp(&x, &self.weight.value, &statistics, gy, self.groups, need_input)?;
+        let (weight, bias) = (&self.weight.value, &self.bias.value);
+        let (gx, gw, gb) = norm::group_vjp(&x, weight, bias, &statistics, gy, &self.norm, need_input)?;
         self.weight.accumulate(gw)?;
         self.bias.accumulate(gb)?;
         Ok(gx)
+    }
+
+    fn absorb(&mut self, next: &LayerSpec) -> bool {
+        let takes = matches!(next, LayerSpec::Relu {}) && !self.norm.relu;
+        self.norm.relu |= takes;
+        takes
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

@@ -30,6 +30,7 @@ pub use residual::Residual;
 pub use upsample::Upsample;
 
 use super::param::Param;
+use super::spec::LayerSpec;
 use crate::{Error, Result};
 
 /// What one pass needs to know beside its input.
@@ -96,6 +97,13 @@ pub trait Layer: Send {
     /// # Errors
     /// As [`Layer::forward`].
     fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>>;
+
+    /// Takes over the work of the layer that follows, which then need not be built, if this one can do both in the same
+    /// passes over memory; says whether it does.
+    fn absorb(&mut self, next: &LayerSpec) -> bool {
+        let _ = next;
+        false
+    }
 
     /// Calls `f` on every parameter and buffer, in a fixed order.
     ///

@@ -6,7 +6,7 @@ use super::batch_norm;
 use super::{BatchNorm, GroupNorm, Layer, Pass, Tape};
 use crate::Result;
 use crate::model::param::{Init, Param};
-use crate::model::spec::NormKind;
+use crate::model::spec::{LayerSpec, NormKind};
 
 /// Group or batch normalisation.
 pub enum Norm {
@@ -40,6 +40,10 @@ impl Layer for Norm {
 
     fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
         self.layer().vjp(gy, pass, tape, need_input)
+    }
+
+    fn absorb(&mut self, next: &LayerSpec) -> bool {
+        self.layer().absorb(next)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

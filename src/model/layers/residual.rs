@@ -7,7 +7,7 @@ use crate::Result;
 use crate::kernels::activation;
 use crate::kernels::conv::Conv;
 use crate::model::param::{Init, Param};
-use crate::model::spec::{Block, ResidualSpec};
+use crate::model::spec::{Block, LayerSpec, ResidualSpec};
 
 /// `relu(branch(x) + shortcut(x))`.
 ///
@@ -28,8 +28,10 @@ impl Residual {
         for (i, &(conv, from, to)) in convolutions.iter().enumerate() {
             let n = i + 1;
             branch.push(Box::new(Conv2d::new(&format!("{prefix}.conv{n}"), conv, from, to, false, init)?));
-            branch.push(Box::new(Norm::new(spec.norm, &format!("{prefix}.norm{n}"), to, spec.groups, init)?));
-            if n < convolutions.len() {
+            let mut norm = Norm::new(spec.norm, &format!("{prefix}.norm{n}"), to, spec.groups, init)?;
+            let relu = n < convolutions.len() && !norm.absorb(&LayerSpec::Relu {});
+            branch.push(Box::new(norm));
+            if relu {
                 branch.push(Box::new(Relu));
             }
         }
