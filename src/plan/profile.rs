@@ -220,7 +220,10 @@ pub fn median(values: &mut [f64]) -> f64 {
 
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
 /// them. With more than one of `copies`, the others run beside and are not timed.
-fn measure(conditions: &Conditions, copies: usize) -> Result<Vec<Times>> {
+///
+/// # Errors
+/// [`Error::Input`] where a part's shapes do not fit.
+pub fn measure(conditions: &Conditions, copies: usize) -> Result<Vec<Times>> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 1..copies {
