@@ -90,12 +90,6 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     let (from, to) = (depth, depth + args.clips);
     let end = to + depth;
     let span = Span { first: 0, end, total: end, from: None, record: false };
-    let processors = processors(world, config.run.threads)?;
-    let predicted = match config.train.rule {
-        Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, module_parts(&setup), args.fresh)?
-            .map(|profile| predict(&setup, &profile, &processors)),
-        Rule::Bp => None,
-    };
     let mut begun = Instant::now();
     let mut seconds = 0.0;
     let mut time = vec![[0.0f64; PHASES]; setup.grid.workers()];
@@ -117,6 +111,13 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
         Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &mut observer)?,
     };
     let peaks = world.gather(&peak_kib().to_le_bytes())?;
+    // Behind the peak memory, which measuring layers would raise.
+    let processors = processors(world, config.run.threads)?;
+    let predicted = match config.train.rule {
+        Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, module_parts(&setup), args.fresh)?
+            .map(|profile| predict(&setup, &profile, &processors)),
+        Rule::Bp => None,
+    };
     if world.rank() > 0 {
         return Ok(());
     }
