@@ -10,7 +10,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps build demo test lint doc clean
+.PHONY: help deps build demo test lint doc bench-pytorch clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,18 @@ build: deps ## the program, target/release/sideways
 
 demo: build ## train on a motion dataset under mpirun, with and without skips, and compare
 	datasets/motion/demo.sh
+
+# A Python environment for the comparison alone. TORCH says what pip installs (a wheel for the CPU alone is enough: for
+# instance TORCH="torch --index-url URL").
+VENV := target/venv-pytorch
+TORCH ?= torch
+$(VENV)/ready:
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install -q $(TORCH) numpy
+	touch $@
+
+bench-pytorch: build $(VENV)/ready ## frames/s and memory beside PyTorch's back-propagation (some 15 minutes; benches/README.md)
+	$(VENV)/bin/python benches/pytorch/compare.py $(BENCH_ARGS)
 
 lint: deps ## formatting and clippy
 	$(CARGO) fmt --check

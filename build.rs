@@ -17,7 +17,7 @@ fn main() {
     if chosen.as_deref() == Some("off") {
         return;
     }
-    let named = VARIABLES.iter().filter_map(|name| env::var_os(name)).map(PathBuf::from);
+    let named = VARIABLES.iter().filter_map(env::var_os).map(PathBuf::from);
     let system = ["/usr/local", "/usr"].map(PathBuf::from);
     let Some(prefix) = named.chain(system).find(|prefix| header(prefix).is_file()) else {
         let where_else = chosen.map_or(String::new(), |prefix| format!(" (not under SIDEWAYS_ONEDNN={prefix} either)"));

@@ -21,12 +21,14 @@ pub enum Phase {
     Data,
     /// Handing messages over: copying, and waiting for a free buffer where the receiver is behind.
     Send,
+    /// Waiting for a turn at a processor, where the process has more workers than processors.
+    Turn,
     /// Checkpoints, reports, what is between phases.
     Other,
 }
 
 /// How many phases there are.
-pub const PHASES: usize = 8;
+pub const PHASES: usize = 9;
 
 /// Seconds spent in each phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -45,6 +47,8 @@ pub struct TimeAccount {
     pub data: f32,
     /// [`Phase::Send`]
     pub send: f32,
+    /// [`Phase::Turn`]
+    pub turn: f32,
     /// [`Phase::Other`]
     pub other: f32,
 }
@@ -60,6 +64,7 @@ impl TimeAccount {
             self.optimizer,
             self.data,
             self.send,
+            self.turn,
             self.other,
         ]
     }
@@ -74,7 +79,8 @@ impl TimeAccount {
             optimizer: a[4],
             data: a[5],
             send: a[6],
-            other: a[7],
+            turn: a[7],
+            other: a[8],
         }
     }
 

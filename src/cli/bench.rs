@@ -1,4 +1,4 @@
-//! `sideways bench`: what links, the overlap of links with compute, and training reach on the machine at hand.
+//! `sideways bench`: what layers, links, the overlap of links with compute, and training reach on the machine at hand.
 
 use std::time::Duration;
 
@@ -7,8 +7,10 @@ use clap::{Args, Subcommand};
 use crate::transport::World;
 use crate::{Error, Result};
 
+mod layers;
 mod link;
 mod overlap;
+mod peak;
 mod train;
 
 /// Micro-benchmarks of the machine at hand.
@@ -18,6 +20,8 @@ pub enum BenchCommand {
     Link(LinkArgs),
     /// A pipeline with sleeps for compute: does a tick take longer than its compute? Alone, or under mpirun.
     Overlap(OverlapArgs),
+    /// Each layer's forward pass and gradients: time, GFLOP/s and GB/s beside this machine's peaks.
+    Layers(layers::LayersArgs),
     /// Training as configured, on made-up frames: frames/s, peak memory, where the time goes. Alone, or under mpirun.
     Train(train::TrainArgs),
 }
@@ -70,6 +74,7 @@ pub fn run(command: &BenchCommand, world: &World) -> Result<()> {
     match command {
         BenchCommand::Link(args) => link::run(args, world),
         BenchCommand::Overlap(args) => overlap::run(args, world),
+        BenchCommand::Layers(args) => layers::run(args),
         BenchCommand::Train(args) => train::run(args, world),
     }
 }

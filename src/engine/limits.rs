@@ -10,6 +10,8 @@ const STRAGGLER: f64 = 1.5;
 const BUSY: f64 = 0.7;
 /// A straggler works at least this share of the time: below, its links keep it waiting as well.
 const MOSTLY: f64 = 0.5;
+/// From this share of the time spent waiting for a turn on, there are too few processors.
+const SHARED: f64 = 0.2;
 
 /// What limited a run.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +34,8 @@ pub enum Limit {
         /// Share of the time that the busiest worker works.
         busiest: f64,
     },
+    /// Workers of a process share its processors and wait for their turns.
+    Processors,
     /// Work, spread evenly enough.
     Work,
 }
@@ -48,6 +52,7 @@ pub fn limit(times: &[TimeAccount], waits: &[(u32, f64)], wall: f64) -> Limit {
         _ if busy.len() > 1 && most > STRAGGLER * median && most > MOSTLY * wall => {
             Limit::Straggler { worker, busy: most, median }
         }
+        _ if times.iter().any(|t| f64::from(t.turn) > SHARED * wall) => Limit::Processors,
         Some((link, waited)) if most < BUSY * wall => Limit::Link { link, waited, busiest: most / wall },
         _ => Limit::Work,
     }
@@ -76,6 +81,7 @@ pub fn describe(setup: &Setup, totals: &Totals) -> String {
                 1e3 * waited / ticks
             )
         }
+        Limit::Processors => "limited by processors: modules of one process wait for their turns on its cores".into(),
         Limit::Work => "limited by work, spread evenly over the modules".into(),
     }
 }

@@ -17,5 +17,6 @@ pub mod setup;
 pub mod state;
 pub mod stop;
 pub mod tick;
+pub mod turns;
 pub mod worker;
 pub mod writer;

@@ -97,7 +97,7 @@ mod tests {
     fn a_report_reads_back_as_written() {
         let mut report = Report {
             score: Score { loss_sum: 1.0, loss_steps: 2.0, clips: 3.0, top1: 4.0, top5: 5.0 },
-            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]),
+            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]),
             backward_steps: 8.0,
             grad_norm: 9.0,
             lr: 10.0,

@@ -1,6 +1,6 @@
 //! Starting workers and seeing them through: the pipeline's side of training and evaluation.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use candle_core::{DType, Device};
@@ -11,6 +11,7 @@ use super::report::{DECIDED, Report};
 use super::setup::{Purpose, Setup};
 use super::state::{Due, Fit, Saver, restore};
 use super::stop::{Decider, ENDS, Files, Requests};
+use super::turns::Turns;
 use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Waits, Worker};
 use super::writer::Writer;
 use crate::checkpoint::{self, Checkpoint, Manifest};
@@ -22,6 +23,7 @@ use crate::model::layers::Tape;
 use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
+use crate::plan::machine::at_once;
 use crate::transport::average::ReplicaAverage;
 use crate::transport::{Endpoints, Receiver, Sender, World, connect};
 use crate::{Error, Result};
@@ -159,16 +161,19 @@ fn run(
     }
     let frames_a_batch = (grid.replicas * batch * setup.config.data.frames) as u64;
     let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
+    let turns = Arc::new(Turns::new(at_once(setup.config.run.threads)));
     let (done, finished) = mpsc::channel();
     let decision = std::thread::scope(|scope| {
         let mut running = 0;
         for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
             let (i, r) = grid.module_and_replica(w);
-            let (done, ends, requests) = (done.clone(), ends_of(setup, w, &mut endpoints)?, requests.clone());
+            let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
+            let (turns, requests) = (turns.clone(), requests.clone());
             let threads = setup.config.run.threads;
             let body = move || {
-                let work =
-                    || kernels::with_threads(threads, || work(setup, w, ends, span, requests)).and_then(|done| done);
+                let work = || {
+                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests)).and_then(|done| done)
+                };
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
                 // The main thread waits for exactly one answer of every worker.
@@ -228,8 +233,8 @@ fn watch(
 }
 
 /// A worker's thread: all clips of the span, or up to the one after which it was decided to end. Returns that decision.
-fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, requests: Requests) -> Result<u32> {
-    let mut worker = build(setup, w, ends, span, requests)?;
+fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<u32> {
+    let mut worker = build(setup, w, ends, span, turns, requests)?;
     worker.start(span.first)?;
     let mut decision = 0;
     for clip in span.first..span.end {
@@ -349,7 +354,7 @@ pub fn last_layer(setup: &Setup) -> String {
     format!("layers.{last}.")
 }
 
-fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, requests: Requests) -> Result<Worker> {
+fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let config = &setup.config;
     let training = setup.purpose == Purpose::Train;
@@ -419,6 +424,7 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, requests: Requests) -
         console: ends.console,
         report_logits: !training && i == d && setup.ahead.is_none(),
         watch: Stopwatch::default(),
+        turns,
     })
 }
 

@@ -64,16 +64,26 @@ impl Worker {
     }
 
     fn forward(&mut self, inputs: &[Tensor], at: At) -> Result<Tensor> {
+        self.watch.enter(Phase::Turn);
+        let pass = self.pass(at);
+        let _turn = self.turns.take();
         self.watch.enter(Phase::Forward);
-        self.module.forward(inputs, &self.pass(at), &mut self.tape)
+        self.module.forward(inputs, &pass, &mut self.tape)
     }
 
     /// Sends y, averaged down to the receiver's height and width, along the edges on which it is ever used.
     fn send_activations(&mut self, y: &Tensor, at: At) -> Result<()> {
         for (edge, _) in self.outputs.iter_mut().zip(&self.plan[at.step].send).filter(|(_, used)| **used) {
-            self.watch.enter(Phase::Forward);
             let (fh, fw) = edge.spec.pool;
-            let pooled = pool_for_edge(y, fh, fw)?;
+            let pooled = match (fh, fw) {
+                (1, 1) => y.clone(),
+                _ => {
+                    self.watch.enter(Phase::Turn);
+                    let _turn = self.turns.take();
+                    self.watch.enter(Phase::Forward);
+                    pool_for_edge(y, fh, fw)?
+                }
+            };
             self.watch.enter(Phase::Send);
             let head = header(Kind::Activation, edge.id, at.clip, at.step, self.batch, edge.spec.shape);
             send(&mut edge.activations, &head.stamped(at.tick, self.decision), &pooled)?;
@@ -95,7 +105,6 @@ impl Worker {
             let due = header(Kind::Cotangent, *id, at.clip, computed_at, self.batch, edge.spec.shape);
             let (c, asked) = edge.waits.time(|| receive(receiver, &due))?;
             self.requests.raise(asked);
-            self.watch.enter(Phase::Backward);
             let c = if activation::all_finite(&c)? {
                 c
             } else {
@@ -104,6 +113,13 @@ impl Worker {
                 left_out(self.on_nonfinite, &mut self.skipped, not_finite(&text), || Ok(c.zeros_like()?))?
             };
             let (fh, fw) = edge.spec.pool;
+            if sum.is_none() && (fh, fw) == (1, 1) {
+                sum = Some(c);
+                continue;
+            }
+            self.watch.enter(Phase::Turn);
+            let _turn = self.turns.take();
+            self.watch.enter(Phase::Backward);
             let c = pool_for_edge_vjp(&c, fh, fw)?;
             sum = Some(match sum {
                 Some(sum) => activation::add(&sum, &c)?,
@@ -114,8 +130,10 @@ impl Worker {
     }
 
     fn vjp(&mut self, g: &Tensor, at: At) -> Result<Vec<Option<Tensor>>> {
-        self.watch.enter(Phase::Backward);
+        self.watch.enter(Phase::Turn);
         let pass = self.pass(at);
+        let _turn = self.turns.take();
+        self.watch.enter(Phase::Backward);
         // Frames need no gradient.
         let wanted = if self.source.is_some() { &[false][..] } else { &self.plan[at.step].wanted };
         self.module.vjp(g, &pass, &mut self.tape, wanted)

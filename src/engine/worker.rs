@@ -1,5 +1,6 @@
 //! One module of one replica with everything it works on: parameters, schedule, links, frames, loss, optimiser.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
@@ -7,6 +8,7 @@ use candle_core::{Device, Tensor};
 use super::head::Head;
 use super::state::Saver;
 use super::stop::{Decider, Requests};
+use super::turns::Turns;
 use crate::config::{OnNonfinite, UpdateEvery};
 use crate::data::loader::FrameStream;
 use crate::metrics::Stopwatch;
@@ -183,6 +185,8 @@ pub struct Worker {
     pub report_logits: bool,
     /// Time account.
     pub watch: Stopwatch,
+    /// When it may compute.
+    pub turns: Arc<Turns>,
 }
 
 impl Worker {

@@ -6,7 +6,8 @@ use super::profile::{Part, Profile};
 use crate::checkpoint;
 use crate::config::Config;
 use crate::engine::setup::Setup;
-use crate::transport::World;
+use crate::plan::machine::{at_once, own_processors};
+use crate::transport::{World, hostname};
 use crate::{Error, Result};
 
 /// Takes the cut of the run's newest checkpoint where `config` leaves it open: where skips go depends on it, so a run keeps
@@ -36,7 +37,9 @@ pub fn cut(setup: Setup, world: &World) -> Result<Setup> {
     if !setup.config.cut_is_open() || setup.grid.modules == 1 {
         return Ok(setup);
     }
-    let mine = if world.rank() == 0 { measured_cuts(&setup, world.local_size()) } else { Ok(Vec::new()) };
+    let blocks = world.first_error(Blocks::new(&setup.network.layers, setup.network.input))?;
+    let profile = times_together(world, &setup, block_parts(&setup, &blocks), false)?;
+    let mine = profile.map_or(Ok(Vec::new()), |profile| measured_cuts(&setup, &blocks, &profile));
     let bytes: Vec<u8> = world.first_error(mine)?.iter().flat_map(|&cut| (cut as u64).to_le_bytes()).collect();
     let all = world.gather(&bytes)?;
     let number = |eight: &[u8]| eight.iter().rev().fold(0, |n, &byte| n << 8 | usize::from(byte));
@@ -47,10 +50,8 @@ pub fn cut(setup: Setup, world: &World) -> Result<Setup> {
     Ok(setup)
 }
 
-fn measured_cuts(setup: &Setup, ranks: usize) -> Result<Vec<usize>> {
-    let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
-    let profile = times_of(setup, block_parts(setup, &blocks), ranks, false)?;
-    let (cuts, found) = best_cuts(setup, &blocks, &profile)?;
+fn measured_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<Vec<usize>> {
+    let (cuts, found) = best_cuts(setup, blocks, profile)?;
     let times = match (&profile.file, profile.cached) {
         (Some(file), true) => format!("as measured before ({})", file.display()),
         _ => "measured now".into(),
@@ -66,29 +67,51 @@ fn measured_cuts(setup: &Setup, ranks: usize) -> Result<Vec<usize>> {
     Ok(cuts)
 }
 
-/// Times of `parts` with as many modules at work as `ranks` on this machine will have: from the cache, else measured with as
-/// many as this process may run.
+/// Times of `parts` with `modules` of them at work on this machine: from the cache, else measured with as many as this process
+/// may run at once.
 ///
 /// # Errors
 /// As [`Profile::get`].
-pub fn times_of(setup: &Setup, parts: Vec<Part>, ranks: usize, fresh: bool) -> Result<Profile> {
-    let threads = setup.config.run.threads;
-    let at_once = |cores: usize| ranks.min(cores / threads).max(1);
-    let wanted = conditions(setup, at_once(machine_cores())).with(parts);
-    let own = std::thread::available_parallelism().map_or(1, usize::from);
-    let possible = at_once(own);
-    if possible < wanted.busy {
-        if let (Some(found), false) = (Profile::cached(&wanted), fresh) {
-            return Ok(found);
-        }
-        return Profile::get(crate::plan::profile::Conditions { busy: possible, ..wanted }, fresh);
-    }
-    Profile::get(wanted, fresh)
+pub fn times_of(setup: &Setup, parts: Vec<Part>, modules: usize, fresh: bool) -> Result<Profile> {
+    let busy = modules.clamp(1, at_once(setup.config.run.threads));
+    Profile::get(conditions(setup, busy).with(parts), fresh)
 }
 
-/// Cores of this machine, whether this process may use them or not.
-fn machine_cores() -> usize {
-    // SAFETY: a plain query.
-    let n = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
-    usize::try_from(n).unwrap_or(1).max(1)
+/// Times of `parts` as all ranks of rank 0's node together find them, on rank 0: from its cache, else measured by all of them
+/// at the same time where each has processors of its own, as they will work, and otherwise by rank 0 alone. Collective.
+///
+/// # Errors
+/// Rank 0's error on every rank.
+pub fn times_together(world: &World, setup: &Setup, parts: Vec<Part>, fresh: bool) -> Result<Option<Profile>> {
+    let own = own_processors();
+    let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
+    let places: Vec<Vec<String>> = world
+        .gather(mine.as_bytes())?
+        .iter()
+        .map(|place| String::from_utf8_lossy(place).split(' ').map(String::from).collect())
+        .collect();
+    // The ranks of rank 0's node, and the processors they may use: as many different ones as all of them together count?
+    let node: Vec<&Vec<String>> = places.iter().filter(|place| place[0] == places[0][0]).collect();
+    let mut all: Vec<&String> = node.iter().flat_map(|place| &place[1..]).collect();
+    let count = all.len();
+    all.sort();
+    all.dedup();
+    let apart = all.len() == count;
+    let a_rank = setup.grid.workers().div_ceil(world.size());
+    let copies = (if apart { a_rank } else { a_rank * node.len() }).clamp(1, at_once(setup.config.run.threads));
+    let busy = if apart { copies * node.len() } else { copies };
+    let wanted = conditions(setup, busy).with(parts);
+    let chief = world.rank() == 0;
+    let known = if chief && !fresh { Profile::cached(&wanted) } else { None };
+    let measures = world.gather(&[u8::from(known.is_none())])?[0] == [1];
+    if !measures {
+        return Ok(known);
+    }
+    let measured = match (chief, apart && places[world.rank()][0] == places[0][0]) {
+        (true, _) => Profile::measure(wanted, copies).map(Some),
+        // To keep rank 0 company: what these find is not used.
+        (false, true) => Profile::measure(wanted, copies).map(|_| None),
+        (false, false) => Ok(None),
+    };
+    world.first_error(measured)
 }

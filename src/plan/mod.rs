@@ -5,6 +5,7 @@
 
 pub mod blocks;
 pub mod cut;
+pub mod machine;
 pub mod partition;
 pub mod predict;
 pub mod profile;

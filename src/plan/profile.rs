@@ -13,6 +13,7 @@ use crate::model::module::{Fuse, Module, SkipInput};
 use crate::model::param::Init;
 use crate::model::spec::{LayerSpec, Shape};
 use crate::optim::{Optimizer, OptimizerSpec};
+use crate::plan::machine::processor_name;
 use crate::{Error, Result};
 
 /// A module to be timed.
@@ -124,7 +125,22 @@ impl Profile {
         {
             return Ok(found);
         }
-        let times = measure(&conditions)?;
+        let times = measure(&conditions, conditions.busy)?;
+        Ok(Self::keep(conditions, times, file))
+    }
+
+    /// Measures anew, with `copies` of it in this process, and keeps the result; further copies, up to the conditions' `busy`,
+    /// are other processes'.
+    ///
+    /// # Errors
+    /// As [`Profile::get`].
+    pub fn measure(conditions: Conditions, copies: usize) -> Result<Self> {
+        let times = measure(&conditions, copies)?;
+        let file = cache_file(&conditions);
+        Ok(Self::keep(conditions, times, file))
+    }
+
+    fn keep(conditions: Conditions, times: Vec<Times>, file: Option<PathBuf>) -> Self {
         let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let mut profile = Profile { conditions, taken, copy: copy_rate(), times, file: None, cached: false };
         if let Some(file) = file {
@@ -133,7 +149,7 @@ impl Profile {
                 Err(e) => log::warn!("the measured times are not kept: {e}"),
             }
         }
-        Ok(profile)
+        profile
     }
 
     /// The times of `conditions` if the cache has them.
@@ -178,17 +194,6 @@ fn write(file: &PathBuf, profile: &Profile) -> Result<()> {
     std::fs::rename(&partial, file).map_err(|e| Error::io(file, e))
 }
 
-fn processor_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |key: &str| {
-        let line = info.lines().find(|l| l.split(':').next().is_some_and(|k| k.trim() == key))?;
-        Some(line.split_once(':')?.1.trim().to_string())
-    };
-    // A virtual machine's name alone says little.
-    let rest = ["cpu family", "model", "stepping"].map(|key| field(key).unwrap_or_default()).join("/");
-    format!("{} ({}, {rest})", field("model name").unwrap_or_else(|| "unknown".into()), std::env::consts::ARCH)
-}
-
 /// Bytes a second that this thread copies, of buffers larger than its own caches.
 fn copy_rate() -> f64 {
     let from = vec![1u8; 8 << 20];
@@ -214,11 +219,14 @@ pub fn median(values: &mut [f64]) -> f64 {
 }
 
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
-/// them. `busy − 1` copies of all of it run beside.
-fn measure(conditions: &Conditions) -> Result<Vec<Times>> {
+/// them. With more than one of `copies`, the others run beside and are not timed.
+///
+/// # Errors
+/// [`Error::Input`] where a part's shapes do not fit.
+pub fn measure(conditions: &Conditions, copies: usize) -> Result<Vec<Times>> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        for _ in 1..conditions.busy {
+        for _ in 1..copies {
             scope.spawn(|| {
                 let mut chain = Chain::new(conditions)?;
                 kernels::with_threads(conditions.threads, || {

@@ -17,6 +17,10 @@ use crate::engine::setup::{Purpose, Setup};
 use crate::engine::stop::Requests;
 use crate::kernels;
 use crate::metrics::{PHASES, TimeAccount};
+use crate::plan::cut::{cut, times_together};
+use crate::plan::machine::{at_once, own_processors};
+use crate::plan::predict::{Prediction, module_parts, predict};
+use crate::plan::simulate::Processors;
 use crate::transport::{World, hostname};
 use crate::{Error, Result};
 
@@ -34,6 +38,9 @@ pub struct TrainArgs {
     /// Batches of clips that count, after a warm-up.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub clips: u64,
+    /// Measure the layers anew for the prediction, whatever was measured before.
+    #[arg(long)]
+    pub fresh: bool,
     /// Print the result as one line of JSON.
     #[arg(long)]
     pub json: bool,
@@ -61,8 +68,14 @@ struct Outcome {
     backward_share: f64,
     /// Mean over maximum of the ranks' busy time.
     balance: f64,
-    /// Milliseconds a tick by module: forward, backward, optimiser.
-    module_ms: Vec<[f64; 3]>,
+    /// Milliseconds a tick by module: forward, backward, optimiser, data, sending.
+    module_ms: Vec<[f64; 5]>,
+    /// The layers before which the network is cut.
+    cuts: Vec<usize>,
+    /// What `sideways plan` predicts for a tick, from measured layers.
+    predicted_tick_ms: Option<f64>,
+    /// And for mean over maximum of the ranks' busy time.
+    predicted_balance: Option<f64>,
 }
 
 /// Trains and prints.
@@ -72,7 +85,7 @@ struct Outcome {
 pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     let folder = Folder::shared(world)?;
     let config = world.first_error(made_up(args, world, &folder))?;
-    let setup = world.first_error(Setup::new(&config, world.size(), Purpose::Train))?;
+    let setup = cut(world.first_error(Setup::new(&config, world.size(), Purpose::Train))?, world)?;
     let depth = setup.grid.modules.div_ceil(config.data.frames) as u64;
     // The first batches fill the pipeline, the last ones let it run empty.
     let (from, to) = (depth, depth + args.clips);
@@ -100,11 +113,18 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
         Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &requests, &mut observer)?,
     };
     let peaks = world.gather(&peak_kib().to_le_bytes())?;
+    // Behind the peak memory, which measuring layers would raise.
+    let processors = processors(world, config.run.threads)?;
+    let predicted = match config.train.rule {
+        Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, module_parts(&setup), args.fresh)?
+            .map(|profile| predict(&setup, &profile, &processors)),
+        Rule::Bp => None,
+    };
     if world.rank() > 0 {
         return Ok(());
     }
     let kib: u64 = peaks.iter().map(|b| b.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte))).sum();
-    let outcome = outcome(&setup, world, args, seconds, &time, kib as f64 / 1024.0);
+    let outcome = outcome(&setup, world, args, seconds, &time, kib as f64 / 1024.0, predicted.as_ref());
     if args.json {
         println!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
     } else {
@@ -120,6 +140,7 @@ fn outcome(
     seconds: f64,
     time: &[[f64; PHASES]],
     peak_mib: f64,
+    predicted: Option<&Prediction>,
 ) -> Outcome {
     let (grid, config) = (setup.grid, &setup.config);
     let ticks = (args.clips as usize * config.data.frames) as f64;
@@ -128,7 +149,8 @@ fn outcome(
     let mut busy = vec![0.0; grid.ranks];
     let accounts: Vec<TimeAccount> = time.iter().map(|t| TimeAccount::from_array(t.map(|x| x as f32))).collect();
     accounts.iter().enumerate().for_each(|(w, t)| busy[grid.rank_of(w)] += f64::from(t.busy()));
-    let module = |t: &TimeAccount| [t.forward, t.backward, t.optimizer].map(|s| f64::from(s) * 1e3 / ticks);
+    let module =
+        |t: &TimeAccount| [t.forward, t.backward, t.optimizer, t.data, t.send].map(|s| f64::from(s) * 1e3 / ticks);
     Outcome {
         modules: grid.modules,
         replicas: grid.replicas,
@@ -145,6 +167,9 @@ fn outcome(
         backward_share: backward as f64 / steps as f64,
         balance: mean(&busy) / busy.iter().copied().fold(f64::MIN_POSITIVE, f64::max),
         module_ms: accounts.iter().map(module).collect(),
+        cuts: setup.cuts(),
+        predicted_tick_ms: predicted.map(|p| p.outcome.tick * 1e3),
+        predicted_balance: predicted.map(|p| p.balance),
     }
 }
 
@@ -176,13 +201,23 @@ fn print(setup: &Setup, o: &Outcome) {
     if setup.config.train.rule == Rule::Bp {
         return;
     }
-    println!("ms a tick (wall, so modules that share a core count each other's): forward, backward, optimiser");
-    for (w, [forward, backward, optimizer]) in o.module_ms.iter().enumerate() {
+    println!(
+        "ms a tick (wall, so modules that share a core count each other's): forward, backward, optimiser, data, send"
+    );
+    for (w, [forward, backward, optimizer, data, send]) in o.module_ms.iter().enumerate() {
         let (i, r) = setup.grid.module_and_replica(w);
         let rank = setup.grid.rank_of(w);
-        println!("  module {i} replica {r} rank {rank}: {forward:9.3} {backward:9.3} {optimizer:9.3}");
+        println!(
+            "  module {i} replica {r} rank {rank}: {forward:9.3} {backward:9.3} {optimizer:9.3} {data:9.3} {send:9.3}"
+        );
     }
     println!("balance of the ranks' busy time, mean/max: {:.3}", o.balance);
+    if let (Some(tick), Some(balance)) = (o.predicted_tick_ms, o.predicted_balance) {
+        println!(
+            "predicted: tick {tick:.2} ms, balance {balance:.3}; measured over predicted tick {:.3}",
+            o.tick_ms / tick
+        );
+    }
 }
 
 /// The configuration on made-up shards.
@@ -231,6 +266,20 @@ fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Res
         writer.append(&format!("video {v}"), (v % classes) as i32, video)?;
     }
     writer.finish().map(|_| ())
+}
+
+/// Which ranks share processors: those of a node that may run on the same ones.
+fn processors(world: &World, threads: usize) -> Result<Processors> {
+    let mine = format!("{} {:?}", hostname(), own_processors());
+    let all = world.gather(mine.as_bytes())?;
+    let mut distinct: Vec<&Vec<u8>> = Vec::new();
+    let pool_of_rank = all.iter().map(|place| {
+        distinct.iter().position(|known| *known == place).unwrap_or_else(|| {
+            distinct.push(place);
+            distinct.len() - 1
+        })
+    });
+    Ok(Processors { pool_of_rank: pool_of_rank.collect(), slots: vec![at_once(threads); distinct.len()] })
 }
 
 /// A temporary folder under the same name on every node, removed when dropped.

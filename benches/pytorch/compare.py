@@ -1,0 +1,123 @@
+"""`make bench-pytorch`: sideways and back-propagation in PyTorch on the same network, on this machine, side by side.
+
+Every figure is of a process of its own, pinned to the cores it is allowed (taskset); nothing runs beside it. PyTorch's
+frames wait in memory, Sideways' come from a shard through its loader. See benches/README.md for what the rows compare.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    # A core a rank: the figures are of bound ranks.
+    "OMPI_MCA_rmaps_base_oversubscribe": "0",
+    "OMPI_MCA_mpi_yield_when_idle": "0",
+}
+
+
+def run(args, command, cores=None):
+    """The line of JSON that a command prints last."""
+    pinned = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+    full = shlex.split(args.under) + pinned + command
+    print("  " + " ".join(full), file=sys.stderr, flush=True)
+    done = subprocess.run(full, stdout=subprocess.PIPE, text=True, env={**os.environ, **MPI})
+    if done.returncode:
+        sys.exit(f"compare.py: exit code {done.returncode} from: {' '.join(full)}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def pytorch(args, net, threads, frames, at_once, layout, clips):
+    command = [args.python, f"{HERE}/bp.py", "--net", net, "--threads", str(threads), "--frames", str(frames)]
+    command += ["--at-once", str(at_once), "--layout", layout, "--clips", str(clips)]
+    return run(args, command, range(threads))
+
+
+def sideways(args, net, cores, sets, clips, ranks=1):
+    command = [args.sideways, "bench", "train", f"{HERE}/{net}.toml", "--json", "--clips", str(clips)]
+    for setting in sets:
+        command += ["--set", setting]
+    if ranks > 1:
+        return run(args, ["mpirun", "-n", str(ranks), "--bind-to", "core"] + command)
+    return run(args, command, cores)
+
+
+def compare(args, net):
+    modules = ["model.modules=8", "model.skip.spans=[2]"]
+    whole = ["model.modules=1", "train.rule=sideways"]
+    rows, best = [], {}
+    for threads in (1, 2):
+        for at_once in (16, 1):
+            for layout in ("nchw", "channels_last"):
+                found = pytorch(args, net, threads, 16, at_once, layout, args.clips)
+                what = "all of T at once" if at_once > 1 else "a frame at a time"
+                rows.append((f"PyTorch bp, {what}, {layout}", threads, 16, found))
+                if threads not in best or found["frames_per_second"] > best[threads]["frames_per_second"]:
+                    best[threads] = found
+    # Peak memory is compared with the batch of all frames, whichever is faster.
+    at_once = [row for row in rows if row[3]["at_once"] == 16 and row[1] == 1]
+    memory = {16: min(row[3]["peak_mib"] for row in at_once)}
+    layout = max(at_once, key=lambda row: row[3]["frames_per_second"])[3]["layout"]
+    found = pytorch(args, net, 1, 64, 64, layout, 1)
+    memory[64] = found["peak_mib"]
+    rows.append((f"PyTorch bp, all of T at once, {layout}", 1, 64, found))
+
+    def add(what, cores, frames, found):
+        rows.append((f"sideways, {what}", cores, frames, found))
+
+    add("8 modules, spans [2], one process", 1, 16, sideways(args, net, [0], modules, args.clips))
+    add("8 modules, spans [2], one process", 1, 64, sideways(args, net, [0], modules + ["data.frames=64"], 1))
+    add("1 module (exact bp, frame by frame)", 1, 16, sideways(args, net, [0], whole, args.clips))
+    add("8 modules, spans [2], one process", 2, 16, sideways(args, net, [0, 1], modules, args.clips))
+    two = sideways(args, net, None, ["train.rule=sideways"], args.clips, ranks=2)
+    cuts = ["train.rule=sideways", f"model.cuts={two['cuts']}"]
+    one = sideways(args, net, [0], cuts, args.clips)
+    add(f"cut before {two['cuts']}, 1 rank", 1, 16, one)
+    add(f"cut before {two['cuts']}, 2 ranks", 2, 16, two)
+
+    print(f"\n{net}, 112x112, B = 4, 600 classes, float32; PyTorch {best[1]['torch']}, sideways with {one['back_end']}")
+    print(f"{'':<44} {'cores':>5} {'T':>3} {'frames/s':>9} {'/PyTorch':>9} {'peak MiB':>9} {'/PyTorch':>9} {'backward':>9}")
+    for what, cores, frames, found in rows:
+        speed = found["frames_per_second"] / best[cores]["frames_per_second"]
+        size = found["peak_mib"] / memory[frames]
+        share = 100 * found.get("backward_share", 1.0)
+        print(f"{what:<44} {cores:>5} {frames:>3} {found['frames_per_second']:>9.2f} {speed:>9.2f} "
+              f"{found['peak_mib']:>9.0f} {size:>9.2f} {share:>8.1f}%")
+    gain = two["frames_per_second"] / one["frames_per_second"]
+    print(f"2 ranks over 1 rank, cut before {two['cuts']}: {gain:.3f} of 2, an efficiency of {gain / 2:.3f}; "
+          f"mean/max of the ranks' busy time {two['balance']:.3f} (of which {gain / 2 / two['balance']:.3f})")
+    predicted = [(what, found) for what, _, _, found in rows if found.get("predicted_tick_ms")]
+    for what, found in predicted:
+        print(f"tick of {what}, {found['ranks']} rank(s) on {found['cores']} core(s), T = {found['frames']}: predicted "
+              f"{found['predicted_tick_ms']:.1f} ms, measured {found['tick_ms']:.1f} ms, "
+              f"ratio {found['tick_ms'] / found['predicted_tick_ms']:.3f}")
+    return {"net": net, "rows": [dict(found, what=what, cores_used=cores) for what, cores, _, found in rows]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", default="vgg8,resnet18")
+    parser.add_argument("--sideways", default="target/release/sideways")
+    parser.add_argument("--python", default=sys.executable, help="one that has torch")
+    parser.add_argument("--clips", type=int, default=2, help="batches of clips that count")
+    parser.add_argument("--under", default="", help="a command put in front of every measurement")
+    parser.add_argument("--json", help="also write all figures there")
+    args = parser.parse_args()
+    if len(os.sched_getaffinity(0)) < 2:
+        sys.exit("compare.py: two cores are needed for the rows of two")
+    found = [compare(args, net) for net in args.nets.split(",")]
+    print("\n'/PyTorch': frames/s over PyTorch's best on as many cores; peak memory over PyTorch's with all frames of T at once.\n"
+          "'backward': the share of modules' steps with backward work. Sideways does none in the first steps of a clip, so its\n"
+          "T = 16 rows compute less than bp; the rows of T = 64 and of 1 module do (nearly) all of it.")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
