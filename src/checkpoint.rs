@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -17,6 +18,9 @@ use crate::{Error, Result};
 const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "sideways-checkpoint";
 const VERSION: u32 = 1;
+/// Ends of the names of folders that are being written or removed.
+const PARTIAL: &str = ".partial";
+const DISCARDED: &str = ".discarded";
 
 /// One file of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,8 +68,13 @@ fn name_of(clips: u64) -> String {
     format!("step-{clips:08}")
 }
 
+/// The folder of the checkpoint of `clips` batches under `dir`, whether it is there or not.
+pub fn folder_of(dir: &Path, clips: u64) -> PathBuf {
+    dir.join(name_of(clips))
+}
+
 fn partial_of(dir: &Path, clips: u64) -> PathBuf {
-    dir.join(format!(".{}.partial", name_of(clips)))
+    dir.join(format!(".{}{PARTIAL}", name_of(clips)))
 }
 
 fn sync(path: &Path) -> Result<()> {
@@ -84,10 +93,11 @@ pub fn write_module(dir: &Path, clips: u64, module: usize, tensors: Vec<(String,
     let path = folder.join(&name);
     let mut names: Vec<String> = tensors.iter().map(|(n, _)| n.clone()).collect();
     names.sort();
-    let tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
-    candle_core::safetensors::save(&tensors, &path).map_err(|e| write_error(&path, e))?;
-    sync(&path)?;
-    let content = fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let refused = |e: std::io::Error| Error::io(&path, e);
+    let content = safetensors::serialize(tensors.iter().map(|(name, tensor)| (name, tensor)), None)
+        .map_err(|e| refused(std::io::Error::other(e)))?;
+    let mut file = fs::File::create(&path).map_err(refused)?;
+    file.write_all(&content).and_then(|()| file.sync_all()).map_err(refused)?;
     let entry =
         FileEntry { name, bytes: content.len() as u64, xxh3: format!("{:016x}", xxh3_64(&content)), tensors: names };
     let beside = folder.join(entry_name(module));
@@ -98,10 +108,6 @@ pub fn write_module(dir: &Path, clips: u64, module: usize, tensors: Vec<(String,
 
 fn entry_name(module: usize) -> String {
     format!("module-{module:03}.entry.json")
-}
-
-fn write_error(path: &Path, e: candle_core::Error) -> Error {
-    Error::io(path, std::io::Error::other(e.to_string()))
 }
 
 /// Completes the checkpoint of `clips` once all `modules` have been written: manifest, sync, rename; then removes all
@@ -124,9 +130,9 @@ pub fn finish(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest, ke
     fs::write(&path, text).map_err(|e| Error::io(&path, e))?;
     sync(&path)?;
     sync(&folder)?;
-    let complete = dir.join(name_of(clips));
+    let complete = folder_of(dir, clips);
     if complete.exists() {
-        fs::remove_dir_all(&complete).map_err(|e| Error::io(&complete, e))?;
+        discard(&complete)?;
     }
     fs::rename(&folder, &complete).map_err(|e| Error::io(&complete, e))?;
     sync(dir)?;
@@ -138,8 +144,34 @@ fn remove_old(dir: &Path, keep: usize) -> Result<()> {
     let mut found = list(dir)?;
     found.retain(|(clips, _)| *clips > 0);
     let old = found.len().saturating_sub(keep);
-    for (_, path) in found.drain(..old) {
-        fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+    found.drain(..old).try_for_each(|(_, path)| discard(&path))
+}
+
+/// Removes a checkpoint; it loses its name first, so that it is never seen in part.
+fn discard(path: &Path) -> Result<()> {
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let nameless = path.with_file_name(format!(".{name}{DISCARDED}"));
+    fs::rename(path, &nameless).map_err(|e| Error::io(path, e))?;
+    fs::remove_dir_all(&nameless).map_err(|e| Error::io(&nameless, e))
+}
+
+/// Removes what an earlier run left unfinished: checkpoints half written or half removed. Called by one rank, before any
+/// writes.
+///
+/// # Errors
+/// [`Error::Io`] if the folder cannot be read or changed; a missing folder holds nothing.
+pub fn clear_unfinished(dir: &Path) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(dir, e)),
+    };
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io(dir, e))?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if name.starts_with(".step-") && (name.ends_with(PARTIAL) || name.ends_with(DISCARDED)) {
+            fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        }
     }
     Ok(())
 }
@@ -195,7 +227,25 @@ pub fn newest_manifest(dir: &Path) -> Result<Option<Manifest>> {
     Ok(list(dir)?.iter().rev().find_map(|(_, path)| read(path)))
 }
 
-/// A complete checkpoint, verified, opened for reading.
+fn read_manifest(path: &Path) -> Result<Manifest> {
+    let at = path.join(MANIFEST);
+    let text = fs::read(&at).map_err(|e| {
+        Error::input(format!("{}: not a checkpoint (a step-NNNNNNNN or run folder): {e}", at.display()))
+    })?;
+    let manifest: Manifest = serde_json::from_slice(&text)
+        .map_err(|e| Error::input(format!("{}: damaged checkpoint manifest: {e}", at.display())))?;
+    if manifest.format != FORMAT || manifest.version != VERSION {
+        return Err(Error::input(format!(
+            "{}: format {} version {}; this program reads {FORMAT} version {VERSION}",
+            at.display(),
+            manifest.format,
+            manifest.version
+        )));
+    }
+    Ok(manifest)
+}
+
+/// A complete checkpoint, opened for reading.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -203,6 +253,15 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Opens the checkpoint in the folder `path` without reading its files, which another rank has verified. What is
+    /// loaded later is verified then.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it is no checkpoint.
+    pub fn trusted(path: &Path) -> Result<Self> {
+        Ok(Checkpoint { path: path.to_path_buf(), manifest: read_manifest(path)? })
+    }
+
     /// Opens `path` (a `step-NNNNNNNN` folder, or a run folder, whose newest checkpoint is meant) and verifies sizes
     /// and checksums.
     ///
@@ -215,21 +274,7 @@ impl Checkpoint {
                 Error::input(format!("{}: there is no checkpoint in this run folder yet", path.display()))
             });
         }
-        let at = path.join(MANIFEST);
-        let text = fs::read(&at).map_err(|e| {
-            Error::input(format!("{}: not a checkpoint (a step-NNNNNNNN or run folder): {e}", at.display()))
-        })?;
-        let manifest: Manifest = serde_json::from_slice(&text)
-            .map_err(|e| Error::input(format!("{}: damaged checkpoint manifest: {e}", at.display())))?;
-        if manifest.format != FORMAT || manifest.version != VERSION {
-            return Err(Error::input(format!(
-                "{}: format {} version {}; this program reads {FORMAT} version {VERSION}",
-                at.display(),
-                manifest.format,
-                manifest.version
-            )));
-        }
-        let checkpoint = Checkpoint { path: path.to_path_buf(), manifest };
+        let checkpoint = Self::trusted(path)?;
         for file in &checkpoint.manifest.files {
             checkpoint.read_verified(file)?;
         }

@@ -346,6 +346,32 @@ pub struct RunConfig {
     pub keep: usize,
     /// Seconds without an awaited message after which a rank gives up.
     pub timeout: u64,
+    /// Whether a checkpoint that cannot be written ends the run.
+    pub on_checkpoint_error: OnCheckpointError,
+    /// Whether a loss, a cotangent or a gradient that is not finite ends the run.
+    pub on_nonfinite: OnNonfinite,
+}
+
+/// What to do when a checkpoint cannot be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnCheckpointError {
+    /// End the run with the error; the last good checkpoint is kept.
+    #[default]
+    Stop,
+    /// Report it, and try again when the next is due. At the run's end it is an error all the same.
+    Continue,
+}
+
+/// What to do about a loss, a cotangent or a gradient that is not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnNonfinite {
+    /// End the run with an error that names rank, module, clip, step and tick.
+    #[default]
+    Stop,
+    /// Leave it out (zeros in its place; an update is not made), and count it in the metrics.
+    Skip,
 }
 
 impl Default for RunConfig {
@@ -358,6 +384,8 @@ impl Default for RunConfig {
             checkpoint_every: 100,
             keep: 2,
             timeout: 300,
+            on_checkpoint_error: OnCheckpointError::default(),
+            on_nonfinite: OnNonfinite::default(),
         }
     }
 }

@@ -25,6 +25,9 @@ pub enum Error {
     /// The computation went wrong while running (for instance a loss that is not a number).
     #[error("{0}")]
     Run(String),
+    /// A loss, a cotangent or a gradient is not a finite number.
+    #[error("{0}")]
+    NonFinite(String),
     /// Stopped before the end with a checkpoint written; the same command resumes. Exit code 75.
     #[error("{0}")]
     Stopped(String),

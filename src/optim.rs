@@ -180,17 +180,20 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Run`] where the gradient is not finite: nothing is updated then.
     pub fn step(&mut self, visit: Visit, scale: f64, divisor: f64, clip_norm: Option<f64>) -> Result<StepStats> {
-        let mut squares = 0.0;
+        let (mut squares, mut culprit) = (0.0, None);
         visit(&mut |p| {
             if let (Some(grad), true) = (&p.grad, p.trainable) {
                 squares += by_dtype!(grad, T => sum_of_squares::<T>(grad))?;
+                if !f64::is_finite(squares) {
+                    culprit.get_or_insert_with(|| p.name.clone());
+                }
             }
             Ok(())
         })?;
         let grad_norm = squares.sqrt() / divisor;
-        if !grad_norm.is_finite() {
-            return Err(Error::Run(format!(
-                "the gradient is not finite (norm {grad_norm}): try a smaller learning rate, warm-up, or clipping"
+        if let Some(name) = culprit {
+            return Err(Error::NonFinite(format!(
+                "the gradient of {name} is not finite (norm {grad_norm}): try a smaller learning rate, warm-up, or clipping"
             )));
         }
         let clip = clip_norm.map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));

@@ -5,6 +5,7 @@ mod common;
 use common::runs::{config, shard};
 use sideways::engine::run::{self, Span};
 use sideways::engine::setup::{Purpose, Setup};
+use sideways::engine::stop::Requests;
 use sideways::kernels::Recycling;
 use sideways::transport::World;
 
@@ -29,9 +30,9 @@ fn a_steady_tick_takes_no_new_memory() {
     let sets = ["data.batch=64", "model.modules=4", "model.skip={ spans = [2] }", "train.clips=8", &layers];
     let config = config(dir.path(), &[&sets[..], &["run.checkpoint_every=1000"]].concat());
     let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
-    let span = Span::of_training(&setup, None).unwrap();
+    let span = Span::of_training(&setup, &World::Alone, None).unwrap();
     let mut fresh = Vec::new();
-    run::train(&setup, &World::Alone, &span, &mut |_| fresh.push(HEAP.fresh())).unwrap();
+    run::train(&setup, &World::Alone, &span, &Requests::default(), &mut |_| fresh.push(HEAP.fresh())).unwrap();
     assert!(fresh[0] > 50, "the allocator is not in use: {fresh:?}");
     // The first clips find how much is alive at once; which modules run at the same time varies a little from clip to
     // clip. The last clip writes a checkpoint.

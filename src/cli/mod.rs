@@ -13,6 +13,7 @@ pub mod logging;
 pub mod plan;
 pub mod predict;
 pub mod progress;
+mod signals;
 pub mod train;
 
 /// Training of deep video networks without the backward lock.

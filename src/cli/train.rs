@@ -4,16 +4,18 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{logging, progress::Progress};
+use super::{logging, progress::Progress, signals};
+use crate::Result;
 use crate::config::{Config, Rule, Task};
 use crate::engine::bp;
 use crate::engine::console::Totals;
+use crate::engine::limits;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
+use crate::engine::stop::{self, Requests};
 use crate::kernels;
 use crate::plan::cut::{cut, resume_cut};
 use crate::transport::World;
-use crate::{Error, Result};
 
 /// Arguments of `sideways train`.
 #[derive(Args, Debug)]
@@ -68,7 +70,7 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
         Setup::new(&config, world.size(), Purpose::Train)
     });
     let setup = cut(world.first_error(planned)?, world)?;
-    let span = world.first_error(Span::of_training(&setup, args.stop_after))?;
+    let span = Span::of_training(&setup, world, args.stop_after)?;
     let chief = world.rank() == 0;
     if chief {
         logging::also_to(&setup.config.run.dir.join("log.txt"))?;
@@ -86,9 +88,11 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
             progress.show(summary);
         }
     };
+    let requests = Requests::default();
+    signals::raise_on_signals(&requests, chief)?;
     let totals = match setup.config.train.rule {
-        Rule::Bp => bp::train(&setup, &span, &mut observer),
-        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &mut observer),
+        Rule::Bp => bp::train(&setup, &span, &requests, &mut observer),
+        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &requests, &mut observer),
     };
     if let Some(progress) = progress {
         progress.finish();
@@ -97,13 +101,12 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
     if chief {
         conclude(&setup, &totals);
     }
-    if span.end < span.total {
-        return Err(Error::Stopped(format!(
-            "stopped after {} of {} batches of clips with a checkpoint; the same command goes on",
-            span.end, span.total
-        )));
+    match totals.decision {
+        decision if decision & stop::FINISH != 0 => Ok(()),
+        decision if decision & stop::STOP != 0 => Err(stop::stopped("a signal")),
+        _ if span.end < span.total => Err(stop::stopped("--stop-after")),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn announce(setup: &Setup, world: &World, span: &Span) {
@@ -149,6 +152,10 @@ fn conclude(setup: &Setup, totals: &Totals) {
     if setup.config.train.rule == Rule::Bp {
         return;
     }
+    if totals.skipped > 0 {
+        log::warn!("{} losses, cotangents or updates were left out because they were not finite", totals.skipped);
+    }
+    log::info!("{}", limits::describe(setup, totals));
     log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other");
     for (w, time) in totals.time.iter().enumerate() {
         let (module, replica) = setup.grid.module_and_replica(w);

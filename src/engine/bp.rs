@@ -8,10 +8,11 @@ use super::reference;
 use super::report::Report;
 use super::run::{Span, last_layer, modules, recorder, run_key, update};
 use super::setup::Setup;
-use super::state::{Fit, Saver, restore, snapshot};
-use super::worker::{Update, pass};
+use super::state::{Due, Fit, restore, snapshot};
+use super::stop::{Decider, ENDS, Files, Requests};
+use super::worker::{Update, left_out, pass};
 use crate::checkpoint;
-use crate::config::Task;
+use crate::config::{OnCheckpointError, Task};
 use crate::data::FrameStream;
 use crate::kernels;
 use crate::metrics::{Phase, Stopwatch};
@@ -33,7 +34,7 @@ struct Trainer<'a> {
 ///
 /// # Errors
 /// As the pipeline's training.
-pub fn train(setup: &Setup, span: &Span, observer: Observer) -> Result<Totals> {
+pub fn train(setup: &Setup, span: &Span, requests: &Requests, observer: Observer) -> Result<Totals> {
     let config = &setup.config;
     let dataset = setup.dataset.clone().ok_or_else(|| Error::input("there is no dataset to read"))?;
     let mut trainer = Trainer {
@@ -51,28 +52,37 @@ pub fn train(setup: &Setup, span: &Span, observer: Observer) -> Result<Totals> {
     }
     let frames = (config.data.batch * config.data.frames) as u64;
     let mut console = Console::new(setup.grid, span.total, frames, recorder(setup, span)?, observer);
-    let saver = Saver { dir: setup.checkpoints(), every: config.run.checkpoint_every, end: span.end };
-    let start = span.first == 0 && span.record;
-    if start {
-        trainer.save(&saver, 0)?;
-    }
-    console.started(&trainer.reports(Report { saved: start, ..Report::default() }))?;
-    kernels::with_threads(config.run.threads, || {
+    let due = Due { every: config.run.checkpoint_every, end: span.end };
+    let saved = (span.first == 0 && span.record).then(|| trainer.save(0)).transpose()?;
+    console.started(&trainer.reports(Report { saved, ..Report::default() }))?;
+    let mut decider = Decider::Chief { files: Files::new(&config.run.dir), others: Vec::new() };
+    let decision = kernels::with_threads(config.run.threads, || {
         for clip in span.first..span.end {
             let mut report = trainer.clip(clip).map_err(|e| match e {
                 Error::Run(text) => Error::Run(format!("clip {clip}: {text}")),
+                Error::NonFinite(text) => Error::NonFinite(format!("clip {clip}: {text}")),
                 e => e,
             })?;
-            if span.record && saver.due(clip + 1) {
-                trainer.save(&saver, clip + 1)?;
-                report.saved = true;
+            let decision = if span.record { decider.decide(requests, clip, 0)? } else { 0 };
+            if span.record && (due.at(clip + 1) || decision != 0) {
+                match (trainer.save(clip + 1), config.run.on_checkpoint_error) {
+                    (Ok(saved), _) => report.saved = Some(saved),
+                    (Err(e), OnCheckpointError::Continue) if clip + 1 < span.end && decision & ENDS == 0 => {
+                        log::error!("checkpoint {} could not be written, the run goes on without it: {e}", clip + 1);
+                    }
+                    (Err(e), _) => return Err(e),
+                }
             }
             report.time = trainer.watch.take();
-            console.batch(clip, trainer.reports(report))?;
+            let ends = decision & ENDS != 0;
+            console.batch(clip, trainer.reports(report), ends || clip + 1 == span.end)?;
+            if ends {
+                return Ok(decision);
+            }
         }
-        Ok::<_, Error>(())
+        Ok::<_, Error>(0)
     })??;
-    Ok(console.totals())
+    Ok(Totals { decision, ..console.totals() })
 }
 
 impl Trainer<'_> {
@@ -104,19 +114,28 @@ impl Trainer<'_> {
         };
         let run = reference::forward(&mut self.modules, network, schedule, &passes, &mut frame)?;
         self.watch.enter(Phase::Backward);
-        let mut gradients = Vec::new();
+        let (mut gradients, mut skipped, policy) = (Vec::new(), 0, config.run.on_nonfinite);
         for (t, y) in run.last().iter().enumerate() {
             let has_loss = losses.get(t).is_some_and(|s| s.loss);
             let target = targets.get(t).and_then(Option::as_ref);
             debug_assert!(config.model.task == Task::Recognition || target.is_some() == has_loss);
-            gradients.push(if has_loss { self.head.loss(y, target, true)? } else { None });
+            gradients.push(match has_loss.then(|| self.head.loss(y, target, true)).transpose() {
+                Ok(gradient) => gradient.flatten(),
+                Err(e @ Error::NonFinite(_)) => left_out(policy, &mut skipped, e, || Ok(None))?,
+                Err(e) => return Err(e),
+            });
         }
         let count = gradients.iter().flatten().count() as u64;
         reference::backward(&mut self.modules, network, schedule, &passes, run, gradients)?;
         self.watch.enter(Phase::Optimizer);
         for (module, update) in self.modules.iter_mut().zip(&mut self.updates) {
             update.steps = count;
-            update.apply(module, clip, losses.len())?;
+            if let Err(e) = update.apply(module, clip, losses.len()) {
+                if !matches!(e, Error::NonFinite(_)) {
+                    return Err(e);
+                }
+                left_out(policy, &mut skipped, e, || update.forget(module))?;
+            }
         }
         self.watch.enter(Phase::Other);
         let last = &self.updates[self.updates.len() - 1];
@@ -125,15 +144,17 @@ impl Trainer<'_> {
             backward_steps: count as f32,
             grad_norm: last.grad_norm as f32,
             lr: last.lr as f32,
+            skipped: skipped as f32,
             ..Report::default()
         })
     }
 
-    fn save(&mut self, saver: &Saver, clips: u64) -> Result<()> {
+    fn save(&mut self, clips: u64) -> Result<u64> {
+        let dir = self.setup.checkpoints();
         for (n, (module, update)) in self.modules.iter_mut().zip(&self.updates).enumerate() {
-            checkpoint::write_module(&saver.dir, clips, n + 1, snapshot(module, Some(update), n + 1)?)?;
+            checkpoint::write_module(&dir, clips, n + 1, snapshot(module, Some(update), n + 1)?)?;
         }
-        Ok(())
+        Ok(clips)
     }
 
     /// The process's report stands at the last module; the others' are empty.

@@ -1,6 +1,6 @@
 //! One clip of one module: what comes before its first tick and after its last.
 
-use super::report::Report;
+use super::report::{DECIDED, Report};
 use super::worker::{At, Worker, header};
 use crate::config::UpdateEvery;
 use crate::metrics::Phase;
@@ -24,6 +24,7 @@ impl Worker {
     /// Clears every register and takes the clip's labels.
     fn begin(&mut self, clip: u64) -> Result<()> {
         self.inputs.iter_mut().for_each(|edge| edge.held = None);
+        (self.decision, self.skipped) = (0, 0);
         if let Some(source) = &mut self.source {
             self.watch.enter(Phase::Data);
             let labels = source.stream.begin(clip)?.labels;
@@ -62,7 +63,9 @@ impl Worker {
         }
         self.watch.enter(Phase::Other);
         let saved = self.save(clip)?;
-        let mut report = Report { backward_steps, saved, ..Report::default() };
+        let (link, waited) = self.longest_wait();
+        let skipped = self.skipped as f32;
+        let mut report = Report { backward_steps, saved, skipped, link, waited, ..Report::default() };
         if let Some(end) = &mut self.loss {
             report.score = end.head.end();
             if self.report_logits {
@@ -82,7 +85,16 @@ impl Worker {
     pub(super) fn send_report(&mut self, clip: u64, report: &Report) -> Result<()> {
         let (id, sender) = &mut self.console;
         let words = report.write(sender.slot()?);
-        sender.start(&Header::new(Kind::Report, *id, clip, 0, [words as u32, 1, 1, 1]))
+        let flags = self.requests.pending() | self.decision << DECIDED;
+        sender.start(&Header::new(Kind::Report, *id, clip, 0, [words as u32, 1, 1, 1]).stamped(0, flags))
+    }
+
+    /// The link that this worker waited on longest since the last report, and the seconds.
+    fn longest_wait(&mut self) -> (u32, f32) {
+        let inputs = self.inputs.iter_mut().map(|edge| (edge.id, edge.waits.take()));
+        let outputs = self.outputs.iter_mut().filter_map(|edge| Some((edge.cotangents.as_ref()?.0, edge.waits.take())));
+        let longest = inputs.chain(outputs).max_by(|a, b| a.1.total_cmp(&b.1));
+        longest.map_or((0, 0.0), |(link, seconds)| (link, seconds as f32))
     }
 
     /// Waits until everything sent has left.
@@ -96,6 +108,9 @@ impl Worker {
         if let Some((_, sender)) = self.source.as_mut().and_then(|s| s.truth.as_mut()) {
             sender.flush()?;
         }
+        if let Some(decider) = &mut self.decider {
+            decider.flush()?;
+        }
         self.console.1.flush()
     }
 
@@ -104,6 +119,7 @@ impl Worker {
         match e {
             Error::Input(text) => Error::Input(format!("{place}: {text}")),
             Error::Transport(text) => Error::Transport(format!("{place}: {text}")),
+            Error::NonFinite(text) => Error::NonFinite(format!("{place}: {text}")),
             e @ Error::Io { .. } => e,
             e => Error::Run(format!("{place}: {e}")),
         }

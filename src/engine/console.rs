@@ -1,5 +1,6 @@
 //! What rank 0 does with the workers' reports: metrics, progress, and completing checkpoints.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use serde::Serialize;
 use super::grid::Grid;
 use super::report::Report;
 use crate::checkpoint::{self, Manifest};
+use crate::config::{OnCheckpointError, RunConfig};
 use crate::metrics::{Score, TimeAccount};
 use crate::transport::{Kind, Receiver};
 use crate::{Error, Result};
@@ -39,6 +41,8 @@ pub struct Recorder {
     checkpoints: PathBuf,
     manifest: Manifest,
     keep: usize,
+    policy: OnCheckpointError,
+    completed: Option<u64>,
 }
 
 impl Recorder {
@@ -47,7 +51,13 @@ impl Recorder {
     ///
     /// # Errors
     /// [`Error::Io`] if the folder cannot be written.
-    pub fn open(dir: &Path, checkpoints: PathBuf, manifest: Manifest, keep: usize, first_clip: u64) -> Result<Self> {
+    pub fn open(
+        dir: &Path,
+        checkpoints: PathBuf,
+        manifest: Manifest,
+        run: &RunConfig,
+        first_clip: u64,
+    ) -> Result<Self> {
         std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
         let path = dir.join("metrics.jsonl");
         let io = |e| Error::io(&path, e);
@@ -69,7 +79,15 @@ impl Recorder {
         std::fs::write(&fresh, kept.concat()).map_err(|e| Error::io(&fresh, e))?;
         std::fs::rename(&fresh, &path).map_err(io)?;
         let metrics = OpenOptions::new().append(true).open(&path).map_err(io)?;
-        Ok(Recorder { metrics, path, checkpoints, manifest, keep })
+        Ok(Recorder {
+            metrics,
+            path,
+            checkpoints,
+            manifest,
+            keep: run.keep,
+            policy: run.on_checkpoint_error,
+            completed: None,
+        })
     }
 
     fn write(&mut self, line: &impl Serialize) -> Result<()> {
@@ -78,9 +96,20 @@ impl Recorder {
         self.metrics.write_all(&text).map_err(|e| Error::io(&self.path, e))
     }
 
-    fn complete(&self, clips: u64, modules: usize) -> Result<()> {
-        let path = checkpoint::finish(&self.checkpoints, clips, modules, self.manifest.clone(), self.keep)?;
-        log::info!("checkpoint {}", path.display());
+    /// Completes the checkpoint that every module (of replica 0, the first `modules` reports) is on disk in.
+    fn complete(&mut self, reports: &[Report], modules: usize, last: bool) -> Result<()> {
+        let Some(clips) = reports.iter().take(modules).map(|r| r.saved).min().flatten() else { return Ok(()) };
+        if self.completed.is_some_and(|done| done >= clips) {
+            return Ok(());
+        }
+        self.completed = Some(clips);
+        match checkpoint::finish(&self.checkpoints, clips, modules, self.manifest.clone(), self.keep) {
+            Ok(path) => log::info!("checkpoint {}", path.display()),
+            Err(e) if self.policy == OnCheckpointError::Continue && !last => {
+                log::error!("checkpoint {clips} could not be completed, the run goes on without it: {e}");
+            }
+            Err(e) => return Err(e),
+        }
         Ok(())
     }
 }
@@ -95,6 +124,7 @@ struct Line<'a> {
     lr: f32,
     frames_per_second: f64,
     elapsed: f64,
+    skipped: u64,
     workers: Vec<WorkerLine<'a>>,
 }
 
@@ -123,6 +153,12 @@ pub struct Totals {
     pub seconds: f64,
     /// Frames worked on.
     pub frames: u64,
+    /// By link, seconds that workers waited on it where it was the one they waited on longest in a clip.
+    pub waits: BTreeMap<u32, f64>,
+    /// Losses, cotangents and updates left out because they were not finite.
+    pub skipped: u64,
+    /// What ended the run early (bits of [`super::stop`]), 0 if nothing did.
+    pub decision: u32,
 }
 
 /// Gathers reports batch by batch.
@@ -136,6 +172,8 @@ pub struct Console<'a> {
     last: Instant,
     done: Vec<Score>,
     time: Vec<TimeAccount>,
+    waits: BTreeMap<u32, f64>,
+    skipped: u64,
 }
 
 impl<'a> Console<'a> {
@@ -149,7 +187,20 @@ impl<'a> Console<'a> {
     ) -> Self {
         let time = vec![TimeAccount::default(); grid.workers()];
         let now = Instant::now();
-        Console { grid, total, frames_a_batch, recorder, observer, begun: now, last: now, done: Vec::new(), time }
+        let (done, waits) = (Vec::new(), BTreeMap::new());
+        Console {
+            grid,
+            total,
+            frames_a_batch,
+            recorder,
+            observer,
+            begun: now,
+            last: now,
+            done,
+            time,
+            waits,
+            skipped: 0,
+        }
     }
 
     /// All workers are set up; if they wrote their modules, checkpoint 0 is completed.
@@ -157,29 +208,32 @@ impl<'a> Console<'a> {
     /// # Errors
     /// [`Error::Io`] if the checkpoint cannot be completed.
     pub fn started(&mut self, reports: &[Report]) -> Result<()> {
-        if let (Some(recorder), true) = (&self.recorder, reports.iter().any(|r| r.saved)) {
-            recorder.complete(0, self.grid.modules)?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.complete(reports, self.grid.modules, false)?;
         }
         (self.begun, self.last) = (Instant::now(), Instant::now());
         Ok(())
     }
 
-    /// One batch of clips is through all modules.
+    /// One batch of clips is through all modules; `last`: no other follows.
     ///
     /// # Errors
     /// [`Error::Io`] if metrics or a checkpoint cannot be written.
-    pub fn batch(&mut self, clip: u64, reports: Vec<Report>) -> Result<()> {
+    pub fn batch(&mut self, clip: u64, reports: Vec<Report>, last: bool) -> Result<()> {
         let now = Instant::now();
         let seconds = (now - self.last).as_secs_f64().max(1e-9);
         self.last = now;
-        let mut score = Score::default();
+        let (mut score, mut skipped) = (Score::default(), 0);
         for (w, report) in reports.iter().enumerate() {
             score.add(&report.score);
+            skipped += report.skipped as u64;
+            *self.waits.entry(report.link).or_default() += f64::from(report.waited);
             let mut sum = self.time[w].to_array();
             sum.iter_mut().zip(report.time.to_array()).for_each(|(s, t)| *s += t);
             self.time[w] = TimeAccount::from_array(sum);
         }
         self.done.push(score);
+        self.skipped += skipped;
         let summary = ClipSummary {
             clips: clip + 1,
             total: self.total,
@@ -203,11 +257,10 @@ impl<'a> Console<'a> {
                 lr: summary.reports.last().map_or(0.0, |r| r.lr),
                 frames_per_second: summary.frames_per_second,
                 elapsed: (now - self.begun).as_secs_f64(),
+                skipped,
                 workers: workers.collect(),
             })?;
-            if summary.reports.iter().any(|r| r.saved) {
-                recorder.complete(clip + 1, self.grid.modules)?;
-            }
+            recorder.complete(&summary.reports, self.grid.modules, last)?;
         }
         (self.observer)(&summary);
         Ok(())
@@ -230,16 +283,20 @@ impl<'a> Console<'a> {
             time: self.time,
             seconds: (self.last - self.begun).as_secs_f64(),
             frames: batches * self.frames_a_batch,
+            waits: self.waits,
+            skipped: self.skipped,
+            decision: 0,
         }
     }
 }
 
-/// Takes one report of every worker, in order, for batch `clip`.
+/// Takes one report of every worker, in order, for batch `clip`, and their headers' flags together.
 ///
 /// # Errors
 /// [`Error::Transport`] if a worker is gone or reports another batch.
-pub fn gather(receivers: &mut [(u32, Receiver)], clip: u64, batch: usize) -> Result<Vec<Report>> {
-    receivers
+pub fn gather(receivers: &mut [(u32, Receiver)], clip: u64, batch: usize) -> Result<(Vec<Report>, u32)> {
+    let mut flags = 0;
+    let reports = receivers
         .iter_mut()
         .map(|(_, receiver)| {
             let (header, payload) = receiver.wait_any()?;
@@ -248,7 +305,9 @@ pub fn gather(receivers: &mut [(u32, Receiver)], clip: u64, batch: usize) -> Res
             }
             let report = Report::read(&payload[..header.words as usize], batch);
             receiver.release()?;
+            flags |= header.flags;
             Ok(report)
         })
-        .collect()
+        .collect::<Result<Vec<Report>>>()?;
+    Ok((reports, flags))
 }

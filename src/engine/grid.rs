@@ -91,6 +91,8 @@ pub struct Wiring {
     pub reports: Vec<u32>,
     /// Per module, the first id of its replicas' averaging links (R > 1).
     pub average: Vec<Option<u32>>,
+    /// By replica, the link on which its first module hears what was decided for a clip's end (training, r > 0).
+    pub control: Vec<Option<u32>>,
 }
 
 impl Wiring {
@@ -147,6 +149,13 @@ impl Wiring {
                 add(Kind::Report, w, grid.console(), report_words(w), 4, name)
             })
             .collect();
+        let control = (0..grid.replicas)
+            .map(|r| {
+                let name = format!("decisions for replica {r}");
+                // The clip's end is some ticks after the decision, so the replicas need not keep the same time.
+                (training && r > 0).then(|| add(Kind::Control, grid.worker(1, 0), grid.worker(1, r), 1, 2, name))
+            })
+            .collect();
         let mut average = vec![None; d];
         if grid.replicas > 1 && training {
             for i in 1..=d {
@@ -157,7 +166,7 @@ impl Wiring {
                 average[i - 1] = Some(first);
             }
         }
-        Wiring { links, activations, cotangents, truth: truths, reports, average }
+        Wiring { links, activations, cotangents, truth: truths, reports, average, control }
     }
 }
 

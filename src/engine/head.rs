@@ -46,7 +46,7 @@ impl Head {
     /// its gradient with respect to `y` if `training`.
     ///
     /// # Errors
-    /// [`Error::Run`] if the loss is not a finite number.
+    /// [`Error::NonFinite`] if the loss is not a finite number.
     pub fn loss(&mut self, y: &Tensor, target: Option<&Tensor>, training: bool) -> Result<Option<Tensor>> {
         let (value, gradient) = match (self.task, target) {
             (Task::Recognition, _) => {
@@ -58,7 +58,7 @@ impl Head {
             (Task::FutureFrames, None) => return Err(Error::Run("a step with a loss came without its target".into())),
         };
         if !value.is_finite() {
-            return Err(Error::Run(format!(
+            return Err(Error::NonFinite(format!(
                 "the loss is {value}: training has diverged; lower train.optimizer.lr, warm up longer, or set \
                  train.clip_norm"
             )));

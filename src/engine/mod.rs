@@ -1,7 +1,7 @@
 //! Training and evaluation: one worker a module, each following its schedule over its links.
 //!
 //! [`tick`] is the algorithm; read it first, then [`clip`]. [`worker`] is what it works on, [`grid`] says where workers run and how
-//! they are joined, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`mod@reference`]
+//! they are joined, [`stop`] how they agree to end, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`mod@reference`]
 //! is exact back-propagation over the same graph and [`bp`] trains with it.
 
 pub mod bp;
@@ -9,11 +9,14 @@ pub mod clip;
 pub mod console;
 pub mod grid;
 pub mod head;
+pub mod limits;
 pub mod reference;
 pub mod report;
 pub mod run;
 pub mod setup;
 pub mod state;
+pub mod stop;
 pub mod tick;
 pub mod turns;
 pub mod worker;
+pub mod writer;

@@ -15,8 +15,14 @@ pub struct Report {
     pub grad_norm: f32,
     /// Learning rate of that update.
     pub lr: f32,
-    /// Whether the worker has written its module into a checkpoint at this clip.
-    pub saved: bool,
+    /// The newest checkpoint, by batches of clips done, that the worker's module is on disk in.
+    pub saved: Option<u64>,
+    /// Losses, cotangents and updates left out because they were not finite.
+    pub skipped: f32,
+    /// The link the worker waited on longest since the last report.
+    pub link: u32,
+    /// Seconds it waited there.
+    pub waited: f32,
     /// Evaluation, last module: the clips' mean logits, `[B, K]`; labels are in [`Report::labels`].
     pub logits: Vec<f32>,
     /// Evaluation, last module: the labels, `[B]`, −1 where the batch is padded.
@@ -24,7 +30,12 @@ pub struct Report {
 }
 
 /// Words in front of the logits.
-const FIXED: usize = Score::WORDS + PHASES + 4;
+const FIXED: usize = Score::WORDS + PHASES + 8;
+/// Whole numbers up to this are exact as a float.
+const EXACT: u64 = 1 << 24;
+
+/// In a report's header flags: how far the decision about its clip is shifted; below it is what was asked for.
+pub const DECIDED: u32 = 8;
 
 impl Report {
     /// Words of a report with the logits and labels of `batch` clips over `classes` (0: without).
@@ -34,11 +45,16 @@ impl Report {
 
     /// Writes the report at the front of a message's payload; returns the words written.
     pub fn write(&self, out: &mut [f32]) -> usize {
+        let saved = self.saved.map_or(0, |clips| clips + 1);
         let fixed = self.score.to_array().into_iter().chain(self.time.to_array()).chain([
             self.backward_steps,
             self.grad_norm,
             self.lr,
-            f32::from(u8::from(self.saved)),
+            self.skipped,
+            self.link as f32,
+            self.waited,
+            (saved % EXACT) as f32,
+            (saved / EXACT) as f32,
         ]);
         let all = fixed.chain(self.logits.iter().copied()).chain(self.labels.iter().copied());
         let mut words = 0;
@@ -60,10 +76,13 @@ impl Report {
         Report {
             score: Score::from_array([at(0), at(1), at(2), at(3), at(4)]),
             time: TimeAccount::from_array(time),
-            backward_steps: at(FIXED - 4),
-            grad_norm: at(FIXED - 3),
-            lr: at(FIXED - 2),
-            saved: at(FIXED - 1) != 0.0,
+            backward_steps: at(FIXED - 8),
+            grad_norm: at(FIXED - 7),
+            lr: at(FIXED - 6),
+            skipped: at(FIXED - 5),
+            link: at(FIXED - 4) as u32,
+            waited: at(FIXED - 3),
+            saved: (at(FIXED - 2) as u64 + at(FIXED - 1) as u64 * EXACT).checked_sub(1),
             logits: logits.to_vec(),
             labels: if logits.is_empty() { Vec::new() } else { labels.to_vec() },
         }
@@ -82,7 +101,10 @@ mod tests {
             backward_steps: 8.0,
             grad_norm: 9.0,
             lr: 10.0,
-            saved: true,
+            saved: Some(EXACT * 3 + 5),
+            skipped: 2.0,
+            link: 17,
+            waited: 0.25,
             logits: Vec::new(),
             labels: Vec::new(),
         };

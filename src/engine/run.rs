@@ -7,11 +7,13 @@ use candle_core::{DType, Device};
 
 use super::console::{Console, Observer, Recorder, Totals, gather};
 use super::head::Head;
-use super::report::Report;
+use super::report::{DECIDED, Report};
 use super::setup::{Purpose, Setup};
-use super::state::{Fit, Saver, restore};
+use super::state::{Due, Fit, Saver, restore};
+use super::stop::{Decider, ENDS, Files, Requests};
 use super::turns::Turns;
-use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Worker};
+use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Waits, Worker};
+use super::writer::Writer;
 use crate::checkpoint::{self, Checkpoint, Manifest};
 use crate::config::Config;
 use crate::data::FrameStream;
@@ -42,13 +44,18 @@ pub struct Span {
 
 impl Span {
     /// Training: resumes from the newest checkpoint in the run folder, else starts (from `train.init` if set).
-    /// Stops after `stop_after` batches, if given.
+    /// Stops after `stop_after` batches, if given. Rank 0 verifies the checkpoints and chooses for all. Collective.
     ///
     /// # Errors
     /// [`Error::Input`] if the run folder's checkpoints are of another network, or `train.init` cannot be read.
-    pub fn of_training(setup: &Setup, stop_after: Option<u64>) -> Result<Self> {
+    pub fn of_training(setup: &Setup, world: &World, stop_after: Option<u64>) -> Result<Self> {
+        let newest = world.first_error(newest_of_all(setup, world))?;
+        world.first_error(Self::from_newest(setup, newest, stop_after))
+    }
+
+    fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64>) -> Result<Self> {
         let total = setup.total_clips()?;
-        let (first, from) = match (checkpoint::latest(&setup.checkpoints())?, &setup.config.train.init) {
+        let (first, from) = match (newest, &setup.config.train.init) {
             (Some(newest), _) => {
                 check_same_run(setup, &newest)?;
                 (newest.manifest().clips, Some((newest, Fit::Exact)))
@@ -58,6 +65,19 @@ impl Span {
         };
         let end = stop_after.map_or(total, |n| total.min(first + n));
         Ok(Span { first, end: end.max(first), total, from, record: true })
+    }
+}
+
+/// The run folder's newest checkpoint that is whole, as rank 0 finds it.
+fn newest_of_all(setup: &Setup, world: &World) -> Result<Option<Checkpoint>> {
+    let dir = setup.checkpoints();
+    let found = if world.rank() == 0 { checkpoint::latest(&dir) } else { Ok(None) };
+    let found = world.first_error(found)?;
+    let clips = found.as_ref().map(|newest| newest.manifest().clips);
+    let all = world.gather(&clips.map_or(Vec::new(), |clips| clips.to_le_bytes().to_vec()))?;
+    match (found, <[u8; 8]>::try_from(all[0].as_slice())) {
+        (None, Ok(clips)) => Checkpoint::trusted(&checkpoint::folder_of(&dir, u64::from_le_bytes(clips))).map(Some),
+        (found, _) => Ok(found),
     }
 }
 
@@ -82,14 +102,15 @@ fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// Trains with Sideways or Skip-Sideways over all workers; every rank calls it. Totals are rank 0's.
+/// Trains with Sideways or Skip-Sideways over all workers; every rank calls it. Totals are rank 0's, but for the decision
+/// that ended the run early. `requests` is what this process is asked for meanwhile.
 ///
 /// # Errors
 /// The first failure of any worker of this process; under MPI the whole job is ended with it.
-pub fn train(setup: &Setup, world: &World, span: &Span, observer: Observer) -> Result<Totals> {
+pub fn train(setup: &Setup, world: &World, span: &Span, requests: &Requests, observer: Observer) -> Result<Totals> {
     world.agree(setup.fingerprint(span.first)?, "configuration, dataset and checkpoint")?;
     let recorder = if world.rank() == 0 { recorder(setup, span)? } else { None };
-    run(setup, world, span, recorder, observer)
+    run(setup, world, span, recorder, requests, observer)
 }
 
 /// One pass over the test clips with fixed parameters; every rank calls it. The observer sees logits on rank 0.
@@ -98,7 +119,7 @@ pub fn train(setup: &Setup, world: &World, span: &Span, observer: Observer) -> R
 /// As [`train`].
 pub fn evaluate(setup: &Setup, world: &World, span: &Span, observer: Observer) -> Result<Totals> {
     world.agree(setup.fingerprint(span.first)?, "configuration, dataset and checkpoint")?;
-    run(setup, world, span, None, observer)
+    run(setup, world, span, None, &Requests::default(), observer)
 }
 
 /// Opens the run folder for recording, if the span is to be recorded.
@@ -115,10 +136,18 @@ pub fn recorder(setup: &Setup, span: &Span) -> Result<Option<Recorder>> {
     let path = dir.join("config.toml");
     std::fs::write(&path, &text).map_err(|e| Error::io(&path, e))?;
     let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
-    Recorder::open(dir, setup.checkpoints(), manifest, setup.config.run.keep, span.first).map(Some)
+    checkpoint::clear_unfinished(&setup.checkpoints())?;
+    Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, span.first).map(Some)
 }
 
-fn run(setup: &Setup, world: &World, span: &Span, recorder: Option<Recorder>, observer: Observer) -> Result<Totals> {
+fn run(
+    setup: &Setup,
+    world: &World,
+    span: &Span,
+    recorder: Option<Recorder>,
+    requests: &Requests,
+    observer: Observer,
+) -> Result<Totals> {
     let grid = setup.grid;
     let timeout = Duration::from_secs(setup.config.run.timeout);
     let mut endpoints = connect(world, &grid.placement(), &setup.wiring.links, timeout)?;
@@ -134,15 +163,17 @@ fn run(setup: &Setup, world: &World, span: &Span, recorder: Option<Recorder>, ob
     let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
     let turns = Arc::new(Turns::new(at_once(setup.config.run.threads)));
     let (done, finished) = mpsc::channel();
-    std::thread::scope(|scope| {
+    let decision = std::thread::scope(|scope| {
         let mut running = 0;
         for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
             let (i, r) = grid.module_and_replica(w);
-            let (done, ends, turns) = (done.clone(), ends_of(setup, w, &mut endpoints)?, turns.clone());
+            let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
+            let (turns, requests) = (turns.clone(), requests.clone());
             let threads = setup.config.run.threads;
             let body = move || {
-                let work =
-                    || kernels::with_threads(threads, || work(setup, w, ends, span, turns)).and_then(|done| done);
+                let work = || {
+                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests)).and_then(|done| done)
+                };
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
                 // The main thread waits for exactly one answer of every worker.
@@ -158,41 +189,63 @@ fn run(setup: &Setup, world: &World, span: &Span, recorder: Option<Recorder>, ob
         if world.rank() == 0 {
             let (done, console) = (done.clone(), &mut console);
             scope.spawn(move || {
-                let _ = done.send(watch(console, &mut reports, span, batch));
+                let _ = done.send(watch(console, &mut reports, span, batch, requests));
             });
             running += 1;
         }
-        let mut errors = Vec::new();
+        let (mut errors, mut decision) = (Vec::new(), 0);
         for result in finished.iter().take(running) {
-            if let Err(e) = result {
-                breaker.trip(e.to_string());
-                errors.push(e);
+            match result {
+                Ok(decided) => decision |= decided,
+                Err(e) => {
+                    breaker.trip(e.to_string());
+                    errors.push(e);
+                }
             }
         }
         // A worker that fails makes its neighbours' links fail: the cause is what is not about links, else the first.
         let cause = errors.iter().position(|e| !matches!(e, Error::Transport(_))).unwrap_or(0);
-        if errors.is_empty() { Ok(()) } else { Err(errors.swap_remove(cause)) }
+        if errors.is_empty() { Ok(decision) } else { Err(errors.swap_remove(cause)) }
     })?;
-    Ok(console.totals())
+    Ok(Totals { decision, ..console.totals() })
 }
 
 /// The console's thread.
-fn watch(console: &mut Console, reports: &mut [(u32, Receiver)], span: &Span, batch: usize) -> Result<()> {
-    console.started(&gather(reports, span.first, batch)?)?;
+fn watch(
+    console: &mut Console,
+    reports: &mut [(u32, Receiver)],
+    span: &Span,
+    batch: usize,
+    requests: &Requests,
+) -> Result<u32> {
+    console.started(&gather(reports, span.first, batch)?.0)?;
     for clip in span.first..span.end {
-        console.batch(clip, gather(reports, clip, batch)?)?;
+        let (reports, flags) = gather(reports, clip, batch)?;
+        let (asked, decided) = (flags & ((1 << DECIDED) - 1), flags >> DECIDED);
+        requests.raise(asked);
+        let ends = decided & ENDS != 0;
+        console.batch(clip, reports, ends || clip + 1 == span.end)?;
+        if ends {
+            return Ok(decided);
+        }
     }
-    Ok(())
+    Ok(0)
 }
 
-/// A worker's thread: all clips of the span.
-fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>) -> Result<()> {
-    let mut worker = build(setup, w, ends, span, turns)?;
+/// A worker's thread: all clips of the span, or up to the one after which it was decided to end. Returns that decision.
+fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<u32> {
+    let mut worker = build(setup, w, ends, span, turns, requests)?;
     worker.start(span.first)?;
+    let mut decision = 0;
     for clip in span.first..span.end {
         worker.clip(clip, setup.schedule.tick(clip, 1, 0))?;
+        if worker.decision & ENDS != 0 {
+            decision = worker.decision;
+            break;
+        }
     }
-    worker.flush()
+    worker.flush()?;
+    Ok(decision)
 }
 
 /// An edge's ends at one worker: its activations' and, where any is used, its cotangents'.
@@ -206,6 +259,8 @@ struct Ends {
     truth_out: Option<(u32, Sender)>,
     console: (u32, Sender),
     average: Option<ReplicaAverage>,
+    told: Option<(u32, Receiver)>,
+    tells: Vec<(u32, Sender)>,
 }
 
 fn take<T>(end: Option<T>, id: u32) -> Result<T> {
@@ -244,7 +299,16 @@ fn ends_of(setup: &Setup, w: usize, endpoints: &mut Endpoints) -> Result<Ends> {
     let average = wiring.average[i - 1]
         .map(|first| ReplicaAverage::new(endpoints, &average_links(setup, i, first), r))
         .transpose()?;
-    Ok(Ends { inputs, outputs, truth_in, truth_out, console, average })
+    let (mut told, mut tells) = (None, Vec::new());
+    if i == 1 {
+        if let Some(id) = wiring.control[r] {
+            told = Some((id, take(endpoints.receiver(id), id)?));
+        }
+        for &id in wiring.control.iter().flatten().filter(|_| r == 0) {
+            tells.push((id, take(endpoints.sender(id), id)?));
+        }
+    }
+    Ok(Ends { inputs, outputs, truth_in, truth_out, console, average, told, tells })
 }
 
 fn average_links(setup: &Setup, i: usize, first: u32) -> Vec<crate::transport::LinkSpec> {
@@ -290,7 +354,7 @@ pub fn last_layer(setup: &Setup) -> String {
     format!("layers.{last}.")
 }
 
-fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>) -> Result<Worker> {
+fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let config = &setup.config;
     let training = setup.purpose == Purpose::Train;
@@ -310,6 +374,17 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>) ->
         target: None,
         clips: setup.dataset.as_ref().filter(|_| !training).map(|data| data.videos.len()),
     });
+    let saver = match training && r == 0 && span.record {
+        true => Some(Saver {
+            writer: Writer::new(setup.checkpoints(), i, config.run.on_checkpoint_error)?,
+            due: Due { every: config.run.checkpoint_every, end: span.end },
+        }),
+        false => None,
+    };
+    let decider = (training && i == 1 && span.record).then(|| match ends.told {
+        Some(told) => Decider::Told(told),
+        None => Decider::Chief { files: Files::new(&config.run.dir), others: ends.tells },
+    });
     Ok(Worker {
         index: i,
         batch: config.data.batch,
@@ -324,19 +399,28 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>) ->
                 activations,
                 cotangents,
                 held: None,
+                waits: Waits::default(),
             })
             .collect(),
         outputs: outputs
-            .map(|(spec, (id, activations, cotangents))| OutEdge { spec: spec.clone(), id, activations, cotangents })
+            .map(|(spec, (id, activations, cotangents))| OutEdge {
+                spec: spec.clone(),
+                id,
+                activations,
+                cotangents,
+                waits: Waits::default(),
+            })
             .collect(),
         source,
         loss,
         update,
-        saver: (training && r == 0 && span.record).then(|| Saver {
-            dir: setup.checkpoints(),
-            every: config.run.checkpoint_every,
-            end: span.end,
-        }),
+        saver,
+        requests,
+        decider,
+        decision_step: setup.schedule.steps(d).len().saturating_sub(1),
+        decision: 0,
+        on_nonfinite: config.run.on_nonfinite,
+        skipped: 0,
         console: ends.console,
         report_logits: !training && i == d && setup.ahead.is_none(),
         watch: Stopwatch::default(),
@@ -366,7 +450,7 @@ fn source(setup: &Setup, r: usize, span: &Span, truth: Option<(u32, Sender)>) ->
 impl Worker {
     /// Says that it is ready; before the first clip of all also writes its module into checkpoint 0.
     fn start(&mut self, first: u64) -> Result<()> {
-        let saved = if first == 0 { self.save_start()? } else { false };
+        let saved = if first == 0 { self.save_start()? } else { None };
         let report = Report { saved, time: self.watch.take(), ..Report::default() };
         self.send_report(first, &report)
     }

@@ -1,12 +1,13 @@
 //! What outlives a clip: updates of the parameters, and their way into and out of checkpoints.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::worker::{Update, Worker};
-use crate::checkpoint::{self, Checkpoint};
+use super::stop::ENDS;
+use super::worker::{Update, Worker, left_out};
+use super::writer::Writer;
+use crate::checkpoint::Checkpoint;
 use crate::metrics::Phase;
 use crate::model::module::Module;
 use crate::{Error, Result};
@@ -14,20 +15,26 @@ use crate::{Error, Result};
 /// Name of the count of steps since the last update, per module (only where updates do not fall on clips' ends).
 const STEPS: &str = "progress.steps";
 
-/// When and where a worker writes its module.
-#[derive(Clone, Debug)]
+/// When a worker writes its module, and what writes it.
 pub struct Saver {
-    /// The run's `checkpoints` folder.
-    pub dir: PathBuf,
+    /// Writes into the run's `checkpoints` folder.
+    pub writer: Writer,
+    /// When.
+    pub due: Due,
+}
+
+/// When checkpoints are written without being asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Due {
     /// Batches of clips between checkpoints.
     pub every: u64,
     /// The batch of clips behind the last one of this run: a checkpoint is written there too.
     pub end: u64,
 }
 
-impl Saver {
+impl Due {
     /// Is a checkpoint due when `clips` batches are done?
-    pub fn due(&self, clips: u64) -> bool {
+    pub fn at(&self, clips: u64) -> bool {
         clips.is_multiple_of(self.every) || clips == self.end
     }
 }
@@ -37,27 +44,39 @@ impl Worker {
     pub(super) fn apply_update(&mut self, clip: u64, step: usize) -> Result<()> {
         self.watch.enter(Phase::Optimizer);
         let Some(update) = &mut self.update else { return Ok(()) };
-        update.apply(&mut self.module, clip, step)
-    }
-
-    /// Writes the module if a checkpoint is due after `clip`.
-    pub(super) fn save(&mut self, clip: u64) -> Result<bool> {
-        match &self.saver {
-            Some(saver) if saver.due(clip + 1) => {
-                let tensors = snapshot(&mut self.module, self.update.as_ref(), self.index)?;
-                checkpoint::write_module(&saver.dir, clip + 1, self.index, tensors)?;
-                Ok(true)
+        match update.apply(&mut self.module, clip, step) {
+            Err(e @ Error::NonFinite(_)) => {
+                left_out(self.on_nonfinite, &mut self.skipped, e, || update.forget(&mut self.module))
             }
-            _ => Ok(false),
+            result => result,
         }
     }
 
+    /// Hands the module over to be written if a checkpoint is due after `clip`, or was decided on; at the end of the run
+    /// waits until it is written. Returns the newest checkpoint that this worker's part of is on disk.
+    pub(super) fn save(&mut self, clip: u64) -> Result<Option<u64>> {
+        let Some(saver) = &mut self.saver else { return Ok(None) };
+        let (done, last) = (clip + 1, clip + 1 == saver.due.end || self.decision & ENDS != 0);
+        if saver.due.at(done) || self.decision != 0 {
+            saver.writer.begin(done, snapshot(&mut self.module, self.update.as_ref(), self.index)?)?;
+        }
+        if !last {
+            return saver.writer.written();
+        }
+        let written = saver.writer.wait()?;
+        if written != Some(done) {
+            return Err(Error::Run(format!(
+                "the run's last checkpoint, of {done} batches of clips, could not be written (see above)"
+            )));
+        }
+        Ok(written)
+    }
+
     /// Writes the module as it is before the first clip.
-    pub(super) fn save_start(&mut self) -> Result<bool> {
-        let Some(saver) = &self.saver else { return Ok(false) };
-        let tensors = snapshot(&mut self.module, self.update.as_ref(), self.index)?;
-        checkpoint::write_module(&saver.dir, 0, self.index, tensors)?;
-        Ok(true)
+    pub(super) fn save_start(&mut self) -> Result<Option<u64>> {
+        let Some(saver) = &mut self.saver else { return Ok(None) };
+        saver.writer.begin(0, snapshot(&mut self.module, self.update.as_ref(), self.index)?)?;
+        saver.writer.wait()
     }
 }
 
@@ -75,6 +94,20 @@ impl Update {
         (self.grad_norm, self.lr) = (stats.grad_norm, factor * self.rate);
         self.steps = 0;
         Ok(())
+    }
+}
+
+impl Update {
+    /// Forgets the gradients since the last update.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub fn forget(&mut self, module: &mut Module) -> Result<()> {
+        self.steps = 0;
+        module.visit(&mut |p| {
+            p.grad = None;
+            Ok(())
+        })
     }
 }
 
@@ -115,7 +148,8 @@ pub fn snapshot(module: &mut Module, update: Option<&Update>, index: usize) -> R
     module.visit(&mut |p| {
         tensors.push((p.name.clone(), p.value.clone()));
         if unfinished && let Some(grad) = &p.grad {
-            tensors.push((format!("gradient.{}", p.name), grad.clone()));
+            // Values are replaced, gradients added to in place: what is written later needs its own.
+            tensors.push((format!("gradient.{}", p.name), grad.copy()?));
         }
         Ok(())
     })?;

@@ -7,7 +7,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::worker::{At, Worker, header, receive, send};
+use super::worker::{At, Worker, header, left_out, not_finite, receive, send};
 use crate::config::UpdateEvery;
 use crate::kernels::activation;
 use crate::metrics::Phase;
@@ -34,19 +34,33 @@ impl Worker {
     /// The frame (module 1), or the main input and the skips: those that arrive now, else the one held.
     fn wait_for_activations(&mut self, at: At) -> Result<Vec<Tensor>> {
         if self.source.is_some() {
+            self.decide(at)?;
             return Ok(vec![self.read_frame(at)?]);
         }
         self.watch.enter(Phase::WaitActivations);
-        let arrivals = self.inputs.iter_mut().zip(&self.plan[at.step].receive);
-        arrivals
-            .map(|(edge, arrives)| {
-                if let Some(sent_at) = *arrives {
-                    let due = header(Kind::Activation, edge.id, at.clip, sent_at, self.batch, edge.spec.shape);
-                    edge.held = Some(receive(&mut edge.activations, &due)?);
+        let mut inputs = Vec::with_capacity(self.inputs.len());
+        for (edge, arrives) in self.inputs.iter_mut().zip(&self.plan[at.step].receive) {
+            if let Some(sent_at) = *arrives {
+                let due = header(Kind::Activation, edge.id, at.clip, sent_at, self.batch, edge.spec.shape);
+                let (activation, flags) = edge.waits.time(|| receive(&mut edge.activations, &due))?;
+                edge.held = Some(activation);
+                if edge.spec.edge.is_main() && at.step == self.decision_step {
+                    self.decision = flags;
                 }
-                edge.held.clone().ok_or_else(|| Error::Run(format!("{}: nothing to hold", edge.spec.edge)))
-            })
-            .collect()
+            }
+            let held = edge.held.clone();
+            inputs.push(held.ok_or_else(|| Error::Run(format!("{}: nothing to hold", edge.spec.edge)))?);
+        }
+        Ok(inputs)
+    }
+
+    /// Module 1, once a clip: what to do behind it (see [`super::stop`]).
+    fn decide(&mut self, at: At) -> Result<()> {
+        if let Some(decider) = self.decider.as_mut().filter(|_| at.step == self.decision_step) {
+            self.watch.enter(Phase::Other);
+            self.decision = decider.decide(&self.requests, at.clip, at.step)?;
+        }
+        Ok(())
     }
 
     fn forward(&mut self, inputs: &[Tensor], at: At) -> Result<Tensor> {
@@ -72,7 +86,7 @@ impl Worker {
             };
             self.watch.enter(Phase::Send);
             let head = header(Kind::Activation, edge.id, at.clip, at.step, self.batch, edge.spec.shape);
-            send(&mut edge.activations, &head.stamped(at.tick, 0), &pooled)?;
+            send(&mut edge.activations, &head.stamped(at.tick, self.decision), &pooled)?;
         }
         Ok(())
     }
@@ -89,7 +103,15 @@ impl Worker {
             let (Some(computed_at), Some((id, receiver))) = (*computed_at, edge.cotangents.as_mut()) else { continue };
             self.watch.enter(Phase::WaitCotangents);
             let due = header(Kind::Cotangent, *id, at.clip, computed_at, self.batch, edge.spec.shape);
-            let c = receive(receiver, &due)?;
+            let (c, asked) = edge.waits.time(|| receive(receiver, &due))?;
+            self.requests.raise(asked);
+            let c = if activation::all_finite(&c)? {
+                c
+            } else {
+                let text =
+                    format!("the cotangent that module {} computed at its step {computed_at}", edge.spec.edge.to);
+                left_out(self.on_nonfinite, &mut self.skipped, not_finite(&text), || Ok(c.zeros_like()?))?
+            };
             let (fh, fw) = edge.spec.pool;
             if sum.is_none() && (fh, fw) == (1, 1) {
                 sum = Some(c);
@@ -119,10 +141,11 @@ impl Worker {
 
     fn send_cotangents(&mut self, cotangents: &[Option<Tensor>], at: At) -> Result<()> {
         self.watch.enter(Phase::Send);
+        let asked = self.requests.pending();
         for (edge, c) in self.inputs.iter_mut().zip(cotangents) {
             if let (Some(c), Some((id, sender))) = (c, edge.cotangents.as_mut()) {
                 let head = header(Kind::Cotangent, *id, at.clip, at.step, self.batch, edge.spec.shape);
-                send(sender, &head.stamped(at.tick, 0), c)?;
+                send(sender, &head.stamped(at.tick, asked), c)?;
             }
         }
         Ok(())
@@ -170,11 +193,16 @@ impl Worker {
             Some((id, receiver)) if !end.head.needs_labels() => {
                 self.watch.enter(Phase::WaitActivations);
                 let (_, h, w, c) = y.dims4()?;
-                Some(receive(receiver, &header(Kind::Target, *id, at.clip, at.step, self.batch, [h, w, c]))?)
+                Some(receive(receiver, &header(Kind::Target, *id, at.clip, at.step, self.batch, [h, w, c]))?.0)
             }
             _ => end.target.take(),
         };
         self.watch.enter(Phase::Backward);
-        end.head.loss(y, target.as_ref(), training)
+        match end.head.loss(y, target.as_ref(), training) {
+            Err(e @ Error::NonFinite(_)) if training => {
+                left_out(self.on_nonfinite, &mut self.skipped, e, || Ok(Some(y.zeros_like()?)))
+            }
+            result => result,
+        }
     }
 }

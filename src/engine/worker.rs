@@ -1,13 +1,15 @@
 //! One module of one replica with everything it works on: parameters, schedule, links, frames, loss, optimiser.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 
 use super::head::Head;
 use super::state::Saver;
+use super::stop::{Decider, Requests};
 use super::turns::Turns;
-use crate::config::UpdateEvery;
+use crate::config::{OnNonfinite, UpdateEvery};
 use crate::data::loader::FrameStream;
 use crate::metrics::Stopwatch;
 use crate::model::layers::{Pass, Tape};
@@ -42,6 +44,8 @@ pub struct InEdge {
     pub cotangents: Option<(u32, Sender)>,
     /// The newest activation, held past the end of the sender's clip.
     pub held: Option<Tensor>,
+    /// Time spent waiting for activations.
+    pub waits: Waits,
 }
 
 /// An edge out of the module.
@@ -54,6 +58,27 @@ pub struct OutEdge {
     pub activations: Sender,
     /// Cotangents come here (absent where none is ever used).
     pub cotangents: Option<(u32, Receiver)>,
+    /// Time spent waiting for cotangents.
+    pub waits: Waits,
+}
+
+/// Time spent waiting on one link since the last report.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Waits(f64);
+
+impl Waits {
+    /// Counts the time that `f` takes.
+    pub fn time<T>(&mut self, f: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = f();
+        self.0 += start.elapsed().as_secs_f64();
+        result
+    }
+
+    /// The seconds counted, which starts anew.
+    pub fn take(&mut self) -> f64 {
+        std::mem::take(&mut self.0)
+    }
 }
 
 /// Module 1's frames, and what it passes on to module D.
@@ -142,6 +167,18 @@ pub struct Worker {
     pub update: Option<Update>,
     /// Training, replica 0 only.
     pub saver: Option<Saver>,
+    /// What this process was asked for.
+    pub requests: Requests,
+    /// Training, module 1 only: its part in deciding what to do after a clip.
+    pub decider: Option<Decider>,
+    /// The step at which the decision travels: the last that every module has.
+    pub decision_step: usize,
+    /// What was decided for the end of this clip (bits of [`super::stop`]).
+    pub decision: u32,
+    /// Whether something that is not a finite number stops the run or is left out.
+    pub on_nonfinite: OnNonfinite,
+    /// Losses, cotangents and updates left out in this clip because they were not finite.
+    pub skipped: u64,
     /// To rank 0.
     pub console: (u32, Sender),
     /// Reports carry logits (evaluation).
@@ -156,6 +193,31 @@ impl Worker {
     /// What a pass of the module needs to know at `at`.
     pub fn pass(&self, at: At) -> Pass {
         pass(self.update.is_some(), self.key, at.clip, at.step)
+    }
+}
+
+/// The error for something that holds values which are not finite numbers.
+pub fn not_finite(what: &str) -> Error {
+    Error::NonFinite(format!("{what} is not finite"))
+}
+
+/// What to do about a value that is not finite: `error` where that stops the run, else `instead`, counted in `skipped`.
+///
+/// # Errors
+/// `error`, or that of `instead`.
+pub fn left_out<T>(
+    policy: OnNonfinite,
+    skipped: &mut u64,
+    error: Error,
+    instead: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    match policy {
+        OnNonfinite::Stop => Err(error),
+        OnNonfinite::Skip => {
+            *skipped += 1;
+            log::warn!("left out: {error}");
+            instead()
+        }
     }
 }
 
@@ -188,10 +250,12 @@ pub fn send(sender: &mut Sender, header: &Header, tensor: &Tensor) -> Result<()>
     }
 }
 
-/// Waits for a message and makes its payload a tensor `[B, H, W, C]`; the buffer is given back at once.
-pub fn receive(receiver: &mut Receiver, header: &Header) -> Result<Tensor> {
+/// Waits for a message and makes its payload a tensor `[B, H, W, C]`, with the header's flags; the buffer is given back at
+/// once.
+pub fn receive(receiver: &mut Receiver, header: &Header) -> Result<(Tensor, u32)> {
     let shape: Vec<usize> = header.shape.iter().map(|&x| x as usize).collect();
-    let tensor = Tensor::from_slice(receiver.wait(header)?, shape, &Device::Cpu)?;
+    let (flags, payload) = receiver.wait_flagged(header)?;
+    let tensor = Tensor::from_slice(payload, shape, &Device::Cpu)?;
     receiver.release()?;
-    Ok(tensor)
+    Ok((tensor, flags))
 }

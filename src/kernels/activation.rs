@@ -27,6 +27,26 @@ pub fn add_relu(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     }))
 }
 
+/// Whether every element is a finite number.
+///
+/// # Errors
+/// As [`relu`].
+pub fn all_finite(x: &Tensor) -> Result<bool> {
+    let x = x.contiguous()?;
+    by_dtype!(x, T => {
+        let x = Host::of(&x)?;
+        // 0 times a finite number is 0; the sum of a piece is not 0 as soon as one element is none.
+        let zeros = |piece: &[T]| simd::vectorized(#[inline(always)] || {
+            let mut sums = [T::ZERO; 16];
+            for values in piece.chunks(16) {
+                sums.iter_mut().zip(values).for_each(|(sum, &v)| *sum += v * T::ZERO);
+            }
+            sums.iter().all(|&sum| sum == T::ZERO)
+        });
+        Ok(x.slice::<T>()?.chunks(PIECE).all(zeros))
+    })
+}
+
 /// `a + b` of two tensors of one shape.
 ///
 /// # Errors

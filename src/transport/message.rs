@@ -34,12 +34,14 @@ pub enum Kind {
     Gradient = 5,
     /// Losses, counts and times on their way to whoever prints them.
     Report = 6,
+    /// What one replica's first module tells the others'.
+    Control = 7,
 }
 
 impl Kind {
     fn from_code(code: u16) -> Option<Kind> {
         use Kind::*;
-        [Activation, Cotangent, Target, Labels, Gradient, Report].into_iter().find(|kind| *kind as u16 == code)
+        [Activation, Cotangent, Target, Labels, Gradient, Report, Control].into_iter().find(|kind| *kind as u16 == code)
     }
 }
 
@@ -52,6 +54,7 @@ impl fmt::Display for Kind {
             Kind::Labels => "labels",
             Kind::Gradient => "gradient",
             Kind::Report => "report",
+            Kind::Control => "control",
         })
     }
 }
@@ -134,7 +137,7 @@ impl Header {
         }
         let code = words[1] as u16;
         let kind = Kind::from_code(code)
-            .ok_or_else(|| Error::Transport(format!("a message has the unknown kind {code} (1 to 6 are known)")))?;
+            .ok_or_else(|| Error::Transport(format!("a message has the unknown kind {code} (1 to 7 are known)")))?;
         let long = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
         let header = Header {
             kind,

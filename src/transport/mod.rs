@@ -167,10 +167,18 @@ impl Receiver {
     /// [`Error::Transport`] when kind, edge, clip, step, shape or length are not those of `expected` (both are
     /// shown), the sender ended, the links were stopped, or the timeout passed.
     pub fn wait(&mut self, expected: &Header) -> Result<&[f32]> {
+        self.wait_flagged(expected).map(|(_, payload)| payload)
+    }
+
+    /// As [`Receiver::wait`], with the flags of the message's header in front of its payload.
+    ///
+    /// # Errors
+    /// As [`Receiver::wait`].
+    pub fn wait_flagged(&mut self, expected: &Header) -> Result<(u32, &[f32])> {
         // Held and verified in two steps: the borrow of the payload must not keep the link from being named.
         let header = each!(self, Receiver, end => end.hold(Some(expected)))?.0;
         each!(&*self, Receiver, end => end.link()).verify(&header, expected)?;
-        Ok(each!(self, Receiver, end => end.hold(Some(expected)))?.1)
+        Ok((header.flags, each!(self, Receiver, end => end.hold(Some(expected)))?.1))
     }
 
     /// Waits for the oldest unreleased message whatever its clip and step: for messages that say themselves

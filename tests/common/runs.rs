@@ -10,6 +10,7 @@ use sideways::engine::bp;
 use sideways::engine::console::Totals;
 use sideways::engine::run::{self, Span};
 use sideways::engine::setup::{Purpose, Setup};
+use sideways::engine::stop::Requests;
 use sideways::transport::World;
 
 /// Side of the frames.
@@ -65,10 +66,10 @@ pub fn config(dir: &Path, sets: &[&str]) -> Config {
 /// Trains in this process.
 pub fn train(config: &Config, stop_after: Option<u64>) -> Totals {
     let setup = Setup::new(config, 1, Purpose::Train).unwrap();
-    let span = Span::of_training(&setup, stop_after).unwrap();
+    let span = Span::of_training(&setup, &World::Alone, stop_after).unwrap();
     match config.train.rule {
-        Rule::Bp => bp::train(&setup, &span, &mut |_| ()),
-        _ => run::train(&setup, &World::Alone, &span, &mut |_| ()),
+        Rule::Bp => bp::train(&setup, &span, &Requests::default(), &mut |_| ()),
+        _ => run::train(&setup, &World::Alone, &span, &Requests::default(), &mut |_| ()),
     }
     .unwrap()
 }

@@ -14,6 +14,7 @@ use crate::engine::bp;
 use crate::engine::console::ClipSummary;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
+use crate::engine::stop::Requests;
 use crate::kernels;
 use crate::metrics::{PHASES, TimeAccount};
 use crate::plan::cut::{cut, times_together};
@@ -106,9 +107,10 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
             }
         }
     };
+    let requests = Requests::default();
     match config.train.rule {
-        Rule::Bp => bp::train(&setup, &span, &mut observer)?,
-        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &mut observer)?,
+        Rule::Bp => bp::train(&setup, &span, &requests, &mut observer)?,
+        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &requests, &mut observer)?,
     };
     let peaks = world.gather(&peak_kib().to_le_bytes())?;
     // Behind the peak memory, which measuring layers would raise.

@@ -1,0 +1,315 @@
+//! What happens to a run that is asked to stop, killed, or cannot write: nothing is lost but work since the last checkpoint.
+
+mod common;
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::mpirun::{mpirun, text};
+use common::runs::{config, shard, tensors};
+use sideways::checkpoint;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A configuration that trains for so long that it must be stopped.
+struct Run {
+    dir: tempfile::TempDir,
+    config: String,
+}
+
+impl Run {
+    fn new(sets: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        shard(&dir.path().join("train.h5"), 24, 14, false);
+        let path = dir.path().join("config.toml");
+        let always = [
+            "train.clips=1000000",
+            "run.checkpoint_every=1000000",
+            "model.skip={ spans = [2] }",
+            "train.optimizer={ kind = 'sgd', lr = 0.001, momentum = 0.9 }",
+        ];
+        std::fs::write(&path, config(dir.path(), &[&always[..], sets].concat()).to_toml().unwrap()).unwrap();
+        Run { config: path.display().to_string(), dir }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// Batches of clips of the newest checkpoint.
+    fn newest(&self) -> u64 {
+        checkpoint::latest(&self.folder().join("checkpoints")).unwrap().unwrap().manifest().clips
+    }
+
+    /// Trains `clips` batches in one piece and compares the parameters with those of `folder`.
+    fn assert_same_as_uninterrupted(&self, clips: u64) {
+        let through = self.dir.path().join(format!("through-{clips}"));
+        let (dir, stop) = (format!("run.dir={}", through.display()), clips.to_string());
+        let args = ["train", &self.config, "--set", &dir, "--stop-after", &stop];
+        let output = Command::new(PROGRAM).args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+        assert!(tensors(&through, clips) == tensors(&self.folder(), clips), "parameters differ after {clips} clips");
+    }
+
+    fn lines_of_metrics(&self) -> Vec<u64> {
+        let text = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap_or_default();
+        let clips = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["clips"].as_u64());
+        text.lines().filter_map(clips).collect()
+    }
+}
+
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < MINUTE, "waited a minute for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A child that is killed with its group if the test fails.
+struct Job(Child);
+
+impl Job {
+    fn alone(run: &Run, args: &[&str]) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.args(["train", &run.config]).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        Job(command.spawn().unwrap())
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: a signal to a process this test started.
+        unsafe { libc::kill(self.0.id() as i32, signal) };
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(start.elapsed() < MINUTE, "the job does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        // SAFETY: a signal to the group of a process this test started.
+        unsafe { libc::kill(-(self.0.id() as i32), libc::SIGKILL) };
+        let _ = self.0.wait();
+    }
+}
+
+/// SIGTERM and SIGUSR1 to one process of all modules, and to exact back-propagation: a checkpoint, exit 75, the same bits.
+#[test]
+fn a_signal_stops_with_a_checkpoint() {
+    for (signal, sets) in [
+        (libc::SIGTERM, &[][..]),
+        (libc::SIGUSR1, &["train.boundary=cut"]),
+        (libc::SIGTERM, &["train.replicas=2", "train.update_every=5"]),
+        (libc::SIGUSR1, &["train.rule=bp", "model.skip={}"]),
+        (libc::SIGTERM, &["model.modules=1", "train.rule=sideways", "model.skip={}"]),
+    ] {
+        let run = Run::new(sets);
+        let mut job = Job::alone(&run, &[]);
+        wait_for("five clips", || run.lines_of_metrics().len() >= 5);
+        job.signal(signal);
+        assert_eq!(job.exit_code(), Some(75), "{sets:?}");
+        let clips = run.newest();
+        assert!(clips >= 5 && run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>(), "{sets:?}");
+        run.assert_same_as_uninterrupted(clips);
+    }
+}
+
+/// Whichever rank gets the signal, all stop after the same clip; metrics have every clip once over the restarts.
+#[test]
+fn any_rank_may_get_the_signal() {
+    for (ranks, replicas) in [(5, 1), (3, 1), (6, 2)] {
+        let run = Run::new(&[&format!("train.replicas={replicas}")]);
+        for victim in (0..ranks).step_by(2) {
+            let before = run.lines_of_metrics().len();
+            let metrics = run.folder().join("metrics.jsonl");
+            // The rank waits for some clips, then signals itself.
+            let script = format!(
+                "if [ $OMPI_COMM_WORLD_RANK = {victim} ]; then \
+                 (while [ $(cat {} 2>/dev/null | wc -l) -lt {} ]; do sleep 0.05; done; kill -USR1 $$) & fi; exec {PROGRAM} train {}",
+                metrics.display(),
+                before + 4,
+                run.config
+            );
+            let output = mpirun(ranks, Path::new("sh"), &["-c", &script], &[], MINUTE);
+            assert_eq!(output.status.code(), Some(75), "rank {victim} of {ranks}: {}", text(&output));
+            assert!(text(&output).contains("stopped early by a signal"), "{}", text(&output));
+        }
+        let clips = run.newest();
+        assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>());
+        run.assert_same_as_uninterrupted(clips);
+    }
+}
+
+#[test]
+fn a_second_signal_stops_at_once() {
+    // So large a clip that the first signal is still waiting for its end.
+    let run = Run::new(&["data.batch=24", "data.frames=14", "train.rule=bp", "model.skip={}"]);
+    let mut job = Job::alone(&run, &["--set", "train.clips=1000000"]);
+    wait_for("the start", || run.folder().join("checkpoints/step-00000000").exists());
+    job.signal(libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(1100));
+    job.signal(libc::SIGTERM);
+    let code = job.exit_code();
+    assert!(code == Some(128 + libc::SIGTERM) || code == Some(75), "{code:?}");
+}
+
+#[test]
+fn files_in_the_run_folder_ask_for_a_checkpoint_and_an_end() {
+    let run = Run::new(&[]);
+    let mut job = Job::alone(&run, &[]);
+    wait_for("five clips", || run.lines_of_metrics().len() >= 5);
+    std::fs::write(run.folder().join("CHECKPOINT"), "").unwrap();
+    wait_for("a checkpoint", || run.newest() > 0);
+    let first = run.newest();
+    assert!(!run.folder().join("CHECKPOINT").exists());
+    wait_for("it to go on", || run.lines_of_metrics().len() as u64 > first);
+    std::fs::write(run.folder().join("STOP"), "").unwrap();
+    assert_eq!(job.exit_code(), Some(0));
+    assert!(!run.folder().join("STOP").exists() && run.newest() > first);
+    run.assert_same_as_uninterrupted(run.newest());
+}
+
+/// A random rank is killed at a random moment, also while checkpoints are written: the job ends within seconds with one
+/// readable cause, resumes, and ends with the bits of a run that was never killed. FAULTS=n repeats it n times.
+#[test]
+fn a_killed_rank_costs_the_work_since_the_last_checkpoint() {
+    let rounds: u64 = std::env::var("FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
+    let run = Run::new(&["run.checkpoint_every=3", "run.keep=2"]);
+    let mut random = 0x2545_f491_4f6c_dd1du64;
+    for round in 0..rounds {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let (victim, delay) = ((random >> 33) % 4, 0.8 + ((random >> 40) % 100) as f64 / 100.0);
+        let script = format!(
+            "if [ $OMPI_COMM_WORLD_RANK = {victim} ]; then (sleep {delay}; kill -9 $$) & fi; exec {PROGRAM} train {}",
+            run.config
+        );
+        let begun = Instant::now();
+        let output = mpirun(4, Path::new("sh"), &["-c", &script], &[], MINUTE);
+        let seconds = begun.elapsed().as_secs_f64();
+        assert!(!output.status.success() && seconds < delay + 10.0, "round {round}: {seconds} s, {}", text(&output));
+        let said = text(&output);
+        assert!(said.contains("signal 9") || said.contains("error: rank"), "{said}");
+        // There is always a checkpoint that loads.
+        checkpoint::latest(&run.folder().join("checkpoints")).unwrap().unwrap();
+    }
+    let clips = run.newest() + 5;
+    let more = (clips - run.newest()).to_string();
+    let output = mpirun(4, Path::new(PROGRAM), &["train", &run.config, "--stop-after", &more], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>());
+    run.assert_same_as_uninterrupted(clips);
+}
+
+/// A small file system of its own at a path, for as long as this lives; `None` where the rights are missing.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &Path, size: &str) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let options = format!("size={size}");
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).output().ok()?;
+        if !mount.status.success() {
+            eprintln!("SKIPPED: a small tmpfs cannot be mounted here: {}", String::from_utf8_lossy(&mount.stderr));
+            return None;
+        }
+        Some(Tmpfs(at.to_path_buf()))
+    }
+
+    /// Uses up all but a few kilobytes.
+    fn fill(&self) -> PathBuf {
+        let path = self.0.join("filler");
+        let _ = std::fs::write(&path, vec![0; 64 << 20]);
+        path
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// No room for a checkpoint: the run ends with an error that says so, the last good checkpoint is kept and resumes; or the
+/// run goes on, if asked to, and writes again when there is room.
+#[test]
+fn a_full_disk_loses_no_checkpoint() {
+    let run = Run::new(&["run.checkpoint_every=5"]);
+    let Some(disk) = Tmpfs::mount(&run.folder().join("checkpoints"), "1m") else { return };
+    let train = |more: &[&str]| Command::new(PROGRAM).args(["train", &run.config]).args(more).output().unwrap();
+    assert_eq!(train(&["--stop-after", "10"]).status.code(), Some(75));
+    let filler = disk.fill();
+    let output = train(&["--stop-after", "10"]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("No space left on device") && text(&output).contains("step-"), "{}", text(&output));
+    assert_eq!(run.newest(), 10);
+
+    let go_on = "run.on_checkpoint_error=continue";
+    let mut job = Job::alone(&run, &["--set", go_on]);
+    wait_for("clips without checkpoints", || run.lines_of_metrics().last().is_some_and(|&clips| clips > 30));
+    assert_eq!(run.newest(), 10);
+    std::fs::remove_file(filler).unwrap();
+    wait_for("a checkpoint", || run.newest() > 10);
+    job.signal(libc::SIGTERM);
+    assert_eq!(job.exit_code(), Some(75));
+    run.assert_same_as_uninterrupted(run.newest());
+
+    disk.fill();
+    let output = train(&["--set", go_on, "--stop-after", "10"]);
+    assert_eq!(output.status.code(), Some(1), "the last checkpoint must be written: {}", text(&output));
+    assert!(text(&output).contains("could not be"), "{}", text(&output));
+}
+
+/// Values that are not finite end the run where they appear, or are left out and counted.
+#[test]
+fn values_that_are_not_finite_are_caught_and_counted() {
+    let run = Run::new(&["train.clips=6", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
+    let train = |more: &[&str]| Command::new(PROGRAM).args(["train", &run.config]).args(more).output().unwrap();
+    let output = train(&[]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    let said = text(&output);
+    for part in ["module ", "clip ", "step ", "tick "] {
+        assert!(said.contains(part) && (said.contains("is not finite") || said.contains("the loss is")), "{said}");
+    }
+    let output = train(&["--set", "run.on_nonfinite=skip"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("were left out because they were not finite"), "{}", text(&output));
+    let metrics = std::fs::read_to_string(run.folder().join("metrics.jsonl")).unwrap();
+    let skipped: u64 = metrics
+        .lines()
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["skipped"].as_u64().unwrap())
+        .sum();
+    assert!(skipped > 0, "{metrics}");
+    // What is not finite never gets into the parameters.
+    assert!(tensors(&run.folder(), 6).values().flatten().all(|v| v.is_finite()));
+}
+
+/// A slow rank is named in the report at the end.
+#[test]
+fn a_straggler_is_named() {
+    let conv = "{ kind = 'conv2d', out = 64, kernel = 3, padding = 1 }, { kind = 'relu' }";
+    let layers = format!(
+        "model.layers=[{conv}, {conv}, {conv}, {{ kind = 'global-avg-pool' }}, {{ kind = 'linear', out = 4 }}]"
+    );
+    let run = Run::new(&["data.batch=24", "model.modules=3", "model.skip={}", "train.rule=sideways", &layers]);
+    // Rank 1, whose module is no larger than rank 2's, is stopped four fifths of the time.
+    let script = format!(
+        "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then p=$$; (while kill -0 $p 2>/dev/null; do kill -STOP $p; sleep 0.08; \
+         kill -CONT $p; sleep 0.02; done) & fi; exec {PROGRAM} train {} --stop-after 40",
+        run.config
+    );
+    let output = mpirun(3, Path::new("sh"), &["-c", &script], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert!(text(&output).contains("limited by module 2, replica 0 on rank 1"), "{}", text(&output));
+}
