@@ -1,6 +1,8 @@
 //! How long modules take on this machine: measured, and remembered with the conditions they were measured under.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -128,7 +130,7 @@ impl Profile {
         {
             return Ok(found);
         }
-        let measured = measure(&conditions, conditions.busy)?;
+        let measured = measure_apart(&conditions, conditions.busy)?;
         Ok(Self::keep(conditions, measured, file))
     }
 
@@ -138,7 +140,7 @@ impl Profile {
     /// # Errors
     /// As [`Profile::get`].
     pub fn measure(conditions: Conditions, copies: usize) -> Result<Self> {
-        let measured = measure(&conditions, copies)?;
+        let measured = measure_apart(&conditions, copies)?;
         let file = cache_file(&conditions);
         Ok(Self::keep(conditions, measured, file))
     }
@@ -175,8 +177,10 @@ fn cache_file(conditions: &Conditions) -> Option<PathBuf> {
 
 fn read(file: &PathBuf, conditions: &Conditions) -> Option<Profile> {
     let text = std::fs::read(file).ok()?;
+    // Numbers read from text may differ in the last bit from those written: both are compared as read.
+    let conditions: Conditions = serde_json::from_slice(&serde_json::to_vec(conditions).ok()?).ok()?;
     match serde_json::from_slice::<Profile>(&text) {
-        Ok(found) if found.conditions == *conditions && found.times.len() == conditions.parts.len() => {
+        Ok(found) if found.conditions == conditions && found.times.len() == conditions.parts.len() => {
             Some(Profile { file: Some(file.clone()), cached: true, ..found })
         }
         Ok(_) => None,
@@ -218,6 +222,42 @@ pub fn median(values: &mut [f64]) -> f64 {
         n if n % 2 == 1 => values[n / 2],
         n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
     }
+}
+
+/// The name of the command that [`measure_on_request`] answers.
+pub const COMMAND: &str = "measure-layers";
+
+/// [`measure`] in a process of its own, another of this program, whose memory is gone when it is done: a rank that planned
+/// would otherwise keep what the whole network took. Where that is not to be had, in this process.
+fn measure_apart(conditions: &Conditions, copies: usize) -> Result<(Vec<Times>, f64)> {
+    let request = serde_json::to_vec(&(conditions, copies)).map_err(|e| Error::Run(e.to_string()))?;
+    let ask = || -> std::io::Result<Vec<u8>> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        if let Some(mut input) = child.stdin.take() {
+            input.write_all(&request)?;
+        }
+        Ok(child.wait_with_output()?.stdout)
+    };
+    match ask().and_then(|answer| Ok(serde_json::from_slice(&answer)?)) {
+        Ok(measured) => Ok(measured),
+        Err(e) => {
+            log::debug!("layers are measured in this process: {e}");
+            measure(conditions, copies)
+        }
+    }
+}
+
+/// Reads conditions from the standard input, measures, and writes the times to the standard output.
+///
+/// # Errors
+/// [`Error::Input`] if the input is not what this program asks with; as [`measure`].
+pub fn measure_on_request() -> Result<()> {
+    let (conditions, copies): (Conditions, usize) = serde_json::from_reader(std::io::stdin().lock())
+        .map_err(|e| Error::input(format!("{COMMAND} is for the program itself (`sideways plan` is for you): {e}")))?;
+    let measured = measure(&conditions, copies)?;
+    serde_json::to_writer(std::io::stdout().lock(), &measured).map_err(|e| Error::Run(e.to_string()))
 }
 
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
