@@ -74,6 +74,8 @@ def compare(args, net):
     add("8 modules, spans [2], one process", 1, 64, sideways(args, net, [0], modules + ["data.frames=64"], 1))
     add("1 module (exact bp, frame by frame)", 1, 16, sideways(args, net, [0], whole, args.clips))
     add("8 modules, spans [2], one process", 2, 16, sideways(args, net, [0, 1], modules, args.clips))
+    # A first run measures the layers, to cut by; the second finds them measured.
+    sideways(args, net, None, ["train.rule=sideways"], 1, ranks=2)
     two = sideways(args, net, None, ["train.rule=sideways"], args.clips, ranks=2)
     cuts = ["train.rule=sideways", f"model.cuts={two['cuts']}"]
     one = sideways(args, net, [0], cuts, args.clips)

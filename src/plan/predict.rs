@@ -18,10 +18,24 @@ fn bytes(setup: &Setup, shape: Shape) -> f64 {
     (4 * setup.config.data.batch * shape.iter().product::<usize>()) as f64
 }
 
-/// The conditions of `setup`'s modules with `busy` of them at work at a time.
-pub fn conditions(setup: &Setup, busy: usize) -> Conditions {
+/// What of a network is timed.
+#[derive(Clone, Copy, Debug)]
+pub enum Parts<'a> {
+    /// Its blocks, as if they were all in one module.
+    Blocks(&'a Blocks),
+    /// Its modules, which send one another messages.
+    Modules,
+}
+
+/// The conditions under which parts of `setup`'s network work, `busy` of them at a time.
+pub fn conditions(setup: &Setup, busy: usize, parts: Parts) -> Conditions {
     let config = &setup.config;
-    Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer)
+    let here =
+        Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer);
+    match parts {
+        Parts::Blocks(blocks) => here.with(block_parts(setup, blocks)),
+        Parts::Modules => Conditions { messages: setup.grid.modules > 1, ..here.with(module_parts(setup)) },
+    }
 }
 
 /// The network's blocks as parts to be timed.
