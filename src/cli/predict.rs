@@ -75,9 +75,7 @@ pub fn run(args: &PredictArgs) -> Result<()> {
         stream.begin(clip)?;
         let mut frames = Vec::new();
         for t in 0..config.data.frames {
-            let mut frame = vec![0.0; h * w * c];
-            stream.frame(t, &mut frame)?;
-            frames.push(frame);
+            frames.push(stream.frame(t)?.to_vec());
         }
         let mut frame = |t: usize| Ok(Tensor::from_slice(&frames[t], (1, h, w, c), &Device::Cpu)?);
         let passes = |t: usize| pass(false, 0, clip, t);

@@ -152,6 +152,13 @@ fn conclude(setup: &Setup, totals: &Totals) {
     if setup.config.train.rule == Rule::Bp {
         return;
     }
+    if totals.videos_skipped > 0 {
+        log::warn!(
+            "damaged videos were skipped {} times (named above; metrics.jsonl counts them batch by batch); \
+             `sideways data inspect` finds them all",
+            totals.videos_skipped
+        );
+    }
     if totals.skipped > 0 {
         log::warn!("{} losses, cotangents or updates were left out because they were not finite", totals.skipped);
     }

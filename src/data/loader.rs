@@ -1,16 +1,21 @@
 //! A stream of batches of frames: a thread reads ahead, the network's first (and last) module takes frame by frame.
 //!
-//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows, cropped, as
-//! bytes. Chunks pass through a bounded channel and their buffers come back to be filled again, so memory depends on
-//! B, the chunk and the read-ahead, and not on the length T of a clip.
+//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows, as the first module
+//! reads them. It reads stored frames one after the other (HDF5 has one lock), while a pool decodes, crops and scales
+//! them straight into the chunk's buffer. Chunks pass through a bounded channel and their buffers come back to be
+//! filled again, so memory depends on B, the chunk and the read-ahead, and not on the length T of a clip.
+//!
+//! In training a damaged video is passed over: its place in the batch has label -1 and frames of zeros, so that it
+//! counts nowhere. Nothing takes its place. In evaluation it is an error: a score has to be over all videos.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
+use super::augment::{Augmentation, Geometry};
 use super::dataset::Dataset;
-use super::reader::{Geometry, Reader};
+use super::reader::Reader;
 use super::sampler::{Sampler, SamplerOptions};
 use crate::{Error, Result};
 
@@ -25,8 +30,10 @@ pub struct StreamOptions {
     pub batch: usize,
     /// Side of the square taken out of each frame: at random in training, the centre in evaluation.
     pub crop: Option<usize>,
-    /// Training: mirror left and right, at random.
-    pub flip: bool,
+    /// Training: random changes of clips.
+    pub augmentation: Augmentation,
+    /// Compare each video with its checksum when it is first met.
+    pub verify: bool,
     /// Training: order and windows at random.
     pub shuffle: bool,
     /// The run's seed.
@@ -52,7 +59,7 @@ pub struct StreamOptions {
     pub chunk: usize,
     /// Chunks that wait to be used, at most.
     pub prefetch: usize,
-    /// Threads that decode JPEG frames.
+    /// Threads that decode, crop and scale.
     pub decoders: usize,
 }
 
@@ -63,7 +70,8 @@ impl Default for StreamOptions {
             stride: 1,
             batch: 1,
             crop: None,
-            flip: false,
+            augmentation: Augmentation::default(),
+            verify: true,
             shuffle: false,
             seed: 1,
             training: false,
@@ -74,8 +82,8 @@ impl Default for StreamOptions {
             ahead: 0,
             first_clip: 0,
             end_clip: u64::MAX,
-            chunk: 8,
-            prefetch: 2,
+            chunk: 4,
+            prefetch: 3,
             decoders: 1,
         }
     }
@@ -100,7 +108,7 @@ impl StreamOptions {
 /// The videos of one clip: B places, in the order of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Clip {
-    /// Their classes; -1 where the batch is padded.
+    /// Their classes; -1 where the batch is padded, or a damaged video is passed over.
     pub labels: Vec<i32>,
     /// Their names; empty where the batch is padded.
     pub ids: Vec<String>,
@@ -108,7 +116,7 @@ pub struct Clip {
     pub videos: Vec<Option<usize>>,
 }
 
-/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` bytes. (There is no message for a clip's
+/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` values. (There is no message for a clip's
 /// beginning alone: it would take a chunk's place in the channel, and memory would depend on T after all.)
 pub(super) struct Chunk {
     pub(super) clip: u64,
@@ -116,7 +124,9 @@ pub(super) struct Chunk {
     pub(super) begins: Option<Clip>,
     pub(super) first: usize,
     pub(super) frames: usize,
-    pub(super) data: Vec<u8>,
+    pub(super) data: Vec<f32>,
+    /// Places that this clip's damaged videos leave empty, as far as is known by the end of the chunk.
+    pub(super) skipped: Vec<usize>,
 }
 
 /// Clips of a dataset, in the sampler's order, frame by frame. See the module's page.
@@ -124,16 +134,16 @@ pub struct FrameStream {
     options: StreamOptions,
     geometry: Geometry,
     clips_per_epoch: u64,
-    /// For each channel, each byte's normalised value.
-    table: [[f32; 256]; 3],
     incoming: Option<Receiver<Result<Chunk>>>,
-    recycle: Sender<Vec<u8>>,
+    recycle: Sender<Vec<f32>>,
     thread: Option<JoinHandle<()>>,
     next: u64,
-    current: Option<(u64, Clip)>,
+    current: Option<u64>,
     chunks: VecDeque<Chunk>,
     /// The newest frame of the current clip asked for.
     newest: usize,
+    /// Places of the current clip that damaged videos leave empty.
+    skipped: Vec<usize>,
     failure: Option<String>,
 }
 
@@ -154,12 +164,10 @@ impl FrameStream {
                 options.mean, options.std
             )));
         }
-        let geometry = Geometry::new(&dataset, options.crop)?;
-        let sampler = Sampler::new(dataset.videos.iter().map(|v| v.frames).collect(), options.sampler())?;
+        options.augmentation.validate(options.crop)?;
+        let geometry = Geometry::new(dataset.height, dataset.width, options.crop)?;
+        let sampler = Sampler::of(&dataset, options.sampler())?;
         let clips_per_epoch = sampler.clips_per_epoch();
-        let table = std::array::from_fn(|c| {
-            std::array::from_fn(|byte| (byte as f32 / 255.0 - options.mean[c]) / options.std[c])
-        });
         let (send, incoming) = sync_channel(options.prefetch);
         let (recycle, buffers) = channel();
         let mut reader = Reader::new(dataset, sampler, geometry, options.clone(), buffers)?;
@@ -172,13 +180,13 @@ impl FrameStream {
             options,
             geometry,
             clips_per_epoch,
-            table,
             incoming: Some(incoming),
             recycle,
             thread: Some(thread),
             current: None,
             chunks: VecDeque::new(),
             newest: 0,
+            skipped: Vec::new(),
             failure: None,
         })
     }
@@ -217,34 +225,29 @@ impl FrameStream {
             if chunk.clip != clip {
                 return Err(Error::Run(format!("the frame reader sent clip {} instead of {clip}", chunk.clip)));
             }
+            self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
             self.next = clip + 1;
             self.newest = 0;
-            self.current = Some((clip, info.clone()));
+            self.current = Some(clip);
             return Ok(info);
         }
     }
 
-    /// Writes frame `t` of the current clip into `out` = `[B, h, w, 3]`, as `(u8/255 - mean)/std`; padding is 0.
+    /// Frame `t` of the current clip, `[B, h, w, 3]`, as `(u8/255 - mean)/std`; places that are padded or passed over
+    /// are 0.
     ///
     /// Any frame may be asked for again until one more than [`StreamOptions::ahead`] past it has been asked for.
     ///
     /// # Errors
-    /// [`Error::Run`] before the first [`FrameStream::begin`], for a frame past the clip or no longer held, and for
-    /// an `out` of the wrong length; whatever went wrong in reading, naming shard and video.
-    pub fn frame(&mut self, t: usize, out: &mut [f32]) -> Result<()> {
-        let Some((clip, _)) = self.current else {
+    /// [`Error::Run`] before the first [`FrameStream::begin`], and for a frame past the clip or no longer held; whatever
+    /// went wrong in reading, naming shard and video.
+    pub fn frame(&mut self, t: usize) -> Result<&[f32]> {
+        let Some(clip) = self.current else {
             return Err(Error::Run(format!("frame {t} was asked for before any clip was begun")));
         };
-        let (batch, frame) = (self.options.batch, self.geometry.frame_bytes());
-        if t >= self.options.frames || out.len() != batch * frame {
-            return Err(Error::Run(format!(
-                "frame {t} of {} was asked for into {} values; {batch} frames of {:?} are {}",
-                self.options.frames,
-                out.len(),
-                self.shape(),
-                batch * frame
-            )));
+        if t >= self.options.frames {
+            return Err(Error::Run(format!("frame {t} of {} was asked for", self.options.frames)));
         }
         self.newest = self.newest.max(t);
         while self.chunks.front().is_some_and(|c| c.first + c.frames + self.options.ahead <= self.newest) {
@@ -257,29 +260,36 @@ impl FrameStream {
             if chunk.clip != clip {
                 return Err(Error::Run(format!("the frame reader sent clip {} before the end of {clip}", chunk.clip)));
             }
+            self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
         }
-        let held = self.chunks.iter().find(|c| (c.first..c.first + c.frames).contains(&t));
-        let (Some(chunk), Some((_, info))) = (held, &self.current) else {
+        let Some(chunk) = self.chunks.iter().find(|c| (c.first..c.first + c.frames).contains(&t)) else {
             return Err(Error::Run(format!(
                 "frame {t} is no longer held: {} was asked for, and only {} frames back are kept",
                 self.newest, self.options.ahead
             )));
         };
-        let at = (t - chunk.first) * batch * frame;
-        let bytes = &chunk.data[at..at + batch * frame];
-        for ((bytes, out), video) in bytes.chunks_exact(frame).zip(out.chunks_exact_mut(frame)).zip(&info.videos) {
-            if video.is_none() {
-                out.fill(0.0);
-                continue;
-            }
-            for (pixel, values) in bytes.as_chunks::<3>().0.iter().zip(out.as_chunks_mut::<3>().0) {
-                for c in 0..3 {
-                    values[c] = self.table[c][usize::from(pixel[c])];
-                }
-            }
+        let frame = self.options.batch * self.geometry.frame_len();
+        Ok(&chunk.data[(t - chunk.first) * frame..][..frame])
+    }
+
+    /// Frame `t` as a target: as [`FrameStream::frame`], but not-a-number where a damaged video is passed over, which is
+    /// how the loss knows.
+    ///
+    /// # Errors
+    /// As [`FrameStream::frame`].
+    pub fn target(&mut self, t: usize) -> Result<Vec<f32>> {
+        let mut target = self.frame(t)?.to_vec();
+        let frame = self.geometry.frame_len();
+        for &place in &self.skipped {
+            target[place * frame..][..frame].fill(f32::NAN);
         }
-        Ok(())
+        Ok(target)
+    }
+
+    /// Places of the current clip's batch that damaged videos leave empty.
+    pub fn skipped(&self) -> &[usize] {
+        &self.skipped
     }
 
     fn receive(&mut self) -> Result<Chunk> {

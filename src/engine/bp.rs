@@ -95,20 +95,18 @@ impl Trainer<'_> {
         self.head.begin(&self.stream.begin(clip)?.labels);
         let [h, w, c] = network.input;
         let batch = config.data.batch;
-        let mut buffer = vec![0.0; batch * h * w * c];
         let mut targets: Vec<Option<Tensor>> = Vec::new();
         let losses = schedule.steps(self.modules.len());
         let (stream, ahead) = (&mut self.stream, self.setup.ahead);
         let watch = &mut self.watch;
         let mut frame = |t: usize| -> Result<Tensor> {
             watch.enter(Phase::Data);
-            let mut at = |t: usize| -> Result<Tensor> {
-                stream.frame(t, &mut buffer)?;
-                Ok(Tensor::from_slice(&buffer, (batch, h, w, c), &Device::Cpu)?)
-            };
-            let x = at(t)?;
-            let target = ahead.filter(|_| losses.get(t).is_some_and(|s| s.loss)).map(|a| at(t + a)).transpose()?;
-            targets.push(target);
+            let shape = (batch, h, w, c);
+            let x = Tensor::from_slice(stream.frame(t)?, shape, &Device::Cpu)?;
+            targets.push(match ahead.filter(|_| losses.get(t).is_some_and(|s| s.loss)) {
+                Some(ahead) => Some(Tensor::from_vec(stream.target(t + ahead)?, shape, &Device::Cpu)?),
+                None => None,
+            });
             watch.enter(Phase::Forward);
             Ok(x)
         };
@@ -145,6 +143,7 @@ impl Trainer<'_> {
             grad_norm: last.grad_norm as f32,
             lr: last.lr as f32,
             skipped: skipped as f32,
+            videos_skipped: self.stream.skipped().len() as f32,
             ..Report::default()
         })
     }

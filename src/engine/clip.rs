@@ -74,6 +74,9 @@ impl Worker {
                 report.labels = labels.iter().map(|&l| l as f32).collect();
             }
         }
+        if let Some(source) = &self.source {
+            report.videos_skipped = source.stream.skipped().len() as f32;
+        }
         if let Some(update) = &self.update {
             (report.grad_norm, report.lr) = (update.grad_norm as f32, update.lr as f32);
         }

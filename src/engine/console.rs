@@ -125,6 +125,7 @@ struct Line<'a> {
     frames_per_second: f64,
     elapsed: f64,
     skipped: u64,
+    videos_skipped: u64,
     workers: Vec<WorkerLine<'a>>,
 }
 
@@ -157,6 +158,8 @@ pub struct Totals {
     pub waits: BTreeMap<u32, f64>,
     /// Losses, cotangents and updates left out because they were not finite.
     pub skipped: u64,
+    /// Times a damaged video was passed over.
+    pub videos_skipped: u64,
     /// What ended the run early (bits of [`super::stop`]), 0 if nothing did.
     pub decision: u32,
 }
@@ -174,6 +177,7 @@ pub struct Console<'a> {
     time: Vec<TimeAccount>,
     waits: BTreeMap<u32, f64>,
     skipped: u64,
+    videos_skipped: u64,
 }
 
 impl<'a> Console<'a> {
@@ -200,6 +204,7 @@ impl<'a> Console<'a> {
             time,
             waits,
             skipped: 0,
+            videos_skipped: 0,
         }
     }
 
@@ -223,10 +228,11 @@ impl<'a> Console<'a> {
         let now = Instant::now();
         let seconds = (now - self.last).as_secs_f64().max(1e-9);
         self.last = now;
-        let (mut score, mut skipped) = (Score::default(), 0);
+        let (mut score, mut skipped, mut videos_skipped) = (Score::default(), 0, 0);
         for (w, report) in reports.iter().enumerate() {
             score.add(&report.score);
             skipped += report.skipped as u64;
+            videos_skipped += report.videos_skipped as u64;
             *self.waits.entry(report.link).or_default() += f64::from(report.waited);
             let mut sum = self.time[w].to_array();
             sum.iter_mut().zip(report.time.to_array()).for_each(|(s, t)| *s += t);
@@ -234,6 +240,7 @@ impl<'a> Console<'a> {
         }
         self.done.push(score);
         self.skipped += skipped;
+        self.videos_skipped += videos_skipped;
         let summary = ClipSummary {
             clips: clip + 1,
             total: self.total,
@@ -258,6 +265,7 @@ impl<'a> Console<'a> {
                 frames_per_second: summary.frames_per_second,
                 elapsed: (now - self.begun).as_secs_f64(),
                 skipped,
+                videos_skipped,
                 workers: workers.collect(),
             })?;
             recorder.complete(&summary.reports, self.grid.modules, last)?;
@@ -285,6 +293,7 @@ impl<'a> Console<'a> {
             frames: batches * self.frames_a_batch,
             waits: self.waits,
             skipped: self.skipped,
+            videos_skipped: self.videos_skipped,
             decision: 0,
         }
     }

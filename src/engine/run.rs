@@ -443,7 +443,6 @@ fn source(setup: &Setup, r: usize, span: &Span, truth: Option<(u32, Sender)>) ->
         ahead: setup.ahead,
         loss_steps: setup.schedule.steps(d).iter().map(|s| s.loss).collect(),
         shape,
-        frame: vec![0.0; setup.config.data.batch * shape.iter().product::<usize>()],
     })
 }
 

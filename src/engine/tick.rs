@@ -166,13 +166,10 @@ impl Worker {
         self.watch.enter(Phase::Data);
         let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
         let [h, w, c] = source.shape;
-        let mut frame = |t: usize| -> Result<Tensor> {
-            source.stream.frame(t, &mut source.frame)?;
-            Ok(Tensor::from_slice(&source.frame, (self.batch, h, w, c), &Device::Cpu)?)
-        };
-        let x = frame(at.step)?;
+        let shape = (self.batch, h, w, c);
+        let x = Tensor::from_slice(source.stream.frame(at.step)?, shape, &Device::Cpu)?;
         if let (Some(ahead), Some(true)) = (source.ahead, source.loss_steps.get(at.step).copied()) {
-            let target = frame(at.step + ahead)?;
+            let target = Tensor::from_vec(source.stream.target(at.step + ahead)?, shape, &Device::Cpu)?;
             match (&mut source.truth, &mut self.loss) {
                 (Some((id, sender)), _) => {
                     let head = header(Kind::Target, *id, at.clip, at.step, self.batch, source.shape);

@@ -93,8 +93,6 @@ pub struct Source {
     pub loss_steps: Vec<bool>,
     /// `[H, W, C]` of a frame.
     pub shape: [usize; 3],
-    /// One frame of all clips, `[B, H, W, C]`.
-    pub frame: Vec<f32>,
 }
 
 /// Module D's loss, and where its labels or targets come from.

@@ -101,6 +101,22 @@ impl ShardReader {
         Ok((bytes.into_raw_vec_and_offset().0, spans))
     }
 
+    /// The checksum of video `v`'s bytes as they now are.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the file can no longer be read there.
+    pub fn digest(&self, v: usize) -> Result<u64> {
+        let mut hash = Xxh3::new();
+        let range = self.frames_of(v);
+        let mut at = range.start;
+        while at < range.end {
+            let end = (at + 64).min(range.end);
+            hash.update(&self.read(at..end)?.0);
+            at = end;
+        }
+        Ok(hash.digest())
+    }
+
     /// Reads all of video `v` and compares its checksum.
     ///
     /// # Errors
