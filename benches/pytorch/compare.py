@@ -47,25 +47,30 @@ def sideways(args, net, cores, sets, clips, ranks=1):
     return run(args, command, cores)
 
 
-def compare(args, net):
-    modules = ["model.modules=8", "model.skip.spans=[2]"]
-    whole = ["model.modules=1", "train.rule=sideways"]
-    rows, best = [], {}
+def baseline(args, net):
+    """PyTorch's rows: layouts, batches of frames, cores; and T = 64 in the layout that is faster."""
+    rows = []
     for threads in (1, 2):
-        for at_once in (16, 1):
+        for at_once, what in ((16, "all of T at once"), (1, "a frame at a time")):
             for layout in ("nchw", "channels_last"):
                 found = pytorch(args, net, threads, 16, at_once, layout, args.clips)
-                what = "all of T at once" if at_once > 1 else "a frame at a time"
                 rows.append((f"PyTorch bp, {what}, {layout}", threads, 16, found))
-                if threads not in best or found["frames_per_second"] > best[threads]["frames_per_second"]:
-                    best[threads] = found
-    # Peak memory is compared with the batch of all frames, whichever is faster.
-    at_once = [row for row in rows if row[3]["at_once"] == 16 and row[1] == 1]
-    memory = {16: min(row[3]["peak_mib"] for row in at_once)}
-    layout = max(at_once, key=lambda row: row[3]["frames_per_second"])[3]["layout"]
-    found = pytorch(args, net, 1, 64, 64, layout, 1)
-    memory[64] = found["peak_mib"]
-    rows.append((f"PyTorch bp, all of T at once, {layout}", 1, 64, found))
+    layout = max(rows[:2], key=lambda row: row[3]["frames_per_second"])[3]["layout"]
+    rows.append((f"PyTorch bp, all of T at once, {layout}", 1, 64, pytorch(args, net, 1, 64, 64, layout, 1)))
+    return rows
+
+
+def compare(args, net, known):
+    modules = ["model.modules=8", "model.skip.spans=[2]"]
+    whole = ["model.modules=1", "train.rule=sideways"]
+    rows = [(row["what"], row["cores_used"], row["frames"], row) for row in known] or baseline(args, net)
+    best, memory = {}, {}
+    for _, cores, frames, found in rows:
+        if frames == 16 and found["frames_per_second"] > best.get(cores, {}).get("frames_per_second", 0):
+            best[cores] = found
+        # Peak memory is compared with the batch of all frames, whichever is faster.
+        if cores == 1 and found["at_once"] == frames:
+            memory[frames] = min(found["peak_mib"], memory.get(frames, found["peak_mib"]))
 
     def add(what, cores, frames, found):
         rows.append((f"sideways, {what}", cores, frames, found))
@@ -74,6 +79,8 @@ def compare(args, net):
     add("8 modules, spans [2], one process", 1, 64, sideways(args, net, [0], modules + ["data.frames=64"], 1))
     add("1 module (exact bp, frame by frame)", 1, 16, sideways(args, net, [0], whole, args.clips))
     add("8 modules, spans [2], one process", 2, 16, sideways(args, net, [0, 1], modules, args.clips))
+    # A first run measures the layers, to cut by; the second finds them measured.
+    sideways(args, net, None, ["train.rule=sideways"], 1, ranks=2)
     two = sideways(args, net, None, ["train.rule=sideways"], args.clips, ranks=2)
     cuts = ["train.rule=sideways", f"model.cuts={two['cuts']}"]
     one = sideways(args, net, [0], cuts, args.clips)
@@ -107,10 +114,16 @@ def main():
     parser.add_argument("--clips", type=int, default=2, help="batches of clips that count")
     parser.add_argument("--under", default="", help="a command put in front of every measurement")
     parser.add_argument("--json", help="also write all figures there")
+    parser.add_argument("--again", help="take PyTorch's figures from what --json wrote before, and say so")
     args = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("compare.py: two cores are needed for the rows of two")
-    found = [compare(args, net) for net in args.nets.split(",")]
+    before = {}
+    if args.again:
+        with open(args.again) as file:
+            before = {net["net"]: [row for row in net["rows"] if "torch" in row] for net in json.load(file)}
+        print(f"PyTorch's figures are those of an earlier run ({args.again})")
+    found = [compare(args, net, before.get(net, [])) for net in args.nets.split(",")]
     print("\n'/PyTorch': frames/s over PyTorch's best on as many cores; peak memory over PyTorch's with all frames of T at once.\n"
           "'backward': the share of modules' steps with backward work. Sideways does none in the first steps of a clip, so its\n"
           "T = 16 rows compute less than bp; the rows of T = 64 and of 1 module do (nearly) all of it.")

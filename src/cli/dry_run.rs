@@ -1,24 +1,40 @@
 //! `sideways train --dry-run`: a whole configuration checked on a laptop, without ranks or data.
 
 use crate::Result;
-use crate::config::Config;
+use crate::config::{Config, Rule};
 use crate::engine::setup::Setup;
 use crate::optim::OptimizerSpec;
+use crate::plan::blocks::Blocks;
+use crate::plan::cut::resume_cut;
+use crate::plan::machine::at_once;
+use crate::plan::predict::{Parts, best_cuts, conditions};
+use crate::plan::profile::Profile;
 use crate::transport::{HEADER_WORDS, Kind};
 
-/// Plans the run for `ranks` ranks (default: one a module) and prints each rank's share.
+/// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each rank's share.
 ///
 /// # Errors
 /// Whatever in the configuration cannot work.
 pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
-    let wanted = match (ranks, config.model.modules, &config.model.cuts) {
-        (Some(ranks), ..) => ranks,
-        (None, Some(modules), _) => modules * config.train.replicas,
-        (None, None, Some(cuts)) => (cuts.len() + 1) * config.train.replicas,
-        (None, None, None) => config.train.replicas,
-    };
-    let bp = config.train.rule == crate::config::Rule::Bp;
-    let setup = Setup::dry(config, if bp { 1 } else { wanted })?;
+    let mut config = config.clone();
+    resume_cut(&mut config)?;
+    let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).unwrap_or(1);
+    let wanted = if config.train.rule == Rule::Bp { 1 } else { ranks.unwrap_or(modules * config.train.replicas) };
+    let mut setup = Setup::dry(&config, wanted)?;
+    if config.cut_is_open() && setup.grid.modules > 1 {
+        let measured = measured_cuts(&setup, wanted)?;
+        println!(
+            "the cut is open: {}",
+            if measured.is_some() {
+                "planned by the layers' times, as measured before"
+            } else {
+                "by arithmetic here; training plans it by the layers' times (see `sideways plan`)"
+            }
+        );
+        if let Some(cuts) = measured {
+            setup = setup.recut(cuts)?;
+        }
+    }
     let grid = setup.grid;
     println!(
         "{} modules x {} replicas on {} ranks; frames {:?} (height, width, channels), T = {}, B = {}",
@@ -51,6 +67,14 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     }
     println!("memory: parameters, gradient, optimizer, one step's activations, message buffers; without the program");
     Ok(())
+}
+
+/// The cut that training would plan, where the layers have been measured for it before.
+fn measured_cuts(setup: &Setup, ranks: usize) -> Result<Option<Vec<usize>>> {
+    let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
+    let busy = ranks.min(at_once(setup.config.run.threads));
+    let times = Profile::cached(&conditions(setup, busy, Parts::Blocks(&blocks)));
+    times.map(|times| Ok(best_cuts(setup, &blocks, &times)?.0)).transpose()
 }
 
 /// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.

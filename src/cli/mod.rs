@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 
 use crate::Result;
+use crate::plan::profile::{COMMAND, measure_on_request};
 use crate::transport::World;
 
 pub mod bench;
@@ -40,6 +41,9 @@ pub enum Command {
     /// Measure links on the machine at hand.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Measure layers for another process of this program.
+    #[command(name = COMMAND, hide = true)]
+    MeasureLayers,
     /// Score a checkpoint on test shards.
     Eval(eval::EvalArgs),
 }
@@ -53,6 +57,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Train(args) => with_world(|world| train::run(world, &args)),
         Command::Predict(args) => World::Alone.conclude(predict::run(&args)),
         Command::Plan(args) => World::Alone.conclude(plan::run(&args)),
+        Command::MeasureLayers => World::Alone.conclude(measure_on_request()),
         Command::Bench(command) => with_world(|world| bench::run(&command, world)),
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
     }

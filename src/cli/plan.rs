@@ -11,7 +11,7 @@ use crate::config::{Config, Rule};
 use crate::engine::setup::Setup;
 use crate::plan::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
-use crate::plan::predict::{Prediction, best_cuts, block_parts, module_parts, predict};
+use crate::plan::predict::{Parts, Prediction, best_cuts, predict};
 use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
 use crate::schedule::{Boundary, StepPlan};
@@ -48,6 +48,9 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", default_value_t = 2, requires = "ticks")]
     pub clips: u64,
 }
+
+/// Another cut is proposed where its predicted tick is below this share of the present one's.
+const WORTH_IT: f64 = 0.98;
 
 /// Where a cut comes from.
 #[derive(Clone, Copy, Serialize)]
@@ -97,8 +100,13 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let a_module_a_rank = ranks == setup.grid.workers() && setup.grid.modules > 1;
     let mut better = None;
     // A cut by arithmetic is compared with the one that the times give.
-    if a_module_a_rank && matches!(origin, Origin::Measured | Origin::Arithmetic) {
-        let profile = times_of(&setup, block_parts(&setup, &blocks), busy, args.fresh)?;
+    let plans = match origin {
+        Origin::Measured => setup.grid.modules > 1,
+        Origin::Arithmetic => a_module_a_rank,
+        Origin::Given | Origin::Checkpoint => false,
+    };
+    if plans {
+        let profile = times_of(&setup, Parts::Blocks(&blocks), busy, args.fresh)?;
         let (cuts, found) = best_cuts(&setup, &blocks, &profile)?;
         if !found.exact {
             log::warn!("there were too many ways to cut for a complete search: a better one may exist");
@@ -109,7 +117,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             _ => {}
         }
     }
-    let profile = times_of(&setup, module_parts(&setup), busy, args.fresh)?;
+    let profile = times_of(&setup, Parts::Modules, busy, args.fresh)?;
     let prediction = predict(&setup, &profile, &Processors::of_ranks(ranks, slots));
     if args.json {
         return print_json(&setup, origin, &profile, &prediction);
@@ -117,15 +125,17 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     print(&setup, origin, &profile, &prediction, args.layers);
     if let Some(cuts) = better {
         let other = setup.recut(cuts.clone())?;
-        let times = times_of(&other, module_parts(&other), busy, args.fresh)?;
+        let times = times_of(&other, Parts::Modules, busy, args.fresh)?;
         let reached = predict(&other, &times, &Processors::of_ranks(ranks, slots));
-        println!(
-            "by the measured times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
-             efficiency {:.3}",
-            1e3 * reached.outcome.tick,
-            reached.frames_per_second,
-            reached.balance
-        );
+        if reached.outcome.tick < WORTH_IT * prediction.outcome.tick {
+            println!(
+                "by the measured times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
+                 efficiency {:.3}",
+                1e3 * reached.outcome.tick,
+                reached.frames_per_second,
+                reached.balance
+            );
+        }
     }
     Ok(())
 }
@@ -145,6 +155,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
     let origin = match origin {
         Origin::Given => "as model.cuts says",
         Origin::Arithmetic => "by arithmetic, into as many modules as model.modules says",
+        Origin::Measured if grid.modules == 1 => "one module; --ranks N plans more",
         Origin::Measured => "by the measured times",
         Origin::Checkpoint => "as the run folder's checkpoint was",
     };

@@ -161,7 +161,7 @@ fn run(
     }
     let frames_a_batch = (grid.replicas * batch * setup.config.data.frames) as u64;
     let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
-    let turns = Arc::new(Turns::new(at_once(setup.config.run.threads)));
+    let turns = Arc::new(Turns::for_processors(at_once(setup.config.run.threads)));
     let (done, finished) = mpsc::channel();
     let decision = std::thread::scope(|scope| {
         let mut running = 0;

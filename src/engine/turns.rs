@@ -24,6 +24,12 @@ struct State {
 pub struct Turn<'a>(&'a Turns);
 
 impl Turns {
+    /// Turns for workers on as many processors as let `at_once` of them compute. Where that is more than one, half as many again
+    /// may: else a processor would idle while the next in turn wakes up.
+    pub fn for_processors(at_once: usize) -> Self {
+        Self::new(if at_once > 1 { at_once + at_once.div_ceil(2) } else { 1 })
+    }
+
     /// Turns for `at_once` workers at a time.
     pub fn new(at_once: usize) -> Self {
         let state = State { free: at_once.max(1), waiting: VecDeque::new(), next: 0 };

@@ -72,7 +72,7 @@ impl Recycling {
         Some(block)
     }
 
-    fn from_system(&self, layout: Layout) -> *mut u8 {
+    fn fresh_block(&self, layout: Layout) -> *mut u8 {
         self.fresh.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the size is not zero.
         let block = unsafe { System.alloc(layout) };
@@ -90,7 +90,7 @@ impl Recycling {
 unsafe impl GlobalAlloc for Recycling {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         match Self::class(layout) {
-            Some((class, block)) => self.reuse(class).unwrap_or_else(|| self.from_system(block)),
+            Some((class, block)) => self.reuse(class).unwrap_or_else(|| self.fresh_block(block)),
             // SAFETY: as the caller promises.
             None => unsafe { System.alloc(layout) },
         }
@@ -143,7 +143,7 @@ mod tests {
             unsafe {
                 let before = heap.fresh();
                 let first = heap.alloc(layout);
-                assert!(!first.is_null() && first as usize % 4096 == 0);
+                assert!(!first.is_null() && (first as usize).is_multiple_of(4096));
                 first.add(size - 1).write(7);
                 heap.dealloc(first, layout);
                 let again = heap.alloc_zeroed(layout);

@@ -207,7 +207,7 @@ impl Product {
     }
 
     fn run(&self, x: *mut f32, w: *mut f32, bias: *const f32, y: *mut f32, scratch: &mut [f32]) -> Result<()> {
-        assert!(scratch.len() * size_of::<f32>() >= self.scratch + 60, "scratch memory of a convolution");
+        assert!(size_of_val(scratch) >= self.scratch + 60, "scratch memory of a convolution");
         let mut message = [0; MESSAGE];
         // oneDNN wants its scratch memory aligned to 64 bytes.
         let start = scratch.as_mut_ptr().cast::<u8>();

@@ -105,12 +105,12 @@ struct Best<T> {
 impl<T: Real> Best<T> {
     #[inline(always)]
     fn meet(&mut self, v: &[T; LANES], tap: u32, first: bool) {
-        for l in 0..LANES {
+        for ((&v, value), best) in v.iter().zip(&mut self.value).zip(&mut self.tap) {
             // The second comparison lets a value that is not a number through.
             #[allow(clippy::eq_op)]
-            let wins = first || v[l] > self.value[l] || v[l] != v[l];
-            self.value[l] = if wins { v[l] } else { self.value[l] };
-            self.tap[l] = if wins { tap } else { self.tap[l] };
+            let wins = first || v > *value || v != v;
+            *value = if wins { v } else { *value };
+            *best = if wins { tap } else { *best };
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Cutting a network whose configuration leaves it open, alike on every rank.
 
 use super::blocks::Blocks;
-use super::predict::{best_cuts, block_parts, conditions};
-use super::profile::{Part, Profile};
+use super::predict::{Parts, best_cuts, conditions};
+use super::profile::Profile;
 use crate::checkpoint;
 use crate::config::Config;
 use crate::engine::setup::Setup;
@@ -38,7 +38,7 @@ pub fn cut(setup: Setup, world: &World) -> Result<Setup> {
         return Ok(setup);
     }
     let blocks = world.first_error(Blocks::new(&setup.network.layers, setup.network.input))?;
-    let profile = times_together(world, &setup, block_parts(&setup, &blocks), false)?;
+    let profile = times_together(world, &setup, Parts::Blocks(&blocks), false)?;
     let mine = profile.map_or(Ok(Vec::new()), |profile| measured_cuts(&setup, &blocks, &profile));
     let bytes: Vec<u8> = world.first_error(mine)?.iter().flat_map(|&cut| (cut as u64).to_le_bytes()).collect();
     let all = world.gather(&bytes)?;
@@ -72,9 +72,9 @@ fn measured_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<Ve
 ///
 /// # Errors
 /// As [`Profile::get`].
-pub fn times_of(setup: &Setup, parts: Vec<Part>, modules: usize, fresh: bool) -> Result<Profile> {
+pub fn times_of(setup: &Setup, parts: Parts, modules: usize, fresh: bool) -> Result<Profile> {
     let busy = modules.clamp(1, at_once(setup.config.run.threads));
-    Profile::get(conditions(setup, busy).with(parts), fresh)
+    Profile::get(conditions(setup, busy, parts), fresh)
 }
 
 /// Times of `parts` as all ranks of rank 0's node together find them, on rank 0: from its cache, else measured by all of them
@@ -82,7 +82,7 @@ pub fn times_of(setup: &Setup, parts: Vec<Part>, modules: usize, fresh: bool) ->
 ///
 /// # Errors
 /// Rank 0's error on every rank.
-pub fn times_together(world: &World, setup: &Setup, parts: Vec<Part>, fresh: bool) -> Result<Option<Profile>> {
+pub fn times_together(world: &World, setup: &Setup, parts: Parts, fresh: bool) -> Result<Option<Profile>> {
     let own = own_processors();
     let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
     let places: Vec<Vec<String>> = world
@@ -100,7 +100,7 @@ pub fn times_together(world: &World, setup: &Setup, parts: Vec<Part>, fresh: boo
     let a_rank = setup.grid.workers().div_ceil(world.size());
     let copies = (if apart { a_rank } else { a_rank * node.len() }).clamp(1, at_once(setup.config.run.threads));
     let busy = if apart { copies * node.len() } else { copies };
-    let wanted = conditions(setup, busy).with(parts);
+    let wanted = conditions(setup, busy, parts);
     let chief = world.rank() == 0;
     let known = if chief && !fresh { Profile::cached(&wanted) } else { None };
     let measures = world.gather(&[u8::from(known.is_none())])?[0] == [1];

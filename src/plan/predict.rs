@@ -18,10 +18,24 @@ fn bytes(setup: &Setup, shape: Shape) -> f64 {
     (4 * setup.config.data.batch * shape.iter().product::<usize>()) as f64
 }
 
-/// The conditions of `setup`'s modules with `busy` of them at work at a time.
-pub fn conditions(setup: &Setup, busy: usize) -> Conditions {
+/// What of a network is timed.
+#[derive(Clone, Copy, Debug)]
+pub enum Parts<'a> {
+    /// Its blocks, as if they were all in one module.
+    Blocks(&'a Blocks),
+    /// Its modules, which send one another messages.
+    Modules,
+}
+
+/// The conditions under which parts of `setup`'s network work, `busy` of them at a time.
+pub fn conditions(setup: &Setup, busy: usize, parts: Parts) -> Conditions {
     let config = &setup.config;
-    Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer)
+    let here =
+        Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer);
+    match parts {
+        Parts::Blocks(blocks) => here.with(block_parts(setup, blocks)),
+        Parts::Modules => Conditions { messages: setup.grid.modules > 1, ..here.with(module_parts(setup)) },
+    }
 }
 
 /// The network's blocks as parts to be timed.
@@ -45,10 +59,9 @@ pub fn module_parts(setup: &Setup) -> Vec<Part> {
     (1..=network.modules.len()).map(part).collect()
 }
 
-/// The skip adapters that may be needed: for each pair of blocks' ends whose channels differ, the one with most to do of
-/// each shape is enough.
-fn adapter_rate(profile: &Profile) -> f64 {
-    // A 1x1 convolution reaches about what the network's own layers do.
+/// Operations a second that skips' adapters, and layers that concatenation widens, are taken to reach: as the network's own
+/// blocks do forward.
+fn usual_rate(profile: &Profile) -> f64 {
     let flops = |part: &Part| {
         let mut shape = part.main;
         let mut sum = 0;
@@ -69,7 +82,7 @@ fn adapter_rate(profile: &Profile) -> f64 {
 /// [`crate::Error::Input`] if skips fit nowhere.
 pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(Vec<usize>, Partition)> {
     let graph = &setup.network.graph;
-    let rate = adapter_rate(profile);
+    let rate = usual_rate(profile);
     let shares: Vec<Shares> = (1..=graph.modules()).map(|i| Shares::of(setup, i)).collect();
     let mut cost = |piece: &Piece| -> Option<f64> {
         let skips = blocks.skip_shapes(piece)?;
@@ -86,12 +99,16 @@ pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(V
         for skip in &skips {
             // Joining: an addition or a copy, and a product where channels differ.
             let moved = bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
-            let product = match setup.network.fuse {
-                Fuse::Sum if skip[2] != main[2] => {
-                    2.0 * (setup.config.data.batch * main[0] * main[1] * main[2] * skip[2]) as f64 / rate
+            let flops = match setup.network.fuse {
+                Fuse::Sum if skip[2] != main[2] => 2 * (main[0] * main[1] * main[2] * skip[2]) as u64,
+                Fuse::Sum => 0,
+                Fuse::Concat => {
+                    let first = &setup.network.layers[blocks.layers(piece.start, piece.end).start];
+                    let wide = [main[0], main[1], main[2] + skip[2]];
+                    first.flops(wide).saturating_sub(first.flops(main))
                 }
-                _ => 0.0,
             };
+            let product = setup.config.data.batch as f64 * flops as f64 / rate;
             times.forward += moved + product;
             times.backward += moved + 2.0 * product;
             times.backward_leaf += product;
@@ -100,8 +117,8 @@ pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(V
         let output = blocks.shape(piece.end);
         // How far a skip will be averaged down is not known yet: its size before that counts.
         let outputs = vec![(output, false); graph.outputs(piece.module).count()];
-        let cross = setup.grid.ranks > 1;
-        let step = step_cost(setup, profile.copy, piece.module, &times, &inputs, &outputs, output, cross);
+        let traffic = Traffic { inputs, outputs, y: output, cross: setup.grid.ranks > 1 };
+        let step = step_cost(setup, profile.copy, piece.module, &times, &traffic);
         let share = &shares[piece.module - 1];
         Some(
             step.forward
@@ -132,39 +149,44 @@ impl Shares {
     }
 }
 
-/// A step's cost: computing, and moving what comes and goes. `outputs`: each edge's shape as sent, and whether `y` is
-/// averaged down to it; `y` the module's output; `cross`: messages go to other ranks.
-#[allow(clippy::too_many_arguments)]
-fn step_cost(
-    setup: &Setup,
-    copy: f64,
-    module: usize,
-    times: &Times,
-    inputs: &[Shape],
-    outputs: &[(Shape, bool)],
+/// What comes to a module and goes from it at a step.
+struct Traffic {
+    /// Its inputs as sent.
+    inputs: Vec<Shape>,
+    /// Each edge's shape as sent, and whether `y` is averaged down to it.
+    outputs: Vec<(Shape, bool)>,
+    /// Its output.
     y: Shape,
+    /// Whether messages go to other ranks.
     cross: bool,
-) -> StepCost {
+}
+
+/// A step's cost: computing, and moving what comes and goes.
+fn step_cost(setup: &Setup, copy: f64, module: usize, times: &Times, traffic: &Traffic) -> StepCost {
+    let Traffic { inputs, outputs, y, cross } = traffic;
     let seconds = |shape: Shape| bytes(setup, shape) / copy;
     // A message is copied into its buffer and out of it; between ranks once more on its way.
-    let taken = if cross { 2.0 } else { 1.0 };
-    let frames = module == 1;
-    let inward: f64 =
-        if frames { FRAME * seconds(setup.network.input) } else { inputs.iter().map(|&s| seconds(s)).sum() };
-    let outward: f64 = outputs.iter().map(|&(s, _)| seconds(s)).sum();
-    let pooled: f64 = outputs.iter().filter(|(_, pooled)| *pooled).map(|_| seconds(y)).sum();
-    let sums = outputs.len().saturating_sub(1) as f64 * 1.5 * seconds(y);
-    let comes = taken * outward + pooled + sums;
+    let taken = if *cross { 2.0 } else { 1.0 };
+    let messages: f64 = inputs.iter().map(|&shape| seconds(shape)).sum();
+    // Module 1 has frames, and sends no cotangent.
+    let (arrive, leave) = match module {
+        1 => (FRAME * seconds(setup.network.input), 0.0),
+        _ => (taken * messages, messages),
+    };
+    let outward: f64 = outputs.iter().map(|&(shape, _)| seconds(shape)).sum();
+    let pooled: f64 = outputs.iter().filter(|(_, pooled)| *pooled).map(|_| seconds(*y)).sum();
+    let sums = outputs.len().saturating_sub(1) as f64 * 1.5 * seconds(*y);
+    let come = taken * outward + pooled + sums;
     StepCost {
-        forward: times.forward + if frames { inward } else { taken * inward } + outward + pooled,
-        backward: times.backward + comes + if frames { 0.0 } else { inward },
-        backward_leaf: times.backward_leaf + comes,
+        forward: times.forward + arrive + outward + pooled,
+        backward: times.backward + come + leave,
+        backward_leaf: times.backward_leaf + come,
         update: times.update,
     }
 }
 
 /// Scaling a frame from bytes, in copies of it.
-const FRAME: f64 = 10.0;
+const FRAME: f64 = 2.5;
 
 /// What each worker's steps cost, from its module's measured times.
 pub fn step_costs(setup: &Setup, profile: &Profile) -> Vec<StepCost> {
@@ -182,7 +204,7 @@ pub fn step_costs(setup: &Setup, profile: &Profile) -> Vec<StepCost> {
         let times = &profile.times[i - 1];
         // Module 1 never computes its input's cotangent.
         let times = if i == 1 { &Times { backward: times.backward_leaf, ..*times } } else { times };
-        step_cost(setup, profile.copy, i, times, &inputs, &outputs, y, cross)
+        step_cost(setup, profile.copy, i, times, &Traffic { inputs, outputs, y, cross })
     };
     (0..grid.workers()).map(cost).collect()
 }

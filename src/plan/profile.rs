@@ -1,6 +1,8 @@
 //! How long modules take on this machine: measured, and remembered with the conditions they were measured under.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -48,6 +50,8 @@ pub struct Conditions {
     pub fuse: Fuse,
     /// The optimiser.
     pub optimizer: OptimizerSpec,
+    /// Whether parts get their inputs and cotangents as messages, copied twice, or in place.
+    pub messages: bool,
     /// What was timed.
     pub parts: Vec<Part>,
 }
@@ -98,6 +102,7 @@ impl Conditions {
             batch,
             fuse,
             optimizer,
+            messages: false,
             parts: Vec::new(),
         }
     }
@@ -125,8 +130,8 @@ impl Profile {
         {
             return Ok(found);
         }
-        let times = measure(&conditions, conditions.busy)?;
-        Ok(Self::keep(conditions, times, file))
+        let measured = measure_apart(&conditions, conditions.busy)?;
+        Ok(Self::keep(conditions, measured, file))
     }
 
     /// Measures anew, with `copies` of it in this process, and keeps the result; further copies, up to the conditions' `busy`,
@@ -135,14 +140,14 @@ impl Profile {
     /// # Errors
     /// As [`Profile::get`].
     pub fn measure(conditions: Conditions, copies: usize) -> Result<Self> {
-        let times = measure(&conditions, copies)?;
+        let measured = measure_apart(&conditions, copies)?;
         let file = cache_file(&conditions);
-        Ok(Self::keep(conditions, times, file))
+        Ok(Self::keep(conditions, measured, file))
     }
 
-    fn keep(conditions: Conditions, times: Vec<Times>, file: Option<PathBuf>) -> Self {
+    fn keep(conditions: Conditions, (times, copy): (Vec<Times>, f64), file: Option<PathBuf>) -> Self {
         let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let mut profile = Profile { conditions, taken, copy: copy_rate(), times, file: None, cached: false };
+        let mut profile = Profile { conditions, taken, copy, times, file: None, cached: false };
         if let Some(file) = file {
             match write(&file, &profile) {
                 Ok(()) => profile.file = Some(file),
@@ -172,8 +177,10 @@ fn cache_file(conditions: &Conditions) -> Option<PathBuf> {
 
 fn read(file: &PathBuf, conditions: &Conditions) -> Option<Profile> {
     let text = std::fs::read(file).ok()?;
+    // Numbers read from text may differ in the last bit from those written: both are compared as read.
+    let conditions: Conditions = serde_json::from_slice(&serde_json::to_vec(conditions).ok()?).ok()?;
     match serde_json::from_slice::<Profile>(&text) {
-        Ok(found) if found.conditions == *conditions && found.times.len() == conditions.parts.len() => {
+        Ok(found) if found.conditions == conditions && found.times.len() == conditions.parts.len() => {
             Some(Profile { file: Some(file.clone()), cached: true, ..found })
         }
         Ok(_) => None,
@@ -194,18 +201,17 @@ fn write(file: &PathBuf, profile: &Profile) -> Result<()> {
     std::fs::rename(&partial, file).map_err(|e| Error::io(file, e))
 }
 
-/// Bytes a second that this thread copies, of buffers larger than its own caches.
+/// Bytes a second that this thread copies, of buffers that together are larger than most caches.
 fn copy_rate() -> f64 {
-    let from = vec![1u8; 8 << 20];
-    let mut to = vec![0u8; 8 << 20];
+    let mut buffers = vec![vec![1u8; 8 << 20]; 8];
     let mut seconds = Vec::new();
-    for _ in 0..9 {
+    for round in 0..16 {
+        let (from, to) = buffers.split_at_mut(4);
         let start = Instant::now();
-        to.copy_from_slice(std::hint::black_box(&from));
-        std::hint::black_box(&mut to);
+        to[round % 4].copy_from_slice(std::hint::black_box(&from[round % 4]));
         seconds.push(start.elapsed().as_secs_f64());
     }
-    from.len() as f64 / median(&mut seconds).max(1e-9)
+    (8 << 20) as f64 / median(&mut seconds).max(1e-9)
 }
 
 /// The middle one, or the mean of the two in the middle; 0 of none.
@@ -218,12 +224,49 @@ pub fn median(values: &mut [f64]) -> f64 {
     }
 }
 
+/// The name of the command that [`measure_on_request`] answers.
+pub const COMMAND: &str = "measure-layers";
+
+/// [`measure`] in a process of its own, another of this program, whose memory is gone when it is done: a rank that planned
+/// would otherwise keep what the whole network took. Where that is not to be had, in this process.
+fn measure_apart(conditions: &Conditions, copies: usize) -> Result<(Vec<Times>, f64)> {
+    let request = serde_json::to_vec(&(conditions, copies)).map_err(|e| Error::Run(e.to_string()))?;
+    let ask = || -> std::io::Result<Vec<u8>> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(COMMAND).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        if let Some(mut input) = child.stdin.take() {
+            input.write_all(&request)?;
+        }
+        Ok(child.wait_with_output()?.stdout)
+    };
+    match ask().and_then(|answer| Ok(serde_json::from_slice(&answer)?)) {
+        Ok(measured) => Ok(measured),
+        Err(e) => {
+            log::debug!("layers are measured in this process: {e}");
+            measure(conditions, copies)
+        }
+    }
+}
+
+/// Reads conditions from the standard input, measures, and writes the times to the standard output.
+///
+/// # Errors
+/// [`Error::Input`] if the input is not what this program asks with; as [`measure`].
+pub fn measure_on_request() -> Result<()> {
+    let (conditions, copies): (Conditions, usize) = serde_json::from_reader(std::io::stdin().lock())
+        .map_err(|e| Error::input(format!("{COMMAND} is for the program itself (`sideways plan` is for you): {e}")))?;
+    let measured = measure(&conditions, copies)?;
+    serde_json::to_writer(std::io::stdout().lock(), &measured).map_err(|e| Error::Run(e.to_string()))
+}
+
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
-/// them. With more than one of `copies`, the others run beside and are not timed.
+/// them. With more than one of `copies`, the others run beside and are not timed. The second value is the bytes a second at
+/// which one thread copies.
 ///
 /// # Errors
 /// [`Error::Input`] where a part's shapes do not fit.
-pub fn measure(conditions: &Conditions, copies: usize) -> Result<Vec<Times>> {
+pub fn measure(conditions: &Conditions, copies: usize) -> Result<(Vec<Times>, f64)> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 1..copies {
@@ -255,6 +298,22 @@ type Tick = [f64; 2];
 struct Chain {
     parts: Vec<(Module, Optimizer, Vec<Tensor>, Tensor)>,
     pass: Pass,
+    /// What stands for a link's buffers, if there are messages.
+    buffers: Option<Vec<Vec<f32>>>,
+    /// Bytes copied so, and the seconds it took.
+    copied: (f64, f64),
+}
+
+/// What comes out of a link: a copy of a copy.
+fn through(buffer: &mut Vec<f32>, tensor: &Tensor) -> Result<Tensor> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let candle_core::Storage::Cpu(storage) = &*storage else {
+        return Err(Error::Run("a tensor to be copied is not in host memory".into()));
+    };
+    let sent = &storage.as_slice::<f32>()?[layout.start_offset()..][..layout.shape().elem_count()];
+    buffer.resize(sent.len(), 0.0);
+    buffer.copy_from_slice(sent);
+    Ok(Tensor::from_slice(buffer, layout.shape(), &Device::Cpu)?)
 }
 
 impl Chain {
@@ -273,7 +332,10 @@ impl Chain {
             let cotangent = noise(module.output_shape(), 1e-3)?;
             Ok((module, Optimizer::new(conditions.optimizer), inputs, cotangent))
         });
-        Ok(Chain { parts: parts.collect::<Result<_>>()?, pass: Pass { training: true, key: 1 } })
+        let parts: Vec<_> = parts.collect::<Result<_>>()?;
+        let links = parts.iter().map(|(_, _, inputs, _)| inputs.len() + 1).sum();
+        let buffers = conditions.messages.then(|| vec![Vec::new(); links]);
+        Ok(Chain { parts, pass: Pass { training: true, key: 1 }, buffers, copied: (0.0, 0.0) })
     }
 
     /// A step of every part in turn; `wanted`: with the inputs' cotangents.
@@ -281,12 +343,22 @@ impl Chain {
         let mut last: Option<Tensor> = None;
         let mut tape = Tape::new();
         let pass = self.pass;
+        let mut buffers = self.buffers.iter_mut().flatten();
+        let copied = &mut self.copied;
         self.parts
             .iter_mut()
             .map(|(module, _, inputs, cotangent)| {
                 if let Some(y) = last.take().filter(|y| y.shape() == inputs[0].shape()) {
                     inputs[0] = y;
                 }
+                let arrives = Instant::now();
+                for tensor in inputs.iter_mut().chain([&mut *cotangent]) {
+                    if let Some(buffer) = buffers.next() {
+                        *tensor = through(buffer, tensor)?;
+                        copied.0 += 8.0 * tensor.elem_count() as f64;
+                    }
+                }
+                copied.1 += arrives.elapsed().as_secs_f64();
                 let start = Instant::now();
                 last = Some(module.forward(inputs, &pass, &mut tape)?);
                 let middle = Instant::now();
@@ -309,11 +381,12 @@ impl Chain {
             .collect()
     }
 
-    fn measure(&mut self) -> Result<Vec<Times>> {
+    fn measure(&mut self) -> Result<(Vec<Times>, f64)> {
         // Buffers and choices are made at the first step.
         self.tick(false)?;
         self.tick(true)?;
         self.update()?;
+        self.copied = (0.0, 0.0);
         let mut samples = vec![[const { Vec::new() }; 4]; self.parts.len()];
         let begun = Instant::now();
         for round in 0..ROUNDS.1 {
@@ -337,6 +410,8 @@ impl Chain {
             backward_leaf: median(without),
             update: median(changed).max(0.0),
         });
-        Ok(times.collect())
+        let (bytes, seconds) = self.copied;
+        let copy = if bytes > 0.0 { bytes / seconds.max(1e-9) } else { copy_rate() };
+        Ok((times.collect(), copy))
     }
 }

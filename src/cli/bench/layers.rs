@@ -16,7 +16,7 @@ use crate::kernels;
 use crate::model::spec::{LayerSpec, Shape};
 use crate::plan::blocks::Blocks;
 use crate::plan::machine::{own_processors, processor_name};
-use crate::plan::predict::{block_parts, conditions, module_parts};
+use crate::plan::predict::{Parts, block_parts, conditions, module_parts};
 use crate::plan::profile::{Conditions, Part, Times, measure};
 use crate::{Error, Result};
 
@@ -102,7 +102,7 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
     let setup = Setup::dry(&config, ranks * config.train.replicas)?;
     for &threads in &args.threads {
         let peak = Peak::measure(threads);
-        let base = Conditions { threads, ..conditions(&setup, 1) };
+        let base = Conditions { threads, messages: false, ..conditions(&setup, 1, Parts::Modules) };
         let (parts, names) = layer_parts(&setup)?;
         let rows = rows(&base, parts, names)?;
         let modules = module_rows(&setup, &base)?;
@@ -226,7 +226,7 @@ fn products(layer: &LayerSpec, input: Shape) -> Vec<(LayerSpec, Shape)> {
 fn rows(base: &Conditions, parts: Vec<Part>, names: Vec<String>) -> Result<Vec<Row>> {
     let batch = base.batch as f64;
     let conditions = base.with(parts);
-    let times = measure(&conditions, 1)?;
+    let (times, _) = measure(&conditions, 1)?;
     let rows = conditions.parts.iter().zip(times).zip(names).map(|((part, times), name)| {
         let (layer, input) = (&part.layers[0].1, part.main);
         let output = layer.output_shape(input)?;
@@ -267,8 +267,8 @@ fn module_rows(setup: &Setup, base: &Conditions) -> Result<Vec<ModuleRow>> {
     }
     let ranges: Vec<[usize; 2]> =
         parts.iter().map(|p| [p.layers[0].0, p.layers.last().map_or(0, |(n, _)| n + 1)]).collect();
-    let whole = measure(&base.with(parts), 1)?;
-    let alone = measure(&base.with(alone), 1)?;
+    let (whole, _) = measure(&base.with(parts), 1)?;
+    let (alone, _) = measure(&base.with(alone), 1)?;
     // The network's first layer never computes its input's cotangent.
     let seconds = |k: usize, t: &Times| t.forward + if k == 0 { t.backward_leaf } else { t.backward };
     let mut next = 0;

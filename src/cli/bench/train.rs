@@ -19,7 +19,7 @@ use crate::kernels;
 use crate::metrics::{PHASES, TimeAccount};
 use crate::plan::cut::{cut, times_together};
 use crate::plan::machine::{at_once, own_processors};
-use crate::plan::predict::{Prediction, module_parts, predict};
+use crate::plan::predict::{Parts, Prediction, predict};
 use crate::plan::simulate::Processors;
 use crate::transport::{World, hostname};
 use crate::{Error, Result};
@@ -116,7 +116,7 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     // Behind the peak memory, which measuring layers would raise.
     let processors = processors(world, config.run.threads)?;
     let predicted = match config.train.rule {
-        Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, module_parts(&setup), args.fresh)?
+        Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, Parts::Modules, args.fresh)?
             .map(|profile| predict(&setup, &profile, &processors)),
         Rule::Bp => None,
     };

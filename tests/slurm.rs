@@ -1,0 +1,191 @@
+//! The batch scripts on a real Slurm cluster of five hosts, made of network namespaces (slurm/testbed). Needs root and
+//! Slurm's packages; skipped, loudly, where they are missing. One test, since there is one testbed.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use common::mpirun::text;
+use common::runs::{config, shard, tensors};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+
+/// The testbed, taken down when this goes.
+struct Testbed;
+
+impl Testbed {
+    fn up() -> Option<Self> {
+        // Four for the jobs, one to take the place of a dead one.
+        let output = Self::call(&["up", "5"]);
+        if output.status.success() {
+            return Some(Testbed);
+        }
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        let missing = ["needs root", "is missing", "is up; take that one down", "Operation not permitted"];
+        assert!(missing.iter().any(|m| why.contains(m)), "the testbed does not come up: {why}");
+        eprintln!("SKIPPED: no Slurm testbed here: {why}");
+        None
+    }
+
+    fn call(args: &[&str]) -> Output {
+        let script = Path::new(ROOT).join("slurm/testbed/testbed.sh");
+        Command::new("timeout").arg("100").arg(script).args(args).current_dir(ROOT).output().unwrap()
+    }
+
+    /// Runs a command on the controller.
+    fn run(&self, args: &[&str]) -> Output {
+        Self::call(&[&["run"][..], args].concat())
+    }
+
+    fn does(&self, args: &[&str]) {
+        let output = Self::call(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output));
+    }
+}
+
+impl Drop for Testbed {
+    fn drop(&mut self) {
+        Self::call(&["down"]);
+    }
+}
+
+/// A run of eight modules, whose folder all hosts see.
+struct Run {
+    dir: tempfile::TempDir,
+    config: String,
+}
+
+impl Run {
+    fn new(clips: usize) -> Self {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        shard(&dir.path().join("train.h5"), 24, 16, false);
+        let conv = "{ kind = 'conv2d', out = 8, kernel = 3, padding = 1 }, { kind = 'relu' }, ";
+        let layers =
+            format!("model.layers=[{}{{ kind = 'global-avg-pool' }}, {{ kind = 'linear', out = 4 }}]", conv.repeat(7));
+        let clips = format!("train.clips={clips}");
+        let sets = [
+            layers.as_str(),
+            "model.modules=8",
+            "model.skip={ spans = [2] }",
+            "data.frames=16",
+            "train.optimizer={ kind = 'sgd', lr = 0.001 }",
+            "run.checkpoint_every=20",
+            "run.timeout=15",
+            &clips,
+        ];
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, config(dir.path(), &sets).to_toml().unwrap()).unwrap();
+        Run { config: path.display().to_string(), dir }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    fn clips_done(&self) -> usize {
+        std::fs::read_to_string(self.folder().join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+    }
+
+    /// Submits train.sbatch on four nodes with two ranks each; returns the job's number.
+    fn submit(&self, testbed: &Testbed) -> String {
+        let log = format!("--output={}/job.log", self.dir.path().display());
+        let export = format!("--export=ALL,SIDEWAYS={PROGRAM},NODE_WAIT=40");
+        let options = ["--parsable", "--nodes=4", "--ntasks-per-node=2", "--time=10", &log, &export];
+        let job = [&["sbatch"][..], &options, &["slurm/train.sbatch", &self.config]].concat();
+        let output = testbed.run(&job);
+        assert!(output.status.success(), "{}", text(&output));
+        String::from_utf8_lossy(&output.stdout).trim().to_string()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("job.log")).unwrap_or_default()
+    }
+
+    fn wait_for(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < Duration::from_secs(90), "waited for {what}; the job's log: {}", self.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn wait_for_end(&self, testbed: &Testbed, job: &str) {
+        self.wait_for("the job's end", || {
+            let state =
+                String::from_utf8_lossy(&testbed.run(&["squeue", "-h", "-j", job, "-t", "all", "-o", "%T"]).stdout)
+                    .trim()
+                    .to_string();
+            assert!(!["FAILED", "TIMEOUT", "CANCELLED"].contains(&state.as_str()), "{state}: {}", self.log());
+            state == "COMPLETED"
+        });
+    }
+
+    /// Compares the end with that of one process.
+    fn assert_same_as_alone(&self, clips: u64) {
+        let alone = self.dir.path().join("alone");
+        let dir = format!("run.dir={}", alone.display());
+        let output = Command::new(PROGRAM).args(["train", &self.config, "--set", &dir]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(tensors(&alone, clips) == tensors(&self.folder(), clips), "the job's parameters differ");
+        let lines = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap();
+        let clips_of = |l: &str| serde_json::from_str::<serde_json::Value>(l).unwrap()["clips"].as_u64().unwrap();
+        assert!(lines.lines().map(clips_of).eq(1..=clips), "every clip once in the metrics");
+    }
+}
+
+#[test]
+fn batch_jobs_finish_whatever_happens_and_with_the_same_bits() {
+    let Some(testbed) = Testbed::up() else { return };
+    wrong_starts_are_refused(&testbed);
+    a_slow_network_changes_no_bit(&testbed);
+    signals_requeue_the_job(&testbed);
+    a_dead_node_is_replaced(&testbed);
+}
+
+fn wrong_starts_are_refused(testbed: &Testbed) {
+    let run = Run::new(20);
+    let srun = |options: &[&str]| testbed.run(&[&["srun"], options, &[PROGRAM, "train", &run.config]].concat());
+    let singletons = srun(&["--mpi=none", "-n4"]);
+    assert_eq!(singletons.status.code(), Some(2), "{}", text(&singletons));
+    assert!(text(&singletons).contains("use `srun --mpi=pmix`"), "{}", text(&singletons));
+    let many = srun(&["--mpi=pmix", "-N4", "-n9"]);
+    assert_eq!(many.status.code(), Some(2), "{}", text(&many));
+    assert!(text(&many).contains("at most 8 can be used"), "{}", text(&many));
+}
+
+fn a_slow_network_changes_no_bit(testbed: &Testbed) {
+    let run = Run::new(20);
+    testbed.does(&["shape", "10ms", "100mbit"]);
+    let job = run.submit(testbed);
+    run.wait_for_end(testbed, &job);
+    testbed.does(&["shape", "off"]);
+    run.assert_same_as_alone(20);
+    assert!(run.log().contains("limited by "), "{}", run.log());
+}
+
+fn signals_requeue_the_job(testbed: &Testbed) {
+    let run = Run::new(500);
+    let job = run.submit(testbed);
+    for round in 1..=2 {
+        let before = run.clips_done();
+        run.wait_for("some clips", || run.clips_done() > before + 30);
+        let output = testbed.run(&["scancel", "--signal=USR1", &job]);
+        assert!(output.status.success(), "{}", text(&output));
+        run.wait_for("the restart", || run.log().contains(&format!("restart {round}")));
+    }
+    run.wait_for_end(testbed, &job);
+    run.assert_same_as_alone(500);
+}
+
+fn a_dead_node_is_replaced(testbed: &Testbed) {
+    let run = Run::new(500);
+    let job = run.submit(testbed);
+    run.wait_for("some clips", || run.clips_done() > 60);
+    testbed.does(&["kill-node", "2"]);
+    run.wait_for("the restart", || run.log().contains("restart 1"));
+    run.wait_for_end(testbed, &job);
+    run.assert_same_as_alone(500);
+}
