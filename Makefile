@@ -1,6 +1,8 @@
 # `make demo` and `make test` set a fresh Debian 12 machine with Rust up and do the work.
 
 PACKAGES := openmpi-bin libopenmpi-dev libhdf5-dev libclang-dev clang g++ libdnnl-dev pkg-config ffmpeg hdf5-tools
+# A Slurm cluster on this one machine, for tests and for `make cluster-demo`; needs root.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps
 CARGO ?= cargo
 # One profile for the program, its tests and clippy, so that dependencies are built once.
 PROFILE := --release --locked
@@ -10,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps build demo test lint doc bench-pytorch clean
+.PHONY: help deps slurm-deps build demo cluster-demo test lint doc bench-pytorch clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,11 +20,17 @@ help: ## what can be made
 deps: ## install the missing system packages (with apt where it may, else says which)
 	@.ci/install-packages $(PACKAGES)
 
+slurm-deps:
+	@.ci/install-packages $(SLURM_PACKAGES) || echo "Without them nothing runs on a Slurm testbed here: its test is skipped." >&2
+
 build: deps ## the program, target/release/sideways
 	$(CARGO) build $(PROFILE)
 
 demo: build ## train on a motion dataset under mpirun, with and without skips, and compare
 	datasets/motion/demo.sh
+
+cluster-demo: build slurm-deps ## the same on a Slurm cluster of five hosts made of this machine (root)
+	slurm/testbed/demo.sh
 
 # A Python environment for the comparison alone. TORCH says what pip installs (a wheel for the CPU alone is enough: for
 # instance TORCH="torch --index-url URL").
@@ -43,7 +51,7 @@ lint: deps ## formatting and clippy
 doc: deps ## the library's documentation, target/doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --no-deps
 
-test: build lint doc ## everything that continuous integration checks
+test: build slurm-deps lint doc ## everything that continuous integration checks
 	$(CARGO) test $(PROFILE) -- --test-threads=2
 
 clean: ## remove what was built and made here
