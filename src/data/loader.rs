@@ -1,17 +1,19 @@
 //! A stream of batches of frames: a thread reads ahead, the network's first (and last) module takes frame by frame.
 //!
-//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows, as the first module
-//! reads them. It reads stored frames one after the other (HDF5 has one lock), while a pool decodes, crops and scales
-//! them straight into the chunk's buffer. Chunks pass through a bounded channel and their buffers come back to be
-//! filled again, so memory depends on B, the chunk and the read-ahead, and not on the length T of a clip.
+//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows. It reads stored frames
+//! one after the other (HDF5 has one lock), while a pool decodes, crops and scales them straight into the tensors that the
+//! first module reads. Chunks pass through a bounded channel, so memory depends on B, the chunk and the read-ahead, and
+//! not on the length T of a clip.
 //!
 //! In training a damaged video is passed over: its place in the batch has label -1 and frames of zeros, so that it
 //! counts nowhere. Nothing takes its place. In evaluation it is an error: a score has to be over all videos.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+
+use candle_core::Tensor;
 
 use super::augment::{Augmentation, Geometry};
 use super::dataset::Dataset;
@@ -116,15 +118,14 @@ pub struct Clip {
     pub videos: Vec<Option<usize>>,
 }
 
-/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` values. (There is no message for a clip's
+/// Some successive frames of a clip, each `[B, h, w, 3]` values. (There is no message for a clip's
 /// beginning alone: it would take a chunk's place in the channel, and memory would depend on T after all.)
 pub(super) struct Chunk {
     pub(super) clip: u64,
     /// With the first chunk of a clip, the clip.
     pub(super) begins: Option<Clip>,
     pub(super) first: usize,
-    pub(super) frames: usize,
-    pub(super) data: Vec<f32>,
+    pub(super) frames: Vec<Tensor>,
     /// Places that this clip's damaged videos leave empty, as far as is known by the end of the chunk.
     pub(super) skipped: Vec<usize>,
 }
@@ -135,7 +136,6 @@ pub struct FrameStream {
     geometry: Geometry,
     clips_per_epoch: u64,
     incoming: Option<Receiver<Result<Chunk>>>,
-    recycle: Sender<Vec<f32>>,
     thread: Option<JoinHandle<()>>,
     next: u64,
     current: Option<u64>,
@@ -169,8 +169,7 @@ impl FrameStream {
         let sampler = Sampler::of(&dataset, options.sampler())?;
         let clips_per_epoch = sampler.clips_per_epoch();
         let (send, incoming) = sync_channel(options.prefetch);
-        let (recycle, buffers) = channel();
-        let mut reader = Reader::new(dataset, sampler, geometry, options.clone(), buffers)?;
+        let mut reader = Reader::new(dataset, sampler, geometry, options.clone())?;
         let thread = std::thread::Builder::new()
             .name("frames".into())
             .spawn(move || deliver(&mut reader, &send))
@@ -181,7 +180,6 @@ impl FrameStream {
             geometry,
             clips_per_epoch,
             incoming: Some(incoming),
-            recycle,
             thread: Some(thread),
             current: None,
             chunks: VecDeque::new(),
@@ -213,15 +211,10 @@ impl FrameStream {
                 self.next, self.options.end_clip
             )));
         }
-        while let Some(chunk) = self.chunks.pop_front() {
-            self.give_back(chunk);
-        }
+        self.chunks.clear();
         loop {
             let mut chunk = self.receive()?;
-            let Some(info) = chunk.begins.take() else {
-                self.give_back(chunk);
-                continue;
-            };
+            let Some(info) = chunk.begins.take() else { continue };
             if chunk.clip != clip {
                 return Err(Error::Run(format!("the frame reader sent clip {} instead of {clip}", chunk.clip)));
             }
@@ -242,7 +235,7 @@ impl FrameStream {
     /// # Errors
     /// [`Error::Run`] before the first [`FrameStream::begin`], and for a frame past the clip or no longer held; whatever
     /// went wrong in reading, naming shard and video.
-    pub fn frame(&mut self, t: usize) -> Result<&[f32]> {
+    pub fn frame(&mut self, t: usize) -> Result<Tensor> {
         let Some(clip) = self.current else {
             return Err(Error::Run(format!("frame {t} was asked for before any clip was begun")));
         };
@@ -250,12 +243,11 @@ impl FrameStream {
             return Err(Error::Run(format!("frame {t} of {} was asked for", self.options.frames)));
         }
         self.newest = self.newest.max(t);
-        while self.chunks.front().is_some_and(|c| c.first + c.frames + self.options.ahead <= self.newest) {
-            if let Some(chunk) = self.chunks.pop_front() {
-                self.give_back(chunk);
-            }
+        let done = self.newest.saturating_sub(self.options.ahead);
+        while self.chunks.front().is_some_and(|c| c.first + c.frames.len() <= done) {
+            self.chunks.pop_front();
         }
-        while self.chunks.back().is_none_or(|c| c.first + c.frames <= t) {
+        while self.chunks.back().is_none_or(|c| c.first + c.frames.len() <= t) {
             let chunk = self.receive()?;
             if chunk.clip != clip {
                 return Err(Error::Run(format!("the frame reader sent clip {} before the end of {clip}", chunk.clip)));
@@ -263,14 +255,14 @@ impl FrameStream {
             self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
         }
-        let Some(chunk) = self.chunks.iter().find(|c| (c.first..c.first + c.frames).contains(&t)) else {
+        let holds = |c: &&Chunk| (c.first..c.first + c.frames.len()).contains(&t);
+        let Some(chunk) = self.chunks.iter().find(holds) else {
             return Err(Error::Run(format!(
                 "frame {t} is no longer held: {} was asked for, and only {} frames back are kept",
                 self.newest, self.options.ahead
             )));
         };
-        let frame = self.options.batch * self.geometry.frame_len();
-        Ok(&chunk.data[(t - chunk.first) * frame..][..frame])
+        Ok(chunk.frames[t - chunk.first].clone())
     }
 
     /// Frame `t` as a target: as [`FrameStream::frame`], but not-a-number where a damaged video is passed over, which is
@@ -278,13 +270,17 @@ impl FrameStream {
     ///
     /// # Errors
     /// As [`FrameStream::frame`].
-    pub fn target(&mut self, t: usize) -> Result<Vec<f32>> {
-        let mut target = self.frame(t)?.to_vec();
+    pub fn target(&mut self, t: usize) -> Result<Tensor> {
+        let target = self.frame(t)?;
+        if self.skipped.is_empty() {
+            return Ok(target);
+        }
+        let mut values = target.flatten_all()?.to_vec1::<f32>()?;
         let frame = self.geometry.frame_len();
         for &place in &self.skipped {
-            target[place * frame..][..frame].fill(f32::NAN);
+            values[place * frame..][..frame].fill(f32::NAN);
         }
-        Ok(target)
+        Ok(Tensor::from_vec(values, target.shape(), target.device())?)
     }
 
     /// Places of the current clip's batch that damaged videos leave empty.
@@ -308,11 +304,6 @@ impl FrameStream {
             }
             Err(_) => Err(Error::Run("the frame reader's thread ended unexpectedly (it panicked, see above)".into())),
         }
-    }
-
-    fn give_back(&self, chunk: Chunk) {
-        // The reader is gone after its last clip: then the buffer is simply freed.
-        let _ = self.recycle.send(chunk.data);
     }
 }
 

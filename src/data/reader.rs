@@ -1,7 +1,8 @@
 //! The reader thread's work: windows to chunks of frames, and which videos are fit to be read.
 
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::Tensor;
 
 use super::augment::{Geometry, Scaling, View};
 use super::dataset::Dataset;
@@ -9,6 +10,7 @@ use super::jpeg;
 use super::loader::{Chunk, Clip, StreamOptions};
 use super::sampler::{Sampler, VideoWindow};
 use super::shard::{Encoding, ShardReader};
+use crate::kernels::{overwritten, tensor};
 use crate::{Error, Result};
 
 /// Shards kept open at a time; a process may have about a thousand files.
@@ -36,7 +38,6 @@ pub(super) struct Reader {
     sampler: Sampler,
     geometry: Geometry,
     options: StreamOptions,
-    buffers: Receiver<Vec<f32>>,
     pool: rayon::ThreadPool,
     /// The most recently used last.
     open: Vec<(usize, ShardReader)>,
@@ -57,7 +58,6 @@ impl Reader {
         sampler: Sampler,
         geometry: Geometry,
         options: StreamOptions,
-        buffers: Receiver<Vec<f32>>,
     ) -> Result<Self> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.decoders)
@@ -67,7 +67,7 @@ impl Reader {
         let clip = options.first_clip;
         let sound = vec![None; dataset.videos.len()];
         let (open, slots, skipped) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { dataset, sampler, geometry, options, buffers, pool, open, clip, frame: 0, slots, skipped, sound })
+        Ok(Self { dataset, sampler, geometry, options, pool, open, clip, frame: 0, slots, skipped, sound })
     }
 
     /// The next chunk; `None` after the last clip.
@@ -78,13 +78,13 @@ impl Reader {
         let first = self.frame;
         let mut begins = if first == 0 { Some(self.begin()?) } else { None };
         let frames = self.options.chunk.min(self.options.frames - first);
-        let data = self.chunk(first, frames)?;
+        let frames = self.chunk(first, frames)?;
         let skipped = self.skipped.clone();
         if let Some(clip) = &mut begins {
             skipped.iter().for_each(|&place| clip.labels[place] = -1);
         }
-        let chunk = Chunk { clip: self.clip, begins, first, frames, data, skipped };
-        self.frame = first + frames;
+        self.frame = first + frames.len();
+        let chunk = Chunk { clip: self.clip, begins, first, frames, skipped };
         if self.frame == self.options.frames {
             self.frame = 0;
             self.clip += 1;
@@ -165,15 +165,14 @@ impl Reader {
         View::drawn(self.geometry, scaling, &o.augmentation, (o.seed, epoch, window.video as u64))
     }
 
-    /// Frames `first..first + frames` of all windows: `[frames, B, h, w, 3]`. This thread reads, the pool does the rest
+    /// Frames `first..first + frames` of all windows, each `[B, h, w, 3]`. This thread reads, the pool does the rest
     /// meanwhile.
-    fn chunk(&mut self, first: usize, frames: usize) -> Result<Vec<f32>> {
+    fn chunk(&mut self, first: usize, frames: usize) -> Result<Vec<Tensor>> {
         let (batch, frame) = (self.slots.len(), self.geometry.frame_len());
-        let mut data = self.buffers.try_recv().unwrap_or_default();
-        data.resize(frames * batch * frame, 0.0);
+        let mut data: Vec<Vec<f32>> = (0..frames).map(|_| overwritten(batch * frame)).collect();
         let mut places: Vec<Vec<&mut [f32]>> = (0..batch).map(|_| Vec::with_capacity(frames)).collect();
-        for (n, out) in data.chunks_exact_mut(frame).enumerate() {
-            places[n % batch].push(out);
+        for data in &mut data {
+            places.iter_mut().zip(data.chunks_exact_mut(frame)).for_each(|(outs, out)| outs.push(out));
         }
         let failures = Mutex::new(Vec::new());
         let (dataset, open, geometry) = (&self.dataset, &mut self.open, &self.geometry);
@@ -207,9 +206,21 @@ impl Reader {
             let Some(Slot { window, .. }) = self.slots[place].take() else { continue };
             self.damaged(window.video, &format!("frame {source}: {why}"))?;
             self.skipped.push(place);
-            data.chunks_exact_mut(frame).skip(place).step_by(batch).for_each(|out| out.fill(0.0));
+            data.iter_mut().for_each(|data| data[place * frame..][..frame].fill(0.0));
         }
-        Ok(data)
+        self.still_there()?;
+        let shape = (batch, self.geometry.out_height, self.geometry.out_width, 3);
+        data.into_iter().map(|data| tensor(data, shape)).collect()
+    }
+
+    /// Whether the shards that are being read are there and whole: past the end of a file that has been cut short HDF5
+    /// finds zeros, without a word.
+    fn still_there(&mut self) -> Result<()> {
+        let videos = &self.dataset.videos;
+        let mut shards: Vec<usize> = self.slots.iter().flatten().map(|slot| videos[slot.window.video].shard).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        shards.into_iter().try_for_each(|s| shard_reader(&mut self.open, &self.dataset, s)?.still_there())
     }
 }
 

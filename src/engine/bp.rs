@@ -1,6 +1,6 @@
 //! Training by exact back-propagation in one process: the ceiling that pseudo-gradients are compared with.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::console::{Console, Observer, Totals};
 use super::head::Head;
@@ -93,18 +93,15 @@ impl Trainer<'_> {
         let passes = |t: usize| pass(true, key, clip, t);
         self.watch.enter(Phase::Data);
         self.head.begin(&self.stream.begin(clip)?.labels);
-        let [h, w, c] = network.input;
-        let batch = config.data.batch;
         let mut targets: Vec<Option<Tensor>> = Vec::new();
         let losses = schedule.steps(self.modules.len());
         let (stream, ahead) = (&mut self.stream, self.setup.ahead);
         let watch = &mut self.watch;
         let mut frame = |t: usize| -> Result<Tensor> {
             watch.enter(Phase::Data);
-            let shape = (batch, h, w, c);
-            let x = Tensor::from_slice(stream.frame(t)?, shape, &Device::Cpu)?;
+            let x = stream.frame(t)?;
             targets.push(match ahead.filter(|_| losses.get(t).is_some_and(|s| s.loss)) {
-                Some(ahead) => Some(Tensor::from_vec(stream.target(t + ahead)?, shape, &Device::Cpu)?),
+                Some(ahead) => Some(stream.target(t + ahead)?),
                 None => None,
             });
             watch.enter(Phase::Forward);

@@ -5,7 +5,7 @@
 //! 2020, section 3; with skips, arXiv 2106.08318). Within a tick the order hides the transfers: y travels while the
 //! backward pass computes, the cotangents while the next forward pass does.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::worker::{At, Worker, header, left_out, not_finite, receive, send};
 use crate::config::UpdateEvery;
@@ -165,11 +165,9 @@ impl Worker {
     fn read_frame(&mut self, at: At) -> Result<Tensor> {
         self.watch.enter(Phase::Data);
         let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
-        let [h, w, c] = source.shape;
-        let shape = (self.batch, h, w, c);
-        let x = Tensor::from_slice(source.stream.frame(at.step)?, shape, &Device::Cpu)?;
+        let x = source.stream.frame(at.step)?;
         if let (Some(ahead), Some(true)) = (source.ahead, source.loss_steps.get(at.step).copied()) {
-            let target = Tensor::from_vec(source.stream.target(at.step + ahead)?, shape, &Device::Cpu)?;
+            let target = source.stream.target(at.step + ahead)?;
             match (&mut source.truth, &mut self.loss) {
                 (Some((id, sender)), _) => {
                     let head = header(Kind::Target, *id, at.clip, at.step, self.batch, source.shape);
