@@ -21,6 +21,10 @@ use super::reader::Reader;
 use super::sampler::{Sampler, SamplerOptions};
 use crate::{Error, Result};
 
+/// Frames read at a time from each video where as many are to be made ahead: enough to make little of what a read costs
+/// beside copying, and few enough to stay in a processor's cache until module 1 reads them.
+const CHUNK: usize = 8;
+
 /// What a [`FrameStream`] delivers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamOptions {
@@ -84,7 +88,7 @@ impl Default for StreamOptions {
             ahead: 0,
             first_clip: 0,
             end_clip: u64::MAX,
-            chunk: 4,
+            chunk: CHUNK,
             prefetch: 3,
             decoders: 1,
         }
@@ -92,6 +96,14 @@ impl Default for StreamOptions {
 }
 
 impl StreamOptions {
+    /// With about `frames` frames of each clip made ahead of the one in use.
+    pub fn reading_ahead(mut self, frames: usize) -> Self {
+        self.chunk = frames.clamp(1, CHUNK);
+        // One chunk is in the making while the others wait.
+        self.prefetch = frames.div_ceil(CHUNK).max(1) - 1;
+        self
+    }
+
     /// The part that decides which windows are read.
     pub fn sampler(&self) -> SamplerOptions {
         SamplerOptions {

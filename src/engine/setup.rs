@@ -177,11 +177,10 @@ impl Setup {
             ahead: self.ahead.unwrap_or(0),
             first_clip: first,
             end_clip: end,
-            chunk: data.prefetch.clamp(1, 4),
-            // One chunk is in the making while the others wait.
-            prefetch: data.prefetch.div_ceil(4).max(1) - 1,
             decoders: data.decode_threads,
+            ..StreamOptions::default()
         }
+        .reading_ahead(data.prefetch)
     }
 
     /// Batches of clips in the whole run: `train.clips`, or `train.epochs` passes; one pass in evaluation.

@@ -35,6 +35,9 @@ pub struct DataArgs {
     /// Clips read side by side.
     #[arg(long, default_value_t = 8)]
     pub batch: usize,
+    /// Frames made ahead, as data.prefetch.
+    #[arg(long, default_value_t = 16)]
+    pub prefetch: usize,
     /// Numbers of decode threads to measure the whole loader with.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2")]
     pub threads: Vec<usize>,
@@ -256,7 +259,8 @@ fn loader(
         training: true,
         decoders: threads,
         ..StreamOptions::default()
-    };
+    }
+    .reading_ahead(args.prefetch);
     let frames = (options.batch * options.frames) as u64;
     let a_frame = dataset.shards.iter().filter_map(|p| p.metadata().ok()).map(|m| m.len()).sum::<u64>() as f64
         / dataset.frames() as f64;

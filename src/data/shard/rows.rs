@@ -60,13 +60,15 @@ impl Rows {
         count[0] = rows.end - rows.start;
         let bytes: u64 = count.iter().product();
         let mut out: Vec<u8> = Vec::with_capacity(bytes as usize);
+        let dimensions = count.len() as i32;
         sync(|| {
             let (start, count, none) = (start.as_ptr(), count.as_ptr(), std::ptr::null());
             // SAFETY: HDF5's lock is held; start and count have as many entries as the space has dimensions; `out` has room
             // for all selected elements, of which each is a byte, and counts them only once they have been written.
             unsafe {
                 h5check(H5Sselect_hyperslab(self.space.id(), H5S_SELECT_SET, start, none, count, none))?;
-                let memory = h5check(H5Screate_simple(1, &bytes, none))?;
+                // As many dimensions as in the file: between other shapes HDF5 copies element by element.
+                let memory = h5check(H5Screate_simple(dimensions, count, none))?;
                 let byte = *hdf5::globals::H5T_NATIVE_UINT8;
                 let to = out.as_mut_ptr().cast();
                 let read = h5check(H5Dread(self.dataset.id(), byte, memory, self.space.id(), H5P_DEFAULT, to));
