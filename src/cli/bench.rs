@@ -13,6 +13,7 @@ mod link;
 mod overlap;
 mod peak;
 mod train;
+mod videos;
 
 /// Micro-benchmarks of the machine at hand.
 #[derive(Debug, Subcommand)]

@@ -5,12 +5,14 @@
 use std::fs::File;
 use std::hint::black_box;
 use std::io::Read;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
 
+use super::videos::Videos;
 use super::wrong_size;
 use crate::data::augment::{Geometry, Scaling, View};
 use crate::data::{Augmentation, Dataset, Encoding, FrameStream, ShardReader, StreamOptions, jpeg};
@@ -35,11 +37,14 @@ pub struct DataArgs {
     /// Clips read side by side.
     #[arg(long, default_value_t = 8)]
     pub batch: usize,
+    /// Also decode these video files with ffmpeg when their frames are wanted, instead of reading shards.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub videos: Vec<PathBuf>,
     /// Frames made ahead, as data.prefetch.
     #[arg(long, default_value_t = 16)]
     pub prefetch: usize,
-    /// Numbers of decode threads to measure the whole loader with.
-    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2")]
+    /// Numbers of decode threads to measure the whole loader with [default: 1, 2, 4 and so on up to the cores].
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
     pub threads: Vec<usize>,
     /// Time for each figure.
     #[arg(long, default_value_t = 1.0)]
@@ -56,7 +61,7 @@ struct Rate {
     frames_per_second: f64,
     /// By the processor time of all threads: what a core gives.
     frames_per_core_second: f64,
-    /// Bytes of stored frames (of the file for the plain read), by the clock.
+    /// Bytes of stored frames (of the file for plain reads and whole videos), by the clock; 0 where it is not known.
     bytes_per_second: f64,
 }
 
@@ -106,10 +111,16 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
         frame.copy_from_slice(stored[0]);
     }
     stages.push(("crop, flip, scale".into(), augment(&frame, geometry, &augmentation, args.seconds)?));
-    for &threads in &args.threads {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let doubling = || std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n <= cores).collect();
+    let threads: Vec<usize> = if args.threads.is_empty() { doubling() } else { args.threads.clone() };
+    for threads in threads {
         let s = if threads == 1 { "" } else { "s" };
         let name = format!("loader, {threads} decode thread{s}");
         stages.push((name, loader(&dataset, args, (crop, &augmentation), threads)?));
+    }
+    if !args.videos.is_empty() {
+        stages.extend(on_the_fly(&dataset, args, geometry, &augmentation)?);
     }
     let encoding = format!("{:?}", dataset.encoding).to_lowercase();
     let result = Figures { encoding, height: dataset.height, width: dataset.width, crop, stages };
@@ -157,12 +168,17 @@ fn timed(seconds: f64, mut round: impl FnMut() -> Result<(u64, u64)>) -> Result<
     })
 }
 
-/// Processor time of all of the process's threads so far.
+/// Processor time of all of the process's threads so far, and of its children that have ended.
 fn processor_seconds() -> f64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a timespec that is written and outlives the call.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut now) };
-    now.tv_sec as f64 + now.tv_nsec as f64 * 1e-9
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
+    let of = |who| {
+        // SAFETY: a structure of plain numbers, for which zeros are values.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointer is to a structure that is written and outlives the call.
+        unsafe { libc::getrusage(who, &mut usage) };
+        seconds(usage.ru_utime) + seconds(usage.ru_stime)
+    };
+    of(libc::RUSAGE_SELF) + of(libc::RUSAGE_CHILDREN)
 }
 
 /// Whole files, one after the other, into one buffer.
@@ -240,6 +256,22 @@ fn augment(frame: &[u8], geometry: Geometry, augmentation: &Augmentation, second
         }
         Ok((BLOCK, BLOCK * frame.len() as u64))
     })
+}
+
+/// No shards: `ffmpeg` decodes and scales, this process does what follows.
+fn on_the_fly(
+    dataset: &Dataset,
+    args: &DataArgs,
+    geometry: Geometry,
+    augmentation: &Augmentation,
+) -> Result<[(String, Rate); 2]> {
+    let defaults = StreamOptions::default();
+    let scaling = Scaling { mean: defaults.mean, std: defaults.std };
+    let view = View::drawn(geometry, scaling, augmentation, (1, 0, 0));
+    let (mut out, mut videos) = (vec![0.0; geometry.frame_len()], Videos::new(&args.videos, dataset));
+    let whole = timed(args.seconds, || videos.whole(&view, &mut out))?;
+    let windows = timed(args.seconds, || videos.window(args.frames, &view, &mut out))?;
+    Ok([("ffmpeg, whole videos".into(), whole), (format!("ffmpeg, {} frames anywhere", args.frames), windows)])
 }
 
 /// The whole loader, in training's order.
