@@ -162,6 +162,8 @@ pub struct Totals {
     pub videos_skipped: u64,
     /// What ended the run early (bits of [`super::stop`]), 0 if nothing did.
     pub decision: u32,
+    /// Why the clip that was undone could not be read.
+    pub failure: Option<String>,
 }
 
 /// Gathers reports batch by batch.
@@ -274,6 +276,17 @@ impl<'a> Console<'a> {
         Ok(())
     }
 
+    /// A batch of clips was undone: the checkpoint of what was before it is completed, and that is all.
+    ///
+    /// # Errors
+    /// As [`Console::batch`].
+    pub fn undone(&mut self, reports: &[Report]) -> Result<()> {
+        match &mut self.recorder {
+            Some(recorder) => recorder.complete(reports, self.grid.modules, true),
+            None => Ok(()),
+        }
+    }
+
     /// What it all amounted to.
     pub fn totals(self) -> Totals {
         let sum = |scores: &[Score]| {
@@ -295,6 +308,7 @@ impl<'a> Console<'a> {
             skipped: self.skipped,
             videos_skipped: self.videos_skipped,
             decision: 0,
+            failure: None,
         }
     }
 }
