@@ -118,6 +118,47 @@ fn a_killed_rank_costs_the_work_since_the_last_checkpoint() {
     run.assert_same_as_uninterrupted(clips);
 }
 
+/// Killed while a checkpoint is being written, some milliseconds into it: there is always one that loads, and what was half
+/// written is gone after the next start. FAULTS=n repeats it n times.
+#[test]
+fn a_kill_while_a_checkpoint_is_written_leaves_one_that_loads() {
+    let rounds: u64 = std::env::var("FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
+    // Some megabytes a checkpoint, so that writing one takes a while.
+    let layers = "model.layers=[{ kind = 'conv2d', out = 64, kernel = 3, stride = 4 }, { kind = 'relu' }, \
+        { kind = 'conv2d', out = 512, kernel = 1 }, { kind = 'relu' }, { kind = 'conv2d', out = 512, kernel = 1 }, \
+        { kind = 'relu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+    let run = Run::new(&["run.checkpoint_every=5", "run.keep=2", "model.modules=4", layers]);
+    let checkpoints = run.folder().join("checkpoints");
+    let unfinished = |dir: &Path| -> usize {
+        let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with(".step-")).count()
+    };
+    let (mut during, mut random) = (0, 0x9e37_79b9_7f4a_7c15u64);
+    for round in 0..rounds {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let (victim, after) = ((random >> 33) % 4, ((random >> 40) % 12) as f64 / 1000.0);
+        // Waits for a checkpoint to be complete in this start, then for the next to begin.
+        let script = format!(
+            "if [ $OMPI_COMM_WORLD_RANK = {victim} ]; then (cd {0} 2>/dev/null || sleep 1; cd {0}; touch {1}/begun; \
+             until [ -n \"$(find {0} -maxdepth 1 -newer {1}/begun -name 'step-*')\" ]; do sleep 0.05; done; \
+             until ls -d {0}/.step-*.partial >/dev/null 2>&1; do :; done; sleep {after}; kill -9 $$) & fi; exec {PROGRAM} train {2}",
+            checkpoints.display(),
+            run.dir.path().display(),
+            run.config
+        );
+        let output = mpirun(4, Path::new("sh"), &["-c", &script], &[], MINUTE);
+        assert!(!output.status.success(), "round {round}: {}", text(&output));
+        during += usize::from(unfinished(&checkpoints) > 0);
+        checkpoint::latest(&checkpoints).unwrap().unwrap();
+    }
+    eprintln!("{during} of {rounds} kills left a checkpoint half written");
+    let newest = run.newest();
+    let output = mpirun(4, Path::new(PROGRAM), &["train", &run.config, "--stop-after", "5"], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert_eq!((run.newest(), unfinished(&checkpoints)), (newest + 5, 0));
+    run.assert_same_as_uninterrupted(newest + 5);
+}
+
 /// A small file system of its own at a path, for as long as this lives; `None` where the rights are missing.
 struct Tmpfs(PathBuf);
 

@@ -9,6 +9,7 @@ use crate::Result;
 use crate::config::{Config, Rule, Task};
 use crate::engine::bp;
 use crate::engine::console::Totals;
+use crate::engine::environment;
 use crate::engine::limits;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
@@ -70,6 +71,7 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
         Setup::new(&config, world.size(), Purpose::Train)
     });
     let setup = cut(world.first_error(planned)?, world)?;
+    environment::require(world, &setup)?;
     let span = Span::of_training(&setup, world, args.stop_after)?;
     let chief = world.rank() == 0;
     if chief {
