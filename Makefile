@@ -44,6 +44,15 @@ $(VENV)/ready:
 bench-pytorch: build $(VENV)/ready ## frames/s and memory beside PyTorch's back-propagation (some 15 minutes; benches/README.md)
 	$(VENV)/bin/python benches/pytorch/compare.py $(BENCH_ARGS)
 
+VENV_DATA := target/venv-data
+$(VENV_DATA)/ready:
+	python3 -m venv $(VENV_DATA)
+	$(VENV_DATA)/bin/pip install -q h5py pillow numpy
+	touch $@
+
+bench-data: build $(VENV_DATA)/ready ## frames/s from shards beside h5py with Pillow, and ffmpeg (a minute; benches/README.md)
+	$(VENV_DATA)/bin/python benches/data/compare.py $(BENCH_ARGS)
+
 lint: deps ## formatting and clippy
 	$(CARGO) fmt --check
 	$(CARGO) clippy $(PROFILE) --all-targets -- -D warnings
