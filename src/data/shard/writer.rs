@@ -183,7 +183,10 @@ impl ShardWriter {
     }
 
     fn failed(&self, why: impl std::fmt::Display) -> Error {
-        Error::Run(format!("{}: writing this shard failed: {why}", self.partial.display()))
+        // HDF5 tells much about a failed write; what the operating system said is somewhere within.
+        let why = why.to_string();
+        let system = why.split_once("error message = '").and_then(|(_, rest)| rest.split('\'').next());
+        Error::Run(format!("{}: writing this shard failed: {}", self.partial.display(), system.unwrap_or(&why)))
     }
 }
 
