@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
 use common::mpirun::{mpirun, text};
