@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test lint doc bench-pytorch clean
+.PHONY: help deps slurm-deps build demo cluster-demo test lint doc bench-pytorch drills clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,6 +44,15 @@ $(VENV)/ready:
 bench-pytorch: build $(VENV)/ready ## frames/s and memory beside PyTorch's back-propagation (some 15 minutes; benches/README.md)
 	$(VENV)/bin/python benches/pytorch/compare.py $(BENCH_ARGS)
 
+VENV_DATA := target/venv-data
+$(VENV_DATA)/ready:
+	python3 -m venv $(VENV_DATA)
+	$(VENV_DATA)/bin/pip install -q h5py pillow numpy
+	touch $@
+
+bench-data: build $(VENV_DATA)/ready ## frames/s from shards beside h5py with Pillow, and ffmpeg (a minute; benches/README.md)
+	$(VENV_DATA)/bin/python benches/data/compare.py $(BENCH_ARGS)
+
 lint: deps ## formatting and clippy
 	$(CARGO) fmt --check
 	$(CARGO) clippy $(PROFILE) --all-targets -- -D warnings
@@ -53,6 +62,10 @@ doc: deps ## the library's documentation, target/doc
 
 test: build slurm-deps lint doc ## everything that continuous integration checks
 	$(CARGO) test $(PROFILE) -- --test-threads=2
+
+drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkpoints are written, time limits (some 15 minutes; slurm/README.md)
+	FAULTS=50 $(CARGO) test $(PROFILE) --test faults a_kill -- --nocapture --test-threads=1
+	$(CARGO) test $(PROFILE) --test slurm -- --nocapture --ignored
 
 clean: ## remove what was built and made here
 	$(CARGO) clean

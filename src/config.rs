@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Augmentation;
 use crate::graph::{Edge, Graph};
 use crate::model::loss::PixelLoss;
 use crate::model::module::Fuse;
@@ -50,16 +51,42 @@ pub struct DataConfig {
     pub crop: Option<usize>,
     /// Mirror clips left to right at random (not for labels that depend on direction).
     pub flip: bool,
+    /// Random resized crop in training: the part of a frame's area that is kept, from and to; absent: crops are not resized.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crop_scale: Option<[f64; 2]>,
+    /// Random resized crop: width to height of what is kept, from and to.
+    pub crop_ratio: [f64; 2],
+    /// Colour jitter in training: brightness is multiplied by a factor out of 1 ± this, one for all frames of a clip.
+    pub brightness: f64,
+    /// As `brightness`, of the distance to mid-grey.
+    pub contrast: f64,
+    /// As `brightness`, of the distance to the pixel's grey.
+    pub saturation: f64,
     /// Draw the order of clips and their windows anew each epoch; otherwise shard order from frame 0.
     pub shuffle: bool,
+    /// Compare each video with its checksum when it is first met; damaged ones are skipped in training.
+    pub verify: bool,
+    /// Threads that decode, crop and scale frames, on each first module's rank.
+    pub decode_threads: usize,
+    /// Frames of each clip that are made ahead of the one in use, about.
+    pub prefetch: usize,
     /// Per-channel mean of u8/255.
     pub mean: [f32; 3],
     /// Per-channel standard deviation of u8/255.
     pub std: [f32; 3],
 }
 
+impl DataConfig {
+    /// The random changes of clips in training.
+    pub fn augmentation(&self) -> Augmentation {
+        let &DataConfig { flip, crop_scale, crop_ratio, brightness, contrast, saturation, .. } = self;
+        Augmentation { flip, crop_scale, crop_ratio, brightness, contrast, saturation }
+    }
+}
+
 impl Default for DataConfig {
     fn default() -> Self {
+        let augmentation = Augmentation::default();
         DataConfig {
             train: Globs::default(),
             test: Globs::default(),
@@ -68,7 +95,15 @@ impl Default for DataConfig {
             batch: 16,
             crop: None,
             flip: false,
+            crop_scale: None,
+            crop_ratio: augmentation.crop_ratio,
+            brightness: 0.0,
+            contrast: 0.0,
+            saturation: 0.0,
             shuffle: true,
+            verify: true,
+            decode_threads: 1,
+            prefetch: 16,
             // Kinetics-400's, as torchvision's video models use them.
             mean: [0.43216, 0.394666, 0.37645],
             std: [0.22803, 0.22145, 0.216989],
@@ -401,6 +436,8 @@ impl Config {
             ("data.stride", self.data.stride),
             ("data.batch", self.data.batch),
             ("data.crop", self.data.crop.unwrap_or(1)),
+            ("data.decode_threads", self.data.decode_threads),
+            ("data.prefetch", self.data.prefetch),
             ("model.horizon", self.model.horizon),
             ("model.classes", self.model.classes.unwrap_or(1)),
             ("model.modules", self.model.modules.unwrap_or(1)),
@@ -421,6 +458,7 @@ impl Config {
                 self.data.mean, self.data.std
             )));
         }
+        self.data.augmentation().validate(self.data.crop)?;
         match (&self.model.preset, &self.model.layers) {
             (Some(_), Some(_)) => return Err(Error::input("model.preset and model.layers are both given: keep one")),
             (None, None) => {

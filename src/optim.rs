@@ -260,7 +260,7 @@ impl Optimizer {
 
 impl OptimizerSpec {
     /// Names of the buffers kept for each parameter.
-    fn buffers(&self) -> Vec<&'static str> {
+    pub(crate) fn buffers(&self) -> Vec<&'static str> {
         match *self {
             OptimizerSpec::Sgd { momentum: 0.0, .. } => vec![],
             OptimizerSpec::Sgd { .. } => vec!["momentum"],

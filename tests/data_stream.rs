@@ -6,7 +6,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use data_support::shard;
-use sideways::data::{Clip, Dataset, Encoding, FrameStream, Sampler, SamplerOptions, StreamOptions, VideoWindow};
+use sideways::data::sampler::MIXED_SHARDS;
+use sideways::data::{
+    Augmentation, Clip, Dataset, Encoding, FrameStream, Sampler, SamplerOptions, StreamOptions, VideoWindow,
+};
 
 fn sampler(lengths: &[u64], options: SamplerOptions) -> Sampler {
     Sampler::new(lengths.to_vec(), options).unwrap()
@@ -115,9 +118,17 @@ fn dataset(dir: &std::path::Path, encoding: Encoding) -> Arc<Dataset> {
     Arc::new(Dataset::open(&[format!("{}/a-*.h5", dir.display())]).unwrap())
 }
 
+fn flip() -> Augmentation {
+    Augmentation { flip: true, ..Augmentation::default() }
+}
+
 fn options() -> StreamOptions {
     // Normalisation off: a value is its byte / 255.
     StreamOptions { frames: 6, batch: 2, mean: [0.0; 3], std: [1.0; 3], chunk: 4, ..StreamOptions::default() }
+}
+
+fn values(frame: sideways::Result<candle_core::Tensor>) -> Vec<f32> {
+    frame.unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Clips `options.first_clip..end` with all their frames.
@@ -130,8 +141,8 @@ fn run(data: &Arc<Dataset>, options: StreamOptions, end: u64) -> Vec<(Clip, Vec<
             let info = stream.begin(clip).unwrap();
             let all = (0..frames)
                 .map(|t| {
-                    let mut out = vec![9.0; batch * h * w * c];
-                    stream.frame(t, &mut out).unwrap();
+                    let out = values(stream.frame(t));
+                    assert_eq!(out.len(), batch * h * w * c);
                     out
                 })
                 .collect();
@@ -174,7 +185,8 @@ fn the_stream_delivers_the_samplers_windows() {
 fn resuming_at_a_clip_gives_the_same_frames() {
     let dir = tempfile::tempdir().unwrap();
     let data = dataset(dir.path(), Encoding::Jpeg);
-    let o = StreamOptions { training: true, shuffle: true, flip: true, crop: Some(10), decoders: 2, ..options() };
+    let o =
+        StreamOptions { training: true, shuffle: true, augmentation: flip(), crop: Some(10), decoders: 2, ..options() };
     let all = run(&data, o.clone(), 8);
     assert_eq!(run(&data, StreamOptions { first_clip: 5, decoders: 1, chunk: 1, ..o }, 8), all[5..]);
 }
@@ -183,7 +195,7 @@ fn resuming_at_a_clip_gives_the_same_frames() {
 fn crop_and_flip_are_one_for_all_frames_of_a_clip_and_central_in_evaluation() {
     let dir = tempfile::tempdir().unwrap();
     let data = dataset(dir.path(), Encoding::Raw);
-    let o = StreamOptions { training: true, shuffle: true, flip: true, crop: Some(8), ..options() };
+    let o = StreamOptions { training: true, shuffle: true, augmentation: flip(), crop: Some(8), ..options() };
     let mut mirrored = BTreeSet::new();
     let mut lefts = BTreeSet::new();
     for (_, frames) in run(&data, o.clone(), 60) {
@@ -233,24 +245,20 @@ fn frames_ahead_can_be_read_and_older_ones_are_refused() {
     let data = dataset(dir.path(), Encoding::Raw);
     let o = StreamOptions { frames: 20, ahead: 5, chunk: 2, batch: 1, first_clip: 2, ..options() };
     let mut stream = FrameStream::open(data, o).unwrap();
-    let mut out = vec![0.0; 16 * 24 * 3];
-    assert!(stream.frame(0, &mut out).unwrap_err().to_string().contains("before any clip"));
+    assert!(stream.frame(0).unwrap_err().to_string().contains("before any clip"));
     stream.begin(2).unwrap();
     for t in 0..15 {
         for want in [t, t + 5] {
-            stream.frame(want, &mut out).unwrap();
-            assert_eq!(told(&out, 1, 0), (2, want));
+            assert_eq!(told(&values(stream.frame(want)), 1, 0), (2, want));
         }
     }
-    assert!(stream.frame(7, &mut out).unwrap_err().to_string().contains("no longer held"));
-    assert!(stream.frame(20, &mut out).unwrap_err().to_string().contains("frame 20 of 20"));
-    assert!(stream.frame(19, &mut out[1..]).is_err());
+    assert!(stream.frame(7).unwrap_err().to_string().contains("no longer held"));
+    assert!(stream.frame(20).unwrap_err().to_string().contains("frame 20 of 20"));
     assert!(stream.begin(2).unwrap_err().to_string().contains("its next is 3"));
     // Beginning the next clip early drops the rest of this one.
     stream.begin(3).unwrap();
     stream.begin(4).unwrap();
-    stream.frame(3, &mut out).unwrap();
-    assert_eq!(told(&out, 1, 0), (4, 3));
+    assert_eq!(told(&values(stream.frame(3)), 1, 0), (4, 3));
 }
 
 #[test]
@@ -279,13 +287,11 @@ fn options_that_do_not_fit_are_refused() {
 /// Runs until an error comes; it must name the shard, and it must stay.
 fn fails(data: Arc<Dataset>, o: StreamOptions) -> String {
     let mut stream = FrameStream::open(data, o.clone()).unwrap();
-    let [h, w, c] = stream.shape();
-    let mut out = vec![0.0; o.batch * h * w * c];
     for clip in 0..100 {
-        let step = stream.begin(clip).and_then(|_| (0..o.frames).try_for_each(|t| stream.frame(t, &mut out)));
+        let step = stream.begin(clip).and_then(|_| (0..o.frames).try_for_each(|t| stream.frame(t).map(|_| ())));
         if let Err(error) = step {
             assert_eq!(error.exit_code(), 2);
-            assert!(stream.frame(0, &mut out).is_err() || stream.begin(clip + 1).is_err());
+            assert!(stream.frame(0).is_err() || stream.begin(clip + 1).is_err());
             return error.to_string();
         }
     }
@@ -310,20 +316,97 @@ fn a_shard_that_vanishes_or_shrinks_while_in_use_is_an_error_not_a_hang() {
     assert!(error.contains("a-00000.h5") && error.contains("truncated"), "{error}");
 }
 
+/// Overwrites a part of frame 4 of the second video of `data`'s second shard.
+fn damage_video_4(data: &Dataset) {
+    let path = &data.shards[1];
+    let mut bytes = std::fs::read(path).unwrap();
+    let at = if data.encoding == Encoding::Jpeg {
+        // Frames come first in the file, after the header.
+        let starts: Vec<usize> = (0..bytes.len() - 2).filter(|&i| bytes[i..i + 3] == [0xff, 0xd8, 0xff]).collect();
+        assert_eq!(starts.len(), 9 + 15 + 7 + 30);
+        starts[9 + 4]
+    } else {
+        let frame = data_support::pixels(4, 4, 16, 24);
+        (0..bytes.len()).find(|&i| bytes[i..].starts_with(&frame)).unwrap()
+    };
+    bytes[at..at + 100].fill(0);
+    std::fs::write(path, bytes).unwrap();
+}
+
 #[test]
-fn a_damaged_jpeg_names_shard_video_and_frame() {
+fn a_damaged_video_is_skipped_in_training_and_an_error_in_evaluation() {
+    for (encoding, verify) in [(Encoding::Jpeg, true), (Encoding::Raw, true), (Encoding::Jpeg, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dataset(dir.path(), encoding);
+        let o = StreamOptions { training: true, shuffle: false, verify, frames: 9, batch: 3, ..options() };
+        let sound = run(&data, o.clone(), 4);
+        damage_video_4(&data);
+        let mut stream = FrameStream::open(data.clone(), o.clone()).unwrap();
+        // Two clips an epoch, the second of videos 3, 4 and 5.
+        for (clip, (before, frames)) in sound.iter().enumerate() {
+            let info = stream.begin(clip as u64).unwrap();
+            let met = clip % 2 == 1;
+            let mut labels = before.labels.clone();
+            // Without checksums the damage is only met at frame 4, the first of the second chunk, when the labels
+            // are told; from the next epoch on it is known.
+            if met && (verify || clip == 3) {
+                labels[1] = -1;
+            }
+            assert_eq!(info.labels, labels, "clip {clip}, {encoding:?}, verify {verify}");
+            assert_eq!((&info.ids, &info.videos), (&before.ids, &before.videos));
+            for (t, before) in frames.iter().enumerate() {
+                let mut wanted = before.clone();
+                let place = wanted.len() / 3..wanted.len() / 3 * 2;
+                let empty = met && (verify || clip == 3 || t >= 4);
+                if empty {
+                    wanted[place.clone()].fill(0.0);
+                }
+                assert_eq!(values(stream.frame(t)), wanted, "clip {clip} frame {t}, {encoding:?}, verify {verify}");
+                let target = values(stream.target(t));
+                assert_eq!(target[place.clone()].iter().all(|x| x.is_nan()), empty);
+                assert!(target[..place.start].iter().chain(&target[place.end..]).all(|x| x.is_finite()));
+            }
+            assert_eq!(stream.skipped(), if met { &[1][..] } else { &[] });
+        }
+        let error = fails(data, StreamOptions { training: false, ..o });
+        assert!(error.contains("a-00001.h5") && error.contains("video-4") && error.contains("damaged"), "{error}");
+    }
+}
+
+#[test]
+fn resuming_within_an_epoch_gives_the_same_augmented_clips() {
     let dir = tempfile::tempdir().unwrap();
     let data = dataset(dir.path(), Encoding::Jpeg);
-    // Overwrite the middle of the frames (they come first in the file, after the header).
-    let mut bytes = std::fs::read(&data.shards[1]).unwrap();
-    let starts: Vec<usize> = (0..bytes.len() - 2).filter(|&i| bytes[i..i + 3] == [0xff, 0xd8, 0xff]).collect();
-    assert_eq!(starts.len(), 9 + 15 + 7 + 30);
-    let at = starts[9 + 4];
-    bytes[at..at + 100].fill(0);
-    std::fs::write(&data.shards[1], bytes).unwrap();
-    for decoders in [1, 2] {
-        let o = StreamOptions { batch: 2, decoders, training: true, ..options() };
-        let error = fails(data.clone(), o);
-        assert!(error.contains("a-00001.h5") && error.contains("video-4") && error.contains("frame 4"), "{error}");
+    let augmentation =
+        Augmentation { crop_scale: Some([0.3, 1.0]), brightness: 0.4, contrast: 0.3, saturation: 0.5, ..flip() };
+    let o = StreamOptions { training: true, shuffle: true, crop: Some(10), augmentation, ..options() };
+    let all = run(&data, o.clone(), 8);
+    let again = StreamOptions { first_clip: 5, decoders: 3, chunk: 1, prefetch: 0, verify: false, ..o.clone() };
+    assert_eq!(run(&data, again, 8), all[5..]);
+    let plain = run(&data, StreamOptions { augmentation: Augmentation::default(), ..o }, 8);
+    assert!(plain.iter().zip(&all).all(|((a, x), (b, y))| a == b && x != y));
+}
+
+#[test]
+fn many_shards_are_mixed_a_few_at_a_time_and_every_video_comes_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for s in 0..MIXED_SHARDS * 2 + 3 {
+        shard(&dir.path().join(format!("m-{s:03}.h5")), Encoding::Raw, [4, 4], s * 3, &[2, 2, 2]);
+    }
+    let data = Dataset::open(&[format!("{}/m-*.h5", dir.path().display())]).unwrap();
+    let order = |epoch: u64| -> Vec<usize> {
+        let mut s = Sampler::of(&data, training(1, 1, 0, 11)).unwrap();
+        let clips = s.clips_per_epoch();
+        (epoch * clips..(epoch + 1) * clips).map(|c| s.batch(c)[0].unwrap().video).collect()
+    };
+    let (first, second) = (order(0), order(1));
+    assert_eq!(first, order(0));
+    assert_ne!(first, second);
+    for order in [first, second] {
+        assert_eq!(order.iter().collect::<BTreeSet<_>>().len(), data.videos.len());
+        let groups: Vec<BTreeSet<usize>> =
+            order.chunks(MIXED_SHARDS * 3).map(|g| g.iter().map(|&v| data.videos[v].shard).collect()).collect();
+        assert_eq!(groups.iter().map(BTreeSet::len).collect::<Vec<_>>(), [MIXED_SHARDS, MIXED_SHARDS, 3]);
+        assert!(groups[0].last() > Some(&MIXED_SHARDS), "shards are mixed: {groups:?}");
     }
 }

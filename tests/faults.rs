@@ -2,108 +2,14 @@
 
 mod common;
 
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
 use common::mpirun::{mpirun, text};
-use common::runs::{config, shard, tensors};
+use common::runs::tensors;
 use sideways::checkpoint;
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
-const MINUTE: Duration = Duration::from_secs(60);
-
-/// A configuration that trains for so long that it must be stopped.
-struct Run {
-    dir: tempfile::TempDir,
-    config: String,
-}
-
-impl Run {
-    fn new(sets: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        shard(&dir.path().join("train.h5"), 24, 14, false);
-        let path = dir.path().join("config.toml");
-        let always = [
-            "train.clips=1000000",
-            "run.checkpoint_every=1000000",
-            "model.skip={ spans = [2] }",
-            "train.optimizer={ kind = 'sgd', lr = 0.001, momentum = 0.9 }",
-        ];
-        std::fs::write(&path, config(dir.path(), &[&always[..], sets].concat()).to_toml().unwrap()).unwrap();
-        Run { config: path.display().to_string(), dir }
-    }
-
-    fn folder(&self) -> PathBuf {
-        self.dir.path().join("run")
-    }
-
-    /// Batches of clips of the newest checkpoint.
-    fn newest(&self) -> u64 {
-        checkpoint::latest(&self.folder().join("checkpoints")).unwrap().unwrap().manifest().clips
-    }
-
-    /// Trains `clips` batches in one piece and compares the parameters with those of `folder`.
-    fn assert_same_as_uninterrupted(&self, clips: u64) {
-        let through = self.dir.path().join(format!("through-{clips}"));
-        let (dir, stop) = (format!("run.dir={}", through.display()), clips.to_string());
-        let args = ["train", &self.config, "--set", &dir, "--stop-after", &stop];
-        let output = Command::new(PROGRAM).args(args).output().unwrap();
-        assert_eq!(output.status.code(), Some(75), "{}", text(&output));
-        assert!(tensors(&through, clips) == tensors(&self.folder(), clips), "parameters differ after {clips} clips");
-    }
-
-    fn lines_of_metrics(&self) -> Vec<u64> {
-        let text = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap_or_default();
-        let clips = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["clips"].as_u64());
-        text.lines().filter_map(clips).collect()
-    }
-}
-
-fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < MINUTE, "waited a minute for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// A child that is killed with its group if the test fails.
-struct Job(Child);
-
-impl Job {
-    fn alone(run: &Run, args: &[&str]) -> Self {
-        let mut command = Command::new(PROGRAM);
-        command.args(["train", &run.config]).args(args);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        Job(command.spawn().unwrap())
-    }
-
-    fn signal(&self, signal: i32) {
-        // SAFETY: a signal to a process this test started.
-        unsafe { libc::kill(self.0.id() as i32, signal) };
-    }
-
-    fn exit_code(&mut self) -> Option<i32> {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(start.elapsed() < MINUTE, "the job does not end");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        // SAFETY: a signal to the group of a process this test started.
-        unsafe { libc::kill(-(self.0.id() as i32), libc::SIGKILL) };
-        let _ = self.0.wait();
-    }
-}
 
 /// SIGTERM and SIGUSR1 to one process of all modules, and to exact back-propagation: a checkpoint, exit 75, the same bits.
 #[test]
@@ -187,29 +93,75 @@ fn files_in_the_run_folder_ask_for_a_checkpoint_and_an_end() {
 fn a_killed_rank_costs_the_work_since_the_last_checkpoint() {
     let rounds: u64 = std::env::var("FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
     let run = Run::new(&["run.checkpoint_every=3", "run.keep=2"]);
-    let mut random = 0x2545_f491_4f6c_dd1du64;
+    let (mut random, mut slowest) = (0x2545_f491_4f6c_dd1du64, 0.0);
     for round in 0..rounds {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let (victim, delay) = ((random >> 33) % 4, 0.8 + ((random >> 40) % 100) as f64 / 100.0);
+        let killed = run.dir.path().join("killed");
         let script = format!(
-            "if [ $OMPI_COMM_WORLD_RANK = {victim} ]; then (sleep {delay}; kill -9 $$) & fi; exec {PROGRAM} train {}",
+            "if [ $OMPI_COMM_WORLD_RANK = {victim} ]; then (until [ -e {}/checkpoints/step-00000000 ]; do sleep 0.05; done; \
+             sleep {delay}; touch {}; kill -9 $$) & fi; exec {PROGRAM} train {}",
+            run.folder().display(),
+            killed.display(),
             run.config
         );
-        let begun = Instant::now();
         let output = mpirun(4, Path::new("sh"), &["-c", &script], &[], MINUTE);
-        let seconds = begun.elapsed().as_secs_f64();
-        assert!(!output.status.success() && seconds < delay + 10.0, "round {round}: {seconds} s, {}", text(&output));
+        let seconds = std::fs::metadata(&killed).unwrap().modified().unwrap().elapsed().unwrap().as_secs_f64();
+        slowest = f64::max(slowest, seconds);
+        assert!(!output.status.success() && seconds < 10.0, "round {round}: {seconds} s, {}", text(&output));
         let said = text(&output);
         assert!(said.contains("signal 9") || said.contains("error: rank"), "{said}");
         // There is always a checkpoint that loads.
         checkpoint::latest(&run.folder().join("checkpoints")).unwrap().unwrap();
     }
+    eprintln!("{rounds} kills; from kill to the job's end at most {slowest:.1} s");
     let clips = run.newest() + 5;
     let more = (clips - run.newest()).to_string();
     let output = mpirun(4, Path::new(PROGRAM), &["train", &run.config, "--stop-after", &more], &[], MINUTE);
     assert_eq!(output.status.code(), Some(75), "{}", text(&output));
     assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>());
     run.assert_same_as_uninterrupted(clips);
+}
+
+/// Killed while a checkpoint is being written, some milliseconds into it: there is always one that loads, and what was half
+/// written is gone after the next start. FAULTS=n repeats it n times.
+#[test]
+fn a_kill_while_a_checkpoint_is_written_leaves_one_that_loads() {
+    let rounds: u64 = std::env::var("FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
+    // Some megabytes a checkpoint, so that writing one takes a while.
+    let layers = "model.layers=[{ kind = 'conv2d', out = 64, kernel = 3, stride = 4 }, { kind = 'relu' }, \
+        { kind = 'conv2d', out = 512, kernel = 1 }, { kind = 'relu' }, { kind = 'conv2d', out = 512, kernel = 1 }, \
+        { kind = 'relu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+    let run = Run::new(&["run.checkpoint_every=5", "run.keep=2", "model.modules=4", layers]);
+    let checkpoints = run.folder().join("checkpoints");
+    let unfinished = |dir: &Path| -> usize {
+        let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with(".step-")).count()
+    };
+    let (mut during, mut random) = (0, 0x9e37_79b9_7f4a_7c15u64);
+    for round in 0..rounds {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let (victim, after) = ((random >> 33) % 4, ((random >> 40) % 12) as f64 / 1000.0);
+        // Waits for a checkpoint to be complete in this start, then for the next to begin.
+        let script = format!(
+            "if [ $OMPI_COMM_WORLD_RANK = {victim} ]; then (cd {0} 2>/dev/null || sleep 1; cd {0}; touch {1}/begun; \
+             until [ -n \"$(find {0} -maxdepth 1 -newer {1}/begun -name 'step-*')\" ]; do sleep 0.05; done; \
+             until ls -d {0}/.step-*.partial >/dev/null 2>&1; do :; done; sleep {after}; kill -9 $$) & fi; exec {PROGRAM} train {2}",
+            checkpoints.display(),
+            run.dir.path().display(),
+            run.config
+        );
+        let output = mpirun(4, Path::new("sh"), &["-c", &script], &[], MINUTE);
+        assert!(!output.status.success(), "round {round}: {}", text(&output));
+        during += usize::from(unfinished(&checkpoints) > 0);
+        checkpoint::latest(&checkpoints).unwrap().unwrap();
+    }
+    eprintln!("{during} of {rounds} kills left a checkpoint half written");
+    let newest = run.newest();
+    let output = mpirun(4, Path::new(PROGRAM), &["train", &run.config, "--stop-after", "5"], &[], MINUTE);
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert_eq!((run.newest(), unfinished(&checkpoints)), (newest + 5, 0));
+    run.assert_same_as_uninterrupted(newest + 5);
 }
 
 /// A small file system of its own at a path, for as long as this lives; `None` where the rights are missing.

@@ -8,8 +8,7 @@ mod common;
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
-use common::runs::{SIDE, assert_close, config, shard, tensors, train, with_prefix};
+use common::runs::{assert_close, config, shard, tensors, train, with_prefix};
 use sideways::config::Config;
 use sideways::data::FrameStream;
 use sideways::engine::head::Head;
@@ -28,11 +27,7 @@ fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collec
     let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
     let mut head = Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes);
     head.begin(&stream.begin(0).unwrap().labels);
-    let mut buffer = vec![0.0; config.data.batch * SIDE * SIDE * 3];
-    let mut frame = |t: usize| {
-        stream.frame(t, &mut buffer)?;
-        Ok(Tensor::from_slice(&buffer, (config.data.batch, SIDE, SIDE, 3), &Device::Cpu)?)
-    };
+    let mut frame = |t: usize| stream.frame(t);
     let passes = |t: usize| pass(true, 0, 0, t);
     let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame).unwrap();
     let steps = run.last().len();

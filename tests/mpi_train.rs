@@ -150,3 +150,34 @@ fn a_rank_that_fails_ends_the_job() {
     assert!(text(&output).contains("error: rank "), "{}", text(&output));
     assert!(text(&output).contains("learning rate") || text(&output).contains("diverged"), "{}", text(&output));
 }
+
+/// What `doctor` finds is what training then meets, and its exit code says so.
+#[test]
+fn doctor_finds_what_would_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &[]);
+    let doctor = |ranks: usize, more: &[&str]| {
+        let args = [&["doctor", &config][..], more].concat();
+        mpirun(ranks, Path::new(PROGRAM), &args, &[], MINUTE)
+    };
+    let fine = doctor(3, &[]);
+    let said = text(&fine);
+    assert!(fine.status.success() && !said.contains("WILL FAIL"), "{said}");
+    for part in ["3 rank(s)", "the same on all ranks", "ranks by host: ", "seen by all ranks", "a new run of 4 batches"]
+    {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let nowhere = ["--set", "run.dir=/proc/nowhere"];
+    for (ranks, more, expected) in [
+        (6, &[][..], "WILL FAIL        configuration  6 ranks for 5 modules"),
+        (2, &["--set", "data.train=missing-*.h5"], "WILL FAIL        configuration  data.train: "),
+        (2, &nowhere, "WILL FAIL        run folder     /proc/nowhere: "),
+    ] {
+        let output = doctor(ranks, more);
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+        assert!(text(&output).contains(expected), "{expected}: {}", text(&output));
+    }
+    let output = mpirun(2, Path::new(PROGRAM), &[&["train", &config][..], &nowhere].concat(), &[], MINUTE);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("choose a run.dir that can be written to"), "{}", text(&output));
+}

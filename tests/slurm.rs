@@ -90,11 +90,11 @@ impl Run {
     }
 
     /// Submits train.sbatch on four nodes with two ranks each; returns the job's number.
-    fn submit(&self, testbed: &Testbed) -> String {
+    fn submit(&self, testbed: &Testbed, more: &[&str]) -> String {
         let log = format!("--output={}/job.log", self.dir.path().display());
         let export = format!("--export=ALL,SIDEWAYS={PROGRAM},NODE_WAIT=40");
         let options = ["--parsable", "--nodes=4", "--ntasks-per-node=2", "--time=10", &log, &export];
-        let job = [&["sbatch"][..], &options, &["slurm/train.sbatch", &self.config]].concat();
+        let job = [&["sbatch"][..], &options, more, &["slurm/train.sbatch", &self.config]].concat();
         let output = testbed.run(&job);
         assert!(output.status.success(), "{}", text(&output));
         String::from_utf8_lossy(&output.stdout).trim().to_string()
@@ -127,8 +127,10 @@ impl Run {
     fn assert_same_as_alone(&self, clips: u64) {
         let alone = self.dir.path().join("alone");
         let dir = format!("run.dir={}", alone.display());
-        let output = Command::new(PROGRAM).args(["train", &self.config, "--set", &dir]).output().unwrap();
-        assert!(output.status.success(), "{}", text(&output));
+        let stop = clips.to_string();
+        let args = ["train", &self.config, "--set", &dir, "--stop-after", &stop];
+        let output = Command::new(PROGRAM).args(args).output().unwrap();
+        assert!(matches!(output.status.code(), Some(0 | 75)), "{}", text(&output));
         assert!(tensors(&alone, clips) == tensors(&self.folder(), clips), "the job's parameters differ");
         let lines = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap();
         let clips_of = |l: &str| serde_json::from_str::<serde_json::Value>(l).unwrap()["clips"].as_u64().unwrap();
@@ -142,7 +144,28 @@ fn batch_jobs_finish_whatever_happens_and_with_the_same_bits() {
     wrong_starts_are_refused(&testbed);
     a_slow_network_changes_no_bit(&testbed);
     signals_requeue_the_job(&testbed);
-    a_dead_node_is_replaced(&testbed);
+    a_lost_node_is_replaced(&testbed, "kill-node");
+    a_lost_node_is_replaced(&testbed, "cut-link");
+}
+
+/// A drill of some five minutes: a job whose time limit is a minute, over and over. `make drills` runs it.
+#[test]
+#[ignore = "takes five minutes: make drills"]
+fn time_limits_requeue_five_times() {
+    let Some(testbed) = Testbed::up() else { panic!("the testbed does not come up") };
+    let run = Run::new(1_000_000);
+    let job = run.submit(&testbed, &["--time=1", "--signal=USR1@20"]);
+    for round in 1..=5 {
+        run.wait_for("the restart", || run.log().contains(&format!("restart {round}")));
+        eprintln!("time limit {round}: {} clips done", run.clips_done());
+    }
+    let before = run.clips_done();
+    run.wait_for("some clips", || run.clips_done() > before + 30);
+    std::fs::write(run.folder().join("STOP"), "").unwrap();
+    run.wait_for_end(&testbed, &job);
+    let clips = run.clips_done() as u64;
+    run.assert_same_as_alone(clips);
+    eprintln!("six runs, {clips} clips: the bits of one run");
 }
 
 fn wrong_starts_are_refused(testbed: &Testbed) {
@@ -151,6 +174,12 @@ fn wrong_starts_are_refused(testbed: &Testbed) {
     let singletons = srun(&["--mpi=none", "-n4"]);
     assert_eq!(singletons.status.code(), Some(2), "{}", text(&singletons));
     assert!(text(&singletons).contains("use `srun --mpi=pmix`"), "{}", text(&singletons));
+    let doctor = testbed.run(&["srun", "--mpi=none", "-n4", PROGRAM, "doctor", &run.config]);
+    assert_eq!(doctor.status.code(), Some(2), "{}", text(&doctor));
+    assert!(text(&doctor).contains("WILL FAIL        launcher"), "{}", text(&doctor));
+    let cyclic = ["srun", "--mpi=pmix", "-N4", "-n8", "--distribution=cyclic", PROGRAM, "doctor", &run.config];
+    let cyclic = testbed.run(&cyclic);
+    assert!(cyclic.status.success() && text(&cyclic).contains("--distribution=block"), "{}", text(&cyclic));
     let many = srun(&["--mpi=pmix", "-N4", "-n9"]);
     assert_eq!(many.status.code(), Some(2), "{}", text(&many));
     assert!(text(&many).contains("at most 8 can be used"), "{}", text(&many));
@@ -159,7 +188,7 @@ fn wrong_starts_are_refused(testbed: &Testbed) {
 fn a_slow_network_changes_no_bit(testbed: &Testbed) {
     let run = Run::new(20);
     testbed.does(&["shape", "10ms", "100mbit"]);
-    let job = run.submit(testbed);
+    let job = run.submit(testbed, &[]);
     run.wait_for_end(testbed, &job);
     testbed.does(&["shape", "off"]);
     run.assert_same_as_alone(20);
@@ -168,7 +197,7 @@ fn a_slow_network_changes_no_bit(testbed: &Testbed) {
 
 fn signals_requeue_the_job(testbed: &Testbed) {
     let run = Run::new(500);
-    let job = run.submit(testbed);
+    let job = run.submit(testbed, &[]);
     for round in 1..=2 {
         let before = run.clips_done();
         run.wait_for("some clips", || run.clips_done() > before + 30);
@@ -180,12 +209,18 @@ fn signals_requeue_the_job(testbed: &Testbed) {
     run.assert_same_as_alone(500);
 }
 
-fn a_dead_node_is_replaced(testbed: &Testbed) {
+/// The host dies, or lives but is not reached: the job fails within its time-out, and goes on elsewhere.
+fn a_lost_node_is_replaced(testbed: &Testbed, fault: &str) {
     let run = Run::new(500);
-    let job = run.submit(testbed);
+    let job = run.submit(testbed, &[]);
     run.wait_for("some clips", || run.clips_done() > 60);
-    testbed.does(&["kill-node", "2"]);
+    testbed.does(&[fault, "2"]);
     run.wait_for("the restart", || run.log().contains("restart 1"));
     run.wait_for_end(testbed, &job);
     run.assert_same_as_alone(500);
+    testbed.does(&["heal", "2"]);
+    run.wait_for("the host's return", || {
+        let idle = testbed.run(&["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"]);
+        String::from_utf8_lossy(&idle.stdout).lines().count() == 5
+    });
 }

@@ -7,11 +7,13 @@ use clap::{Args, Subcommand};
 use crate::transport::World;
 use crate::{Error, Result};
 
+mod data;
 mod layers;
 mod link;
 mod overlap;
 mod peak;
 mod train;
+mod videos;
 
 /// Micro-benchmarks of the machine at hand.
 #[derive(Debug, Subcommand)]
@@ -22,6 +24,8 @@ pub enum BenchCommand {
     Overlap(OverlapArgs),
     /// Each layer's forward pass and gradients: time, GFLOP/s and GB/s beside this machine's peaks.
     Layers(layers::LayersArgs),
+    /// Reading shards: frames/s of each stage and of the whole loader, beside a plain read of the same files.
+    Data(data::DataArgs),
     /// Training as configured, on made-up frames: frames/s, peak memory, where the time goes. Alone, or under mpirun.
     Train(train::TrainArgs),
 }
@@ -75,6 +79,7 @@ pub fn run(command: &BenchCommand, world: &World) -> Result<()> {
         BenchCommand::Link(args) => link::run(args, world),
         BenchCommand::Overlap(args) => overlap::run(args, world),
         BenchCommand::Layers(args) => layers::run(args),
+        BenchCommand::Data(args) => data::run(args, world),
         BenchCommand::Train(args) => train::run(args, world),
     }
 }

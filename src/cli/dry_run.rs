@@ -2,14 +2,14 @@
 
 use crate::Result;
 use crate::config::{Config, Rule};
+use crate::engine::footprint::{bytes, memory, sent};
 use crate::engine::setup::Setup;
-use crate::optim::OptimizerSpec;
 use crate::plan::blocks::Blocks;
 use crate::plan::cut::resume_cut;
 use crate::plan::machine::at_once;
 use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
-use crate::transport::{HEADER_WORDS, Kind};
+use crate::transport::Kind;
 
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each rank's share.
 ///
@@ -75,41 +75,4 @@ fn measured_cuts(setup: &Setup, ranks: usize) -> Result<Option<Vec<usize>>> {
     let busy = ranks.min(at_once(setup.config.run.threads));
     let times = Profile::cached(&conditions(setup, busy, Parts::Blocks(&blocks)));
     times.map(|times| Ok(best_cuts(setup, &blocks, &times)?.0)).transpose()
-}
-
-/// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.
-pub(super) fn memory(setup: &Setup, w: usize) -> u64 {
-    let (i, _) = setup.grid.module_and_replica(w);
-    let module = &setup.network.modules[i - 1];
-    let copies = 2 + match setup.config.train.optimizer {
-        OptimizerSpec::Sgd { momentum: 0.0, .. } => 0,
-        OptimizerSpec::Sgd { .. } => 1,
-        OptimizerSpec::Adamw { .. } => 2,
-        OptimizerSpec::Rmsprop { momentum: 0.0, .. } => 1,
-        OptimizerSpec::Rmsprop { .. } => 2,
-    };
-    let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
-    let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    4 * (copies * module.params + setup.config.data.batch as u64 * module.tape + buffers as u64)
-}
-
-/// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.
-pub(super) fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
-    let links = setup.wiring.links.iter().filter(|l| l.from == w && kinds.contains(&l.kind));
-    links.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
-}
-
-/// `12.3 MiB`
-pub(super) fn bytes(n: u64) -> String {
-    let mut value = n as f64;
-    let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter();
-    let mut unit = units.next().unwrap_or_default();
-    for next in units {
-        if value < 1024.0 {
-            break;
-        }
-        value /= 1024.0;
-        unit = next;
-    }
-    format!("{value:.1} {unit}")
 }

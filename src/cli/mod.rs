@@ -8,6 +8,7 @@ use crate::transport::World;
 
 pub mod bench;
 pub mod data;
+pub mod doctor;
 pub mod dry_run;
 pub mod eval;
 pub mod logging;
@@ -44,6 +45,8 @@ pub enum Command {
     /// Measure layers for another process of this program.
     #[command(name = COMMAND, hide = true)]
     MeasureLayers,
+    /// Check ranks, hosts and (given a configuration) everything that training needs; exit code 2 if it would fail.
+    Doctor(doctor::DoctorArgs),
     /// Score a checkpoint on test shards.
     Eval(eval::EvalArgs),
 }
@@ -60,6 +63,13 @@ pub fn run(cli: Cli) -> i32 {
         Command::Plan(args) => World::Alone.conclude(plan::run(&args)),
         Command::MeasureLayers => World::Alone.conclude(measure_on_request()),
         Command::Bench(command) => with_world(|world| bench::run(&command, world)),
+        Command::Doctor(args) => match World::join() {
+            Ok(world) => {
+                let result = doctor::run(&world, &args);
+                world.conclude(result)
+            }
+            Err(error) => World::Alone.conclude(doctor::without_ranks(&error)),
+        },
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
     }
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, UNIX_EPOCH};
 use clap::Args;
 use serde::Serialize;
 
-use super::dry_run::{bytes, memory, sent};
 use crate::config::{Config, Rule};
+use crate::engine::footprint::{bytes, memory, sent};
 use crate::engine::setup::Setup;
 use crate::plan::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};

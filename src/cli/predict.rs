@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use clap::Args;
 
 use super::eval::config_of;
@@ -75,24 +75,22 @@ pub fn run(args: &PredictArgs) -> Result<()> {
         stream.begin(clip)?;
         let mut frames = Vec::new();
         for t in 0..config.data.frames {
-            let mut frame = vec![0.0; h * w * c];
-            stream.frame(t, &mut frame)?;
-            frames.push(frame);
+            frames.push(stream.frame(t)?);
         }
-        let mut frame = |t: usize| Ok(Tensor::from_slice(&frames[t], (1, h, w, c), &Device::Cpu)?);
+        let mut frame = |t: usize| Ok(frames[t].clone());
         let passes = |t: usize| pass(false, 0, clip, t);
         let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame)?;
-        let pixels = |x: &[f32]| -> Vec<f32> {
+        let pixels = |x: &Tensor| -> Result<Vec<f32>> {
             let (mean, std) = (&config.data.mean, &config.data.std);
-            x.iter().enumerate().map(|(n, v)| (v * std[n % c] + mean[n % c]).clamp(0.0, 1.0)).collect()
+            let x = x.flatten_all()?.to_vec1::<f32>()?;
+            Ok(x.iter().enumerate().map(|(n, v)| (v * std[n % c] + mean[n % c]).clamp(0.0, 1.0)).collect())
         };
         let mut steps = Vec::new();
         for (t, y) in run.last().iter().enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
-            let y = y.flatten_all()?.to_vec1::<f32>()?;
             steps.push(Step {
-                seen: pixels(&frames[t + ahead - horizon]),
-                target: pixels(&frames[t + ahead]),
-                prediction: pixels(&y),
+                seen: pixels(&frames[t + ahead - horizon])?,
+                target: pixels(&frames[t + ahead])?,
+                prediction: pixels(y)?,
             });
         }
         for step in &steps {

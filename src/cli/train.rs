@@ -9,6 +9,7 @@ use crate::Result;
 use crate::config::{Config, Rule, Task};
 use crate::engine::bp;
 use crate::engine::console::Totals;
+use crate::engine::environment;
 use crate::engine::limits;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
@@ -70,6 +71,7 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
         Setup::new(&config, world.size(), Purpose::Train)
     });
     let setup = cut(world.first_error(planned)?, world)?;
+    environment::require(world, &setup)?;
     let span = Span::of_training(&setup, world, args.stop_after)?;
     let chief = world.rank() == 0;
     if chief {
@@ -98,8 +100,12 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
         progress.finish();
     }
     let totals = totals?;
-    if chief {
+    if chief && totals.batches > 0 {
         conclude(&setup, &totals);
+    }
+    if totals.decision & stop::UNDO != 0 {
+        let failure = totals.failure.as_ref().map(|why| stop::undone(why, span.first + totals.batches));
+        return world.first_error(failure.map_or(Ok(()), Err));
     }
     match totals.decision {
         decision if decision & stop::FINISH != 0 => Ok(()),
@@ -149,11 +155,18 @@ fn conclude(setup: &Setup, totals: &Totals) {
         totals.frames as f64 / totals.seconds.max(1e-9),
         recent.loss(),
     );
-    if setup.config.train.rule == Rule::Bp {
-        return;
+    if totals.videos_skipped > 0 {
+        log::warn!(
+            "damaged videos were skipped {} times (named above; metrics.jsonl counts them batch by batch); \
+             `sideways data inspect` finds them all",
+            totals.videos_skipped
+        );
     }
     if totals.skipped > 0 {
         log::warn!("{} losses, cotangents or updates were left out because they were not finite", totals.skipped);
+    }
+    if setup.config.train.rule == Rule::Bp {
+        return;
     }
     log::info!("{}", limits::describe(setup, totals));
     log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other");

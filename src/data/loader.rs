@@ -1,18 +1,29 @@
 //! A stream of batches of frames: a thread reads ahead, the network's first (and last) module takes frame by frame.
 //!
-//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows, cropped, as
-//! bytes. Chunks pass through a bounded channel and their buffers come back to be filled again, so memory depends on
-//! B, the chunk and the read-ahead, and not on the length T of a clip.
+//! The reader works in *chunks*: up to [`StreamOptions::chunk`] successive frames of all B windows. It reads stored frames
+//! one after the other (HDF5 has one lock), while a pool decodes, crops and scales them straight into the tensors that the
+//! first module reads. Chunks pass through a bounded channel, so memory depends on B, the chunk and the read-ahead, and
+//! not on the length T of a clip.
+//!
+//! In training a damaged video is passed over: its place in the batch has label -1 and frames of zeros, so that it
+//! counts nowhere. Nothing takes its place. In evaluation it is an error: a score has to be over all videos.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use candle_core::Tensor;
+
+use super::augment::{Augmentation, Geometry};
 use super::dataset::Dataset;
-use super::reader::{Geometry, Reader};
+use super::reader::Reader;
 use super::sampler::{Sampler, SamplerOptions};
 use crate::{Error, Result};
+
+/// Frames read at a time from each video where as many are to be made ahead: enough to make little of what a read costs
+/// beside copying, and few enough to stay in a processor's cache until module 1 reads them.
+const CHUNK: usize = 8;
 
 /// What a [`FrameStream`] delivers.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,8 +36,10 @@ pub struct StreamOptions {
     pub batch: usize,
     /// Side of the square taken out of each frame: at random in training, the centre in evaluation.
     pub crop: Option<usize>,
-    /// Training: mirror left and right, at random.
-    pub flip: bool,
+    /// Training: random changes of clips.
+    pub augmentation: Augmentation,
+    /// Compare each video with its checksum when it is first met.
+    pub verify: bool,
     /// Training: order and windows at random.
     pub shuffle: bool,
     /// The run's seed.
@@ -52,7 +65,7 @@ pub struct StreamOptions {
     pub chunk: usize,
     /// Chunks that wait to be used, at most.
     pub prefetch: usize,
-    /// Threads that decode JPEG frames.
+    /// Threads that decode, crop and scale.
     pub decoders: usize,
 }
 
@@ -63,7 +76,8 @@ impl Default for StreamOptions {
             stride: 1,
             batch: 1,
             crop: None,
-            flip: false,
+            augmentation: Augmentation::default(),
+            verify: true,
             shuffle: false,
             seed: 1,
             training: false,
@@ -74,14 +88,22 @@ impl Default for StreamOptions {
             ahead: 0,
             first_clip: 0,
             end_clip: u64::MAX,
-            chunk: 8,
-            prefetch: 2,
+            chunk: CHUNK,
+            prefetch: 3,
             decoders: 1,
         }
     }
 }
 
 impl StreamOptions {
+    /// With about `frames` frames of each clip made ahead of the one in use.
+    pub fn reading_ahead(mut self, frames: usize) -> Self {
+        self.chunk = frames.clamp(1, CHUNK);
+        // One chunk is in the making while the others wait.
+        self.prefetch = frames.div_ceil(CHUNK).max(1) - 1;
+        self
+    }
+
     /// The part that decides which windows are read.
     pub fn sampler(&self) -> SamplerOptions {
         SamplerOptions {
@@ -100,7 +122,7 @@ impl StreamOptions {
 /// The videos of one clip: B places, in the order of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Clip {
-    /// Their classes; -1 where the batch is padded.
+    /// Their classes; -1 where the batch is padded, or a damaged video is passed over.
     pub labels: Vec<i32>,
     /// Their names; empty where the batch is padded.
     pub ids: Vec<String>,
@@ -108,15 +130,16 @@ pub struct Clip {
     pub videos: Vec<Option<usize>>,
 }
 
-/// Some successive frames of a clip: `data` is `[frames, B, h, w, 3]` bytes. (There is no message for a clip's
+/// Some successive frames of a clip, each `[B, h, w, 3]` values. (There is no message for a clip's
 /// beginning alone: it would take a chunk's place in the channel, and memory would depend on T after all.)
 pub(super) struct Chunk {
     pub(super) clip: u64,
     /// With the first chunk of a clip, the clip.
     pub(super) begins: Option<Clip>,
     pub(super) first: usize,
-    pub(super) frames: usize,
-    pub(super) data: Vec<u8>,
+    pub(super) frames: Vec<Tensor>,
+    /// Places that this clip's damaged videos leave empty, as far as is known by the end of the chunk.
+    pub(super) skipped: Vec<usize>,
 }
 
 /// Clips of a dataset, in the sampler's order, frame by frame. See the module's page.
@@ -124,16 +147,15 @@ pub struct FrameStream {
     options: StreamOptions,
     geometry: Geometry,
     clips_per_epoch: u64,
-    /// For each channel, each byte's normalised value.
-    table: [[f32; 256]; 3],
     incoming: Option<Receiver<Result<Chunk>>>,
-    recycle: Sender<Vec<u8>>,
     thread: Option<JoinHandle<()>>,
     next: u64,
-    current: Option<(u64, Clip)>,
+    current: Option<u64>,
     chunks: VecDeque<Chunk>,
     /// The newest frame of the current clip asked for.
     newest: usize,
+    /// Places of the current clip that damaged videos leave empty.
+    skipped: Vec<usize>,
     failure: Option<String>,
 }
 
@@ -154,15 +176,12 @@ impl FrameStream {
                 options.mean, options.std
             )));
         }
-        let geometry = Geometry::new(&dataset, options.crop)?;
-        let sampler = Sampler::new(dataset.videos.iter().map(|v| v.frames).collect(), options.sampler())?;
+        options.augmentation.validate(options.crop)?;
+        let geometry = Geometry::new(dataset.height, dataset.width, options.crop)?;
+        let sampler = Sampler::of(&dataset, options.sampler())?;
         let clips_per_epoch = sampler.clips_per_epoch();
-        let table = std::array::from_fn(|c| {
-            std::array::from_fn(|byte| (byte as f32 / 255.0 - options.mean[c]) / options.std[c])
-        });
         let (send, incoming) = sync_channel(options.prefetch);
-        let (recycle, buffers) = channel();
-        let mut reader = Reader::new(dataset, sampler, geometry, options.clone(), buffers)?;
+        let mut reader = Reader::new(dataset, sampler, geometry, options.clone())?;
         let thread = std::thread::Builder::new()
             .name("frames".into())
             .spawn(move || deliver(&mut reader, &send))
@@ -172,13 +191,12 @@ impl FrameStream {
             options,
             geometry,
             clips_per_epoch,
-            table,
             incoming: Some(incoming),
-            recycle,
             thread: Some(thread),
             current: None,
             chunks: VecDeque::new(),
             newest: 0,
+            skipped: Vec::new(),
             failure: None,
         })
     }
@@ -205,81 +223,81 @@ impl FrameStream {
                 self.next, self.options.end_clip
             )));
         }
-        while let Some(chunk) = self.chunks.pop_front() {
-            self.give_back(chunk);
-        }
+        self.chunks.clear();
         loop {
             let mut chunk = self.receive()?;
-            let Some(info) = chunk.begins.take() else {
-                self.give_back(chunk);
-                continue;
-            };
+            let Some(info) = chunk.begins.take() else { continue };
             if chunk.clip != clip {
                 return Err(Error::Run(format!("the frame reader sent clip {} instead of {clip}", chunk.clip)));
             }
+            self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
             self.next = clip + 1;
             self.newest = 0;
-            self.current = Some((clip, info.clone()));
+            self.current = Some(clip);
             return Ok(info);
         }
     }
 
-    /// Writes frame `t` of the current clip into `out` = `[B, h, w, 3]`, as `(u8/255 - mean)/std`; padding is 0.
+    /// Frame `t` of the current clip, `[B, h, w, 3]`, as `(u8/255 - mean)/std`; places that are padded or passed over
+    /// are 0.
     ///
     /// Any frame may be asked for again until one more than [`StreamOptions::ahead`] past it has been asked for.
     ///
     /// # Errors
-    /// [`Error::Run`] before the first [`FrameStream::begin`], for a frame past the clip or no longer held, and for
-    /// an `out` of the wrong length; whatever went wrong in reading, naming shard and video.
-    pub fn frame(&mut self, t: usize, out: &mut [f32]) -> Result<()> {
-        let Some((clip, _)) = self.current else {
+    /// [`Error::Run`] before the first [`FrameStream::begin`], and for a frame past the clip or no longer held; whatever
+    /// went wrong in reading, naming shard and video.
+    pub fn frame(&mut self, t: usize) -> Result<Tensor> {
+        let Some(clip) = self.current else {
             return Err(Error::Run(format!("frame {t} was asked for before any clip was begun")));
         };
-        let (batch, frame) = (self.options.batch, self.geometry.frame_bytes());
-        if t >= self.options.frames || out.len() != batch * frame {
-            return Err(Error::Run(format!(
-                "frame {t} of {} was asked for into {} values; {batch} frames of {:?} are {}",
-                self.options.frames,
-                out.len(),
-                self.shape(),
-                batch * frame
-            )));
+        if t >= self.options.frames {
+            return Err(Error::Run(format!("frame {t} of {} was asked for", self.options.frames)));
         }
         self.newest = self.newest.max(t);
-        while self.chunks.front().is_some_and(|c| c.first + c.frames + self.options.ahead <= self.newest) {
-            if let Some(chunk) = self.chunks.pop_front() {
-                self.give_back(chunk);
-            }
+        let done = self.newest.saturating_sub(self.options.ahead);
+        while self.chunks.front().is_some_and(|c| c.first + c.frames.len() <= done) {
+            self.chunks.pop_front();
         }
-        while self.chunks.back().is_none_or(|c| c.first + c.frames <= t) {
+        while self.chunks.back().is_none_or(|c| c.first + c.frames.len() <= t) {
             let chunk = self.receive()?;
             if chunk.clip != clip {
                 return Err(Error::Run(format!("the frame reader sent clip {} before the end of {clip}", chunk.clip)));
             }
+            self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
         }
-        let held = self.chunks.iter().find(|c| (c.first..c.first + c.frames).contains(&t));
-        let (Some(chunk), Some((_, info))) = (held, &self.current) else {
+        let holds = |c: &&Chunk| (c.first..c.first + c.frames.len()).contains(&t);
+        let Some(chunk) = self.chunks.iter().find(holds) else {
             return Err(Error::Run(format!(
                 "frame {t} is no longer held: {} was asked for, and only {} frames back are kept",
                 self.newest, self.options.ahead
             )));
         };
-        let at = (t - chunk.first) * batch * frame;
-        let bytes = &chunk.data[at..at + batch * frame];
-        for ((bytes, out), video) in bytes.chunks_exact(frame).zip(out.chunks_exact_mut(frame)).zip(&info.videos) {
-            if video.is_none() {
-                out.fill(0.0);
-                continue;
-            }
-            for (pixel, values) in bytes.as_chunks::<3>().0.iter().zip(out.as_chunks_mut::<3>().0) {
-                for c in 0..3 {
-                    values[c] = self.table[c][usize::from(pixel[c])];
-                }
-            }
+        Ok(chunk.frames[t - chunk.first].clone())
+    }
+
+    /// Frame `t` as a target: as [`FrameStream::frame`], but not-a-number where a damaged video is passed over, which is
+    /// how the loss knows.
+    ///
+    /// # Errors
+    /// As [`FrameStream::frame`].
+    pub fn target(&mut self, t: usize) -> Result<Tensor> {
+        let target = self.frame(t)?;
+        if self.skipped.is_empty() {
+            return Ok(target);
         }
-        Ok(())
+        let mut values = target.flatten_all()?.to_vec1::<f32>()?;
+        let frame = self.geometry.frame_len();
+        for &place in &self.skipped {
+            values[place * frame..][..frame].fill(f32::NAN);
+        }
+        Ok(Tensor::from_vec(values, target.shape(), target.device())?)
+    }
+
+    /// Places of the current clip's batch that damaged videos leave empty.
+    pub fn skipped(&self) -> &[usize] {
+        &self.skipped
     }
 
     fn receive(&mut self) -> Result<Chunk> {
@@ -298,11 +316,6 @@ impl FrameStream {
             }
             Err(_) => Err(Error::Run("the frame reader's thread ended unexpectedly (it panicked, see above)".into())),
         }
-    }
-
-    fn give_back(&self, chunk: Chunk) {
-        // The reader is gone after its last clip: then the buffer is simply freed.
-        let _ = self.recycle.send(chunk.data);
     }
 }
 

@@ -8,13 +8,15 @@
 //! | [`jpeg`] | one frame to and from JPEG |
 //! | [`dataset`] | many shards seen as one list of videos |
 //! | [`sampler`] | which videos and windows make up clip number n: a pure function |
+//! | [`augment`] | from a decoded frame to the values that module 1 reads |
 //! | [`loader`] | a thread that reads ahead and hands out batches of frames |
 //! | [`synth`] | a made-up dataset in which only motion tells the label |
 //! | [`prepare`] | video files to shards, through `ffmpeg` |
 //! | [`inspect`] | what is in shards, checked; contact sheets |
 //!
-//! Frames are `[H, W, 3]` bytes, RGB, everywhere until [`loader::FrameStream::frame`] normalises them.
+//! Frames are `[H, W, 3]` bytes, RGB, everywhere until [`augment::View`] makes values of them.
 
+pub mod augment;
 pub mod dataset;
 pub mod inspect;
 pub mod jpeg;
@@ -25,6 +27,7 @@ pub mod sampler;
 pub mod shard;
 pub mod synth;
 
+pub use augment::Augmentation;
 pub use dataset::{Dataset, Video};
 pub use loader::{Clip, FrameStream, StreamOptions};
 pub use sampler::{Sampler, SamplerOptions, VideoWindow};

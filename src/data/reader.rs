@@ -1,76 +1,25 @@
-//! The reader thread's work: windows to chunks of cropped frames.
+//! The reader thread's work: windows to chunks of frames, and which videos are fit to be read.
 
-use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use rayon::prelude::*;
+use candle_core::Tensor;
 
+use super::augment::{Geometry, Scaling, View};
 use super::dataset::Dataset;
 use super::jpeg;
 use super::loader::{Chunk, Clip, StreamOptions};
-use super::sampler::{Draw, Sampler, VideoWindow, draw};
-use super::shard::{self, Encoding, ShardReader};
+use super::sampler::{Sampler, VideoWindow};
+use super::shard::{Encoding, ShardReader};
+use crate::kernels::{overwritten, tensor};
 use crate::{Error, Result};
 
 /// Shards kept open at a time; a process may have about a thousand files.
-const OPEN_SHARDS: usize = 64;
-
-/// Sizes of frames before and after cropping, in pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Geometry {
-    height: usize,
-    width: usize,
-    pub(super) out_height: usize,
-    pub(super) out_width: usize,
-}
-
-impl Geometry {
-    pub(super) fn new(dataset: &Dataset, crop: Option<usize>) -> Result<Self> {
-        let (height, width) = (dataset.height, dataset.width);
-        let (out_height, out_width) = crop.map_or((height, width), |c| (c, c));
-        if out_height == 0 || out_height > height || out_width > width {
-            return Err(Error::input(format!(
-                "data.crop = {out_height} does not fit the dataset's {height}x{width} frames (HxW): use 1..={}",
-                height.min(width)
-            )));
-        }
-        Ok(Self { height, width, out_height, out_width })
-    }
-
-    /// Bytes of a cropped frame.
-    pub(super) fn frame_bytes(&self) -> usize {
-        self.out_height * self.out_width * 3
-    }
-
-    /// Copies the crop out of a whole frame.
-    fn cut(&self, frame: &[u8], cut: Cut, out: &mut [u8]) {
-        let row = self.out_width * 3;
-        for (y, out) in out.chunks_exact_mut(row).enumerate() {
-            let at = ((cut.top + y) * self.width + cut.left) * 3;
-            let source = &frame[at..at + row];
-            if cut.mirrored {
-                for (to, from) in out.as_chunks_mut::<3>().0.iter_mut().zip(source.as_chunks::<3>().0.iter().rev()) {
-                    *to = *from;
-                }
-            } else {
-                out.copy_from_slice(source);
-            }
-        }
-    }
-}
-
-/// Where a window's crop lies; the same in all its frames.
-#[derive(Clone, Copy, Debug, Default)]
-struct Cut {
-    top: usize,
-    left: usize,
-    mirrored: bool,
-}
+const OPEN_SHARDS: usize = 2 * super::sampler::MIXED_SHARDS;
 
 /// One place of the batch.
 struct Slot {
     window: VideoWindow,
-    cut: Cut,
+    view: View,
 }
 
 /// A stored frame that is to be delivered.
@@ -89,16 +38,18 @@ pub(super) struct Reader {
     sampler: Sampler,
     geometry: Geometry,
     options: StreamOptions,
-    buffers: Receiver<Vec<u8>>,
-    pool: Option<rayon::ThreadPool>,
+    pool: rayon::ThreadPool,
     /// The most recently used last.
     open: Vec<(usize, ShardReader)>,
     clip: u64,
     /// The next frame of the clip.
     frame: usize,
+    /// `None` where the batch is padded or a damaged video is passed over.
     slots: Vec<Option<Slot>>,
-    /// A whole decoded frame, before it is cropped.
-    scratch: Vec<u8>,
+    /// The places of the latter.
+    skipped: Vec<usize>,
+    /// Of each video met so far, whether it is sound.
+    sound: Vec<Option<bool>>,
 }
 
 impl Reader {
@@ -107,21 +58,16 @@ impl Reader {
         sampler: Sampler,
         geometry: Geometry,
         options: StreamOptions,
-        buffers: Receiver<Vec<u8>>,
     ) -> Result<Self> {
-        let pool = match options.decoders {
-            0 | 1 => None,
-            n => Some(
-                rayon::ThreadPoolBuilder::new()
-                    .num_threads(n)
-                    .thread_name(|i| format!("decode-{i}"))
-                    .build()
-                    .map_err(|e| Error::Run(format!("cannot start {n} decoder threads: {e}")))?,
-            ),
-        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.decoders)
+            .thread_name(|i| format!("decode-{i}"))
+            .build()
+            .map_err(|e| Error::Run(format!("cannot start {} decoder threads: {e}", options.decoders)))?;
         let clip = options.first_clip;
-        let (open, slots, scratch) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { dataset, sampler, geometry, options, buffers, pool, open, clip, frame: 0, slots, scratch })
+        let sound = vec![None; dataset.videos.len()];
+        let (open, slots, skipped) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { dataset, sampler, geometry, options, pool, open, clip, frame: 0, slots, skipped, sound })
     }
 
     /// The next chunk; `None` after the last clip.
@@ -130,10 +76,15 @@ impl Reader {
             return Ok(None);
         }
         let first = self.frame;
-        let begins = if first == 0 { Some(self.begin()?) } else { None };
+        let mut begins = if first == 0 { Some(self.begin()?) } else { None };
         let frames = self.options.chunk.min(self.options.frames - first);
-        let chunk = Chunk { clip: self.clip, begins, first, frames, data: self.chunk(first, frames)? };
-        self.frame = first + frames;
+        let frames = self.chunk(first, frames)?;
+        let skipped = self.skipped.clone();
+        if let Some(clip) = &mut begins {
+            skipped.iter().for_each(|&place| clip.labels[place] = -1);
+        }
+        self.frame = first + frames.len();
+        let chunk = Chunk { clip: self.clip, begins, first, frames, skipped };
         if self.frame == self.options.frames {
             self.frame = 0;
             self.clip += 1;
@@ -141,19 +92,28 @@ impl Reader {
         Ok(Some(chunk))
     }
 
-    /// Chooses the clip's windows and crops.
+    /// Chooses the clip's windows and views.
     fn begin(&mut self) -> Result<Clip> {
         let epoch = self.sampler.epoch(self.clip);
         let windows = self.sampler.batch(self.clip);
-        self.slots = windows.iter().map(|w| w.map(|window| Slot { window, cut: self.cut(epoch, window) })).collect();
+        self.skipped.clear();
         let mut checked = Vec::new();
-        for window in windows.iter().flatten() {
+        for (place, window) in windows.iter().enumerate() {
+            let Some(window) = window else { continue };
             let shard = self.dataset.videos[window.video].shard;
             if !checked.contains(&shard) {
                 shard_reader(&mut self.open, &self.dataset, shard)?.still_there()?;
                 checked.push(shard);
             }
+            if !self.is_sound(window.video)? {
+                self.skipped.push(place);
+            }
         }
+        let slot = |(place, window): (usize, &Option<VideoWindow>)| {
+            let window = window.filter(|_| !self.skipped.contains(&place))?;
+            Some(Slot { window, view: self.view(epoch, window) })
+        };
+        self.slots = windows.iter().enumerate().map(slot).collect();
         let of = |w: &Option<VideoWindow>| w.map(|w| &self.dataset.videos[w.video]);
         Ok(Clip {
             labels: windows.iter().map(|w| of(w).map_or(-1, |v| v.label)).collect(),
@@ -162,50 +122,105 @@ impl Reader {
         })
     }
 
-    /// Crop and mirroring: from (seed, epoch, video) in training, the centre in evaluation.
-    fn cut(&self, epoch: u64, window: VideoWindow) -> Cut {
-        let g = &self.geometry;
-        let (down, across) = (g.height - g.out_height, g.width - g.out_width);
-        if !self.options.training {
-            return Cut { top: down / 2, left: across / 2, mirrored: false };
+    /// Whether a video may be read; compares its checksum when it is first met.
+    fn is_sound(&mut self, video: usize) -> Result<bool> {
+        if let Some(sound) = self.sound[video] {
+            return Ok(sound);
         }
-        let draw = |what, n: usize| draw(self.options.seed, epoch, window.video as u64, what, n as u64) as usize;
-        Cut {
-            top: draw(Draw::CropRow, down + 1),
-            left: draw(Draw::CropColumn, across + 1),
-            mirrored: self.options.flip && draw(Draw::Flip, 2) == 1,
-        }
-    }
-
-    /// Frames `first..first + frames` of all windows: `[frames, B, h, w, 3]`. Read window by window, so that no more
-    /// than one window's stored frames are in memory at a time.
-    fn chunk(&mut self, first: usize, frames: usize) -> Result<Vec<u8>> {
-        let (batch, frame) = (self.slots.len(), self.geometry.frame_bytes());
-        let mut data = self.buffers.try_recv().unwrap_or_default();
-        data.resize(frames * batch * frame, 0);
-        for (b, slot) in self.slots.iter().enumerate() {
-            let Some(Slot { window, cut }) = slot else { continue };
-            let video = &self.dataset.videos[window.video];
-            let shard = shard_reader(&mut self.open, &self.dataset, video.shard)?;
-            let (stored, jobs) = read_window(shard, video.offset, window, first, frames)?;
-            let unpack = Unpack { geometry: self.geometry, encoding: shard.header.encoding, cut: *cut };
-            let one = |scratch: &mut Vec<u8>, job: &Job, out: &mut [u8]| {
-                unpack
-                    .run(&stored[job.read][job.bytes.clone()], scratch, out)
-                    .map_err(|why| shard::damaged(&self.dataset.shards[video.shard], &video.id, job.source, &why))
-            };
-            match &self.pool {
-                Some(pool) if unpack.encoding == Encoding::Jpeg => pool.install(|| {
-                    let places = data.par_chunks_exact_mut(frame).skip(b).step_by(batch);
-                    places.zip(&jobs).try_for_each_init(Vec::new, |scratch, (out, job)| one(scratch, job, out))
-                })?,
-                _ => {
-                    let places = data.chunks_exact_mut(frame).skip(b).step_by(batch);
-                    places.zip(&jobs).try_for_each(|(out, job)| one(&mut self.scratch, job, out))?;
-                }
+        if self.options.verify {
+            let (index, shard) = (self.dataset.videos[video].index, self.dataset.videos[video].shard);
+            let reader = shard_reader(&mut self.open, &self.dataset, shard)?;
+            let (found, stored) = (reader.digest(index)?, reader.checksums[index]);
+            if found != stored {
+                let why = format!("its checksum is {found:016x}, not {stored:016x}");
+                self.damaged(video, &why)?;
+                return Ok(false);
             }
         }
-        Ok(data)
+        self.sound[video] = Some(true);
+        Ok(true)
+    }
+
+    /// A damaged video is passed over in training, from now on; in evaluation it is an error, and so is a file that is
+    /// gone or cut short.
+    fn damaged(&mut self, video: usize, why: &str) -> Result<()> {
+        let known = &self.dataset.videos[video];
+        shard_reader(&mut self.open, &self.dataset, known.shard)?.still_there()?;
+        let text = format!("{}: video {} is damaged: {why}", self.dataset.shards[known.shard].display(), known.id);
+        if !self.options.training {
+            return Err(Error::input(text));
+        }
+        log::warn!("{text}; it is skipped, now and in every epoch");
+        self.sound[video] = Some(false);
+        Ok(())
+    }
+
+    /// What is made of a window's frames: drawn from (seed, epoch, video) in training, the centre in evaluation.
+    fn view(&self, epoch: u64, window: VideoWindow) -> View {
+        let o = &self.options;
+        let scaling = Scaling { mean: o.mean, std: o.std };
+        if !o.training {
+            return View::central(self.geometry, scaling);
+        }
+        View::drawn(self.geometry, scaling, &o.augmentation, (o.seed, epoch, window.video as u64))
+    }
+
+    /// Frames `first..first + frames` of all windows, each `[B, h, w, 3]`. This thread reads, the pool does the rest
+    /// meanwhile.
+    fn chunk(&mut self, first: usize, frames: usize) -> Result<Vec<Tensor>> {
+        let (batch, frame) = (self.slots.len(), self.geometry.frame_len());
+        let mut data: Vec<Vec<f32>> = (0..frames).map(|_| overwritten(batch * frame)).collect();
+        let mut places: Vec<Vec<&mut [f32]>> = (0..batch).map(|_| Vec::with_capacity(frames)).collect();
+        for data in &mut data {
+            places.iter_mut().zip(data.chunks_exact_mut(frame)).for_each(|(outs, out)| outs.push(out));
+        }
+        let failures = Mutex::new(Vec::new());
+        let (dataset, open, geometry) = (&self.dataset, &mut self.open, &self.geometry);
+        let read = self.pool.in_place_scope(|pool| {
+            for ((place, slot), outs) in self.slots.iter().enumerate().zip(places) {
+                let Some(Slot { window, view }) = slot else {
+                    outs.into_iter().for_each(|out| out.fill(0.0));
+                    continue;
+                };
+                let video = &dataset.videos[window.video];
+                let shard = shard_reader(open, dataset, video.shard)?;
+                let encoding = shard.header.encoding;
+                let (stored, jobs) = read_window(shard, video.offset, window, first, frames)?;
+                let stored = Arc::new(stored);
+                for (job, out) in jobs.into_iter().zip(outs) {
+                    let (stored, failures) = (stored.clone(), &failures);
+                    pool.spawn(move |_| {
+                        if let Err(why) = unpack(&stored[job.read][job.bytes], encoding, geometry, view, out) {
+                            let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
+                            failures.push((place, job.source, why));
+                        }
+                    });
+                }
+            }
+            Ok::<_, Error>(())
+        });
+        read?;
+        let mut failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failures.sort();
+        for (place, source, why) in failures {
+            let Some(Slot { window, .. }) = self.slots[place].take() else { continue };
+            self.damaged(window.video, &format!("frame {source}: {why}"))?;
+            self.skipped.push(place);
+            data.iter_mut().for_each(|data| data[place * frame..][..frame].fill(0.0));
+        }
+        self.still_there()?;
+        let shape = (batch, self.geometry.out_height, self.geometry.out_width, 3);
+        data.into_iter().map(|data| tensor(data, shape)).collect()
+    }
+
+    /// Whether the shards that are being read are there and whole: past the end of a file that has been cut short HDF5
+    /// finds zeros, without a word.
+    fn still_there(&mut self) -> Result<()> {
+        let videos = &self.dataset.videos;
+        let mut shards: Vec<usize> = self.slots.iter().flatten().map(|slot| videos[slot.window.video].shard).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        shards.into_iter().try_for_each(|s| shard_reader(&mut self.open, &self.dataset, s)?.still_there())
     }
 }
 
@@ -239,26 +254,29 @@ fn read_window(
     Ok((stored, jobs))
 }
 
-/// How a stored frame becomes a delivered one.
-struct Unpack {
-    geometry: Geometry,
-    encoding: Encoding,
-    cut: Cut,
+thread_local! {
+    /// A whole decoded frame, before it is cropped.
+    static DECODED: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-impl Unpack {
-    /// Decodes (through `scratch`) and crops one frame into `out`. On failure says what is wrong with it.
-    fn run(&self, stored: &[u8], scratch: &mut Vec<u8>, out: &mut [u8]) -> std::result::Result<(), String> {
-        let Geometry { height, width, .. } = self.geometry;
-        if self.encoding == Encoding::Raw {
-            self.geometry.cut(stored, self.cut, out);
-            return Ok(());
-        }
-        scratch.resize(height * width * 3, 0);
-        jpeg::decode(stored, height, width, scratch)?;
-        self.geometry.cut(scratch, self.cut, out);
-        Ok(())
+/// Makes a delivered frame of a stored one. On failure says what is wrong with it.
+fn unpack(
+    stored: &[u8],
+    encoding: Encoding,
+    geometry: &Geometry,
+    view: &View,
+    out: &mut [f32],
+) -> std::result::Result<(), String> {
+    if encoding == Encoding::Raw {
+        view.apply(stored, out);
+        return Ok(());
     }
+    DECODED.with_borrow_mut(|decoded| {
+        decoded.resize(geometry.stored_len(), 0);
+        jpeg::decode(stored, geometry.height, geometry.width, decoded)?;
+        view.apply(decoded, out);
+        Ok(())
+    })
 }
 
 /// The open shard number `shard`, opened now if it is not.

@@ -1,12 +1,19 @@
 //! Which videos, and which windows of them, make up clip number n. A pure function: no files, no state that a
 //! resumed run would have to restore.
 //!
+//! An epoch's order takes the shards in an order of its own, [`MIXED_SHARDS`] at a time, and shuffles the videos of
+//! those: few files are open at a time, however many there are, and up to that many shards are shuffled as one.
+//!
 //! *Clip* c of replica r is a batch of B windows: the places `(c·R + r)·B ..+B` of the epoch's order. So the R
 //! replicas together work on exactly what one replica with batch R·B would work on at the same clip.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use super::dataset::Dataset;
 use crate::{Error, Result};
+
+/// Shards whose videos are shuffled together.
+pub const MIXED_SHARDS: usize = 32;
 
 /// What a [`Sampler`] depends on besides the videos' lengths.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,6 +61,8 @@ impl VideoWindow {
 pub struct Sampler {
     options: SamplerOptions,
     lengths: Vec<u64>,
+    /// Where each shard's videos begin, and where the last one's end; empty: all are shuffled as one.
+    shards: Vec<usize>,
     /// The order of the epoch last asked for: a cache, nothing more.
     order: Option<(u64, Vec<u32>)>,
 }
@@ -66,6 +75,13 @@ pub(super) enum Draw {
     CropRow,
     CropColumn,
     Flip,
+    // New ones go to the end: a draw depends on its number here.
+    Shard,
+    CropArea,
+    CropRatio,
+    Brightness,
+    Contrast,
+    Saturation,
 }
 
 /// A number in `0..n` that depends on the arguments alone.
@@ -110,7 +126,20 @@ impl Sampler {
                 o.replicas
             )));
         }
-        Ok(Self { options, lengths, order: None })
+        Ok(Self { options, lengths, shards: Vec::new(), order: None })
+    }
+
+    /// A sampler over a dataset's videos.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`].
+    pub fn of(dataset: &Dataset, options: SamplerOptions) -> Result<Self> {
+        let mut sampler = Self::new(dataset.videos.iter().map(|v| v.frames).collect(), options)?;
+        if dataset.shards.len() > MIXED_SHARDS {
+            let begins = |s: usize| dataset.videos.partition_point(|v| v.shard < s);
+            sampler.shards = (0..=dataset.shards.len()).map(begins).collect();
+        }
+        Ok(sampler)
     }
 
     /// Clips (batches of all replicas) in one pass over the videos.
@@ -141,14 +170,36 @@ impl Sampler {
             return Some(place);
         }
         if self.order.as_ref().is_none_or(|(e, _)| *e != epoch) {
-            let mut order: Vec<u32> = (0..self.lengths.len() as u32).collect();
-            // Fisher-Yates, written out so that the order cannot change with a library's version.
-            for i in (1..order.len()).rev() {
-                order.swap(i, draw(self.options.seed, epoch, i as u64, Draw::Order, i as u64 + 1) as usize);
-            }
-            self.order = Some((epoch, order));
+            self.order = Some((epoch, self.shuffled(epoch)));
         }
         self.order.as_ref().map(|(_, order)| order[place] as usize)
+    }
+
+    /// The videos in an epoch's order.
+    fn shuffled(&self, epoch: u64) -> Vec<u32> {
+        // Fisher-Yates, written out so that the order cannot change with a library's version.
+        let shuffle = |list: &mut [u32], at: usize, what: Draw| {
+            for i in (1..list.len()).rev() {
+                list.swap(i, draw(self.options.seed, epoch, (at + i) as u64, what, i as u64 + 1) as usize);
+            }
+        };
+        let mut order: Vec<u32> = (0..self.lengths.len() as u32).collect();
+        if self.shards.is_empty() {
+            shuffle(&mut order, 0, Draw::Order);
+            return order;
+        }
+        let mut shards: Vec<u32> = (0..self.shards.len() as u32 - 1).collect();
+        shuffle(&mut shards, 0, Draw::Shard);
+        order.clear();
+        for mixed in shards.chunks(MIXED_SHARDS) {
+            let begin = order.len();
+            for &shard in mixed {
+                let (first, end) = (self.shards[shard as usize], self.shards[shard as usize + 1]);
+                order.extend(first as u32..end as u32);
+            }
+            shuffle(&mut order[begin..], begin, Draw::Order);
+        }
+        order
     }
 
     /// Training: drawn from (seed, epoch, video), or 0 unshuffled. Evaluation: the middle.

@@ -1,6 +1,6 @@
 //! Training by exact back-propagation in one process: the ceiling that pseudo-gradients are compared with.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::console::{Console, Observer, Totals};
 use super::head::Head;
@@ -9,7 +9,7 @@ use super::report::Report;
 use super::run::{Span, last_layer, modules, recorder, run_key, update};
 use super::setup::Setup;
 use super::state::{Due, Fit, restore, snapshot};
-use super::stop::{Decider, ENDS, Files, Requests};
+use super::stop::{Decider, ENDS, Files, Requests, UNDO};
 use super::worker::{Update, left_out, pass};
 use crate::checkpoint;
 use crate::config::{OnCheckpointError, Task};
@@ -27,6 +27,8 @@ struct Trainer<'a> {
     head: Head,
     stream: FrameStream,
     watch: Stopwatch,
+    /// Every module as it was before this clip.
+    before: Vec<Vec<(String, Tensor)>>,
 }
 
 /// Trains with exact gradients of the loss averaged over steps; same run folder, metrics and checkpoints as the
@@ -44,6 +46,7 @@ pub fn train(setup: &Setup, span: &Span, requests: &Requests, observer: Observer
         head: Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes),
         stream: FrameStream::open(dataset, setup.stream(0, span.first, span.end))?,
         watch: Stopwatch::default(),
+        before: Vec::new(),
     };
     if let Some((checkpoint, fit)) = &span.from {
         for (module, update) in trainer.modules.iter_mut().zip(&mut trainer.updates) {
@@ -53,20 +56,28 @@ pub fn train(setup: &Setup, span: &Span, requests: &Requests, observer: Observer
     let frames = (config.data.batch * config.data.frames) as u64;
     let mut console = Console::new(setup.grid, span.total, frames, recorder(setup, span)?, observer);
     let due = Due { every: config.run.checkpoint_every, end: span.end };
-    let saved = (span.first == 0 && span.record).then(|| trainer.save(0)).transpose()?;
+    let mut saved = (span.first == 0 && span.record).then(|| trainer.save(0)).transpose()?;
     console.started(&trainer.reports(Report { saved, ..Report::default() }))?;
     let mut decider = Decider::Chief { files: Files::new(&config.run.dir), others: Vec::new() };
-    let decision = kernels::with_threads(config.run.threads, || {
+    let (decision, failure) = kernels::with_threads(config.run.threads, || {
         for clip in span.first..span.end {
-            let mut report = trainer.clip(clip).map_err(|e| match e {
-                Error::Run(text) => Error::Run(format!("clip {clip}: {text}")),
-                Error::NonFinite(text) => Error::NonFinite(format!("clip {clip}: {text}")),
-                e => e,
-            })?;
-            let decision = if span.record { decider.decide(requests, clip, 0)? } else { 0 };
+            let mut report = match trainer.clip(clip) {
+                Ok(report) => report,
+                Err(e @ (Error::Input(_) | Error::Io { .. })) if span.record => {
+                    if saved != Some(clip) {
+                        saved = Some(trainer.save_before(clip)?);
+                    }
+                    console.undone(&trainer.reports(Report { saved, ..Report::default() }))?;
+                    return Ok((UNDO, Some(format!("clip {clip}: {e}"))));
+                }
+                Err(Error::Run(text)) => return Err(Error::Run(format!("clip {clip}: {text}"))),
+                Err(Error::NonFinite(text)) => return Err(Error::NonFinite(format!("clip {clip}: {text}"))),
+                Err(e) => return Err(e),
+            };
+            let decision = if span.record { decider.decide(requests, 0, clip, 0)? } else { 0 };
             if span.record && (due.at(clip + 1) || decision != 0) {
                 match (trainer.save(clip + 1), config.run.on_checkpoint_error) {
-                    (Ok(saved), _) => report.saved = Some(saved),
+                    (Ok(clips), _) => (saved, report.saved) = (Some(clips), Some(clips)),
                     (Err(e), OnCheckpointError::Continue) if clip + 1 < span.end && decision & ENDS == 0 => {
                         log::error!("checkpoint {} could not be written, the run goes on without it: {e}", clip + 1);
                     }
@@ -77,12 +88,12 @@ pub fn train(setup: &Setup, span: &Span, requests: &Requests, observer: Observer
             let ends = decision & ENDS != 0;
             console.batch(clip, trainer.reports(report), ends || clip + 1 == span.end)?;
             if ends {
-                return Ok(decision);
+                return Ok((decision, None));
             }
         }
-        Ok::<_, Error>(0)
+        Ok::<_, Error>((0, None))
     })??;
-    Ok(Totals { decision, ..console.totals() })
+    Ok(Totals { decision, failure, ..console.totals() })
 }
 
 impl Trainer<'_> {
@@ -91,24 +102,21 @@ impl Trainer<'_> {
         let Setup { network, schedule, config, .. } = self.setup;
         let key = run_key(config.train.seed, 0);
         let passes = |t: usize| pass(true, key, clip, t);
+        let before = self.modules.iter_mut().zip(&self.updates).enumerate();
+        self.before = before.map(|(n, (m, u))| snapshot(m, Some(u), n + 1)).collect::<Result<_>>()?;
         self.watch.enter(Phase::Data);
         self.head.begin(&self.stream.begin(clip)?.labels);
-        let [h, w, c] = network.input;
-        let batch = config.data.batch;
-        let mut buffer = vec![0.0; batch * h * w * c];
         let mut targets: Vec<Option<Tensor>> = Vec::new();
         let losses = schedule.steps(self.modules.len());
         let (stream, ahead) = (&mut self.stream, self.setup.ahead);
         let watch = &mut self.watch;
         let mut frame = |t: usize| -> Result<Tensor> {
             watch.enter(Phase::Data);
-            let mut at = |t: usize| -> Result<Tensor> {
-                stream.frame(t, &mut buffer)?;
-                Ok(Tensor::from_slice(&buffer, (batch, h, w, c), &Device::Cpu)?)
-            };
-            let x = at(t)?;
-            let target = ahead.filter(|_| losses.get(t).is_some_and(|s| s.loss)).map(|a| at(t + a)).transpose()?;
-            targets.push(target);
+            let x = stream.frame(t)?;
+            targets.push(match ahead.filter(|_| losses.get(t).is_some_and(|s| s.loss)) {
+                Some(ahead) => Some(stream.target(t + ahead)?),
+                None => None,
+            });
             watch.enter(Phase::Forward);
             Ok(x)
         };
@@ -128,6 +136,7 @@ impl Trainer<'_> {
         let count = gradients.iter().flatten().count() as u64;
         reference::backward(&mut self.modules, network, schedule, &passes, run, gradients)?;
         self.watch.enter(Phase::Optimizer);
+        self.before.clear();
         for (module, update) in self.modules.iter_mut().zip(&mut self.updates) {
             update.steps = count;
             if let Err(e) = update.apply(module, clip, losses.len()) {
@@ -145,6 +154,7 @@ impl Trainer<'_> {
             grad_norm: last.grad_norm as f32,
             lr: last.lr as f32,
             skipped: skipped as f32,
+            videos_skipped: self.stream.skipped().len() as f32,
             ..Report::default()
         })
     }
@@ -155,6 +165,15 @@ impl Trainer<'_> {
             checkpoint::write_module(&dir, clips, n + 1, snapshot(module, Some(update), n + 1)?)?;
         }
         Ok(clips)
+    }
+
+    /// Writes every module as it was before `clip`.
+    fn save_before(&mut self, clip: u64) -> Result<u64> {
+        let dir = self.setup.checkpoints();
+        for (n, tensors) in std::mem::take(&mut self.before).into_iter().enumerate() {
+            checkpoint::write_module(&dir, clip, n + 1, tensors)?;
+        }
+        Ok(clip)
     }
 
     /// The process's report stands at the last module; the others' are empty.

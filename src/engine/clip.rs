@@ -1,6 +1,8 @@
 //! One clip of one module: what comes before its first tick and after its last.
 
 use super::report::{DECIDED, Report};
+use super::state::snapshot;
+use super::stop::{Decider, UNDO};
 use super::worker::{At, Worker, header};
 use crate::config::UpdateEvery;
 use crate::metrics::Phase;
@@ -25,9 +27,13 @@ impl Worker {
     fn begin(&mut self, clip: u64) -> Result<()> {
         self.inputs.iter_mut().for_each(|edge| edge.held = None);
         (self.decision, self.skipped) = (0, 0);
-        if let Some(source) = &mut self.source {
+        if self.saver.is_some() {
+            self.before = Some(snapshot(&mut self.module, self.update.as_ref(), self.index)?);
+        }
+        if self.source.is_some() {
             self.watch.enter(Phase::Data);
-            let labels = source.stream.begin(clip)?.labels;
+            let labels = self.labels(clip)?;
+            let Some(source) = &mut self.source else { return Ok(()) };
             match (&mut source.truth, &mut self.loss) {
                 (None, Some(end)) => end.head.begin(&labels),
                 (Some((id, sender)), _) if source.ahead.is_none() => {
@@ -52,8 +58,41 @@ impl Worker {
         Ok(())
     }
 
+    /// Module 1: the clip's labels; none, where they cannot be read and the clip is given up.
+    fn labels(&mut self, clip: u64) -> Result<Vec<i32>> {
+        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
+        match source.stream.begin(clip) {
+            Ok(clip) => Ok(clip.labels),
+            Err(e) => {
+                let place = |text| format!("module 1, clip {clip}: {text}");
+                let error = if let Error::Input(text) = e { Error::Input(place(text)) } else { e };
+                self.give_up(error, 0)?;
+                Ok(vec![-1; self.batch])
+            }
+        }
+    }
+
+    /// Module 1, where frames cannot be read at `step`: gives the clip up if the other modules can still be told.
+    ///
+    /// # Errors
+    /// `error`, if they cannot: in evaluation, past the step at which decisions travel, and in other replicas than the
+    /// one that decides.
+    pub(super) fn give_up(&mut self, error: Error, step: usize) -> Result<()> {
+        let decides = self.decider.as_ref().is_some_and(Decider::is_chief);
+        if !decides || step > self.decision_step {
+            return Err(error);
+        }
+        self.failure = Some(error.to_string());
+        Ok(())
+    }
+
     /// The end of the module's own window: no barrier, every module updates when it is through.
     fn end(&mut self, clip: u64) -> Result<()> {
+        if self.decision & UNDO != 0 {
+            let saved = self.save_before(clip)?;
+            return self.send_report(clip, &Report { saved, ..Report::default() });
+        }
+        self.before = None;
         let backward_steps = self.plan.iter().filter(|s| s.backward).count() as f32;
         if let Some(update) = &self.update
             && matches!(update.every, UpdateEvery::Named(_))
@@ -73,6 +112,9 @@ impl Worker {
                 report.logits = logits.to_vec();
                 report.labels = labels.iter().map(|&l| l as f32).collect();
             }
+        }
+        if let Some(source) = &self.source {
+            report.videos_skipped = source.stream.skipped().len() as f32;
         }
         if let Some(update) = &self.update {
             (report.grad_norm, report.lr) = (update.grad_norm as f32, update.lr as f32);
@@ -114,7 +156,7 @@ impl Worker {
         self.console.1.flush()
     }
 
-    fn locate(&self, at: At, e: Error) -> Error {
+    pub(super) fn locate(&self, at: At, e: Error) -> Error {
         let place = format!("module {}, clip {}, step {}, tick {}", self.index, at.clip, at.step, at.tick);
         match e {
             Error::Input(text) => Error::Input(format!("{place}: {text}")),

@@ -125,6 +125,7 @@ struct Line<'a> {
     frames_per_second: f64,
     elapsed: f64,
     skipped: u64,
+    videos_skipped: u64,
     workers: Vec<WorkerLine<'a>>,
 }
 
@@ -157,8 +158,12 @@ pub struct Totals {
     pub waits: BTreeMap<u32, f64>,
     /// Losses, cotangents and updates left out because they were not finite.
     pub skipped: u64,
+    /// Times a damaged video was passed over.
+    pub videos_skipped: u64,
     /// What ended the run early (bits of [`super::stop`]), 0 if nothing did.
     pub decision: u32,
+    /// Why the clip that was undone could not be read.
+    pub failure: Option<String>,
 }
 
 /// Gathers reports batch by batch.
@@ -174,6 +179,7 @@ pub struct Console<'a> {
     time: Vec<TimeAccount>,
     waits: BTreeMap<u32, f64>,
     skipped: u64,
+    videos_skipped: u64,
 }
 
 impl<'a> Console<'a> {
@@ -200,6 +206,7 @@ impl<'a> Console<'a> {
             time,
             waits,
             skipped: 0,
+            videos_skipped: 0,
         }
     }
 
@@ -223,10 +230,11 @@ impl<'a> Console<'a> {
         let now = Instant::now();
         let seconds = (now - self.last).as_secs_f64().max(1e-9);
         self.last = now;
-        let (mut score, mut skipped) = (Score::default(), 0);
+        let (mut score, mut skipped, mut videos_skipped) = (Score::default(), 0, 0);
         for (w, report) in reports.iter().enumerate() {
             score.add(&report.score);
             skipped += report.skipped as u64;
+            videos_skipped += report.videos_skipped as u64;
             *self.waits.entry(report.link).or_default() += f64::from(report.waited);
             let mut sum = self.time[w].to_array();
             sum.iter_mut().zip(report.time.to_array()).for_each(|(s, t)| *s += t);
@@ -234,6 +242,7 @@ impl<'a> Console<'a> {
         }
         self.done.push(score);
         self.skipped += skipped;
+        self.videos_skipped += videos_skipped;
         let summary = ClipSummary {
             clips: clip + 1,
             total: self.total,
@@ -258,12 +267,24 @@ impl<'a> Console<'a> {
                 frames_per_second: summary.frames_per_second,
                 elapsed: (now - self.begun).as_secs_f64(),
                 skipped,
+                videos_skipped,
                 workers: workers.collect(),
             })?;
             recorder.complete(&summary.reports, self.grid.modules, last)?;
         }
         (self.observer)(&summary);
         Ok(())
+    }
+
+    /// A batch of clips was undone: the checkpoint of what was before it is completed, and that is all.
+    ///
+    /// # Errors
+    /// As [`Console::batch`].
+    pub fn undone(&mut self, reports: &[Report]) -> Result<()> {
+        match &mut self.recorder {
+            Some(recorder) => recorder.complete(reports, self.grid.modules, true),
+            None => Ok(()),
+        }
     }
 
     /// What it all amounted to.
@@ -285,7 +306,9 @@ impl<'a> Console<'a> {
             frames: batches * self.frames_a_batch,
             waits: self.waits,
             skipped: self.skipped,
+            videos_skipped: self.videos_skipped,
             decision: 0,
+            failure: None,
         }
     }
 }

@@ -19,6 +19,8 @@ pub struct Report {
     pub saved: Option<u64>,
     /// Losses, cotangents and updates left out because they were not finite.
     pub skipped: f32,
+    /// Module 1: places of the batch that damaged videos left empty.
+    pub videos_skipped: f32,
     /// The link the worker waited on longest since the last report.
     pub link: u32,
     /// Seconds it waited there.
@@ -30,7 +32,7 @@ pub struct Report {
 }
 
 /// Words in front of the logits.
-const FIXED: usize = Score::WORDS + PHASES + 8;
+const FIXED: usize = Score::WORDS + PHASES + 9;
 /// Whole numbers up to this are exact as a float.
 const EXACT: u64 = 1 << 24;
 
@@ -51,6 +53,7 @@ impl Report {
             self.grad_norm,
             self.lr,
             self.skipped,
+            self.videos_skipped,
             self.link as f32,
             self.waited,
             (saved % EXACT) as f32,
@@ -76,10 +79,11 @@ impl Report {
         Report {
             score: Score::from_array([at(0), at(1), at(2), at(3), at(4)]),
             time: TimeAccount::from_array(time),
-            backward_steps: at(FIXED - 8),
-            grad_norm: at(FIXED - 7),
-            lr: at(FIXED - 6),
-            skipped: at(FIXED - 5),
+            backward_steps: at(FIXED - 9),
+            grad_norm: at(FIXED - 8),
+            lr: at(FIXED - 7),
+            skipped: at(FIXED - 6),
+            videos_skipped: at(FIXED - 5),
             link: at(FIXED - 4) as u32,
             waited: at(FIXED - 3),
             saved: (at(FIXED - 2) as u64 + at(FIXED - 1) as u64 * EXACT).checked_sub(1),
@@ -103,6 +107,7 @@ mod tests {
             lr: 10.0,
             saved: Some(EXACT * 3 + 5),
             skipped: 2.0,
+            videos_skipped: 3.0,
             link: 17,
             waited: 0.25,
             logits: Vec::new(),

@@ -10,7 +10,7 @@ use super::head::Head;
 use super::report::{DECIDED, Report};
 use super::setup::{Purpose, Setup};
 use super::state::{Due, Fit, Saver, restore};
-use super::stop::{Decider, ENDS, Files, Requests};
+use super::stop::{Decider, ENDS, Files, Requests, UNDO};
 use super::turns::Turns;
 use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Waits, Worker};
 use super::writer::Writer;
@@ -163,7 +163,7 @@ fn run(
     let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
     let turns = Arc::new(Turns::for_processors(at_once(setup.config.run.threads)));
     let (done, finished) = mpsc::channel();
-    let decision = std::thread::scope(|scope| {
+    let end = std::thread::scope(|scope| {
         let mut running = 0;
         for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
             let (i, r) = grid.module_and_replica(w);
@@ -193,10 +193,13 @@ fn run(
             });
             running += 1;
         }
-        let (mut errors, mut decision) = (Vec::new(), 0);
+        let (mut errors, mut end) = (Vec::new(), End::default());
         for result in finished.iter().take(running) {
             match result {
-                Ok(decided) => decision |= decided,
+                Ok(End { decision, failure }) => {
+                    end.decision |= decision;
+                    end.failure = end.failure.or(failure);
+                }
                 Err(e) => {
                     breaker.trip(e.to_string());
                     errors.push(e);
@@ -205,9 +208,18 @@ fn run(
         }
         // A worker that fails makes its neighbours' links fail: the cause is what is not about links, else the first.
         let cause = errors.iter().position(|e| !matches!(e, Error::Transport(_))).unwrap_or(0);
-        if errors.is_empty() { Ok(decision) } else { Err(errors.swap_remove(cause)) }
+        if errors.is_empty() { Ok(end) } else { Err(errors.swap_remove(cause)) }
     })?;
-    Ok(Totals { decision, ..console.totals() })
+    Ok(Totals { decision: end.decision, failure: end.failure, ..console.totals() })
+}
+
+/// How a thread of a run came to its end.
+#[derive(Default)]
+struct End {
+    /// What was decided, 0 if all clips were done.
+    decision: u32,
+    /// Module 1: why a clip could not be read.
+    failure: Option<String>,
 }
 
 /// The console's thread.
@@ -217,35 +229,39 @@ fn watch(
     span: &Span,
     batch: usize,
     requests: &Requests,
-) -> Result<u32> {
+) -> Result<End> {
     console.started(&gather(reports, span.first, batch)?.0)?;
     for clip in span.first..span.end {
         let (reports, flags) = gather(reports, clip, batch)?;
         let (asked, decided) = (flags & ((1 << DECIDED) - 1), flags >> DECIDED);
         requests.raise(asked);
         let ends = decided & ENDS != 0;
-        console.batch(clip, reports, ends || clip + 1 == span.end)?;
+        if decided & UNDO != 0 {
+            console.undone(&reports)?;
+        } else {
+            console.batch(clip, reports, ends || clip + 1 == span.end)?;
+        }
         if ends {
-            return Ok(decided);
+            return Ok(End { decision: decided, failure: None });
         }
     }
-    Ok(0)
+    Ok(End::default())
 }
 
-/// A worker's thread: all clips of the span, or up to the one after which it was decided to end. Returns that decision.
-fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<u32> {
+/// A worker's thread: all clips of the span, or up to the one after which it was decided to end.
+fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<End> {
     let mut worker = build(setup, w, ends, span, turns, requests)?;
     worker.start(span.first)?;
-    let mut decision = 0;
+    let mut end = End::default();
     for clip in span.first..span.end {
         worker.clip(clip, setup.schedule.tick(clip, 1, 0))?;
         if worker.decision & ENDS != 0 {
-            decision = worker.decision;
+            end = End { decision: worker.decision, failure: worker.failure.take() };
             break;
         }
     }
     worker.flush()?;
-    Ok(decision)
+    Ok(end)
 }
 
 /// An edge's ends at one worker: its activations' and, where any is used, its cotangents'.
@@ -415,6 +431,8 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, re
         loss,
         update,
         saver,
+        before: None,
+        failure: None,
         requests,
         decider,
         decision_step: setup.schedule.steps(d).len().saturating_sub(1),
@@ -443,7 +461,6 @@ fn source(setup: &Setup, r: usize, span: &Span, truth: Option<(u32, Sender)>) ->
         ahead: setup.ahead,
         loss_steps: setup.schedule.steps(d).iter().map(|s| s.loss).collect(),
         shape,
-        frame: vec![0.0; setup.config.data.batch * shape.iter().product::<usize>()],
     })
 }
 

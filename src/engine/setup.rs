@@ -165,7 +165,8 @@ impl Setup {
             stride: data.stride,
             batch: data.batch,
             crop: data.crop,
-            flip: data.flip,
+            augmentation: data.augmentation(),
+            verify: data.verify,
             shuffle: data.shuffle,
             seed: self.config.train.seed,
             training: self.purpose == Purpose::Train,
@@ -176,8 +177,10 @@ impl Setup {
             ahead: self.ahead.unwrap_or(0),
             first_clip: first,
             end_clip: end,
+            decoders: data.decode_threads,
             ..StreamOptions::default()
         }
+        .reading_ahead(data.prefetch)
     }
 
     /// Batches of clips in the whole run: `train.clips`, or `train.epochs` passes; one pass in evaluation.
@@ -186,8 +189,7 @@ impl Setup {
     /// [`Error::Input`] if there are fewer videos than one batch takes.
     pub fn total_clips(&self) -> Result<u64> {
         let Some(dataset) = &self.dataset else { return Ok(self.config.train.clips.unwrap_or(0)) };
-        let lengths = dataset.videos.iter().map(|v| v.frames).collect();
-        let an_epoch = Sampler::new(lengths, self.stream(0, 0, u64::MAX).sampler())?.clips_per_epoch();
+        let an_epoch = Sampler::of(dataset, self.stream(0, 0, u64::MAX).sampler())?.clips_per_epoch();
         Ok(match (self.purpose, self.config.train.clips) {
             (Purpose::Evaluate, _) => an_epoch,
             (Purpose::Train, Some(clips)) => clips,

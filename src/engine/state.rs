@@ -72,6 +72,18 @@ impl Worker {
         Ok(written)
     }
 
+    /// Undoes `clip`: writes the module as it was before it, if no checkpoint of that was written yet.
+    pub(super) fn save_before(&mut self, clip: u64) -> Result<Option<u64>> {
+        let (Some(saver), Some(before)) = (&mut self.saver, self.before.take()) else { return Ok(None) };
+        if saver.writer.wait()? != Some(clip) {
+            saver.writer.begin(clip, before)?;
+        }
+        match saver.writer.wait()? {
+            Some(written) if written == clip => Ok(Some(written)),
+            _ => Err(Error::Run(format!("the checkpoint of {clip} batches of clips could not be written (see above)"))),
+        }
+    }
+
     /// Writes the module as it is before the first clip.
     pub(super) fn save_start(&mut self) -> Result<Option<u64>> {
         let Some(saver) = &mut self.saver else { return Ok(None) };

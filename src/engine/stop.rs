@@ -20,8 +20,11 @@ pub const CHECKPOINT: u32 = 1;
 pub const STOP: u32 = 2;
 /// Write a checkpoint and end for good (exit code 0).
 pub const FINISH: u32 = 4;
+/// The clip's frames cannot be read: undo it, write a checkpoint of what was before it, and end with the reader's error.
+/// Decided by module 1 alone, never asked for.
+pub const UNDO: u32 = 8;
 /// What ends a run.
-pub const ENDS: u32 = STOP | FINISH;
+pub const ENDS: u32 = STOP | FINISH | UNDO;
 
 /// Files in the run folder that ask for something, and for what.
 const FILES: [(&str, u32); 2] = [("STOP", FINISH), ("CHECKPOINT", CHECKPOINT)];
@@ -88,6 +91,7 @@ impl Files {
 /// In words, what a decision means.
 pub fn describe(bits: u32) -> &'static str {
     match bits {
+        bits if bits & UNDO != 0 => "undoing this clip, and stopping with a checkpoint of what was before it",
         bits if bits & FINISH != 0 => "ending after this clip with a checkpoint",
         bits if bits & STOP != 0 => "stopping after this clip with a checkpoint, to be resumed",
         bits if bits & CHECKPOINT != 0 => "writing a checkpoint after this clip",
@@ -109,16 +113,21 @@ pub enum Decider {
 }
 
 impl Decider {
-    /// What to do after `clip`, decided or heard of.
+    /// Whether this one decides.
+    pub fn is_chief(&self) -> bool {
+        matches!(self, Decider::Chief { .. })
+    }
+
+    /// What to do after `clip`, decided or heard of; `own` is what the chief adds to what was asked for.
     ///
     /// # Errors
     /// [`Error::Transport`] if another replica is gone.
-    pub fn decide(&mut self, requests: &Requests, clip: u64, step: usize) -> Result<u32> {
+    pub fn decide(&mut self, requests: &Requests, own: u32, clip: u64, step: usize) -> Result<u32> {
         let due = |id: u32| header(Kind::Control, id, clip, step, 1, [1, 1, 1]);
         match self {
             Decider::Chief { files, others } => {
                 requests.raise(files.look());
-                let decision = requests.take();
+                let decision = requests.take() | own;
                 if decision != 0 {
                     log::info!("clip {clip}: {}", describe(decision));
                 }
@@ -145,6 +154,14 @@ impl Decider {
             Decider::Told(_) => Ok(()),
         }
     }
+}
+
+/// What a run ends with whose data could not be read: `failure` says why, `clips` are done and in the checkpoint.
+pub fn undone(failure: &str, clips: u64) -> Error {
+    Error::Input(format!(
+        "{failure}; the checkpoint step-{clips:08} has all that was trained before: once the data can be read, the same \
+         command goes on"
+    ))
 }
 
 /// What a run ends with that stopped early and can be resumed.

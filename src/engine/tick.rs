@@ -7,6 +7,7 @@
 
 use candle_core::{Device, Tensor};
 
+use super::stop::UNDO;
 use super::worker::{At, Worker, header, left_out, not_finite, receive, send};
 use crate::config::UpdateEvery;
 use crate::kernels::activation;
@@ -34,8 +35,9 @@ impl Worker {
     /// The frame (module 1), or the main input and the skips: those that arrive now, else the one held.
     fn wait_for_activations(&mut self, at: At) -> Result<Vec<Tensor>> {
         if self.source.is_some() {
+            let frame = self.read_frame(at)?;
             self.decide(at)?;
-            return Ok(vec![self.read_frame(at)?]);
+            return Ok(vec![frame]);
         }
         self.watch.enter(Phase::WaitActivations);
         let mut inputs = Vec::with_capacity(self.inputs.len());
@@ -58,7 +60,8 @@ impl Worker {
     fn decide(&mut self, at: At) -> Result<()> {
         if let Some(decider) = self.decider.as_mut().filter(|_| at.step == self.decision_step) {
             self.watch.enter(Phase::Other);
-            self.decision = decider.decide(&self.requests, at.clip, at.step)?;
+            let own = if self.failure.is_some() { UNDO } else { 0 };
+            self.decision = decider.decide(&self.requests, own, at.clip, at.step)?;
         }
         Ok(())
     }
@@ -164,15 +167,17 @@ impl Worker {
     /// Module 1: this step's frame; and this step's target, if module D will have a loss, on its way.
     fn read_frame(&mut self, at: At) -> Result<Tensor> {
         self.watch.enter(Phase::Data);
-        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
-        let [h, w, c] = source.shape;
-        let mut frame = |t: usize| -> Result<Tensor> {
-            source.stream.frame(t, &mut source.frame)?;
-            Ok(Tensor::from_slice(&source.frame, (self.batch, h, w, c), &Device::Cpu)?)
+        let read = if self.failure.is_some() { None } else { Some(self.frame_and_target(at)) };
+        let (x, target) = match read {
+            Some(Ok(read)) => read,
+            Some(Err(e)) => {
+                self.give_up(self.locate(at, e), at.step)?;
+                self.without_frames(at)?
+            }
+            None => self.without_frames(at)?,
         };
-        let x = frame(at.step)?;
-        if let (Some(ahead), Some(true)) = (source.ahead, source.loss_steps.get(at.step).copied()) {
-            let target = frame(at.step + ahead)?;
+        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
+        if let Some(target) = target {
             match (&mut source.truth, &mut self.loss) {
                 (Some((id, sender)), _) => {
                     let head = header(Kind::Target, *id, at.clip, at.step, self.batch, source.shape);
@@ -183,6 +188,21 @@ impl Worker {
             }
         }
         Ok(x)
+    }
+
+    fn frame_and_target(&mut self, at: At) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
+        let x = source.stream.frame(at.step)?;
+        let target = source.target_of(at.step).map(|t| source.stream.target(t)).transpose()?;
+        Ok((x, target))
+    }
+
+    /// What stands for frames that cannot be read: zeros, and a target that counts for nothing.
+    fn without_frames(&self, at: At) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(source) = &self.source else { return Err(Error::Run("no frames here".into())) };
+        let [h, w, c] = source.shape;
+        let all = |value: f32| Tensor::full(value, (self.batch, h, w, c), &Device::Cpu);
+        Ok((all(0.0)?, source.target_of(at.step).map(|_| all(f32::NAN)).transpose()?))
     }
 
     /// Module D: the loss of this step's output against the label or the target frame, and its gradient.

@@ -93,8 +93,14 @@ pub struct Source {
     pub loss_steps: Vec<bool>,
     /// `[H, W, C]` of a frame.
     pub shape: [usize; 3],
-    /// One frame of all clips, `[B, H, W, C]`.
-    pub frame: Vec<f32>,
+}
+
+impl Source {
+    /// The frame that is the target of `step`, if module D has a loss there that needs one.
+    pub fn target_of(&self, step: usize) -> Option<usize> {
+        let due = self.loss_steps.get(step).copied().unwrap_or(false);
+        self.ahead.filter(|_| due).map(|ahead| step + ahead)
+    }
 }
 
 /// Module D's loss, and where its labels or targets come from.
@@ -167,6 +173,12 @@ pub struct Worker {
     pub update: Option<Update>,
     /// Training, replica 0 only.
     pub saver: Option<Saver>,
+    /// With a saver: the module as it was before this clip. Values are replaced and not changed, so until an update
+    /// replaces them this takes no memory.
+    pub before: Option<Vec<(String, Tensor)>>,
+    /// Training, module 1 of replica 0 only: why this clip's frames cannot be read. The rest of it is worked through
+    /// without frames, so that all modules are told in time, and undone.
+    pub failure: Option<String>,
     /// What this process was asked for.
     pub requests: Requests,
     /// Training, module 1 only: its part in deciding what to do after a clip.

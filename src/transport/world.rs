@@ -73,6 +73,14 @@ impl World {
         }
     }
 
+    /// What the MPI library calls itself; `None` alone.
+    pub fn mpi_library(&self) -> Option<String> {
+        match self {
+            World::Alone => None,
+            World::Mpi(_) => Some(super::mpi::library()),
+        }
+    }
+
     /// How many processes the node has.
     pub fn local_size(&self) -> usize {
         match self {

@@ -1,5 +1,6 @@
 //! What several test programs share; not every one needs all of it.
 #![allow(dead_code)]
 
+pub mod jobs;
 pub mod mpirun;
 pub mod runs;

@@ -19,6 +19,7 @@
 mod attributes;
 mod check;
 mod reader;
+mod rows;
 mod writer;
 
 pub use reader::ShardReader;

@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use hdf5::types::VarLenUnicode;
-use ndarray::Array4;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::rows::Rows;
 use super::{Encoding, ShardHeader, attributes, check};
 use crate::{Error, Result};
 
@@ -28,7 +28,7 @@ pub struct ShardReader {
     pub checksums: Vec<u64>,
     /// Bytes of the file when it was opened.
     pub bytes: u64,
-    data: hdf5::Dataset,
+    data: Rows,
     frame_offsets: Option<hdf5::Dataset>,
 }
 
@@ -57,10 +57,12 @@ impl ShardReader {
         let offsets: Vec<u64> = attributes::list(path, &dataset("video_offsets")?, "video_offsets", bytes)?;
         let checksums: Vec<u64> = attributes::list(path, &dataset("video_checksums")?, "video_checksums", bytes)?;
         let frames = check::videos(path, &labels, &ids, &offsets, &checksums, header.class_names.len())?;
-        let (data, frame_offsets) = match header.encoding {
-            Encoding::Raw => (dataset("frames")?, None),
-            Encoding::Jpeg => (dataset("jpeg")?, Some(dataset("frame_offsets")?)),
+        let (name, frame_offsets) = match header.encoding {
+            Encoding::Raw => ("frames", None),
+            Encoding::Jpeg => ("jpeg", Some(dataset("frame_offsets")?)),
         };
+        let data =
+            Rows::new(dataset(name)?).map_err(|e| Error::input(format!("{}: dataset /{name}: {e}", path.display())))?;
         check::frame_shapes(path, &header, frames, &data.shape(), frame_offsets.as_ref().map(|d| d.shape()))?;
         let reader =
             Self { path: path.to_path_buf(), header, labels, ids, offsets, checksums, bytes, data, frame_offsets };
@@ -84,21 +86,36 @@ impl ShardReader {
     /// # Errors
     /// [`Error::Input`] when the file can no longer be read there.
     pub fn read(&self, range: Range<u64>) -> Result<(Vec<u8>, Vec<Range<usize>>)> {
-        let rows = range.start as usize..range.end as usize;
-        let count = rows.len();
+        let count = (range.end - range.start) as usize;
         let Some(index) = &self.frame_offsets else {
             let frame = self.header.frame_bytes();
-            let bytes: Array4<u8> = self.data.read_slice((rows, .., .., ..)).map_err(|e| self.unreadable(&range, e))?;
-            return Ok((bytes.into_raw_vec_and_offset().0, (0..count).map(|i| i * frame..(i + 1) * frame).collect()));
+            let bytes = self.data.read(range.clone()).map_err(|e| self.unreadable(&range, e))?;
+            return Ok((bytes, (0..count).map(|i| i * frame..(i + 1) * frame).collect()));
         };
-        let at = index.read_slice_1d::<u64, _>(rows.start..rows.end + 1).map_err(|e| self.unreadable(&range, e))?;
-        let at = at.to_vec();
+        let rows = range.start as usize..range.end as usize + 1;
+        let at = index.read_slice_1d::<u64, _>(rows).map_err(|e| self.unreadable(&range, e))?.to_vec();
         check::growing(&self.path, "frame_offsets", &at, range.start)?;
-        let (first, last) = (at[0] as usize, at[count] as usize);
-        check::jpeg_span(&self.path, first, last, self.data.size(), count)?;
-        let bytes = self.data.read_slice_1d::<u8, _>(first..last).map_err(|e| self.unreadable(&range, e))?;
-        let spans = at.windows(2).map(|w| w[0] as usize - first..w[1] as usize - first).collect();
-        Ok((bytes.into_raw_vec_and_offset().0, spans))
+        let (first, last) = (at[0], at[count]);
+        check::jpeg_span(&self.path, first as usize, last as usize, self.data.rows() as usize, count)?;
+        let bytes = self.data.read(first..last).map_err(|e| self.unreadable(&range, e))?;
+        let spans = at.windows(2).map(|w| (w[0] - first) as usize..(w[1] - first) as usize).collect();
+        Ok((bytes, spans))
+    }
+
+    /// The checksum of video `v`'s bytes as they now are.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the file can no longer be read there.
+    pub fn digest(&self, v: usize) -> Result<u64> {
+        let mut hash = Xxh3::new();
+        let range = self.frames_of(v);
+        let mut at = range.start;
+        while at < range.end {
+            let end = (at + 64).min(range.end);
+            hash.update(&self.read(at..end)?.0);
+            at = end;
+        }
+        Ok(hash.digest())
     }
 
     /// Reads all of video `v` and compares its checksum.
@@ -162,7 +179,7 @@ impl ShardReader {
                 .map_err(|e| self.unreadable(&(at..end), e))?
                 .to_vec();
             check::growing(&self.path, "frame_offsets", &part, at)?;
-            check::frame_ends(&self.path, &part, at == 0, end == frames, self.data.size())?;
+            check::frame_ends(&self.path, &part, at == 0, end == frames, self.data.rows() as usize)?;
             at = end;
         }
         Ok(())

@@ -103,7 +103,7 @@ pub(super) fn abort(code: i32) {
 }
 
 /// What the MPI library calls itself, first line.
-pub(super) fn library() -> String {
+pub(in crate::transport) fn library() -> String {
     let mut bytes = [0u8; 8192]; // MPI_MAX_LIBRARY_VERSION_STRING is at most this in Open MPI and MPICH
     let mut length = 0;
     // SAFETY: the buffer is large enough.

@@ -21,6 +21,7 @@ mod endpoint;
 mod progress;
 mod raw;
 
+pub(super) use calls::library;
 use calls::{Comm, Completions, Place, Request, Tested};
 pub use endpoint::{Receiver, Sender};
 pub(crate) use raw::Baseline;
@@ -263,7 +264,7 @@ impl Session {
         let comm = Comm::duplicate_world()?;
         let (rank, size) = comm.rank_and_size()?;
         let place = comm.place_on_node(&progress::processors())?;
-        log::debug!("rank {rank} of {size}, {place:?} on its node: {}", calls::library());
+        log::debug!("rank {rank} of {size}, {place:?} on its node: {}", library());
         let core = Core {
             table: Mutex::default(),
             waiting: AtomicUsize::new(0),

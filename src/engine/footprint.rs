@@ -1,0 +1,36 @@
+//! What a worker takes: memory, and bytes sent at a tick.
+
+use super::setup::Setup;
+use crate::transport::{HEADER_WORDS, Kind};
+
+/// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.
+pub fn memory(setup: &Setup, w: usize) -> u64 {
+    let (i, _) = setup.grid.module_and_replica(w);
+    let module = &setup.network.modules[i - 1];
+    // Values and gradient.
+    let copies = 2 + setup.config.train.optimizer.buffers().len() as u64;
+    let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
+    let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
+    4 * (copies * module.params + setup.config.data.batch as u64 * module.tape + buffers as u64)
+}
+
+/// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.
+pub fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
+    let links = setup.wiring.links.iter().filter(|l| l.from == w && kinds.contains(&l.kind));
+    links.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
+}
+
+/// `12.3 MiB`
+pub fn bytes(n: u64) -> String {
+    let mut value = n as f64;
+    let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    for next in units {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    format!("{value:.1} {unit}")
+}
