@@ -6,10 +6,10 @@
 //!
 //! | message | `step` | `clip` | payload |
 //! |---|---|---|---|
-//! | worker → desk: I am free | [`FREE`] | 0 | zeros |
-//! | worker → desk: progress | [`TALLY`] | 0 | a [`Tally`] |
-//! | desk → worker: do this | [`TASK`] | the task | zeros |
-//! | desk → worker: no more | [`END`] | 0 | zeros |
+//! | worker → desk: I am free | `FREE` | 0 | zeros |
+//! | worker → desk: progress | `TALLY` | 0 | a [`Tally`] |
+//! | desk → worker: do this | `TASK` | the task | zeros |
+//! | desk → worker: no more | `END` | 0 | zeros |
 
 use std::time::Duration;
 

@@ -75,7 +75,7 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
     if options.test_fraction > 0.0 {
         set_apart(&mut listing, options);
     }
-    let skip = read_skips(options)?;
+    let skip = read_skips(options, &listing)?;
     let mut plan = Plan { class_names: listing.class_names, shards: Vec::new() };
     let mut ledger = Ledger::default();
     let mut ready = Vec::new();
@@ -277,10 +277,18 @@ fn kept(options: &PrepareOptions, shard: &ShardPlan) -> Option<Record> {
     (same && whole && !stale).then_some(record)
 }
 
-fn read_skips(options: &PrepareOptions) -> Result<HashSet<String>> {
+/// The ids to leave out.
+fn read_skips(options: &PrepareOptions, listing: &Listing) -> Result<HashSet<String>> {
+    let listed: HashSet<&str> = listing.splits.iter().flat_map(|(_, sources)| sources).map(|s| s.id.as_str()).collect();
     let mut all = HashSet::new();
     for path in &options.skip {
-        all.extend(read_skip(path)?);
+        let ids = read_skip(path)?;
+        let known = ids.iter().filter(|id| listed.contains(id.as_str())).count();
+        if known < ids.len() {
+            let splits = options.splits.join(" and ");
+            log::warn!("{}: only {known} of its {} videos are in {splits}", path.display(), ids.len());
+        }
+        all.extend(ids);
     }
     Ok(all)
 }

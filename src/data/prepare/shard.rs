@@ -42,6 +42,8 @@ pub struct Recipe<'a> {
 
 /// A shard in which not one of at least this many videos can be decoded says more about the machine than the videos.
 const SUSPICIOUS: usize = 10;
+/// After so many it is not waited for the shard's end.
+const ENOUGH: usize = 100;
 
 /// Makes the shard `path` of `videos`. `done` is told of each video as it is done, in order.
 ///
@@ -75,20 +77,11 @@ pub fn make(
             let entry = Entry { id: video.id.into(), bytes: video.bytes, outcome };
             done(&entry)?;
             entries.push(entry);
-            Ok(())
+            if entries.len() == ENOUGH { refuse_if_all_broken(path, &entries) } else { Ok(()) }
         },
     )?;
-    let broken = |e: &Entry| matches!(e.outcome, Outcome::Broken { .. });
-    if entries.len() >= SUSPICIOUS
-        && entries.iter().all(broken)
-        && let Some(Entry { id, outcome: Outcome::Broken { why }, .. }) = entries.first()
-    {
-        return Err(Error::input(format!(
-            "{}: not one of this shard's {} videos can be decoded; {id}: {why}. Is something wrong with ffmpeg or the file \
-             system? If the videos really are broken, list them in a file for --skip",
-            path.display(),
-            entries.len()
-        )));
+    if entries.len() >= SUSPICIOUS {
+        refuse_if_all_broken(path, &entries)?;
     }
     let bytes = match writer {
         Some(writer) => {
@@ -106,6 +99,21 @@ pub fn make(
         }
     };
     Ok(Record { bytes, videos: entries })
+}
+
+fn refuse_if_all_broken(path: &Path, entries: &[Entry]) -> Result<()> {
+    let mut why = None;
+    for entry in entries {
+        let Outcome::Broken { why: reason } = &entry.outcome else { return Ok(()) };
+        why.get_or_insert((&entry.id, reason));
+    }
+    let Some((id, why)) = why else { return Ok(()) };
+    Err(Error::input(format!(
+        "{}: not one of this shard's first {} videos can be decoded; {id}: {why}. Is something wrong with ffmpeg or the file \
+         system? If the videos really are broken, list them in a file for --skip",
+        path.display(),
+        entries.len()
+    )))
 }
 
 impl Recipe<'_> {

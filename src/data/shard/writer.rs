@@ -44,7 +44,10 @@ impl ShardWriter {
         partial.push(".partial");
         let partial = PathBuf::from(partial);
         let make = || -> hdf5::Result<_> {
-            let file = hdf5::File::create(&partial)?;
+            // No file locks: the name is this writer's alone, and some clusters' file systems have none.
+            let mut access = hdf5::File::with_options();
+            access.with_fapl(|access| access.file_locking(false));
+            let file = access.create(&partial)?;
             attributes::write(&file, &header)?;
             let builder = file.new_dataset::<u8>();
             let frames = match header.encoding {

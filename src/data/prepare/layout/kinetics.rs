@@ -77,7 +77,15 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
     if repeated > 0 {
         log::warn!("{}: {repeated} clips are listed more than once and count once", file.display());
     }
-    if rows.iter().all(|row| row.path.is_none()) {
+    let taken = rows.iter().filter(|row| row.path.is_some()).count();
+    if taken < found.len() {
+        let (more, videos) = (found.len() - taken, place.videos.display());
+        log::info!(
+            "{more} of the {} video files below {videos} are in no list, or copies, and are left out",
+            found.len()
+        );
+    }
+    if taken == 0 {
         return Err(Error::input(format!(
             "{}: none of its {} clips is among the {} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
             file.display(),
