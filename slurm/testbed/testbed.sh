@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm cluster of several hosts on this one machine, for trying batch scripts and breaking things. Needs root, and
-# Debian's packages slurmctld slurmd slurm-client munge iproute2.
+# Debian's packages slurmctld slurmd slurm-client munge iproute2 (and python3 for latency where the kernel has no netem).
 #
 #   testbed.sh up [NODES]        start NODES hosts (default 4) and a controller; does nothing if they are up
 #   testbed.sh run CMD…          run CMD on the controller, where sbatch, srun, squeue and scancel work
