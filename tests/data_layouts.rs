@@ -166,6 +166,22 @@ fn kinetics_lists_that_make_no_sense_are_refused_with_the_line() {
     );
 }
 
+#[test]
+fn one_annotation_file_is_for_one_split() {
+    let disk = Disk::new(&[("videos/0123456789a_000000_000010.mp4", ""), ("mine.csv", "")]);
+    disk.write("mine.csv", format!("{HEADER}yoga,0123456789a,0,10,train\n"));
+    let (videos, file) = (disk.path("videos"), disk.path("mine.csv"));
+    let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes: None };
+    let kinetics = Description::plain(Layout::Kinetics, "kinetics");
+    assert_eq!(list(&kinetics, &place, &["train".into()]).unwrap().splits[0].1.len(), 1);
+    let error = list(&kinetics, &place, &["train".into(), "val".into()]).unwrap_err().to_string();
+    assert!(error.contains("mine.csv: --annotations is one file, but train and val have one each"), "{error}");
+    let none = disk.path("none");
+    let error =
+        list(&kinetics, &Place { annotations: Some(&none), ..place }, &["train".into()]).unwrap_err().to_string();
+    assert!(error.contains("none: --annotations names neither a file nor a folder"), "{error}");
+}
+
 /// `datasets/*` as they are shipped, on small imitations of the archives.
 fn shipped(name: &str) -> Description {
     Description::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets").join(name)).unwrap()

@@ -94,7 +94,8 @@ impl Clips {
             std::fs::create_dir(&slow).unwrap();
             let real = Command::new("sh").args(["-c", "command -v ffmpeg"]).output().unwrap();
             let real = String::from_utf8(real.stdout).unwrap();
-            let script = format!("#!/bin/sh\n[ \"$1\" = -version ] || sleep 0.1\nexec {} \"$@\"\n", real.trim());
+            let script =
+                format!("#!/bin/sh\n[ \"$1\" = -version ] || sleep ${{SLOW:-0.1}}\nexec {} \"$@\"\n", real.trim());
             std::fs::write(slow.join("ffmpeg"), script).unwrap();
             std::fs::set_permissions(slow.join("ffmpeg"), PermissionsExt::from_mode(0o755)).unwrap();
         }
@@ -132,10 +133,12 @@ fn files(out: &Path, ending: &str) -> Vec<String> {
     names
 }
 
-/// Inode and time of change of each shard: what a run that keeps it does not touch.
+/// Inode and time of change of each finished shard: what a run that keeps it does not touch.
 fn identity(out: &Path) -> BTreeMap<String, (u64, i64)> {
     let of = |name: &String| std::fs::metadata(out.join(name)).map(|m| (m.ino(), m.mtime_nsec())).unwrap();
-    files(out, "h5").iter().map(|name| (name.clone(), of(name))).collect()
+    let records = files(&out.join(".prepare/train"), "json").into_iter().filter(|name| name != "plan.json");
+    let shards = records.map(|name| format!("train-{}", name.replace(".json", ".h5")));
+    shards.map(|name| (name.clone(), of(&name))).collect()
 }
 
 fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
@@ -148,22 +151,22 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 
 #[test]
 fn shards_are_the_same_on_any_number_of_ranks_and_after_any_kill() {
-    let clips = Clips { per_shard: 3, ..Clips::new(18) };
+    let clips = Clips { per_shard: 3, ..Clips::new(24) };
     let (alone, ranks, killed) = (clips.path("alone"), clips.path("ranks"), clips.path("killed"));
     let report = succeeded(&clips.run(&alone, &["--jobs", "3"]));
-    assert_eq!((count(&report, "found"), count(&report, "written")), (18, 18), "{report}");
+    assert_eq!((count(&report, "found"), count(&report, "written")), (24, 24), "{report}");
     let expected = shards(&alone);
-    assert_eq!(expected.len(), 6);
+    assert_eq!(expected.len(), 8);
     let mut ids: Vec<String> = Dataset::open(&[format!("{}/*.h5", alone.display())])
         .map(|data| data.videos.into_iter().map(|video| video.id).collect())
         .unwrap();
     let shuffled = ids.clone();
     ids.sort();
     ids.dedup();
-    assert!(ids.len() == 18 && ids != shuffled);
+    assert!(ids.len() == 24 && ids != shuffled);
 
     let report = succeeded(&clips.ranks(3, &ranks, &[]));
-    assert!(count(&report, "written") == 18 && report.contains("on 3 ranks"), "{report}");
+    assert!(count(&report, "written") == 24 && report.contains("on 3 ranks"), "{report}");
     assert!(shards(&ranks) == expected, "three ranks make other shards than one");
 
     // Killed as a whole, at several moments.
@@ -171,7 +174,7 @@ fn shards_are_the_same_on_any_number_of_ranks_and_after_any_kill() {
         let mut run = clips.spawn(Command::new(PROGRAM).args(clips.args(&killed, &["--jobs", "2"])));
         let kept = identity(&killed);
         wait_for("a shard half written", || {
-            files(&killed, "h5").len() >= finished && !files(&killed, "partial").is_empty()
+            identity(&killed).len() >= finished && !files(&killed, "partial").is_empty()
         });
         run.kill().unwrap();
         run.wait().unwrap();
@@ -186,8 +189,9 @@ fn shards_are_the_same_on_any_number_of_ranks_and_after_any_kill() {
     command.args(["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1", "-n", "2", PROGRAM]);
     command.args(args).env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command.env("OMPI_MCA_orte_tmpdir_base", clips.dir.path());
-    let mut job = clips.spawn(&mut command);
-    wait_for("one more shard", || identity(&killed).len() > kept.len() || job.try_wait().unwrap().is_some());
+    files(&killed, "partial").iter().for_each(|name| std::fs::remove_file(killed.join(name)).unwrap());
+    let mut job = clips.spawn(command.env("SLOW", "0.4"));
+    wait_for("a shard half written", || !files(&killed, "partial").is_empty());
     let is_rank = |pid: &u32| {
         std::fs::read_link(format!("/proc/{pid}/exe"))
             .is_ok_and(|exe| exe == Path::new(PROGRAM).canonicalize().unwrap())
@@ -198,11 +202,11 @@ fn shards_are_the_same_on_any_number_of_ranks_and_after_any_kill() {
     assert!(!job.wait().unwrap().success());
     wait_for("the lock", || State::new(&killed, "train").lock().is_ok());
     let now = identity(&killed);
-    assert!(now.len() < 6 && kept.iter().all(|(name, id)| now.get(name) == Some(id)), "{kept:?} {now:?}");
+    assert!(now.len() < 8 && kept.iter().all(|(name, id)| now.get(name) == Some(id)), "{kept:?} {now:?}");
 
     let output = clips.ranks(2, &killed, &[]);
     let report = succeeded(&output);
-    assert!(report.contains(&format!("6 shards ({} made earlier)", now.len())), "{now:?} {}", text(&output));
+    assert!(report.contains(&format!("8 shards ({} made earlier)", now.len())), "{now:?} {}", text(&output));
     assert!(shards(&killed) == expected, "a resumed run makes other shards");
     assert!(files(&killed, "partial").is_empty());
     assert!(now.iter().all(|(name, id)| identity(&killed)[name] == *id), "a finished shard was made again");

@@ -143,6 +143,7 @@ fn batch_jobs_finish_whatever_happens_and_with_the_same_bits() {
     let Some(testbed) = Testbed::up() else { return };
     wrong_starts_are_refused(&testbed);
     a_slow_network_changes_no_bit(&testbed);
+    videos_are_prepared_on_all_nodes_and_across_a_requeue(&testbed);
     signals_requeue_the_job(&testbed);
     a_lost_node_is_replaced(&testbed, "kill-node");
     a_lost_node_is_replaced(&testbed, "cut-link");
@@ -193,6 +194,63 @@ fn a_slow_network_changes_no_bit(testbed: &Testbed) {
     testbed.does(&["shape", "off"]);
     run.assert_same_as_alone(20);
     assert!(run.log().contains("limited by "), "{}", run.log());
+}
+
+fn videos_are_prepared_on_all_nodes_and_across_a_requeue(testbed: &Testbed) {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::create_dir_all(path("videos/class")).unwrap();
+    std::fs::create_dir(path("bin")).unwrap();
+    // Slow, so that the job can be met half way.
+    let script = "#!/bin/sh\n[ \"$1\" = -version ] || sleep 0.3\nPATH=${PATH#*:} exec ffmpeg \"$@\"\n";
+    std::fs::write(path("bin/ffmpeg"), script).unwrap();
+    std::fs::set_permissions(path("bin/ffmpeg"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let film =
+        ["-f", "lavfi", "-i", "testsrc=size=32x24:rate=10", "-t", "1", &path("videos/class/0.mkv")].map(String::from);
+    let made = Command::new("ffmpeg").args(["-nostdin", "-loglevel", "error"]).args(film).status().unwrap();
+    assert!(made.success());
+    for i in 1..24 {
+        std::fs::copy(path("videos/class/0.mkv"), path(&format!("videos/class/{i}.mkv"))).unwrap();
+    }
+    let arguments = |out: &str| -> Vec<String> {
+        let (videos, out) = (path("videos"), path(out));
+        ["--videos", &videos, "--out", &out, "--per-shard", "4", "--short-side", "24"].map(String::from).to_vec()
+    };
+    let log = path("job.log");
+    let said = || std::fs::read_to_string(&log).unwrap_or_default();
+    let wait_for = |what: &str, condition: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < Duration::from_secs(90), "waited for {what}; the job's log: {}", said());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let export = format!("--export=ALL,SIDEWAYS={PROGRAM},PATH={}:{}", path("bin"), std::env::var("PATH").unwrap());
+    let options = ["--parsable", "--nodes=2", "--cpus-per-task=1", "--time=10", &format!("--output={log}"), &export];
+    let job = [&["sbatch"][..], &options, &["slurm/prepare.sbatch", "--overwrite"]].concat();
+    let arguments_of_job = arguments("job");
+    let output = testbed.run(&[job, arguments_of_job.iter().map(String::as_str).collect()].concat());
+    assert!(output.status.success(), "{}", text(&output));
+    let job = String::from_utf8_lossy(&output.stdout).trim().to_string();
+    let shards = |out: &str| -> Vec<(String, Vec<u8>)> {
+        let entries = std::fs::read_dir(path(out)).into_iter().flatten().map(|e| e.unwrap().path());
+        let mut shards: Vec<_> = entries.filter(|p| p.extension().is_some_and(|e| e == "h5")).collect();
+        shards.sort();
+        let name = |p: &Path| p.file_name().unwrap().to_string_lossy().into_owned();
+        shards.iter().map(|p| (name(p), std::fs::read(p).unwrap())).collect()
+    };
+    wait_for("a shard", &|| !shards("job").is_empty());
+    let output = testbed.run(&["scancel", "--batch", "--signal=USR1", &job]);
+    assert!(output.status.success(), "{}", text(&output));
+    wait_for("the end", &|| said().contains("exit code"));
+    assert!(
+        said().contains("restart 1") && said().contains("made earlier") && said().contains("on 2 ranks"),
+        "{}",
+        said()
+    );
+    let output = Command::new(PROGRAM).args(["data", "prepare"]).args(arguments("alone")).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(shards("job").len() == 6 && shards("job") == shards("alone"), "{}", said());
 }
 
 fn signals_requeue_the_job(testbed: &Testbed) {

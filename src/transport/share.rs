@@ -149,7 +149,7 @@ impl Desk {
                     }
                 }
             }
-            if idle && failed() && !ended[0] {
+            if failed() && !ended[0] {
                 return Ok(());
             }
             if idle {

@@ -113,6 +113,10 @@ pub fn annotation(annotations: Option<&Path>, names: &[String]) -> Result<PathBu
     if place.is_file() {
         return Ok(place.to_path_buf());
     }
+    if !place.exists() {
+        let place = place.display();
+        return Err(Error::input(format!("{place}: --annotations names neither a file nor a folder that is there")));
+    }
     let listed = entries(place)?;
     names.iter().find(|name| listed.iter().any(|(n, is_folder)| n == *name && !is_folder)).map_or_else(
         || {

@@ -71,6 +71,14 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
     let mut found = Vec::new();
     for name in splits {
         let split = description.split(name)?;
+        if let Some(file) = place.annotations.filter(|file| file.is_file() && splits.len() > 1)
+            && split.subset.is_none()
+        {
+            let (file, splits) = (file.display(), splits.join(" and "));
+            return Err(Error::input(format!(
+                "{file}: --annotations is one file, but {splits} have one each: give their folder, or one --split"
+            )));
+        }
         let mut rows = match description.layout {
             Layout::Folders => folders::rows(&split, place)?,
             Layout::Kinetics => kinetics::rows(description, &split, place)?,
@@ -102,11 +110,12 @@ fn class_names(description: &Description, place: &Place, found: &[(String, Rows)
         (Some(given), _) => (given.to_vec(), "--classes".to_string()),
         (None, Some(file)) => (read_classes(file)?, file.display().to_string()),
         (None, None) => match found.iter().find_map(|(_, rows)| rows.classes.clone()) {
-            Some(own) => (own, "the dataset".to_string()),
+            Some(own) => (own, "the annotations".to_string()),
             None => {
                 let all: BTreeSet<&str> =
                     found.iter().flat_map(|(_, rows)| &rows.rows).map(|row| row.class.as_str()).collect();
-                (all.into_iter().map(str::to_string).collect(), "the annotations".to_string())
+                let splits: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+                (all.into_iter().map(str::to_string).collect(), format!("the annotations of {}", splits.join(" and ")))
             }
         },
     };
