@@ -182,6 +182,31 @@ fn one_annotation_file_is_for_one_split() {
     assert!(error.contains("none: --annotations names neither a file nor a folder"), "{error}");
 }
 
+/// The splits of one folder of shards have the same classes, though one of them has no video of some class.
+#[test]
+fn a_stored_list_of_classes_decides_the_labels_of_later_splits() {
+    let disk = Disk::new(&[("videos/0123456789a_000000_000010.mp4", ""), ("out/classes.txt", "a b\nyoga\nzumba\n")]);
+    let videos = disk.path("videos");
+    let labels = |class: &str, stored: &str| {
+        disk.write("val.csv", format!("{HEADER}{class},0123456789a,0,10,val\n"));
+        let file = disk.path("val.csv");
+        let stored_classes = Some(disk.path(stored));
+        let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes };
+        let listing = list(&Description::plain(Layout::Kinetics, "kinetics"), &place, &["val".into()]);
+        listing.map(|l| (l.class_names.len(), l.splits[0].1[0].label)).map_err(|e| e.to_string())
+    };
+    assert_eq!(labels("yoga", "out/classes.txt"), Ok((3, 1)));
+    assert_eq!(labels("yoga", "out/none.txt"), Ok((1, 0)));
+    // Byte for byte: no trimming, no other case.
+    let error = labels("Yoga", "out/classes.txt").unwrap_err();
+    assert!(
+        error.contains("line 2: class \"Yoga\" is not in the list of 3 classes; did you mean \"yoga\"?"),
+        "{error}"
+    );
+    assert!(labels("yoga ", "out/classes.txt").is_err());
+    assert!(labels("a_b", "out/classes.txt").is_err(), "folder spelling is for folders");
+}
+
 /// `datasets/*` as they are shipped, on small imitations of the archives.
 fn shipped(name: &str) -> Description {
     Description::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets").join(name)).unwrap()

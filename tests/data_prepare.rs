@@ -229,6 +229,39 @@ fn bad_input_is_refused() {
     assert!(with(|o| o.quality = 101).contains("--quality"));
 }
 
+/// As when a file system is lost for a while: that must not brand its videos as broken.
+#[test]
+fn a_file_that_is_gone_ends_the_run_instead_of_counting_as_broken() {
+    let dir = tempfile::tempdir().unwrap();
+    let (videos, out) = (dir.path().join("v"), dir.path().join("out"));
+    for name in ["1.mkv", "2.mkv"] {
+        film(&videos.join("c").join(name), "testsrc=size=32x24:rate=10", "1");
+    }
+    let (job, ledger) = Job::plan(options(&videos, &out)).unwrap();
+    std::fs::rename(videos.join("c"), videos.join("away")).unwrap();
+    let error = job.make(0, &mut |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains(".mkv: was there when the run was planned"), "{error}");
+    assert!(!out.join("train-00000.h5").exists() && !out.join("train-00000.h5.partial").exists());
+    std::fs::rename(videos.join("away"), videos.join("c")).unwrap();
+    let made = job.make(0, &mut |_| Ok(())).unwrap();
+    assert_eq!(job.finish(&ledger, vec![made]).unwrap()[0].written, 2);
+}
+
+/// A file that ends early gives the frames it has, and is listed.
+#[test]
+fn a_video_cut_short_is_written_and_doubtful() {
+    let dir = tempfile::tempdir().unwrap();
+    let (videos, out) = (dir.path().join("v"), dir.path().join("out"));
+    film(&videos.join("c/whole.avi"), "testsrc=size=64x48:rate=10", "3");
+    let whole = std::fs::read(videos.join("c/whole.avi")).unwrap();
+    std::fs::write(videos.join("c/cut.avi"), &whole[..whole.len() * 6 / 10]).unwrap();
+    let report = prepared(&options(&videos, &out));
+    assert_eq!((report.written, report.doubtful, report.broken), (2, 1, 0), "{report:?}");
+    let list = out.join("quarantine-train.tsv");
+    assert!(std::fs::read_to_string(&list).unwrap().contains("c/cut.avi\tdoubtful\t"));
+    assert!(read_skip(&list).unwrap().is_empty(), "what was written need not be skipped");
+}
+
 #[test]
 fn a_video_that_takes_too_long_is_given_up() {
     let dir = tempfile::tempdir().unwrap();

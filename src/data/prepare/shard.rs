@@ -48,8 +48,8 @@ const ENOUGH: usize = 100;
 /// Makes the shard `path` of `videos`. `done` is told of each video as it is done, in order.
 ///
 /// # Errors
-/// [`Error::Input`] when `ffmpeg` cannot be started or cannot decode anything; [`Error::Run`] or [`Error::Io`] when the
-/// disk refuses; what `done` returns.
+/// [`Error::Input`] when `ffmpeg` cannot decode anything; [`Error::Run`] when it cannot be started or a video's file is gone;
+/// [`Error::Run`] or [`Error::Io`] when the disk refuses; what `done` returns.
 pub fn make(
     path: &Path,
     header: &ShardHeader,
@@ -101,6 +101,19 @@ pub fn make(
     Ok(Record { bytes, videos: entries })
 }
 
+/// A video is broken if its file can be opened or its permissions forbid it; else the file system has changed under the run,
+/// and no video must be given up for that.
+fn broken(path: &Path, why: String) -> Result<Outcome> {
+    match std::fs::File::open(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::PermissionDenied => Err(Error::Run(format!(
+            "{}: was there when the run was planned and cannot be opened now: {e}. Once the folder of videos is there \
+             again on every node, the same command goes on",
+            path.display()
+        ))),
+        _ => Ok(Outcome::Broken { why }),
+    }
+}
+
 fn refuse_if_all_broken(path: &Path, entries: &[Entry]) -> Result<()> {
     let mut why = None;
     for entry in entries {
@@ -134,9 +147,9 @@ impl Recipe<'_> {
             Ok(Decoded { complaint }) if count >= self.min_frames.max(1) as u64 => {
                 (Outcome::Written { frames: count, complaint }, frames)
             }
-            Ok(Decoded { complaint: Some(why) }) if count == 0 => (Outcome::Broken { why }, Vec::new()),
+            Ok(Decoded { complaint: Some(why) }) if count == 0 => (broken(path, why)?, Vec::new()),
             Ok(_) => (Outcome::Short { frames: count }, Vec::new()),
-            Err(why) => (Outcome::Broken { why }, Vec::new()),
+            Err(why) => (broken(path, why)?, Vec::new()),
         })
     }
 }
