@@ -2,7 +2,7 @@
 
 PACKAGES := openmpi-bin libopenmpi-dev libhdf5-dev libclang-dev clang g++ libdnnl-dev pkg-config ffmpeg hdf5-tools
 # A Slurm cluster on this one machine, for tests and for `make cluster-demo`; needs root.
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps python3-minimal
 CARGO ?= cargo
 # One profile for the program, its tests and clippy, so that dependencies are built once.
 PROFILE := --release --locked
@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test lint doc bench-pytorch clean
+.PHONY: help deps slurm-deps build demo cluster-demo test lint doc bench-pytorch drills clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -62,6 +62,10 @@ doc: deps ## the library's documentation, target/doc
 
 test: build slurm-deps lint doc ## everything that continuous integration checks
 	$(CARGO) test $(PROFILE) -- --test-threads=2
+
+drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkpoints are written, time limits (some 15 minutes; slurm/README.md)
+	FAULTS=50 $(CARGO) test $(PROFILE) --test faults a_kill -- --nocapture --test-threads=1
+	$(CARGO) test $(PROFILE) --test slurm -- --nocapture --ignored
 
 clean: ## remove what was built and made here
 	$(CARGO) clean

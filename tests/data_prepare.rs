@@ -4,9 +4,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use sideways::data::prepare::description::{Description, Layout};
 use sideways::data::prepare::ffmpeg::{Ffmpeg, Target};
-use sideways::data::prepare::layout::{self, Layout};
-use sideways::data::prepare::{PrepareOptions, Report, prepare};
+use sideways::data::prepare::layout::{Listing, Place, list};
+use sideways::data::prepare::plan::read_skip;
+use sideways::data::prepare::report::Report;
+use sideways::data::prepare::{Job, PrepareOptions, prepare};
 use sideways::data::{Dataset, Encoding, ShardReader, jpeg};
 
 /// Makes a video file of a source such as `testsrc=size=64x48:rate=10`.
@@ -28,13 +31,14 @@ fn target(height: usize, width: usize, fps: f64) -> Target {
 
 fn options(videos: &Path, out: &Path) -> PrepareOptions {
     PrepareOptions {
+        description: Description::plain(Layout::Folders, "films"),
         videos: videos.into(),
-        layout: Layout::Folders,
+        annotations: None,
         classes: None,
         out: out.into(),
-        dataset: "films".into(),
-        split: "train".into(),
+        splits: vec!["train".into()],
         test_fraction: 0.0,
+        skip: Vec::new(),
         target: target(24, 32, 10.0),
         min_frames: 8,
         encoding: Encoding::Jpeg,
@@ -42,12 +46,18 @@ fn options(videos: &Path, out: &Path) -> PrepareOptions {
         per_shard: 3,
         seed: 1,
         overwrite: false,
+        retry_broken: false,
         jobs: 2,
     }
 }
 
+/// Prepares one split.
+fn prepared(options: &PrepareOptions) -> Report {
+    prepare(options.clone(), &mut |_| ()).unwrap().remove(0)
+}
+
 fn refused(options: &PrepareOptions) -> String {
-    let error = prepare(options, &|| {}).unwrap_err();
+    let error = prepare(options.clone(), &mut |_| ()).unwrap_err();
     assert_eq!(error.exit_code(), 2, "{error}");
     error.to_string()
 }
@@ -69,18 +79,25 @@ fn class_folders_become_shards_and_broken_videos_are_set_aside() {
     let whole = std::fs::read(videos.join("a test/one.mp4")).unwrap();
     std::fs::write(videos.join("fractal/cut.mp4"), &whole[..whole.len() / 2]).unwrap();
 
-    let report = prepare(&options(&videos, &out), &|| {}).unwrap();
+    let mut seen = Vec::new();
+    let report = prepare(options(&videos, &out), &mut |entry| seen.push(entry.id.clone())).unwrap().remove(0);
     let Report { found, written, broken, short, ref shards, .. } = report;
-    assert_eq!((found, written, broken, short, shards.len()), (8, 4, 3, 1, 2), "{report:?}");
-    let list = std::fs::read_to_string(report.quarantine.unwrap()).unwrap();
-    assert_eq!(list.lines().next(), Some("path\twhat\twhy"));
+    assert_eq!((found, written, broken, short, seen.len()), (8, 4, 3, 1, 8), "{report:?}");
+    assert_eq!(report.missing, 0);
+    let path = out.join("quarantine-train.tsv");
+    assert_eq!(report.quarantine.as_ref(), Some(&path));
+    let list = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(list.lines().next(), Some("id\twhat\twhy\tpath"));
     assert_eq!(list.lines().count(), 5);
     let line = |name: &str| list.lines().find(|l| l.contains(name)).unwrap().split('\t').collect::<Vec<_>>();
-    assert_eq!(line("short.mp4")[1..], ["too short", "3 frames, 8 needed"]);
+    assert_eq!(line("short.mp4")[..3], ["fractal/short.mp4", "too short", "3 frames, 8 needed"]);
     for name in ["junk.mp4", "empty.mp4", "cut.mp4"] {
         assert_eq!(line(name)[1], "broken");
-        assert!(line(name).len() == 3 && line(name)[2].len() > 5, "no reason for {name}: {list}");
+        assert!(line(name).len() == 4 && line(name)[2].len() > 5, "no reason for {name}: {list}");
+        assert!(Path::new(line(name)[3]).is_file());
     }
+    assert_eq!(read_skip(&path).unwrap().len(), 4);
+    assert_eq!(std::fs::read_to_string(out.join("classes.txt")).unwrap(), "a test\nfractal\nno videos\n");
 
     let data = Dataset::open(&[format!("{}/train-*.h5", out.display())]).unwrap();
     assert_eq!(data.class_names, ["a test", "fractal", "no videos"]);
@@ -94,7 +111,6 @@ fn class_folders_become_shards_and_broken_videos_are_set_aside() {
         let r = ShardReader::open(shard).unwrap();
         (0..r.videos()).for_each(|v| r.verify(v).unwrap());
     }
-    assert!(refused(&options(&videos, &out)).contains("--overwrite"));
 }
 
 /// The picture covers the target and is cut around its centre; its colours survive.
@@ -110,7 +126,7 @@ fn frames_are_scaled_to_cover_and_cut_at_the_centre() {
     );
     for encoding in [Encoding::Raw, Encoding::Jpeg] {
         let o = PrepareOptions { target: target(32, 32, 10.0), encoding, overwrite: true, ..options(&videos, &out) };
-        let report = prepare(&o, &|| {}).unwrap();
+        let report = prepared(&o);
         let r = ShardReader::open(&report.shards[0]).unwrap();
         let (mut rgb, _) = r.read(4..5).unwrap();
         if encoding == Encoding::Jpeg {
@@ -131,37 +147,57 @@ fn frames_are_scaled_to_cover_and_cut_at_the_centre() {
 #[test]
 fn splits_are_pure_balanced_and_cover_everything() {
     let dir = tempfile::tempdir().unwrap();
+    let videos = dir.path().join("videos");
     for class in ["a", "b"] {
-        std::fs::create_dir(dir.path().join(class)).unwrap();
+        std::fs::create_dir_all(videos.join(class)).unwrap();
         for i in 0..20 {
-            std::fs::write(dir.path().join(format!("{class}/{i}.mp4")), "").unwrap();
+            std::fs::write(videos.join(format!("{class}/{i}.mp4")), "").unwrap();
         }
     }
-    let listing = layout::list(Layout::Folders, dir.path(), None).unwrap();
-    let ids = |seed| -> Vec<(String, Vec<String>)> {
-        let splits = listing.split("train", 0.25, seed).into_iter();
-        splits.map(|(name, s)| (name, s.iter().map(|s| s.id.clone()).collect())).collect()
+    let ids = |name: &str, seed| -> Vec<Vec<String>> {
+        let out = dir.path().join(name);
+        let o = PrepareOptions { test_fraction: 0.25, seed, per_shard: 15, ..options(&videos, &out) };
+        let (job, ledger) = Job::plan(o).unwrap();
+        assert_eq!((&ledger.todo[..], ledger.todo_videos), (&[0, 1, 2][..], 40));
+        assert_eq!(job.shards().iter().map(|s| s.split.as_str()).collect::<Vec<_>>(), ["train", "train", "test"]);
+        job.shards().iter().map(|shard| shard.videos.iter().map(|v| v.id.clone()).collect()).collect()
     };
-    let splits = ids(1);
-    assert_eq!(splits, ids(1));
-    assert_ne!(splits, ids(2));
-    assert_eq!((splits[0].0.as_str(), splits[0].1.len()), ("train", 30));
-    assert_eq!((splits[1].0.as_str(), splits[1].1.len()), ("test", 10));
-    assert_eq!(splits[1].1.iter().filter(|id| id.starts_with("a/")).count(), 5);
-    let mut all: Vec<_> = splits.into_iter().flat_map(|(_, ids)| ids).collect();
+    let shards = ids("1", 1);
+    assert_eq!(shards, ids("2", 1));
+    assert_ne!(shards, ids("3", 2));
+    assert_eq!(shards.iter().map(Vec::len).collect::<Vec<_>>(), [15, 15, 10]);
+    assert_eq!(shards[2].iter().filter(|id| id.starts_with("a/")).count(), 5);
+    let mut all: Vec<_> = shards.concat();
     all.sort();
     all.dedup();
     assert_eq!(all.len(), 40);
-    // Shuffled: the first half is not one class.
-    let first = &ids(1)[0].1[..15];
-    assert!(first.iter().any(|id| id.starts_with("a/")) && first.iter().any(|id| id.starts_with("b/")));
+    // Shuffled: the first shard is not one class.
+    assert!(shards[0].iter().any(|id| id.starts_with("a/")) && shards[0].iter().any(|id| id.starts_with("b/")));
+}
 
-    let classes = |names: &[&str]| names.iter().map(|n| n.to_string()).collect::<Vec<_>>();
-    let given = layout::list(Layout::Folders, dir.path(), Some(&classes(&["b", "x", "a"]))).unwrap();
-    assert_eq!(given.sources.iter().find(|s| s.id == "a/3.mp4").unwrap().label, 2);
-    let error = layout::list(Layout::Folders, dir.path(), Some(&classes(&["a"]))).unwrap_err();
-    assert!(error.to_string().contains("\"b\" is not in the list"));
-    assert!(layout::list(Layout::Folders, dir.path(), Some(&classes(&["a", "b", "a"]))).is_err());
+#[test]
+fn a_list_of_classes_decides_the_labels_of_folders() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["play_guitar", "shoot goal", "rock_paper"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        std::fs::write(dir.path().join(name).join("x.mp4"), "").unwrap();
+    }
+    let listed = |names: &[&str]| -> Result<Listing, sideways::Error> {
+        let names: Vec<String> = names.iter().map(|n| n.to_string()).collect();
+        let place = Place { videos: dir.path(), annotations: None, classes: Some(&names), stored_classes: None };
+        list(&Description::plain(Layout::Folders, "films"), &place, &["train".into()])
+    };
+    // Folders with underscores for spaces, and without parentheses and quotes.
+    let good = listed(&["shoot goal", "absent", "\"rock\" (paper)", "play guitar"]).unwrap();
+    let labels: Vec<(&str, i32)> = good.splits[0].1.iter().map(|s| (s.id.as_str(), s.label)).collect();
+    assert_eq!(labels, [("play_guitar/x.mp4", 3), ("rock_paper/x.mp4", 2), ("shoot goal/x.mp4", 0)]);
+    assert_eq!(good.class_names[2], "\"rock\" (paper)");
+    let error = |names: &[&str]| listed(names).unwrap_err().to_string();
+    assert!(error(&["play guitar", "rock_paper"]).contains("\"shoot goal\" is not in the list of 2 classes"));
+    assert!(error(&["play guitar", "rock_paper", "shoot goals"]).contains("did you mean \"shoot goals\"?"));
+    assert!(error(&["a", "b", "a"]).contains("names a class twice: \"a\""));
+    // Two classes that one folder could be.
+    assert!(error(&["play guitar", "(play guitar)", "rock_paper", "shoot goal"]).contains("\"play_guitar\" is not"));
 }
 
 #[test]
@@ -189,7 +225,7 @@ fn bad_input_is_refused() {
     assert!(with(|o| o.target.max_seconds = f64::NAN).contains("--max-seconds"));
     assert!(with(|o| o.target.height = 0).contains("height"));
     assert!(with(|o| o.test_fraction = 1.0).contains("--test-fraction"));
-    assert!(with(|o| o.split = "a/b".into()).contains("cannot name a split"));
+    assert!(with(|o| o.splits = vec!["a/b".into()]).contains("cannot name a split"));
     assert!(with(|o| o.quality = 101).contains("--quality"));
 }
 
@@ -199,6 +235,6 @@ fn a_video_that_takes_too_long_is_given_up() {
     let path = dir.path().join("long.mkv");
     film(&path, "testsrc=size=320x240:rate=50", "10");
     let slow = Target { time_limit: Duration::from_millis(1), ..target(240, 320, 50.0) };
-    let error = Ffmpeg::find().unwrap().decode(&path, &slow, &mut |_| Ok(())).unwrap_err();
+    let error = Ffmpeg::find().unwrap().decode(&path, &slow, &mut |_| Ok(())).unwrap().unwrap_err();
     assert!(error.contains("took longer"), "{error}");
 }

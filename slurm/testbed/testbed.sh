@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm cluster of several hosts on this one machine, for trying batch scripts and breaking things. Needs root, and
-# Debian's packages slurmctld slurmd slurm-client munge iproute2.
+# Debian's packages slurmctld slurmd slurm-client munge iproute2 (and python3 for latency where the kernel has no netem).
 #
 #   testbed.sh up [NODES]        start NODES hosts (default 4) and a controller; does nothing if they are up
 #   testbed.sh run CMD…          run CMD on the controller, where sbatch, srun, squeue and scancel work
@@ -172,19 +172,44 @@ down() {
   rm -rf "$state"
 }
 
-# Latency needs the kernel's netem; without it the rate alone is shaped (tbf), and that is said.
+# The kernel's netem delays; where it is missing, delay.py does, and where that cannot, the rate alone is shaped (tbf).
 shape() {
-  local warned=
+  local namespace number ports=()
+  fast
+  [ "$1" != off ] || return 0
   for namespace in $control $(hosts); do
-    tc -n "$namespace" qdisc del dev eth0 root 2>/dev/null || true
-    [ "$1" = off ] && continue
-    tc -n "$namespace" qdisc add dev eth0 root netem delay "$1" ${2:+rate "$2"} 2>/dev/null && continue
-    [ -n "$warned" ] || echo "testbed: this kernel has no netem (CONFIG_NET_SCH_NETEM): no latency, only the rate" >&2
-    warned=yes
-    [ -n "${2:-}" ] || continue
-    tc -n "$namespace" qdisc add dev eth0 root tbf rate "$2" burst 32kb latency 200ms
+    tc -n "$namespace" qdisc add dev eth0 root netem delay "$1" ${2:+rate "$2"} 2>/dev/null || break
+    ports+=("$namespace")
+  done
+  [ ${#ports[@]} -eq 0 ] || return 0
+  ports=(port1)
+  for namespace in $(hosts); do number=${namespace#swbed-n}; ports+=("port$((10 + number))"); done
+  if [ -e /dev/net/tun ] && command -v python3 >/dev/null; then
+    for namespace in $control $(hosts); do ip netns exec "$namespace" python3 "$home/slurm/testbed/delay.py" plain eth0; done
+    setsid -f ip netns exec "$switch" python3 "$home/slurm/testbed/delay.py" wires "$(seconds "$1")" "$(bits "${2:-0}")" \
+      "${ports[@]}" </dev/null >"$state/log/delay.out" 2>&1
+    for _ in $(seq 50); do grep -q ready "$state/log/delay.out" && return; sleep 0.1; done
+    cat "$state/log/delay.out" >&2
+    die "the links did not become slow"
+  fi
+  echo "testbed: this kernel has no netem (CONFIG_NET_SCH_NETEM), and there is no python3 or /dev/net/tun: no latency, only the rate" >&2
+  [ -n "${2:-}" ] || return 0
+  for namespace in $control $(hosts); do tc -n "$namespace" qdisc add dev eth0 root tbf rate "$2" burst 32kb latency 200ms; done
+}
+
+# Links as they were made.
+fast() {
+  local namespace port
+  for namespace in $control $(hosts); do tc -n "$namespace" qdisc del dev eth0 root 2>/dev/null || true; done
+  pkill -f "delay.py wires" 2>/dev/null || true
+  for port in $(ip -n "$switch" -o link | grep -oE 'port[0-9]+' | sort -u); do
+    ip -n "$switch" link set "$port" promisc off master bridge
   done
 }
+
+# 10ms, 2us or 0.1s in seconds; 100mbit, 1gbit or 56kbit in bits a second: as tc writes them.
+seconds() { echo "$1" | sed -E 's/^([0-9.]+)ms$/\1e-3/; s/^([0-9.]+)us$/\1e-6/; s/^([0-9.]+)s$/\1/'; }
+bits() { echo "$1" | sed -E 's/^([0-9.]+)kbit$/\1e3/; s/^([0-9.]+)mbit$/\1e6/; s/^([0-9.]+)gbit$/\1e9/; s/bit$//'; }
 
 case ${1:-} in
   up) up "${2:-4}" ;;

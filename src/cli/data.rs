@@ -1,19 +1,21 @@
 //! `sideways data synth | prepare | inspect`.
 
+pub mod prepare;
+
 use std::io::IsTerminal;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use prepare::PrepareArgs;
+
 use crate::data::inspect::{Inspection, contact_sheet, find, inspect};
-use crate::data::prepare::ffmpeg::Target;
-use crate::data::prepare::layout::Layout;
-use crate::data::prepare::{PrepareOptions, prepare};
 use crate::data::synth::{Scene, SynthOptions, make};
 use crate::data::{Dataset, Encoding};
+use crate::transport::World;
 use crate::{Error, Result};
 
 /// Make, prepare and check datasets.
@@ -22,7 +24,7 @@ pub enum DataCommand {
     /// Make a dataset in which only motion tells the label (needs nothing else).
     Synth(SynthArgs),
     /// Turn folders of videos into shards.
-    Prepare(PrepareArgs),
+    Prepare(Box<PrepareArgs>),
     /// Check shards and tell what is in them.
     Inspect(InspectArgs),
 }
@@ -90,61 +92,6 @@ pub struct StoreArgs {
     overwrite: bool,
 }
 
-/// Options of `sideways data prepare`.
-#[derive(Debug, Args)]
-pub struct PrepareArgs {
-    /// How the videos are organised
-    #[arg(long, value_enum, default_value_t = Layout::Folders)]
-    layout: Layout,
-    /// Folder of videos
-    #[arg(long, value_name = "DIR")]
-    videos: PathBuf,
-    /// Folder for the shards
-    #[arg(long)]
-    out: PathBuf,
-    /// Name of the split
-    #[arg(long, value_name = "NAME", default_value = "train")]
-    split: String,
-    /// Part of each class that becomes the split `test` instead
-    #[arg(long, value_name = "PART", default_value_t = 0.0)]
-    test_fraction: f64,
-    /// File with one class name a line, in label order [default: the folders' names, sorted]
-    #[arg(long, value_name = "FILE")]
-    classes: Option<PathBuf>,
-    /// The dataset's name [default: the name of the folder of videos]
-    #[arg(long)]
-    dataset: Option<String>,
-    /// The shorter side of the frames, in pixels
-    #[arg(long, value_name = "PX", default_value_t = 128)]
-    short_side: usize,
-    /// Width to height of the frames, W:H
-    #[arg(long, value_name = "W:H", default_value = "4:3", value_parser = parse_aspect, conflicts_with = "width")]
-    aspect: f64,
-    /// Width of the frames, with the short side as their height
-    #[arg(long, value_name = "PX")]
-    width: Option<usize>,
-    /// Frames a second
-    #[arg(long, default_value_t = 25.0)]
-    fps: f64,
-    /// Leave out what comes after this many seconds of a video
-    #[arg(long, value_name = "S", default_value_t = 30.0)]
-    max_seconds: f64,
-    /// Pass over videos with fewer frames
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    min_frames: usize,
-    /// Give a video up after this many seconds of decoding
-    #[arg(long, value_name = "S", default_value_t = 300)]
-    time_limit: u64,
-    /// Videos decoded at a time [default: the number of cores]
-    #[arg(long, value_name = "N")]
-    jobs: Option<usize>,
-    /// Decides the order of the videos
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    #[command(flatten)]
-    store: StoreArgs,
-}
-
 /// Options of `sideways data inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
@@ -166,10 +113,10 @@ pub struct InspectArgs {
 ///
 /// # Errors
 /// What the command comes upon; [`Error::Input`] for damaged shards.
-pub fn run(command: DataCommand) -> Result<()> {
+pub fn run(world: &World, command: DataCommand) -> Result<()> {
     match command {
         DataCommand::Synth(args) => synth(args),
-        DataCommand::Prepare(args) => prepare_videos(args),
+        DataCommand::Prepare(args) => prepare::run(world, *args),
         DataCommand::Inspect(args) => inspect_shards(args),
     }
 }
@@ -217,67 +164,6 @@ fn synth(args: SynthArgs) -> Result<()> {
     Ok(())
 }
 
-fn prepare_videos(args: PrepareArgs) -> Result<()> {
-    let start = Instant::now();
-    let (height, width) = match args.width {
-        Some(width) => (args.short_side, width),
-        None if args.aspect >= 1.0 => (args.short_side, (args.short_side as f64 * args.aspect).round() as usize),
-        None => ((args.short_side as f64 / args.aspect).round() as usize, args.short_side),
-    };
-    let classes = match &args.classes {
-        None => None,
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| Error::input(format!("{}: cannot read the list of classes: {e}", path.display())))?;
-            Some(text.lines().filter(|line| !line.is_empty()).map(str::to_string).collect())
-        }
-    };
-    let folder_name = || args.videos.canonicalize().ok()?.file_name()?.to_str().map(str::to_string);
-    let options = PrepareOptions {
-        dataset: args.dataset.clone().or_else(folder_name).unwrap_or_else(|| "videos".into()),
-        videos: args.videos,
-        layout: args.layout,
-        classes,
-        out: args.out,
-        split: args.split,
-        test_fraction: args.test_fraction,
-        target: Target {
-            height,
-            width,
-            fps: args.fps,
-            max_seconds: args.max_seconds,
-            time_limit: Duration::from_secs(args.time_limit),
-        },
-        min_frames: args.min_frames,
-        encoding: args.store.encoding.unwrap_or(Encoding::Jpeg),
-        quality: args.store.quality,
-        per_shard: args.store.per_shard,
-        seed: args.seed,
-        overwrite: args.store.overwrite,
-        jobs: args.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get())),
-    };
-    let bar = bar(0, "videos");
-    let report = prepare(&options, &|| bar.inc(1))?;
-    bar.finish_and_clear();
-    println!(
-        "found {} videos: {} written ({} frames of {height}x{width} in {} shards), {} broken, {} too short ({:.1} s)",
-        report.found,
-        report.written,
-        report.frames,
-        report.shards.len(),
-        report.broken,
-        report.short,
-        start.elapsed().as_secs_f64()
-    );
-    if report.doubtful > 0 {
-        println!("ffmpeg complained about {} of the videos written", report.doubtful);
-    }
-    if let Some(list) = report.quarantine {
-        println!("see {}", list.display());
-    }
-    Ok(())
-}
-
 fn inspect_shards(args: InspectArgs) -> Result<()> {
     let files = find(&args.shards)?;
     let total = files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
@@ -285,12 +171,17 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
     let found = inspect(&files, &|n| bar.inc(n));
     bar.finish_and_clear();
     print_inspection(&found);
-    if let Some(png) = &args.sheet {
+    if let Some(png) = &args.sheet
+        && found.videos() > 0
+    {
         let sheet = contact_sheet(&files, png, args.rows, args.columns)?;
         println!("\n{}: {} frames a row, from the top:", png.display(), sheet.columns);
         for (id, class) in &sheet.rows {
             println!("  {class}  {id}");
         }
+    }
+    if let Some(first) = found.repeated.first() {
+        println!("\n{} ids occur more than once, the first is {first}", found.repeated.len());
     }
     if found.damage.is_empty() {
         println!("\nall sound");
@@ -350,9 +241,4 @@ fn parse_speed(text: &str) -> std::result::Result<Range<f64>, String> {
         None => number(text).map(|v| v..v),
         Some((lo, hi)) => Ok(number(lo)?..number(hi)?),
     }
-}
-
-fn parse_aspect(text: &str) -> std::result::Result<f64, String> {
-    let ratio = text.split_once(':').and_then(|(w, h)| Some(w.parse::<f64>().ok()? / h.parse::<f64>().ok()?));
-    ratio.filter(|r| r.is_finite() && *r > 0.0).ok_or_else(|| format!("{text:?} is not W:H, for instance 4:3"))
 }

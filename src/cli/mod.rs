@@ -55,7 +55,8 @@ pub enum Command {
 /// stopped early with a checkpoint, 1 else.
 pub fn run(cli: Cli) -> i32 {
     match cli.command {
-        Command::Data(command) => World::Alone.conclude(data::run(command)),
+        Command::Data(command @ data::DataCommand::Prepare(_)) => with_world(|world| data::run(world, command)),
+        Command::Data(command) => World::Alone.conclude(data::run(&World::Alone, command)),
         Command::Train(args) if args.plans_only() => World::Alone.conclude(train::plan(&args)),
         Command::Train(args) => with_world(|world| train::run(world, &args)),
         Command::Predict(args) => World::Alone.conclude(predict::run(&args)),

@@ -1,11 +1,12 @@
 //! What is in shards, checked: structure, offsets, labels, checksums, JPEG headers; counts; a contact sheet.
 
+use std::collections::HashMap;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use super::dataset::{Dataset, expand};
 use super::jpeg;
-use super::shard::{self, Encoding, ShardReader};
+use super::shard::{Encoding, ShardReader};
 use crate::{Error, Result};
 
 /// What [`inspect`] found.
@@ -21,6 +22,8 @@ pub struct Inspection {
     pub frames: (u64, u64, u64),
     /// Height and width of the first sound shard's frames.
     pub size: (usize, usize),
+    /// Ids that more than one video has: the same clip in two splits, or a shard that is there twice.
+    pub repeated: Vec<String>,
     /// What is wrong, an entry an error: damaged videos, unreadable or disagreeing shards.
     pub damage: Vec<String>,
 }
@@ -72,6 +75,7 @@ pub fn find(patterns: &[String]) -> Result<Vec<PathBuf>> {
 pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
     let mut found = Inspection { frames: (u64::MAX, 0, 0), ..Inspection::default() };
     let mut sound: Option<PathBuf> = None;
+    let mut ids: HashMap<String, u32> = HashMap::new();
     for path in files {
         let reader = match ShardReader::open(path) {
             Ok(reader) => reader,
@@ -100,6 +104,7 @@ pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
             if let Err(error) = reader.verify(v) {
                 found.damage.push(error.to_string());
             }
+            *ids.entry(reader.ids[v].clone()).or_default() += 1;
             let range = reader.frames_of(v);
             let n = range.end - range.start;
             found.per_class[reader.labels[v] as usize] += 1;
@@ -117,6 +122,8 @@ pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
             bytes: reader.bytes,
         });
     }
+    found.repeated = ids.into_iter().filter(|(_, times)| *times > 1).map(|(id, _)| id).collect();
+    found.repeated.sort();
     found
 }
 
@@ -130,10 +137,10 @@ pub struct Sheet {
 }
 
 /// Draws a contact sheet as PNG: up to `rows` videos (of different classes first) and `columns` frames of each, evenly
-/// spaced over its length. Damaged shards are passed over.
+/// spaced over its length. Damaged shards are passed over, a damaged frame is a red cross.
 ///
 /// # Errors
-/// [`Error::Input`] when no shard can be read, or a frame is damaged; [`Error::Io`] when `out` cannot be written.
+/// [`Error::Input`] when no shard can be read; [`Error::Io`] when `out` cannot be written.
 pub fn contact_sheet(files: &[PathBuf], out: &Path, rows: usize, columns: usize) -> Result<Sheet> {
     const GAP: usize = 2;
     let sound: Vec<PathBuf> = files.iter().filter(|p| ShardReader::open(p).is_ok()).cloned().collect();
@@ -158,11 +165,8 @@ pub fn contact_sheet(files: &[PathBuf], out: &Path, rows: usize, columns: usize)
         let reader = ShardReader::open(&dataset.shards[video.shard])?;
         for column in 0..columns {
             let t = (video.frames - 1) * column as u64 / (columns as u64 - 1).max(1);
-            let (bytes, _) = reader.read(video.offset + t..video.offset + t + 1)?;
-            match reader.header.encoding {
-                Encoding::Raw => frame.copy_from_slice(&bytes),
-                Encoding::Jpeg => jpeg::decode(&bytes, h, w, &mut frame)
-                    .map_err(|why| shard::damaged(&reader.path, &video.id, t, &why))?,
+            if !read_frame(&reader, video.offset + t, &mut frame) {
+                draw_cross(&mut frame, h, w);
             }
             for (y, line) in frame.chunks_exact(w * 3).enumerate() {
                 let at = ((row * (h + GAP) + y) * sheet_w + column * (w + GAP)) * 3;
@@ -173,6 +177,27 @@ pub fn contact_sheet(files: &[PathBuf], out: &Path, rows: usize, columns: usize)
     write_png(out, &pixels, sheet_h, sheet_w)?;
     let name = |i: usize| dataset.class_names[dataset.videos[i].label as usize].clone();
     Ok(Sheet { rows: order.iter().map(|&(_, _, i)| (dataset.videos[i].id.clone(), name(i))).collect(), columns })
+}
+
+/// Reads frame `f` of a shard as RGB; false where it is damaged.
+fn read_frame(reader: &ShardReader, f: u64, rgb: &mut [u8]) -> bool {
+    let Ok((bytes, _)) = reader.read(f..f + 1) else { return false };
+    match reader.header.encoding {
+        Encoding::Raw => rgb.copy_from_slice(&bytes),
+        Encoding::Jpeg => return jpeg::decode(&bytes, reader.header.height, reader.header.width, rgb).is_ok(),
+    }
+    true
+}
+
+/// Red diagonals on grey.
+fn draw_cross(rgb: &mut [u8], height: usize, width: usize) {
+    rgb.fill(128);
+    for y in 0..height {
+        let x = y * width / height;
+        for x in [x, width - 1 - x] {
+            rgb[(y * width + x) * 3..][..3].copy_from_slice(&[255, 0, 0]);
+        }
+    }
 }
 
 /// Writes `[height, width, 3]` bytes of RGB as a PNG file.

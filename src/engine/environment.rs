@@ -45,8 +45,7 @@ impl Place {
             limit,
             shared: free_space(Path::new("/dev/shm")),
             gpus: std::fs::read_dir("/dev").map_or(0, |entries| {
-                let name =
-                    |entry: std::io::Result<std::fs::DirEntry>| Some(entry.ok()?.file_name().into_string().ok()?);
+                let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().into_string().ok();
                 let gpu = |name: &String| {
                     name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
                 };

@@ -13,7 +13,7 @@
 //!
 //! Read in this order: [`message`] (what travels), `link` (what both ends know, and the [`Breaker`]), `local`
 //! (threads of one process), [`world`] (which ranks there are), `mpi` (between processes), [`average`]
-//! (replicas' gradients). Only the files of `mpi/` name the MPI library.
+//! (replicas' gradients), [`share`] (tasks for whoever is free). Only the files of `mpi/` name the MPI library.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +26,7 @@ mod link;
 mod local;
 pub mod message;
 mod mpi;
+pub mod share;
 pub mod world;
 
 pub use link::Breaker;

@@ -89,6 +89,14 @@ impl World {
         }
     }
 
+    /// How many processors this node's ranks may use, all together.
+    pub fn local_cores(&self) -> usize {
+        match self {
+            World::Alone => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            World::Mpi(ranks) => ranks.session.core.place.cores,
+        }
+    }
+
     /// Every rank's bytes, in rank order. Collective.
     ///
     /// # Errors

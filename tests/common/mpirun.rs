@@ -62,7 +62,7 @@ fn read(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>
 }
 
 /// The children of a process, and theirs.
-fn descendants(of: u32) -> Vec<u32> {
+pub fn descendants(of: u32) -> Vec<u32> {
     let tasks = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
     let children = tasks.split_whitespace().filter_map(|id| id.parse().ok());
     children.flat_map(|child| [vec![child], descendants(child)].concat()).collect()

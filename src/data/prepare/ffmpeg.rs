@@ -56,6 +56,9 @@ pub struct Decoded {
 #[derive(Clone, Copy, Debug)]
 pub struct Ffmpeg(());
 
+/// How pictures are scaled: to the same bits on processors with other vector instructions too.
+const SCALING: &str = "bicubic+accurate_rnd+bitexact";
+
 /// Of a child's errors no more than this is kept.
 const MAX_ERRORS: u64 = 64 << 10;
 
@@ -76,14 +79,27 @@ impl Ffmpeg {
     }
 
     /// Decodes `path` and hands each frame, `[height, width, 3]` bytes of RGB, to `store`. The picture is scaled to
-    /// cover the target and cut to it around the centre. On failure says why.
+    /// cover the target and cut to it around the centre. Of a video that cannot be decoded says why.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when `ffmpeg` cannot be started: no video's fault.
     pub fn decode(
         &self,
         path: &Path,
         target: &Target,
         store: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<std::result::Result<Decoded, String>> {
+        let child = command(path, target).spawn().map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
+        Ok(self.watch(child, path, target, store))
+    }
+
+    fn watch(
+        &self,
+        mut child: Child,
+        path: &Path,
+        target: &Target,
+        store: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> std::result::Result<Decoded, String> {
-        let mut child = command(path, target).spawn().map_err(|e| format!("cannot start ffmpeg: {e}"))?;
         let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
             return Err("ffmpeg has no pipes".into());
         };
@@ -131,7 +147,7 @@ impl Ffmpeg {
 fn command(path: &Path, target: &Target) -> Command {
     let (h, w) = (target.height, target.width);
     let filter =
-        format!("fps={},scale={w}:{h}:force_original_aspect_ratio=increase:flags=bicubic,crop={w}:{h}", target.fps);
+        format!("fps={},scale={w}:{h}:force_original_aspect_ratio=increase:flags={SCALING},crop={w}:{h}", target.fps);
     // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
     let mut input = std::ffi::OsString::from("file:");
     input.push(path);
@@ -139,7 +155,9 @@ fn command(path: &Path, target: &Target) -> Command {
     command
         .args(["-nostdin", "-hide_banner", "-loglevel", "error"])
         // A playlist posing as a video must not open connections.
-        .args(["-protocol_whitelist", "file,pipe", "-i"])
+        .args(["-protocol_whitelist", "file,pipe"])
+        // One thread each: many videos are decoded side by side.
+        .args(["-threads", "1", "-filter_threads", "1", "-i"])
         .arg(input)
         .args(["-map", "0:v:0", "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
         .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"])
@@ -179,11 +197,25 @@ fn errors_of(mut stderr: impl Read) -> String {
     String::from_utf8_lossy(&kept).into_owned()
 }
 
-/// The last line of the errors, without the file's name in front.
+/// The last line of the errors, with the one before it where the last is the usual summary about the file; without the
+/// file's name and what changes from run to run.
 fn reason(errors: &str, path: &Path) -> Option<String> {
-    let line = errors.lines().map(str::trim).rfind(|line| !line.is_empty())?;
     let name = format!("file:{}: ", path.display());
-    Some(line.strip_prefix(&name).unwrap_or(line).to_string())
+    let mut lines = errors.lines().map(str::trim).filter(|line| !line.is_empty()).rev();
+    let last = lines.next()?;
+    let Some(summary) = last.strip_prefix(&name) else { return Some(without_address(last).into()) };
+    match lines.next().map(|line| without_address(line.strip_prefix(&name).unwrap_or(line))) {
+        Some(line) => Some(format!("{line} ({summary})")),
+        None => Some(summary.into()),
+    }
+}
+
+/// `[mov @ 0x55d0] text` without what is in brackets.
+fn without_address(line: &str) -> &str {
+    match line.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
+        Some((source, text)) if source.contains(" @ 0x") => text,
+        _ => line,
+    }
 }
 
 fn kill(child: &Mutex<Child>) {

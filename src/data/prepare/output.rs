@@ -20,6 +20,22 @@ pub(crate) fn check(per_shard: usize, quality: u8) -> Result<()> {
     Ok(())
 }
 
+/// A split's name becomes part of file names.
+pub(crate) fn check_split(split: &str) -> Result<()> {
+    if split.is_empty() || split.contains(['/', '*', '?', '[', '\0']) || split.starts_with(['.', '-']) {
+        return Err(Error::input(format!("{split:?} cannot name a split: it becomes part of a file name")));
+    }
+    Ok(())
+}
+
+/// Makes the folder and checks that it can be written.
+pub(crate) fn make_folder(out: &Path) -> Result<()> {
+    let refused = |e: std::io::Error| Error::input(format!("{}: cannot write into this folder: {e}", out.display()));
+    std::fs::create_dir_all(out).map_err(refused)?;
+    let probe = out.join(format!(".sideways-{}.partial", std::process::id()));
+    std::fs::write(&probe, b"").and_then(|_| std::fs::remove_file(&probe)).map_err(refused)
+}
+
 /// Makes the folder, checks that it can be written, and deals with shards of these splits that it holds: refused, or
 /// with `overwrite` removed (what another split left there stays).
 ///
@@ -27,37 +43,50 @@ pub(crate) fn check(per_shard: usize, quality: u8) -> Result<()> {
 /// [`Error::Input`] for a folder that cannot be made or written, a split name that is no file name, shards that are
 /// there already.
 pub(crate) fn prepare_folder(out: &Path, splits: &[&str], overwrite: bool) -> Result<()> {
-    let refused = |e: std::io::Error| Error::input(format!("{}: cannot write into this folder: {e}", out.display()));
     for split in splits {
-        if split.is_empty() || split.contains(['/', '*', '?', '[', '\0']) || split.starts_with(['.', '-']) {
-            return Err(Error::input(format!("{split:?} cannot name a split: it becomes part of a file name")));
-        }
+        check_split(split)?;
     }
-    std::fs::create_dir_all(out).map_err(refused)?;
-    let mut old = Vec::new();
-    for entry in std::fs::read_dir(out).map_err(refused)? {
-        let entry = entry.map_err(refused)?;
-        if let Some(name) = entry.file_name().to_str()
-            && splits.iter().any(|split| is_shard_of(name, split))
-        {
-            old.push(entry.path());
-        }
+    make_folder(out)?;
+    let mut old = 0;
+    for split in splits {
+        old += shards(out, split)?.len();
     }
-    let complete = old.iter().filter(|p| p.extension().is_some_and(|e| e == "h5")).count();
-    if complete > 0 && !overwrite {
+    if old > 0 && !overwrite {
         return Err(Error::input(format!(
-            "{}: {complete} shards of {} are there already: give another --out, or --overwrite to replace them",
+            "{}: {old} shards of {} are there already: give another --out, or --overwrite to replace them",
             out.display(),
             splits.join(" and ")
         )));
     }
-    let probe = out.join(format!(".sideways-{}.partial", std::process::id()));
-    std::fs::write(&probe, b"").and_then(|_| std::fs::remove_file(&probe)).map_err(refused)?;
-    for path in old {
-        std::fs::remove_file(&path)
-            .map_err(|e| Error::input(format!("{}: cannot remove this old shard: {e}", path.display())))?;
+    splits.iter().try_for_each(|split| tidy(out, split, overwrite))
+}
+
+/// The shards of a split.
+pub(crate) fn shards(out: &Path, split: &str) -> Result<Vec<PathBuf>> {
+    Ok(of_split(out, split)?.into_iter().filter(|path| path.extension().is_some_and(|e| e == "h5")).collect())
+}
+
+/// Removes a split's unfinished shards, and with `all` every one.
+pub(crate) fn tidy(out: &Path, split: &str, all: bool) -> Result<()> {
+    for path in of_split(out, split)? {
+        if all || path.extension().is_some_and(|e| e == "partial") {
+            std::fs::remove_file(&path)
+                .map_err(|e| Error::input(format!("{}: cannot remove this old shard: {e}", path.display())))?;
+        }
     }
     Ok(())
+}
+
+fn of_split(out: &Path, split: &str) -> Result<Vec<PathBuf>> {
+    let refused = |e: std::io::Error| Error::input(format!("{}: cannot read this folder: {e}", out.display()));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(out).map_err(refused)? {
+        let entry = entry.map_err(refused)?;
+        if entry.file_name().to_str().is_some_and(|name| is_shard_of(name, split)) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
 }
 
 /// Is this `SPLIT-NNNNN.h5`, or one that was never finished?

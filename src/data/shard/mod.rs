@@ -23,7 +23,6 @@ mod rows;
 mod writer;
 
 pub use reader::ShardReader;
-pub(super) use reader::damaged;
 pub use writer::ShardWriter;
 
 /// The `format` attribute of every shard.

@@ -192,6 +192,6 @@ impl ShardReader {
 }
 
 /// The error for frame `t` (counted in its video) of video `id` of the shard `path`.
-pub(in crate::data) fn damaged(path: &Path, id: &str, t: u64, why: &str) -> Error {
+fn damaged(path: &Path, id: &str, t: u64, why: &str) -> Error {
     Error::input(format!("{}: video {id}, frame {t}: {why}", path.display()))
 }

@@ -44,7 +44,10 @@ impl ShardWriter {
         partial.push(".partial");
         let partial = PathBuf::from(partial);
         let make = || -> hdf5::Result<_> {
-            let file = hdf5::File::create(&partial)?;
+            // No file locks: the name is this writer's alone, and some clusters' file systems have none.
+            let mut access = hdf5::File::with_options();
+            access.with_fapl(|access| access.file_locking(false));
+            let file = access.create(&partial)?;
             attributes::write(&file, &header)?;
             let builder = file.new_dataset::<u8>();
             let frames = match header.encoding {
@@ -183,7 +186,10 @@ impl ShardWriter {
     }
 
     fn failed(&self, why: impl std::fmt::Display) -> Error {
-        Error::Run(format!("{}: writing this shard failed: {why}", self.partial.display()))
+        // HDF5 tells much about a failed write; what the operating system said is somewhere within.
+        let why = why.to_string();
+        let system = why.split_once("error message = '").and_then(|(_, rest)| rest.split('\'').next());
+        Error::Run(format!("{}: writing this shard failed: {}", self.partial.display(), system.unwrap_or(&why)))
     }
 }
 

@@ -1,0 +1,268 @@
+//! Kinetics-400, -600 and -700: annotation files that name each clip's label, YouTube id and times, and videos called
+//! `ID_START_END.mp4` (`--Q3Yqj3s0k_000012_000022.mp4`) in class folders of any spelling, or in none.
+//!
+//! | annotation file | read by |
+//! |---|---|
+//! | DeepMind's `train.csv`, the mirrors' CSV and header-carrying `.txt` | [`csv_rows`]: columns by name, in any order, more are allowed |
+//! | DeepMind's `train.json`: `{ID: {"annotations": {"label", "segment"}, "subset", …}}` | [`json_rows`] |
+//!
+//! A video of YouTube may be used twice, so a clip's key is id and times, never the id.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+
+use super::{Place, Row, Rows, found_videos, spelling};
+use crate::data::prepare::description::{Description, SplitDescription};
+use crate::data::prepare::files::{VideoFile, annotation, text};
+use crate::{Error, Result};
+
+/// A YouTube id has this many characters, `_` and `-` among them.
+const ID: usize = 11;
+
+/// A clip's key: YouTube id, start and end in seconds.
+type Key = (String, u64, u64);
+
+/// One line of an annotation file.
+struct Annotation {
+    key: Key,
+    label: String,
+    subset: Option<String>,
+    /// `line 17`, or the key of a JSON entry.
+    at: String,
+}
+
+pub(super) fn rows(description: &Description, split: &SplitDescription, place: &Place) -> Result<Rows> {
+    let file = annotation(place.annotations, &split.annotations)?;
+    let content = text(&file)?;
+    let all = match content.trim_start().starts_with('{') {
+        true => json_rows(&file, &content)?,
+        false => csv_rows(&file, &content, description.columns.as_deref())?,
+    };
+    let all = of_subset(&file, all, split.subset.as_deref())?;
+    let found = found_videos(split, place)?;
+    let mut clips: HashMap<Key, Vec<&VideoFile>> = HashMap::new();
+    for video in &found {
+        if let Some(key) = key_of(&video.stem) {
+            clips.entry(key).or_default().push(video);
+        }
+    }
+    let mut seen: HashMap<Key, (String, String)> = HashMap::new();
+    let mut rows = Vec::with_capacity(all.len());
+    let mut repeated = 0u64;
+    for Annotation { key, label, at, .. } in all {
+        let at = format!("{}: {at}", file.display());
+        match seen.entry(key.clone()) {
+            Entry::Occupied(first) if first.get().0 == label => {
+                repeated += 1;
+                continue;
+            }
+            Entry::Occupied(first) => {
+                let (other, before) = first.get();
+                let id = id_of(&key);
+                return Err(Error::input(format!("{at}: {id} is {label:?} here and {other:?} at {before}")));
+            }
+            Entry::Vacant(place) => drop(place.insert((label.clone(), at.clone()))),
+        }
+        // Of several copies the one in its class's folder, else the first by name.
+        let copies = clips.get(&key).map_or(&[][..], Vec::as_slice);
+        let own = copies.iter().find(|video| spelling(&video.folder) == spelling(&label));
+        let path = own.or(copies.first()).map(|video| video.path.clone());
+        rows.push(Row { id: id_of(&key), class: label, path, at });
+    }
+    if repeated > 0 {
+        log::warn!("{}: {repeated} clips are listed more than once and count once", file.display());
+    }
+    let taken = rows.iter().filter(|row| row.path.is_some()).count();
+    if taken < found.len() {
+        let (more, videos) = (found.len() - taken, place.videos.display());
+        log::info!(
+            "{more} of the {} video files below {videos} are in no list, or copies, and are left out",
+            found.len()
+        );
+    }
+    if taken == 0 {
+        return Err(Error::input(format!(
+            "{}: none of its {} clips is among the {} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
+            file.display(),
+            rows.len(),
+            found.len(),
+            place.videos.display(),
+            rows.first().map_or("", |row| row.id.as_str())
+        )));
+    }
+    Ok(Rows { rows, classes: None })
+}
+
+/// The entries of one subset, if one is asked for.
+fn of_subset(file: &Path, all: Vec<Annotation>, subset: Option<&str>) -> Result<Vec<Annotation>> {
+    let Some(subset) = subset else { return Ok(all) };
+    let total = all.len();
+    let mut values: Vec<String> = all.iter().filter_map(|a| a.subset.clone()).collect();
+    let kept: Vec<Annotation> = all.into_iter().filter(|a| a.subset.as_deref() == Some(subset)).collect();
+    if kept.is_empty() {
+        values.sort();
+        values.dedup();
+        return Err(Error::input(format!(
+            "{}: none of {total} entries is of the split {subset:?}; there are {values:?}",
+            file.display()
+        )));
+    }
+    Ok(kept)
+}
+
+/// How a clip is called: `ID_SSSSSS_EEEEEE`.
+fn id_of((id, start, end): &Key) -> String {
+    format!("{id}_{start:06}_{end:06}")
+}
+
+/// Reads a file's name from the right: the id may hold `_` itself.
+fn key_of(stem: &str) -> Option<Key> {
+    let mut parts = stem.rsplitn(3, '_');
+    let seconds = |part: &str| part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse::<u64>().ok()).flatten();
+    let (end, start) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
+    let id = parts.next()?;
+    (id.len() == ID && id.is_ascii()).then(|| (id.to_string(), start, end))
+}
+
+/// A clip's key out of its three parts.
+fn key(id: &str, start: &str, end: &str) -> std::result::Result<Key, String> {
+    if id.len() != ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')) {
+        return Err(format!("{id:?} is not a YouTube id ({ID} letters, digits, - or _)"));
+    }
+    let seconds = |text: &str| {
+        let value: f64 = text.trim().parse().map_err(|_| format!("{text:?} is not a time in seconds"))?;
+        if (0.0..1e9).contains(&value) { Ok(value.round() as u64) } else { Err(format!("{text:?} is not a time")) }
+    };
+    let (start, end) = (seconds(start)?, seconds(end)?);
+    if end <= start {
+        return Err(format!("the clip ends at {end} s, not after its start at {start} s"));
+    }
+    Ok((id.to_string(), start, end))
+}
+
+/// Reads a table with a header line, or with the `columns` a description gives.
+fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Vec<Annotation>> {
+    let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
+    let first = content.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    let delimiter = if !first.contains(',') && first.contains('\t') { b'\t' } else { b',' };
+    let mut reader = csv::ReaderBuilder::new();
+    reader.delimiter(delimiter).has_headers(columns.is_none());
+    let mut reader = reader.from_reader(content.as_bytes());
+    let header: Vec<String> = match columns {
+        Some(columns) => columns.to_vec(),
+        None => {
+            let header = reader.headers().map_err(|e| bad(e.to_string()))?;
+            header.iter().map(|name| name.trim().to_string()).collect()
+        }
+    };
+    let find = |name: &str| header.iter().position(|column| column == name);
+    let column = |name: &str| {
+        find(name).ok_or_else(|| {
+            let mut why = format!("no column {name:?}: there are {}", header.join(", "));
+            if find("youtube_id").is_some() && name == "label" {
+                why += ". This is a list without labels, such as the test list of the 2018 challenge; DeepMind's archive \
+                        has labels for it";
+            } else if find("youtube_id").is_none() && columns.is_none() {
+                why += ". The first line must name the columns (label, youtube_id, time_start, time_end); for files \
+                        without such a line give `columns = [...]` in dataset.toml";
+            }
+            bad(why)
+        })
+    };
+    let (label, id) = (column("label")?, column("youtube_id")?);
+    let (start, end, subset) = (column("time_start")?, column("time_end")?, find("split"));
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(|e| bad(table_error(&e, header.len())))?;
+        let at = format!("line {}", record.position().map_or(0, csv::Position::line));
+        let get = |column: usize| record.get(column).unwrap_or_default();
+        let key = key(get(id), get(start), get(end)).map_err(|why| bad(format!("{at}: {why}")))?;
+        if get(label).is_empty() {
+            return Err(bad(format!("{at}: the label is empty")));
+        }
+        rows.push(Annotation { key, label: get(label).into(), subset: subset.map(|c| get(c).into()), at });
+    }
+    if rows.is_empty() { Err(bad("no clips in this file, only a header".into())) } else { Ok(rows) }
+}
+
+/// What is wrong with a table, with its line.
+fn table_error(error: &csv::Error, columns: usize) -> String {
+    match error.kind() {
+        csv::ErrorKind::UnequalLengths { pos, len, .. } => {
+            let line = pos.as_ref().map_or(0, csv::Position::line);
+            format!("line {line}: {len} values, not {columns}: is a quote or a comma missing?")
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// DeepMind's JSON, whose entries are read in order so that none replaces another.
+fn json_rows(file: &Path, content: &str) -> Result<Vec<Annotation>> {
+    #[derive(Deserialize)]
+    struct Video {
+        annotations: Option<Clip>,
+        subset: Option<String>,
+    }
+    #[derive(Deserialize)]
+    struct Clip {
+        label: Option<String>,
+        segment: [f64; 2],
+    }
+    struct Entries(Vec<(String, Video)>);
+    impl<'de> Deserialize<'de> for Entries {
+        fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+            struct InOrder;
+            impl<'de> Visitor<'de> for InOrder {
+                type Value = Entries;
+                fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                    f.write_str("an object with YouTube ids as keys")
+                }
+                fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entries, A::Error> {
+                    let mut entries = Vec::new();
+                    while let Some(entry) = map.next_entry()? {
+                        entries.push(entry);
+                    }
+                    Ok(Entries(entries))
+                }
+            }
+            from.deserialize_map(InOrder)
+        }
+    }
+    let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
+    let entries: Entries = serde_json::from_str(content).map_err(|e| bad(format!("not Kinetics JSON: {e}")))?;
+    entries
+        .0
+        .into_iter()
+        .map(|(id, video)| {
+            let at = format!("entry {id:?}");
+            let without = |what: &str| bad(format!("{at} has no {what}"));
+            let clip = video.annotations.ok_or_else(|| without("`annotations`"))?;
+            let label = clip.label.filter(|l| !l.is_empty()).ok_or_else(|| without("label"))?;
+            let [start, end] = clip.segment.map(|s| s.to_string());
+            let key = key(&id, &start, &end).map_err(|why| bad(format!("{at}: {why}")))?;
+            Ok(Annotation { key, label, subset: video.subset, at })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_from_the_right() {
+        let key = |id: &str, a, b| Some((id.to_string(), a, b));
+        assert_eq!(key_of("-_a_b-__c_d_000012_000022"), key("-_a_b-__c_d", 12, 22));
+        assert_eq!(key_of("0123456789a_000000_000010"), key("0123456789a", 0, 10));
+        assert_eq!(key_of("0123456789a_7_17"), key("0123456789a", 7, 17));
+        for not in ["0123456789a", "0123456789_000000_000010", "0123456789a_000000", "0123456789a_00000x_000010", ""] {
+            assert_eq!(key_of(not), None, "{not}");
+        }
+        assert_eq!(id_of(&("--abc_def-_".into(), 3, 1234567)), "--abc_def-__000003_1234567");
+    }
+}

@@ -1,0 +1,225 @@
+//! How datasets are organised: a layout turns annotations and files into a list of videos with labels.
+
+mod folders;
+mod hmdb51;
+mod kinetics;
+mod ucf101;
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use super::description::{Description, Layout, SplitDescription};
+use super::files;
+use crate::{Error, Result};
+
+/// One video of a split.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Its name, unique in the split: `CLASS/file name`, Kinetics: `ID_START_END`.
+    pub id: String,
+    /// Its class, an index into [`Listing::class_names`].
+    pub label: i32,
+    /// The file, below the folder of videos; `None` where there is none.
+    pub path: Option<String>,
+}
+
+/// The videos of some splits.
+#[derive(Clone, Debug)]
+pub struct Listing {
+    /// All classes, in label order.
+    pub class_names: Vec<String>,
+    /// Each split's videos, by id.
+    pub splits: Vec<(String, Vec<Source>)>,
+}
+
+/// Where a dataset lies.
+#[derive(Clone, Debug)]
+pub struct Place<'a> {
+    /// The folder of videos.
+    pub videos: &'a Path,
+    /// The folder of annotation files, or the one file.
+    pub annotations: Option<&'a Path>,
+    /// The classes in label order, if the user gave a list.
+    pub classes: Option<&'a [String]>,
+    /// A list of the classes from an earlier run, which comes before any order worked out here.
+    pub stored_classes: Option<PathBuf>,
+}
+
+/// A video as a layout finds it, its class by name.
+struct Row {
+    id: String,
+    class: String,
+    path: Option<String>,
+    /// Where its class is said, for errors: `file:line`, or a folder.
+    at: String,
+}
+
+/// What a layout finds of a split.
+#[derive(Default)]
+struct Rows {
+    rows: Vec<Row>,
+    /// The classes in the layout's own order, if it has one.
+    classes: Option<Vec<String>>,
+}
+
+/// Lists the videos of `splits`, found or missing.
+///
+/// # Errors
+/// [`Error::Input`] when a folder or an annotation file is not there or cannot be read; when an annotation makes no sense
+/// (with file and line); when a class is in no list of classes; when a split has no videos.
+pub fn list(description: &Description, place: &Place, splits: &[String]) -> Result<Listing> {
+    let mut found = Vec::new();
+    for name in splits {
+        let split = description.split(name)?;
+        let mut rows = match description.layout {
+            Layout::Folders => folders::rows(&split, place)?,
+            Layout::Kinetics => kinetics::rows(description, &split, place)?,
+            Layout::Ucf101 => ucf101::rows(description, &split, place)?,
+            Layout::Hmdb51 => hmdb51::rows(&split, place)?,
+        };
+        rows.rows.sort_by(|a, b| a.id.cmp(&b.id));
+        found.push((name.clone(), rows));
+    }
+    let class_names = class_names(description, place, &found)?;
+    let classes = Classes::new(description, &class_names)?;
+    let splits = found
+        .into_iter()
+        .map(|(name, rows)| {
+            let sources = rows.rows.into_iter().map(|row| {
+                let label = classes.label(&row)?;
+                Ok(Source { id: row.id, label, path: row.path })
+            });
+            Ok((name, sources.collect::<Result<Vec<_>>>()?))
+        })
+        .collect::<Result<_>>()?;
+    Ok(Listing { class_names, splits })
+}
+
+/// The classes in label order: as the user, the description, an earlier run or the layout has them; else sorted.
+fn class_names(description: &Description, place: &Place, found: &[(String, Rows)]) -> Result<Vec<String>> {
+    let stored = place.stored_classes.as_ref().filter(|path| path.is_file());
+    let (names, whence) = match (place.classes, description.classes.as_ref().or(stored)) {
+        (Some(given), _) => (given.to_vec(), "--classes".to_string()),
+        (None, Some(file)) => (read_classes(file)?, file.display().to_string()),
+        (None, None) => match found.iter().find_map(|(_, rows)| rows.classes.clone()) {
+            Some(own) => (own, "the dataset".to_string()),
+            None => {
+                let all: BTreeSet<&str> =
+                    found.iter().flat_map(|(_, rows)| &rows.rows).map(|row| row.class.as_str()).collect();
+                (all.into_iter().map(str::to_string).collect(), "the annotations".to_string())
+            }
+        },
+    };
+    match description.expect_classes {
+        Some(expected) if expected != names.len() => Err(Error::input(format!(
+            "{whence}: {} classes, but {} has {expected}: is a file incomplete, or of another version of the dataset?",
+            names.len(),
+            description.name
+        ))),
+        _ => Ok(names),
+    }
+}
+
+/// A list of classes, one a line, each byte for byte.
+///
+/// # Errors
+/// [`Error::Input`] when the file cannot be read.
+pub fn read_classes(path: &Path) -> Result<Vec<String>> {
+    Ok(files::text(path)?.lines().filter(|line| !line.is_empty()).map(str::to_string).collect())
+}
+
+/// Finds the class of a row.
+struct Classes<'a> {
+    description: &'a Description,
+    names: &'a [String],
+    exact: HashMap<&'a str, usize>,
+    /// By folder spelling; `None` where two classes share one.
+    spelled: HashMap<String, Option<usize>>,
+}
+
+impl<'a> Classes<'a> {
+    fn new(description: &'a Description, names: &'a [String]) -> Result<Self> {
+        let exact: HashMap<&str, usize> = names.iter().enumerate().map(|(k, n)| (n.as_str(), k)).collect();
+        if exact.len() != names.len() {
+            let mut seen = BTreeSet::new();
+            let twice = names.iter().find(|n| !seen.insert(*n)).map_or("", |n| n.as_str());
+            return Err(Error::input(format!("the list of classes names a class twice: {twice:?}")));
+        }
+        let mut spelled: HashMap<String, Option<usize>> = HashMap::new();
+        for (k, name) in names.iter().enumerate() {
+            spelled.entry(spelling(name)).and_modify(|other| *other = None).or_insert(Some(k));
+        }
+        Ok(Classes { description, names, exact, spelled })
+    }
+
+    fn label(&self, row: &Row) -> Result<i32> {
+        let found = self.exact.get(row.class.as_str()).copied().or_else(|| {
+            let folder = self.description.layout == Layout::Folders;
+            let folded = self.description.ignore_case.iter().find(|c| c.eq_ignore_ascii_case(&row.class));
+            match folded {
+                Some(class) => self.exact.get(class.as_str()).copied(),
+                None if folder => self.spelled.get(&spelling(&row.class)).copied().flatten(),
+                None => None,
+            }
+        });
+        found.map(|k| k as i32).ok_or_else(|| {
+            let near = self.names.iter().map(|n| (strsim::damerau_levenshtein(n, &row.class), n)).min();
+            let near = near.filter(|(d, _)| *d <= 3).map(|(_, n)| format!("; did you mean {n:?}?")).unwrap_or_default();
+            Error::input(format!(
+                "{}: class {:?} is not in the list of {} classes{near}",
+                row.at,
+                row.class,
+                self.names.len()
+            ))
+        })
+    }
+}
+
+/// A class name as downloaders write it as a folder's name: spaces may be underscores, quotes and parentheses may be
+/// missing. Upper and lower case stay, for Kinetics-600 has two classes that else differ little.
+pub fn spelling(name: &str) -> String {
+    name.chars().filter(|c| !matches!(c, '"' | '\'' | '(' | ')')).map(|c| if c == ' ' { '_' } else { c }).collect()
+}
+
+/// No videos at all: says where they were looked for.
+fn nothing_in(dir: &Path, what: &str) -> Error {
+    Error::input(format!("{}: no videos {what} (known endings: {})", dir.display(), files::ENDINGS.join(", ")))
+}
+
+/// Finds the files that lists name as `CLASS/file name`: there, or else anywhere under that file name. With `ignore_case`
+/// classes, whose names may differ in case.
+struct Named<'a> {
+    exact: HashMap<String, &'a str>,
+    folded: HashMap<String, &'a str>,
+    ignore_case: &'a [String],
+}
+
+impl<'a> Named<'a> {
+    fn new(found: &'a [files::VideoFile], ignore_case: &'a [String]) -> Self {
+        let (mut exact, mut folded) = (HashMap::new(), HashMap::new());
+        for file in found {
+            let name = file.path.rsplit('/').next().unwrap_or_default();
+            for key in [format!("{}/{name}", file.folder), name.to_string()] {
+                if !ignore_case.is_empty() {
+                    folded.entry(key.to_ascii_lowercase()).or_insert(file.path.as_str());
+                }
+                exact.entry(key).or_insert(file.path.as_str());
+            }
+        }
+        Named { exact, folded, ignore_case }
+    }
+
+    fn find(&self, class: &str, name: &str) -> Option<String> {
+        let keys = [format!("{class}/{name}"), name.to_string()];
+        let exact = keys.iter().find_map(|key| self.exact.get(key));
+        let folds = self.ignore_case.iter().any(|c| c.eq_ignore_ascii_case(class));
+        let folded = || keys.iter().find_map(|key| self.folded.get(&key.to_ascii_lowercase()));
+        exact.or_else(|| folded().filter(|_| folds)).map(|path| path.to_string())
+    }
+}
+
+/// The split's files below the folder of videos.
+fn found_videos(split: &SplitDescription, place: &Place) -> Result<Vec<files::VideoFile>> {
+    let found = files::videos(place.videos, &split.videos)?;
+    if found.is_empty() { Err(nothing_in(place.videos, "below this folder")) } else { Ok(found) }
+}

@@ -1,0 +1,224 @@
+//! What became of all videos, and the lists of those that need attention.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::Plan;
+use super::record::{Entry, Outcome, Record, write_whole};
+use super::{PrepareOptions, output};
+use crate::{Error, Result};
+
+/// The state of a job before its shards are made; kept by the process that planned it.
+#[derive(Default)]
+pub struct Ledger {
+    /// Shards to make, as indices into the plan.
+    pub todo: Vec<u64>,
+    /// Videos of those shards.
+    pub todo_videos: usize,
+    /// Shards that an earlier run has finished.
+    pub(super) kept: Vec<Summary>,
+    pub(super) splits: Vec<SplitLedger>,
+    /// Other runs stay out while these live.
+    pub(super) locks: Vec<File>,
+}
+
+impl Ledger {
+    /// How many shards an earlier run has finished.
+    pub fn finished(&self) -> usize {
+        self.kept.len()
+    }
+}
+
+/// One split before its shards are made.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SplitLedger {
+    pub name: String,
+    /// Videos that the annotations list.
+    pub listed: usize,
+    /// As many as they should.
+    pub expected: Option<usize>,
+    /// Ids of videos whose file is not there.
+    pub missing: Vec<String>,
+    pub skipped: usize,
+    /// The split's first shard in the plan.
+    pub first_task: usize,
+}
+
+/// A finished shard, without the many videos there is nothing to say about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summary {
+    task: u64,
+    bytes: u64,
+    written: usize,
+    frames: u64,
+    notes: Vec<Entry>,
+}
+
+impl Summary {
+    pub(super) fn new(task: u64, record: &Record) -> Self {
+        let frames = record.videos.iter().filter_map(|entry| match entry.outcome {
+            Outcome::Written { frames, .. } => Some(frames),
+            _ => None,
+        });
+        let silent = |entry: &&Entry| !matches!(entry.outcome, Outcome::Written { complaint: None, .. });
+        Summary {
+            task,
+            bytes: record.bytes,
+            written: frames.clone().count(),
+            frames: frames.sum(),
+            notes: record.videos.iter().filter(silent).cloned().collect(),
+        }
+    }
+}
+
+/// What became of a split's videos: `listed = found + missing`, and `found = skipped + broken + short + written`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// The split.
+    pub split: String,
+    /// Videos that the annotations list (class folders: that are there).
+    pub listed: usize,
+    /// As many as the dataset's description expects them to list.
+    pub expected: Option<usize>,
+    /// Videos whose file is there.
+    pub found: usize,
+    /// Videos whose file is not there.
+    pub missing: usize,
+    /// Videos left out because a list said so.
+    pub skipped: usize,
+    /// Videos that could not be decoded.
+    pub broken: usize,
+    /// Videos with too few frames.
+    pub short: usize,
+    /// Videos written into shards.
+    pub written: usize,
+    /// Videos among these about which ffmpeg complained.
+    pub doubtful: usize,
+    /// Frames written.
+    pub frames: u64,
+    /// Bytes of the shards.
+    pub bytes: u64,
+    /// The shards.
+    pub shards: Vec<PathBuf>,
+    /// How many of them an earlier run made.
+    pub earlier: usize,
+    /// The first broken videos and why.
+    pub examples: Vec<(String, String)>,
+    /// The list of broken, too short and doubtful videos; absent if there are none.
+    pub quarantine: Option<PathBuf>,
+    /// The list of missing videos; absent if there are none.
+    pub missing_list: Option<PathBuf>,
+}
+
+/// How many broken videos a report shows.
+const EXAMPLES: usize = 3;
+
+/// Writes the lists and adds everything up.
+pub(super) fn finish(
+    options: &PrepareOptions,
+    plan: &Plan,
+    ledger: &Ledger,
+    made: Vec<Summary>,
+) -> Result<Vec<Report>> {
+    let earlier = ledger.kept.len();
+    let mut all: Vec<(bool, &Summary)> =
+        ledger.kept.iter().map(|s| (true, s)).chain(made.iter().map(|s| (false, s))).collect();
+    all.sort_by_key(|(_, summary)| summary.task);
+    if all.len() != plan.shards.len() || all.iter().zip(0..).any(|((_, summary), task)| summary.task != task) {
+        let (got, wanted) = (all.len(), plan.shards.len());
+        return Err(Error::Run(format!("{got} shards are done ({earlier} earlier), not each of {wanted} once")));
+    }
+    let mut reports = Vec::new();
+    for account in &ledger.splits {
+        let of_split =
+            all[account.first_task..].iter().take_while(|(_, s)| plan.shards[s.task as usize].split == account.name);
+        reports.push(split(options, plan, account, of_split)?);
+    }
+    match reports.iter().find(|report| report.written == 0) {
+        None => Ok(reports),
+        Some(Report { split, found, broken, short, examples, .. }) => {
+            let first = examples.first().map(|(id, why)| format!("; {id}: {why}")).unwrap_or_default();
+            Err(Error::input(format!(
+                "{}: none of {found} videos of {split} could be used ({broken} broken, {short} too short{first})",
+                options.videos.display()
+            )))
+        }
+    }
+}
+
+fn split<'a>(
+    options: &PrepareOptions,
+    plan: &Plan,
+    account: &super::report::SplitLedger,
+    shards: impl Iterator<Item = &'a (bool, &'a Summary)>,
+) -> Result<Report> {
+    let missing = account.missing.len();
+    let mut report = Report {
+        split: account.name.clone(),
+        listed: account.listed,
+        expected: account.expected,
+        found: account.listed - missing,
+        missing,
+        skipped: account.skipped,
+        ..Report::default()
+    };
+    let mut notes = Vec::new();
+    for (earlier, summary) in shards {
+        let shard = &plan.shards[summary.task as usize];
+        report.written += summary.written;
+        report.frames += summary.frames;
+        report.bytes += summary.bytes;
+        report.earlier += usize::from(*earlier);
+        if summary.bytes > 0 {
+            report.shards.push(output::shard_path(&options.out, &shard.split, shard.number));
+        }
+        let paths: HashMap<&str, &str> = match summary.notes.is_empty() {
+            true => HashMap::new(),
+            false => shard.videos.iter().map(|v| (v.id.as_str(), v.path.as_str())).collect(),
+        };
+        for entry in &summary.notes {
+            let (count, what, why) = match &entry.outcome {
+                Outcome::Broken { why } => (&mut report.broken, "broken", why.clone()),
+                Outcome::Short { frames } => {
+                    (&mut report.short, "too short", format!("{frames} frames, {} needed", options.min_frames))
+                }
+                Outcome::Written { complaint, .. } => {
+                    (&mut report.doubtful, "doubtful", complaint.clone().unwrap_or_default())
+                }
+            };
+            *count += 1;
+            if what == "broken" && report.examples.len() < EXAMPLES {
+                report.examples.push((entry.id.clone(), why.clone()));
+            }
+            let path = options.videos.join(paths.get(entry.id.as_str()).unwrap_or(&"")).display().to_string();
+            notes.push([entry.id.clone(), what.into(), why, path]);
+        }
+    }
+    notes.sort_by(|a, b| (&a[1], &a[0]).cmp(&(&b[1], &b[0])));
+    let mut missing: Vec<[String; 4]> =
+        account.missing.iter().map(|id| [id.clone(), "missing".into(), "no such file".into(), String::new()]).collect();
+    missing.sort();
+    report.quarantine = write_list(&options.out.join(format!("quarantine-{}.tsv", account.name)), &notes)?;
+    report.missing_list = write_list(&options.out.join(format!("missing-{}.tsv", account.name)), &missing)?;
+    Ok(report)
+}
+
+/// Writes a list of videos; an empty one is not written, and one that an earlier run left is removed.
+fn write_list(path: &Path, rows: &[[String; 4]]) -> Result<Option<PathBuf>> {
+    if rows.is_empty() {
+        return match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+            _ => Ok(None),
+        };
+    }
+    let mut text = String::from("id\twhat\twhy\tpath\n");
+    for row in rows {
+        text.push_str(&row.each_ref().map(|s| s.replace(['\t', '\n', '\r'], " ")).join("\t"));
+        text.push('\n');
+    }
+    write_whole(path, text.as_bytes())?;
+    Ok(Some(path.to_path_buf()))
+}

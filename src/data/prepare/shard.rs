@@ -1,0 +1,243 @@
+//! One shard: its videos decoded side by side, written in order.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::ffmpeg::{Decoded, Ffmpeg, Target};
+use super::record::{Entry, Outcome, Record};
+use crate::data::jpeg;
+use crate::data::shard::{Encoding, ShardHeader, ShardWriter};
+use crate::{Error, Result};
+
+/// A video to decode.
+#[derive(Clone, Debug)]
+pub struct Video<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its class.
+    pub label: i32,
+    /// The file.
+    pub path: std::path::PathBuf,
+    /// The file's size.
+    pub bytes: u64,
+}
+
+/// How videos are decoded and stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe<'a> {
+    /// The program that decodes.
+    pub ffmpeg: Ffmpeg,
+    /// Size and rate of the frames.
+    pub target: &'a Target,
+    /// How frames are stored.
+    pub encoding: Encoding,
+    /// JPEG quality.
+    pub quality: u8,
+    /// Videos with fewer frames are passed over.
+    pub min_frames: usize,
+    /// Videos decoded at a time.
+    pub jobs: usize,
+}
+
+/// A shard in which not one of at least this many videos can be decoded says more about the machine than the videos.
+const SUSPICIOUS: usize = 10;
+/// After so many it is not waited for the shard's end.
+const ENOUGH: usize = 100;
+
+/// Makes the shard `path` of `videos`. `done` is told of each video as it is done, in order.
+///
+/// # Errors
+/// [`Error::Input`] when `ffmpeg` cannot be started or cannot decode anything; [`Error::Run`] or [`Error::Io`] when the
+/// disk refuses; what `done` returns.
+pub fn make(
+    path: &Path,
+    header: &ShardHeader,
+    videos: &[Video],
+    recipe: &Recipe,
+    done: &mut dyn FnMut(&Entry) -> Result<()>,
+) -> Result<Record> {
+    let mut writer: Option<ShardWriter> = None;
+    let mut entries: Vec<Entry> = Vec::with_capacity(videos.len());
+    in_order(
+        videos.len(),
+        recipe.jobs,
+        |i| recipe.decode(&videos[i].path),
+        |i, decoded| {
+            let video = &videos[i];
+            let (outcome, frames) = decoded?;
+            if let Outcome::Written { .. } = outcome {
+                let mut open = match writer.take() {
+                    Some(open) => open,
+                    None => ShardWriter::create(path, header.clone())?,
+                };
+                open.append(video.id, video.label, &frames)?;
+                writer = Some(open);
+            }
+            let entry = Entry { id: video.id.into(), bytes: video.bytes, outcome };
+            done(&entry)?;
+            entries.push(entry);
+            if entries.len() == ENOUGH { refuse_if_all_broken(path, &entries) } else { Ok(()) }
+        },
+    )?;
+    if entries.len() >= SUSPICIOUS {
+        refuse_if_all_broken(path, &entries)?;
+    }
+    let bytes = match writer {
+        Some(writer) => {
+            let path = writer.finish()?;
+            std::fs::metadata(&path).map_err(|e| Error::io(&path, e))?.len()
+        }
+        None => {
+            // One of an earlier run, when its videos were still good.
+            if let Err(e) = std::fs::remove_file(path)
+                && e.kind() != std::io::ErrorKind::NotFound
+            {
+                return Err(Error::io(path, e));
+            }
+            0
+        }
+    };
+    Ok(Record { bytes, videos: entries })
+}
+
+fn refuse_if_all_broken(path: &Path, entries: &[Entry]) -> Result<()> {
+    let mut why = None;
+    for entry in entries {
+        let Outcome::Broken { why: reason } = &entry.outcome else { return Ok(()) };
+        why.get_or_insert((&entry.id, reason));
+    }
+    let Some((id, why)) = why else { return Ok(()) };
+    Err(Error::input(format!(
+        "{}: not one of this shard's first {} videos can be decoded; {id}: {why}. Is something wrong with ffmpeg or the file \
+         system? If the videos really are broken, list them in a file for --skip",
+        path.display(),
+        entries.len()
+    )))
+}
+
+impl Recipe<'_> {
+    /// Decodes one video: what became of it, and its frames as they are stored.
+    fn decode(&self, path: &Path) -> Result<(Outcome, Vec<Vec<u8>>)> {
+        let (h, w) = (self.target.height, self.target.width);
+        let mut frames = Vec::new();
+        let mut store = |rgb: &[u8]| -> Result<()> {
+            frames.push(match self.encoding {
+                Encoding::Raw => rgb.to_vec(),
+                Encoding::Jpeg => jpeg::encode(rgb, h, w, self.quality)?,
+            });
+            Ok(())
+        };
+        let decoded = self.ffmpeg.decode(path, self.target, &mut store)?;
+        let count = frames.len() as u64;
+        Ok(match decoded {
+            Ok(Decoded { complaint }) if count >= self.min_frames.max(1) as u64 => {
+                (Outcome::Written { frames: count, complaint }, frames)
+            }
+            Ok(Decoded { complaint: Some(why) }) if count == 0 => (Outcome::Broken { why }, Vec::new()),
+            Ok(_) => (Outcome::Short { frames: count }, Vec::new()),
+            Err(why) => (Outcome::Broken { why }, Vec::new()),
+        })
+    }
+}
+
+/// Computes `make(0..n)` on `threads` threads and gives the results to `take` in order, in the calling thread. No more than
+/// twice as many results as threads wait in memory. Ends early when `take` fails.
+fn in_order<T: Send>(
+    n: usize,
+    threads: usize,
+    make: impl Fn(usize) -> T + Sync,
+    mut take: impl FnMut(usize, T) -> Result<()>,
+) -> Result<()> {
+    struct State<T> {
+        next: usize,
+        taken: usize,
+        stop: bool,
+        ready: BTreeMap<usize, T>,
+    }
+    /// Tells the other threads to stop when its owner ends early, by an error or a panic.
+    struct Stop<'a, T>(&'a Mutex<State<T>>, &'a Condvar);
+    impl<T> Drop for Stop<'_, T> {
+        fn drop(&mut self) {
+            lock(self.0).stop = true;
+            self.1.notify_all();
+        }
+    }
+    fn lock<T>(state: &Mutex<State<T>>) -> MutexGuard<'_, State<T>> {
+        state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    let threads = threads.max(1);
+    let state = Mutex::new(State { next: 0, taken: 0, stop: false, ready: BTreeMap::new() });
+    let changed = Condvar::new();
+    let wait = |guard| changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+    let work = || {
+        // Only a panic makes a thread end before all is done; the others must not wait for its result then.
+        let mut guard = lock(&state);
+        loop {
+            if guard.stop || guard.next == n {
+                return;
+            }
+            if guard.next >= guard.taken + 2 * threads {
+                guard = wait(guard);
+                continue;
+            }
+            let i = guard.next;
+            guard.next += 1;
+            drop(guard);
+            let panicked = Stop(&state, &changed);
+            let made = make(i);
+            std::mem::forget(panicked);
+            guard = lock(&state);
+            guard.ready.insert(i, made);
+            changed.notify_all();
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..threads.min(n) {
+            scope.spawn(work);
+        }
+        let _stop = Stop(&state, &changed);
+        for i in 0..n {
+            let mut guard = lock(&state);
+            let made = loop {
+                match guard.ready.remove(&i) {
+                    Some(made) => break made,
+                    // A decoder panicked; the scope passes its panic on.
+                    None if guard.stop => return Ok(()),
+                    None => guard = wait(guard),
+                }
+            };
+            guard.taken = i + 1;
+            drop(guard);
+            changed.notify_all();
+            take(i, made)?;
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_come_in_order_and_errors_end_it() {
+        for threads in [1, 3, 8] {
+            let mut got = Vec::new();
+            let unequal = |i: usize| {
+                std::thread::sleep(std::time::Duration::from_millis((i as u64 % 4) * 2));
+                i * i
+            };
+            in_order(20, threads, unequal, |i, x| {
+                assert_eq!(x, i * i);
+                got.push(i);
+                Ok(())
+            })
+            .unwrap();
+            assert!(got.into_iter().eq(0..20));
+        }
+        let error = in_order(1000, 2, |i| i, |i, _| if i == 5 { Err(Error::input("five")) } else { Ok(()) });
+        assert_eq!(error.unwrap_err().to_string(), "five");
+        in_order(0, 2, |i| i, |_, _| Ok(())).unwrap();
+    }
+}

@@ -1,0 +1,394 @@
+//! `sideways data prepare` as users run it: on several ranks, killed and run again, on a full disk, with files missing.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::mpirun::{descendants, mpirun, text};
+use sideways::data::prepare::record::State;
+use sideways::data::{Dataset, ShardReader};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A small Kinetics: `n` clips of four classes, in a flat folder.
+struct Clips {
+    dir: tempfile::TempDir,
+    one: PathBuf,
+    per_shard: usize,
+}
+
+impl Clips {
+    fn new(n: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(path("videos/train")).unwrap();
+        let one = path("one.mp4");
+        let status = Command::new("ffmpeg")
+            .args(["-nostdin", "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=size=32x24:rate=10", "-t", "2"])
+            .args(["-pix_fmt", "yuv420p"])
+            .arg(&one)
+            .stdin(Stdio::null())
+            .status()
+            .expect("the tests of `data prepare` need ffmpeg");
+        assert!(status.success());
+        let mut csv = String::from("label,youtube_id,time_start,time_end,split\n");
+        for i in 0..n {
+            csv += &format!("\"class {}\",{},3,13,train\n", i % 4, Self::id(i));
+        }
+        std::fs::write(path("train.csv"), csv).unwrap();
+        let description =
+            "name = 'tiny'\nlayout = 'kinetics'\n[splits.train]\nannotations = ['train.csv']\nvideos = ['train']\n";
+        std::fs::write(path("dataset.toml"), description).unwrap();
+        let clips = Clips { dir, one, per_shard: 4 };
+        (0..n).for_each(|i| clips.put(i));
+        clips
+    }
+
+    fn id(i: usize) -> String {
+        format!("-_a-b_c_d{i:02}")
+    }
+
+    fn file(&self, i: usize) -> PathBuf {
+        self.path(&format!("videos/train/{}_000003_000013.mp4", Self::id(i)))
+    }
+
+    fn put(&self, i: usize) {
+        std::fs::copy(&self.one, self.file(i)).unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn args(&self, out: &Path, more: &[&str]) -> Vec<String> {
+        let (dir, videos, per_shard) = (self.dir.path().display(), self.path("videos"), self.per_shard);
+        let base = format!(
+            "data prepare --dataset {dir} --annotations {dir} --split train --per-shard {per_shard} --short-side 24"
+        );
+        let base = base.split(' ').map(str::to_string);
+        base.chain(["--videos".into(), videos.display().to_string(), "--out".into(), out.display().to_string()])
+            .chain(more.iter().map(|arg| arg.to_string()))
+            .collect()
+    }
+
+    fn run(&self, out: &Path, more: &[&str]) -> Output {
+        Command::new(PROGRAM).args(self.args(out, more)).stdin(Stdio::null()).output().unwrap()
+    }
+
+    fn ranks(&self, n: usize, out: &Path, more: &[&str]) -> Output {
+        let args = self.args(out, more);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        mpirun(n, Path::new(PROGRAM), &args, &[], LIMIT)
+    }
+
+    /// Starts a run whose ffmpeg takes a little longer, so that it can be met half way.
+    fn spawn(&self, command: &mut Command) -> Child {
+        let slow = self.path("slow");
+        if !slow.exists() {
+            std::fs::create_dir(&slow).unwrap();
+            let real = Command::new("sh").args(["-c", "command -v ffmpeg"]).output().unwrap();
+            let real = String::from_utf8(real.stdout).unwrap();
+            let script = format!("#!/bin/sh\n[ \"$1\" = -version ] || sleep 0.1\nexec {} \"$@\"\n", real.trim());
+            std::fs::write(slow.join("ffmpeg"), script).unwrap();
+            std::fs::set_permissions(slow.join("ffmpeg"), PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let path = format!("{}:{}", slow.display(), std::env::var("PATH").unwrap());
+        command.env("PATH", path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+}
+
+fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "{}", text(output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn refused(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(2), "{}", text(output));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The number in a line of the report.
+fn count(report: &str, line: &str) -> usize {
+    let found = report.lines().find_map(|l| l.trim().strip_prefix(line)).unwrap_or_else(|| panic!("{line}? {report}"));
+    found.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Every shard's bytes.
+fn shards(out: &Path) -> BTreeMap<String, Vec<u8>> {
+    files(out, "h5").into_iter().map(|name| (name.clone(), std::fs::read(out.join(name)).unwrap())).collect()
+}
+
+fn files(out: &Path, ending: &str) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(out) else { return Vec::new() };
+    let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.filter(|n| n.rsplit('.').next() == Some(ending)).collect();
+    names.sort();
+    names
+}
+
+/// Inode and time of change of each shard: what a run that keeps it does not touch.
+fn identity(out: &Path) -> BTreeMap<String, (u64, i64)> {
+    let of = |name: &String| std::fs::metadata(out.join(name)).map(|m| (m.ino(), m.mtime_nsec())).unwrap();
+    files(out, "h5").iter().map(|name| (name.clone(), of(name))).collect()
+}
+
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < LIMIT, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn shards_are_the_same_on_any_number_of_ranks_and_after_any_kill() {
+    let clips = Clips { per_shard: 3, ..Clips::new(18) };
+    let (alone, ranks, killed) = (clips.path("alone"), clips.path("ranks"), clips.path("killed"));
+    let report = succeeded(&clips.run(&alone, &["--jobs", "3"]));
+    assert_eq!((count(&report, "found"), count(&report, "written")), (18, 18), "{report}");
+    let expected = shards(&alone);
+    assert_eq!(expected.len(), 6);
+    let mut ids: Vec<String> = Dataset::open(&[format!("{}/*.h5", alone.display())])
+        .map(|data| data.videos.into_iter().map(|video| video.id).collect())
+        .unwrap();
+    let shuffled = ids.clone();
+    ids.sort();
+    ids.dedup();
+    assert!(ids.len() == 18 && ids != shuffled);
+
+    let report = succeeded(&clips.ranks(3, &ranks, &[]));
+    assert!(count(&report, "written") == 18 && report.contains("on 3 ranks"), "{report}");
+    assert!(shards(&ranks) == expected, "three ranks make other shards than one");
+
+    // Killed as a whole, at several moments.
+    for finished in [0, 1, 3] {
+        let mut run = clips.spawn(Command::new(PROGRAM).args(clips.args(&killed, &["--jobs", "2"])));
+        let kept = identity(&killed);
+        wait_for("a shard half written", || {
+            files(&killed, "h5").len() >= finished && !files(&killed, "partial").is_empty()
+        });
+        run.kill().unwrap();
+        run.wait().unwrap();
+        let now = identity(&killed);
+        assert!(kept.iter().all(|(name, id)| now.get(name) == Some(id)), "{kept:?} {now:?}");
+        assert!(shards(&killed).iter().all(|(name, bytes)| expected[name] == *bytes), "a shard is half written");
+    }
+    // One rank of two killed: the job ends.
+    let kept = identity(&killed);
+    let args = clips.args(&killed, &["--jobs", "1"]);
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1", "-n", "2", PROGRAM]);
+    command.args(args).env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.env("OMPI_MCA_orte_tmpdir_base", clips.dir.path());
+    let mut job = clips.spawn(&mut command);
+    wait_for("one more shard", || identity(&killed).len() > kept.len() || job.try_wait().unwrap().is_some());
+    let is_rank = |pid: &u32| {
+        std::fs::read_link(format!("/proc/{pid}/exe"))
+            .is_ok_and(|exe| exe == Path::new(PROGRAM).canonicalize().unwrap())
+    };
+    let victim = descendants(job.id()).into_iter().rfind(is_rank).expect("the job ended before a rank could be killed");
+    // SAFETY: a signal to a process this test started.
+    unsafe { libc::kill(victim as i32, libc::SIGKILL) };
+    assert!(!job.wait().unwrap().success());
+    wait_for("the lock", || State::new(&killed, "train").lock().is_ok());
+    let now = identity(&killed);
+    assert!(now.len() < 6 && kept.iter().all(|(name, id)| now.get(name) == Some(id)), "{kept:?} {now:?}");
+
+    let output = clips.ranks(2, &killed, &[]);
+    let report = succeeded(&output);
+    assert!(report.contains(&format!("6 shards ({} made earlier)", now.len())), "{now:?} {}", text(&output));
+    assert!(shards(&killed) == expected, "a resumed run makes other shards");
+    assert!(files(&killed, "partial").is_empty());
+    assert!(now.iter().all(|(name, id)| identity(&killed)[name] == *id), "a finished shard was made again");
+}
+
+#[test]
+fn missing_broken_and_replaced_files_change_their_own_shards_alone() {
+    let clips = Clips::new(16);
+    let out = clips.path("out");
+    let whole = std::fs::read(&clips.one).unwrap();
+    std::fs::remove_file(clips.file(3)).unwrap();
+    std::fs::write(clips.file(5), &whole[..whole.len() / 2]).unwrap();
+    std::fs::write(clips.file(8), "").unwrap();
+    let report = succeeded(&clips.run(&out, &[]));
+    let counts = |report: &str| ["found", "missing", "skipped", "broken", "written"].map(|line| count(report, line));
+    assert_eq!(counts(&report), [15, 1, 0, 2, 13], "{report}");
+    assert!(report.contains("moov atom not found"), "ffmpeg's reason: {report}");
+    let list = std::fs::read_to_string(out.join("quarantine-train.tsv")).unwrap();
+    assert_eq!(list.lines().count(), 3, "{list}");
+    assert!(list.contains("-_a-b_c_d05_000003_000013\tbroken\tmoov atom not found"), "{list}");
+    let missing = std::fs::read_to_string(out.join("missing-train.tsv")).unwrap();
+    assert_eq!(missing.lines().nth(1), Some("-_a-b_c_d03_000003_000013\tmissing\tno such file\t"));
+    let first = identity(&out);
+
+    // Again: nothing to do, the same report.
+    let report = succeeded(&clips.run(&out, &[]));
+    assert_eq!(counts(&report), [15, 1, 0, 2, 13], "{report}");
+    assert_eq!(identity(&out), first);
+    // The quarantine list given again: those are not tried, no shard changes.
+    let skip = clips.path("skip.tsv");
+    std::fs::copy(out.join("quarantine-train.tsv"), &skip).unwrap();
+    let report = succeeded(&clips.run(&out, &["--skip", skip.to_str().unwrap()]));
+    assert_eq!(counts(&report), [15, 1, 2, 0, 13], "{report}");
+    assert!(identity(&out) == first && !out.join("quarantine-train.tsv").exists());
+    // One turns up, one is replaced: at most two shards change, and the result is that of a fresh run.
+    clips.put(3);
+    clips.put(5);
+    let report = succeeded(&clips.run(&out, &[]));
+    assert_eq!(counts(&report), [16, 0, 0, 1, 15], "{report}");
+    let now = identity(&out);
+    let changed = first.iter().filter(|(name, id)| now[*name] != **id).count();
+    assert!((1..=2).contains(&changed), "{first:?} {now:?}");
+    assert!(!out.join("missing-train.tsv").exists());
+    let fresh = clips.path("fresh");
+    succeeded(&clips.run(&fresh, &[]));
+    assert!(shards(&out) == shards(&fresh));
+    let loses = |name: &String| ShardReader::open(&out.join(name)).unwrap().videos() < 4;
+    assert_eq!(files(&out, "h5").iter().filter(|name| loses(name)).count(), 1);
+
+    // A video that was good is to be left out: its shard changes.
+    std::fs::write(&skip, "-_a-b_c_d00_000003_000013\n").unwrap();
+    let report = succeeded(&clips.run(&out, &["--skip", skip.to_str().unwrap()]));
+    assert_eq!(counts(&report), [16, 0, 1, 1, 14], "{report}");
+
+    // Other settings, another run at work, and shards that are not ours.
+    let other = refused(&clips.run(&out, &["--fps", "5", "--seed", "2"]));
+    assert!(other.contains("other settings: fps (was 25, now 5), seed (was 1, now 2)"), "{other}");
+    let lock = State::new(&out, "train").lock().unwrap();
+    assert!(refused(&clips.run(&out, &[])).contains("another `sideways data prepare` is at work"));
+    assert!(refused(&clips.ranks(2, &out, &[])).contains("is at work"));
+    drop(lock);
+    std::fs::remove_dir_all(out.join(".prepare")).unwrap();
+    assert!(refused(&clips.run(&out, &[])).contains("4 shards of train are there already, and not from"));
+    let report = succeeded(&clips.run(&out, &["--overwrite", "--fps", "5"]));
+    assert_eq!(counts(&report), [16, 0, 0, 1, 15], "{report}");
+}
+
+/// A small file system of memory, for root.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: PathBuf, size: &str) -> Option<Self> {
+        std::fs::create_dir_all(&at).unwrap();
+        let size = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&at).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(Tmpfs(at))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_ends_the_run_with_its_reason_and_more_room_lets_it_go_on() {
+    let clips = Clips::new(12);
+    let Some(disk) = Tmpfs::mount(clips.path("small"), "700k") else {
+        eprintln!("SKIPPED: only root can mount a small file system to fill");
+        return;
+    };
+    let out = disk.0.join("out");
+    for full in [clips.run(&out, &["--encoding", "raw"]), clips.ranks(2, &out, &["--encoding", "raw"])] {
+        assert_eq!(full.status.code(), Some(1), "{}", text(&full));
+        let said = text(&full);
+        assert!(said.contains("train-0000") && said.contains("No space left on device"), "{said}");
+        assert!(shards(&out).len() < 3);
+    }
+    let kept = identity(&out);
+    let more = Command::new("mount").args(["-o", "remount,size=8m"]).arg(&disk.0).status().unwrap();
+    assert!(more.success());
+    let report = succeeded(&clips.run(&out, &["--encoding", "raw"]));
+    assert_eq!(count(&report, "written"), 12, "{report}");
+    assert!(kept.iter().all(|(name, id)| identity(&out)[name] == *id));
+    for name in shards(&out).keys() {
+        let shard = ShardReader::open(&out.join(name)).unwrap();
+        (0..shard.videos()).for_each(|v| shard.verify(v).unwrap());
+    }
+}
+
+#[test]
+fn what_cannot_be_read_or_decoded_at_all_is_refused() {
+    let clips = Clips { per_shard: 12, ..Clips::new(12) };
+    let out = clips.path("out");
+    let none = Command::new(PROGRAM).args(clips.args(&out, &["--annotations"])).output().unwrap();
+    assert_eq!(none.status.code(), Some(2), "usage errors");
+    // An ffmpeg that fails whatever it is given is no reason to call a dataset broken.
+    let bad = clips.path("bad");
+    std::fs::create_dir(&bad).unwrap();
+    std::fs::write(bad.join("ffmpeg"), "#!/bin/sh\n[ \"$1\" = -version ] || { echo no codec >&2; exit 1; }\n").unwrap();
+    std::fs::set_permissions(bad.join("ffmpeg"), PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", bad.display());
+    let output = Command::new(PROGRAM).args(clips.args(&out, &[])).env("PATH", path).output().unwrap();
+    let said = refused(&output);
+    assert!(
+        said.contains("not one of this shard's first 12 videos can be decoded") && said.contains("no codec"),
+        "{said}"
+    );
+    let output =
+        Command::new(PROGRAM).args(clips.args(&clips.path("o2"), &[])).env("PATH", "/nowhere").output().unwrap();
+    assert!(refused(&output).contains("cannot run `ffmpeg`"), "{}", text(&output));
+
+    // A folder without permission, for someone who is not root.
+    let videos = clips.path("videos/train");
+    std::fs::set_permissions(clips.dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(&videos, PermissionsExt::from_mode(0o000)).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.args(clips.args(&clips.path("o3"), &[])).stdin(Stdio::null());
+    // SAFETY: plain query.
+    if unsafe { libc::geteuid() } == 0 {
+        command.uid(65534).gid(65534);
+    }
+    let output = command.output();
+    std::fs::set_permissions(&videos, PermissionsExt::from_mode(0o755)).unwrap();
+    match output {
+        // The program lies where only root can read it.
+        Err(e) => eprintln!("SKIPPED: the program cannot be run as another user: {e}"),
+        Ok(output) => {
+            let said = refused(&output);
+            assert!(said.contains("videos/train: cannot read this folder: Permission denied"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn inspect_names_damaged_videos_draws_a_sheet_and_fails() {
+    let clips = Clips::new(8);
+    let out = clips.path("out");
+    succeeded(&clips.run(&out, &["--encoding", "raw"]));
+    let sheet = clips.path("sheet.png");
+    let inspect = || {
+        let args = ["data", "inspect", out.to_str().unwrap(), "--sheet", sheet.to_str().unwrap(), "--rows", "8"];
+        Command::new(PROGRAM).args(args).output().unwrap()
+    };
+    let said = succeeded(&inspect());
+    assert!(said.contains("8 videos, 400 frames of 24x32 (HxW)") && said.contains("all sound"), "{said}");
+    assert!(said.contains("class 3") && said.contains("25.0 %"), "{said}");
+    assert_eq!(&std::fs::read(&sheet).unwrap()[1..4], b"PNG");
+    std::fs::remove_file(&sheet).unwrap();
+
+    // The same shard under a second name; the byte in the middle of another changed; a third cut short.
+    std::fs::copy(out.join("train-00000.h5"), out.join("train-00007.h5")).unwrap();
+    let path = out.join("train-00001.h5");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let id =
+        ShardReader::open(&path).unwrap().ids.into_iter().find(|id| text(&inspect()).contains(&format!("video {id}")));
+    std::fs::write(out.join("train-00009.h5"), &bytes[..middle]).unwrap();
+    let output = inspect();
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("2 damaged:") && said.contains("train-00009.h5: not a readable HDF5 file"), "{said}");
+    assert!(said.contains(&format!("train-00001.h5: video {}", id.expect("no video is named"))), "{said}");
+    assert!(said.contains("4 ids occur more than once"), "{said}");
+    assert!(sheet.is_file(), "no sheet of what is sound");
+}
