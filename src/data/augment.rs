@@ -138,8 +138,8 @@ pub struct View {
 /// What each byte of each channel becomes: scaled, or in 0..=1 where saturation is still to be changed.
 #[derive(Clone, Debug)]
 enum Colour {
-    /// `byte * factor + shift`, for [`LANES`] successive values.
-    Affine { factor: [f32; LANES], shift: [f32; LANES] },
+    /// `byte * factor + shift`, factors and shifts of [`LANES`] successive values.
+    Affine(Box<[[f32; LANES]; 2]>),
     /// Brightness and contrast, which end at black and white.
     Table(Box<[[f32; 256]; 3]>),
 }
@@ -291,7 +291,7 @@ impl Colour {
         if (brightness, contrast) == (1.0, 1.0) {
             let black = |i: usize| scaled(0.0, i % 3);
             let factor = std::array::from_fn(|i| (scaled(1.0, i % 3) - black(i)) / 255.0);
-            return Colour::Affine { factor, shift: std::array::from_fn(black) };
+            return Colour::Affine(Box::new([factor, std::array::from_fn(black)]));
         }
         Colour::Table(Box::new(std::array::from_fn(|c| {
             std::array::from_fn(|byte| {
@@ -305,7 +305,8 @@ impl Colour {
     #[inline(always)]
     fn apply(&self, bytes: &[u8], out: &mut [f32]) {
         match self {
-            Colour::Affine { factor, shift } => {
+            Colour::Affine(of) => {
+                let [factor, shift] = &**of;
                 let (bytes, rest) = bytes.as_chunks::<LANES>();
                 let (out, last) = out.as_chunks_mut::<LANES>();
                 for (out, bytes) in out.iter_mut().zip(bytes) {
