@@ -2,7 +2,7 @@
 
 PACKAGES := openmpi-bin libopenmpi-dev libhdf5-dev libclang-dev clang g++ libdnnl-dev pkg-config ffmpeg hdf5-tools
 # A Slurm cluster on this one machine, for tests and for `make cluster-demo`; needs root.
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps python3-minimal
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps python3
 CARGO ?= cargo
 # One profile for the program, its tests and clippy, so that dependencies are built once.
 PROFILE := --release --locked

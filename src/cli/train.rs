@@ -64,7 +64,7 @@ pub fn plan(args: &TrainArgs) -> Result<()> {
 /// Trains.
 ///
 /// # Errors
-/// As the parts; [`Error::Stopped`] after `--stop-after`.
+/// As the parts; [`crate::Error::Stopped`] after `--stop-after`.
 pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
     let planned = Config::load(&args.config, &args.set).and_then(|mut config| {
         resume_cut(&mut config)?;

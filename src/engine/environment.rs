@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::footprint::{bytes, memory};
 use super::setup::Setup;
-use crate::plan::machine::own_processors;
+use crate::plan::machine::{own_processors, program_hash};
 use crate::transport::{World, hostname};
 use crate::{Error, Result};
 
@@ -36,7 +36,6 @@ impl Place {
     /// Looks around.
     pub fn here() -> Self {
         let (available, limit) = memory_here();
-        let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
         Place {
             host: hostname(),
             processors: own_processors(),
@@ -51,7 +50,7 @@ impl Place {
                 };
                 entries.filter_map(name).filter(gpu).count()
             }),
-            program: xxhash_rust::xxh3::xxh3_64(&program),
+            program: program_hash(),
         }
     }
 }

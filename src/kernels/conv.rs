@@ -2,7 +2,7 @@
 //!
 //! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A layer
 //! holds a [`Convolution`], which chooses among three ways by the shape alone and keeps what it made ready:
-//! [`winograd`] for 3x3 kernels of stride 1, oneDNN where the program was built with it, else [`patches`].
+//! `winograd` for 3x3 kernels of stride 1, oneDNN where the program was built with it, else `patches`.
 
 use candle_core::{Tensor, TensorId, WithDType};
 

@@ -15,7 +15,7 @@ use crate::model::module::{Fuse, Module, SkipInput};
 use crate::model::param::Init;
 use crate::model::spec::{LayerSpec, Shape};
 use crate::optim::{Optimizer, OptimizerSpec};
-use crate::plan::machine::processor_name;
+use crate::plan::machine::{processor_name, program_hash};
 use crate::{Error, Result};
 
 /// A module to be timed.
@@ -91,10 +91,9 @@ pub struct Profile {
 impl Conditions {
     /// The conditions of this program on this machine, for parts to be filled in.
     pub fn here(threads: usize, busy: usize, batch: usize, fuse: Fuse, optimizer: OptimizerSpec) -> Self {
-        let program = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
         Conditions {
             version: env!("CARGO_PKG_VERSION").into(),
-            build: format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&program)),
+            build: format!("{:016x}", program_hash()),
             kernels: kernels::back_end(),
             cpu: processor_name(),
             threads,
