@@ -373,13 +373,49 @@ fn a_damaged_video_is_skipped_in_training_and_an_error_in_evaluation() {
     }
 }
 
+/// All that is drawn at random, and resizing.
+fn augmented() -> StreamOptions {
+    let augmentation =
+        Augmentation { crop_scale: Some([0.3, 1.0]), brightness: 0.4, contrast: 0.3, saturation: 0.5, ..flip() };
+    StreamOptions { training: true, shuffle: true, crop: Some(10), augmentation, ..options() }
+}
+
+#[test]
+fn threads_chunks_and_replicas_change_no_bit_of_a_clip() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Jpeg);
+    let whole = StreamOptions { batch: 4, ..augmented() };
+    let all = run(&data, whole.clone(), 5);
+    for (decoders, chunk, prefetch) in [(2, 1, 0), (3, 3, 5), (8, 6, 1)] {
+        let o = StreamOptions { decoders, chunk, prefetch, ..whole.clone() };
+        assert!(run(&data, o, 5) == all, "{decoders} threads, chunks of {chunk}");
+    }
+    // Two replicas with half the batch have the two halves.
+    let halves = [0, 1].map(|replica| run(&data, StreamOptions { batch: 2, replicas: 2, replica, ..augmented() }, 5));
+    for (clip, (info, frames)) in all.iter().enumerate() {
+        let (a, b) = (&halves[0][clip], &halves[1][clip]);
+        assert_eq!([&a.0.videos[..], &b.0.videos].concat(), info.videos);
+        assert!(frames.iter().zip(a.1.iter().zip(&b.1)).all(|(whole, (a, b))| [&a[..], b].concat() == *whole));
+    }
+}
+
+#[test]
+fn augmentation_is_one_for_all_frames_of_a_clip() {
+    let dir = tempfile::tempdir().unwrap();
+    // Videos of one frame: windows repeat it, so all that could differ is the augmentation.
+    shard(&dir.path().join("still.h5"), Encoding::Jpeg, [16, 24], 0, &[1; 6]);
+    let data = Arc::new(Dataset::open(&[format!("{}/still.h5", dir.path().display())]).unwrap());
+    let clips = run(&data, StreamOptions { batch: 1, ..augmented() }, 24);
+    assert!(clips.iter().all(|(_, frames)| frames.iter().all(|f| *f == frames[0])));
+    let of = |video| clips.iter().filter(|(c, _)| c.videos == [Some(video)]).map(|(_, f)| &f[0]).collect::<Vec<_>>();
+    assert!((0..6).all(|v| of(v).len() == 4 && of(v).windows(2).all(|w| w[0] != w[1])), "drawn anew each epoch");
+}
+
 #[test]
 fn resuming_within_an_epoch_gives_the_same_augmented_clips() {
     let dir = tempfile::tempdir().unwrap();
     let data = dataset(dir.path(), Encoding::Jpeg);
-    let augmentation =
-        Augmentation { crop_scale: Some([0.3, 1.0]), brightness: 0.4, contrast: 0.3, saturation: 0.5, ..flip() };
-    let o = StreamOptions { training: true, shuffle: true, crop: Some(10), augmentation, ..options() };
+    let o = augmented();
     let all = run(&data, o.clone(), 8);
     let again = StreamOptions { first_clip: 5, decoders: 3, chunk: 1, prefetch: 0, verify: false, ..o.clone() };
     assert_eq!(run(&data, again, 8), all[5..]);

@@ -2,6 +2,7 @@
 //! frames of a clip, so that what moves in it is the video and not the augmentation.
 
 use super::sampler::{Draw, draw};
+use crate::kernels::vectorized;
 use crate::{Error, Result};
 
 /// Random changes of clips in training; off by default.
@@ -130,9 +131,25 @@ pub struct View {
     /// Random resized crop: weights of rows and columns.
     resize: Option<(Vec<Taps>, Vec<Taps>)>,
     scaling: Scaling,
-    /// For each channel, what each byte becomes: scaled, or in 0..=1 where saturation is still to be changed.
-    table: Box<[[f32; 256]; 3]>,
+    colour: Colour,
     saturation: Option<f32>,
+}
+
+/// What each byte of each channel becomes: scaled, or in 0..=1 where saturation is still to be changed.
+#[derive(Clone, Debug)]
+enum Colour {
+    /// `byte * factor + shift`, factors and shifts of [`LANES`] successive values.
+    Affine(Box<[[f32; LANES]; 2]>),
+    /// Brightness and contrast, which end at black and white.
+    Table(Box<[[f32; 256]; 3]>),
+}
+
+/// Whole pixels and whole vectors of every width.
+const LANES: usize = 48;
+
+thread_local! {
+    /// A row of values, and the rows that resizing has made narrow.
+    static ROWS: std::cell::RefCell<(Vec<f32>, Vec<f32>)> = const { std::cell::RefCell::new((Vec::new(), Vec::new())) };
 }
 
 /// The source pixels that make up one resized pixel.
@@ -146,8 +163,8 @@ impl View {
     /// The centre of the frame, unchanged.
     pub fn central(geometry: Geometry, scaling: Scaling) -> Self {
         let (top, left) = ((geometry.height - geometry.out_height) / 2, (geometry.width - geometry.out_width) / 2);
-        let table = table(&scaling, 1.0, 1.0, true);
-        View { geometry, top, left, mirrored: false, resize: None, scaling, table, saturation: None }
+        let colour = Colour::new(&scaling, 1.0, 1.0, true);
+        View { geometry, top, left, mirrored: false, resize: None, scaling, colour, saturation: None }
     }
 
     /// Drawn from (seed, epoch, video) alone.
@@ -181,7 +198,7 @@ impl View {
             left: whole(Draw::CropColumn, g.width - width + 1),
             mirrored: a.flip && whole(Draw::Flip, 2) == 1,
             resize: a.crop_scale.map(|_| (taps(height, g.out_height), taps(width, g.out_width))),
-            table: table(&scaling, brightness, contrast, a.saturation == 0.0),
+            colour: Colour::new(&scaling, brightness, contrast, a.saturation == 0.0),
             saturation: (a.saturation > 0.0).then_some(saturation),
             geometry,
             scaling,
@@ -190,16 +207,15 @@ impl View {
 
     /// Makes `out` = `[out_height, out_width, 3]` values of `frame` = `[height, width, 3]` bytes.
     pub fn apply(&self, frame: &[u8], out: &mut [f32]) {
-        let g = &self.geometry;
-        match &self.resize {
-            None => {
-                for (y, row) in out.chunks_exact_mut(g.out_width * 3).enumerate() {
-                    let at = ((self.top + y) * g.width + self.left) * 3;
-                    self.row(&frame[at..at + row.len()], row);
-                }
-            }
-            Some((rows, columns)) => self.resized(frame, rows, columns, out),
-        }
+        ROWS.with_borrow_mut(|scratch| {
+            vectorized(
+                #[inline(always)]
+                || match &self.resize {
+                    None => self.cropped(frame, out),
+                    Some((rows, columns)) => self.resized(frame, rows, columns, scratch, out),
+                },
+            );
+        });
         if let Some(saturation) = self.saturation {
             let Scaling { mean, std } = &self.scaling;
             for pixel in out.as_chunks_mut::<3>().0 {
@@ -212,60 +228,105 @@ impl View {
         }
     }
 
-    /// One row through the table, mirrored or not.
-    fn row(&self, bytes: &[u8], out: &mut [f32]) {
-        let [red, green, blue] = &*self.table;
-        let one = |to: &mut [f32; 3], from: &[u8; 3]| {
-            *to = [red[usize::from(from[0])], green[usize::from(from[1])], blue[usize::from(from[2])]];
-        };
-        let (out, bytes) = (out.as_chunks_mut::<3>().0, bytes.as_chunks::<3>().0);
-        if self.mirrored {
-            out.iter_mut().zip(bytes.iter().rev()).for_each(|(to, from)| one(to, from));
-        } else {
-            out.iter_mut().zip(bytes).for_each(|(to, from)| one(to, from));
+    #[inline(always)]
+    fn cropped(&self, frame: &[u8], out: &mut [f32]) {
+        let g = &self.geometry;
+        let mut turned = vec![0; if self.mirrored { g.out_width * 3 } else { 0 }];
+        for (y, row) in out.chunks_exact_mut(g.out_width * 3).enumerate() {
+            let at = ((self.top + y) * g.width + self.left) * 3;
+            let mut bytes = &frame[at..at + row.len()];
+            if self.mirrored {
+                let pixels = turned.as_chunks_mut::<3>().0.iter_mut().zip(bytes.as_chunks::<3>().0.iter().rev());
+                pixels.for_each(|(to, from)| *to = *from);
+                bytes = &turned;
+            }
+            self.colour.apply(bytes, row);
         }
     }
 
-    /// Both directions one after the other, colours through the table first.
-    fn resized(&self, frame: &[u8], rows: &[Taps], columns: &[Taps], out: &mut [f32]) {
+    /// Columns, then rows; colours before both.
+    #[inline(always)]
+    fn resized(
+        &self,
+        frame: &[u8],
+        rows: &[Taps],
+        columns: &[Taps],
+        (wide, narrow): &mut (Vec<f32>, Vec<f32>),
+        out: &mut [f32],
+    ) {
         let g = &self.geometry;
-        let height = rows.iter().map(|t| t.first + t.weights.len()).max().unwrap_or(0);
-        let width = columns.iter().map(|t| t.first + t.weights.len()).max().unwrap_or(0);
-        let mut narrow = vec![0.0f32; height * g.out_width * 3];
-        for (y, narrow) in narrow.chunks_exact_mut(g.out_width * 3).enumerate() {
+        let end = |taps: &[Taps]| taps.iter().map(|t| t.first + t.weights.len()).max().unwrap_or(0);
+        let (height, width, narrow_row) = (end(rows), end(columns), g.out_width * 3);
+        // A pixel is read and written as four values, of which the last is the next pixel's or nobody's.
+        wide.resize(width * 3 + 1, 0.0);
+        narrow.resize(height * narrow_row + 1, 0.0);
+        for y in 0..height {
             let at = ((self.top + y) * g.width + self.left) * 3;
-            let source = frame[at..at + width * 3].as_chunks::<3>().0;
-            for (x, to) in narrow.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+            self.colour.apply(&frame[at..at + width * 3], &mut wide[..width * 3]);
+            for x in 0..g.out_width {
                 let taps = &columns[if self.mirrored { g.out_width - 1 - x } else { x }];
-                for (pixel, &weight) in source[taps.first..].iter().zip(&taps.weights) {
-                    for c in 0..3 {
-                        to[c] += weight * self.table[c][usize::from(pixel[c])];
-                    }
+                let mut pixel = [0.0; 4];
+                let pixels = wide[taps.first * 3..].windows(4).step_by(3);
+                for (from, &weight) in pixels.zip(&taps.weights) {
+                    pixel.iter_mut().zip(from).for_each(|(to, from)| *to += weight * from);
                 }
+                let to = y * narrow_row + x * 3;
+                narrow[to..to + 4].copy_from_slice(&pixel);
             }
         }
-        let row = g.out_width * 3;
-        for (taps, out) in rows.iter().zip(out.chunks_exact_mut(row)) {
+        for (taps, out) in rows.iter().zip(out.chunks_exact_mut(narrow_row)) {
             out.fill(0.0);
-            for (source, &weight) in narrow[taps.first * row..].chunks_exact(row).zip(&taps.weights) {
+            let sources = narrow[taps.first * narrow_row..].chunks_exact(narrow_row);
+            for (source, &weight) in sources.zip(&taps.weights) {
                 out.iter_mut().zip(source).for_each(|(to, from)| *to += weight * from);
             }
         }
     }
 }
 
-/// Brightness, contrast and (if `scaled`) scaling of every byte.
-fn table(scaling: &Scaling, brightness: f32, contrast: f32, scaled: bool) -> Box<[[f32; 256]; 3]> {
-    Box::new(std::array::from_fn(|c| {
-        std::array::from_fn(|byte| {
-            let mut value = byte as f32 / 255.0;
-            if (brightness, contrast) != (1.0, 1.0) {
-                value = (value * brightness).clamp(0.0, 1.0);
-                value = (0.5 + contrast * (value - 0.5)).clamp(0.0, 1.0);
+impl Colour {
+    /// Brightness, contrast and (if `scaled`) scaling of every byte.
+    fn new(scaling: &Scaling, brightness: f32, contrast: f32, scaled: bool) -> Self {
+        let scaled = |value: f32, c: usize| if scaled { (value - scaling.mean[c]) / scaling.std[c] } else { value };
+        if (brightness, contrast) == (1.0, 1.0) {
+            let black = |i: usize| scaled(0.0, i % 3);
+            let factor = std::array::from_fn(|i| (scaled(1.0, i % 3) - black(i)) / 255.0);
+            return Colour::Affine(Box::new([factor, std::array::from_fn(black)]));
+        }
+        Colour::Table(Box::new(std::array::from_fn(|c| {
+            std::array::from_fn(|byte| {
+                let bright = (byte as f32 / 255.0 * brightness).clamp(0.0, 1.0);
+                scaled((0.5 + contrast * (bright - 0.5)).clamp(0.0, 1.0), c)
+            })
+        })))
+    }
+
+    /// Whole pixels.
+    #[inline(always)]
+    fn apply(&self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Colour::Affine(of) => {
+                let [factor, shift] = &**of;
+                let (bytes, rest) = bytes.as_chunks::<LANES>();
+                let (out, last) = out.as_chunks_mut::<LANES>();
+                for (out, bytes) in out.iter_mut().zip(bytes) {
+                    affine(bytes, factor, shift, out);
+                }
+                affine(rest, factor, shift, last);
             }
-            if scaled { (value - scaling.mean[c]) / scaling.std[c] } else { value }
-        })
-    }))
+            Colour::Table(table) => {
+                let pixels = out.as_chunks_mut::<3>().0.iter_mut().zip(bytes.as_chunks::<3>().0);
+                pixels.for_each(|(out, pixel)| *out = std::array::from_fn(|c| table[c][usize::from(pixel[c])]));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn affine(bytes: &[u8], factor: &[f32; LANES], shift: &[f32; LANES], out: &mut [f32]) {
+    for ((out, &byte), (factor, shift)) in out.iter_mut().zip(bytes).zip(factor.iter().zip(shift)) {
+        *out = f32::from(byte) * factor + shift;
+    }
 }
 
 /// Bilinear, and a triangle as wide as an output pixel where pixels get fewer (so that nothing is passed over).
@@ -275,10 +336,10 @@ fn taps(source: usize, out: usize) -> Vec<Taps> {
     (0..out)
         .map(|i| {
             let centre = (i as f64 + 0.5) * scale;
-            let first = (centre - reach).floor().max(0.0) as usize;
-            let end = ((centre + reach).ceil() as usize).min(source);
-            let raw: Vec<f64> =
-                (first..end).map(|k| (1.0 - ((k as f64 + 0.5 - centre) / reach).abs()).max(0.0)).collect();
+            // Pixels k whose centre k + 0.5 is nearer than `reach`.
+            let first = ((centre - reach - 0.5).floor() + 1.0).max(0.0) as usize;
+            let end = ((centre + reach - 0.5).ceil() as usize).min(source);
+            let raw: Vec<f64> = (first..end).map(|k| 1.0 - ((k as f64 + 0.5 - centre) / reach).abs()).collect();
             let sum: f64 = raw.iter().sum();
             Taps { first, weights: raw.iter().map(|w| (w / sum) as f32).collect() }
         })
@@ -326,7 +387,7 @@ mod tests {
             out
         };
         let plain = of(Augmentation::default(), 0);
-        assert_eq!(plain, [200.0 / 255.0, 100.0 / 255.0, 50.0 / 255.0]);
+        assert!([200.0, 100.0, 50.0].iter().zip(plain).all(|(byte, x)| (byte / 255.0 - x).abs() < 1e-6f32));
         let grey = 0.299 * plain[0] + 0.587 * plain[1] + 0.114 * plain[2];
         for epoch in 0..50 {
             let bright = of(Augmentation { brightness: 0.2, ..Augmentation::default() }, epoch);

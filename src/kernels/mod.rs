@@ -29,6 +29,7 @@ mod winograd;
 pub(crate) use host::{Host, by_dtype, overwritten, tensor};
 pub use memory::Recycling;
 pub use real::Real;
+pub(crate) use simd::vectorized;
 pub use threads::{set_threads, with_threads};
 
 use crate::{Error, Result};
