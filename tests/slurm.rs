@@ -40,6 +40,18 @@ impl Testbed {
         Self::call(&[&["run"][..], args].concat())
     }
 
+    /// Runs an srun on it, again if Open MPI crashes as it starts (slurm/ranks.sh tells of that).
+    fn run_ranks(&self, args: &[&str]) -> Output {
+        let mut output = self.run(args);
+        for _ in 0..2 {
+            if !text(&output).contains("Segmentation fault") {
+                break;
+            }
+            output = self.run(args);
+        }
+        output
+    }
+
     fn does(&self, args: &[&str]) {
         let output = Self::call(args);
         assert!(output.status.success(), "{args:?}: {}", text(&output));
@@ -145,6 +157,7 @@ fn batch_jobs_finish_whatever_happens_and_with_the_same_bits() {
     a_slow_network_changes_no_bit(&testbed);
     videos_are_prepared_on_all_nodes_and_across_a_requeue(&testbed);
     signals_requeue_the_job(&testbed);
+    a_crash_at_the_start_is_tried_again(&testbed);
     a_lost_node_is_replaced(&testbed, "kill-node");
     a_lost_node_is_replaced(&testbed, "cut-link");
 }
@@ -171,15 +184,17 @@ fn time_limits_requeue_five_times() {
 
 fn wrong_starts_are_refused(testbed: &Testbed) {
     let run = Run::new(20);
-    let srun = |options: &[&str]| testbed.run(&[&["srun"], options, &[PROGRAM, "train", &run.config]].concat());
+    let command = |options: &[&str], command: &str| {
+        testbed.run_ranks(&[&["srun"], options, &[PROGRAM, command, &run.config]].concat())
+    };
+    let srun = |options: &[&str]| command(options, "train");
     let singletons = srun(&["--mpi=none", "-n4"]);
     assert_eq!(singletons.status.code(), Some(2), "{}", text(&singletons));
     assert!(text(&singletons).contains("use `srun --mpi=pmix`"), "{}", text(&singletons));
-    let doctor = testbed.run(&["srun", "--mpi=none", "-n4", PROGRAM, "doctor", &run.config]);
+    let doctor = command(&["--mpi=none", "-n4"], "doctor");
     assert_eq!(doctor.status.code(), Some(2), "{}", text(&doctor));
     assert!(text(&doctor).contains("WILL FAIL        launcher"), "{}", text(&doctor));
-    let cyclic = ["srun", "--mpi=pmix", "-N4", "-n8", "--distribution=cyclic", PROGRAM, "doctor", &run.config];
-    let cyclic = testbed.run(&cyclic);
+    let cyclic = command(&["--mpi=pmix", "-N4", "-n8", "--distribution=cyclic"], "doctor");
     assert!(cyclic.status.success() && text(&cyclic).contains("--distribution=block"), "{}", text(&cyclic));
     let many = srun(&["--mpi=pmix", "-N4", "-n9"]);
     assert_eq!(many.status.code(), Some(2), "{}", text(&many));
@@ -265,6 +280,21 @@ fn signals_requeue_the_job(testbed: &Testbed) {
     }
     run.wait_for_end(testbed, &job);
     run.assert_same_as_alone(500);
+}
+
+/// Ranks that always crash as they start are started three times, and the job ends.
+fn a_crash_at_the_start_is_tried_again(testbed: &Testbed) {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (log, program) = (dir.path().join("job.log"), dir.path().join("crash"));
+    std::fs::write(&program, "#!/bin/sh\nkill -SEGV $$\n").unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let output = format!("--output={}", log.display());
+    let export = format!("--export=ALL,SIDEWAYS={},NODE_WAIT=1", program.display());
+    let options = ["--wait", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", &output, &export];
+    let submitted = testbed.run(&[&["sbatch"][..], &options, &["slurm/train.sbatch", "config"]].concat());
+    let said = std::fs::read_to_string(&log).unwrap_or_default();
+    assert_eq!(submitted.status.code(), Some(139), "{} {said}", text(&submitted));
+    assert!(said.contains("attempt 3 of 3") && !said.contains("restart 1"), "{said}");
 }
 
 /// The host dies, or lives but is not reached: the job fails within its time-out, and goes on elsewhere.
