@@ -64,7 +64,8 @@ pub struct DataConfig {
     pub saturation: f64,
     /// Draw the order of clips and their windows anew each epoch; otherwise shard order from frame 0.
     pub shuffle: bool,
-    /// Compare each video with its checksum when it is first met; damaged ones are skipped in training.
+    /// Compare each video with its checksum when it is first met (all of it is read then); damaged ones are skipped in
+    /// training. Without, damage is met where the JPEG decoder stumbles, and the clip counts with black frames from there.
     pub verify: bool,
     /// Threads that decode, crop and scale frames, on each first module's rank.
     pub decode_threads: usize,
