@@ -246,11 +246,14 @@ fn times_are_kept_with_their_conditions() {
     // But for that, the same plan to the letter.
     let line = |text: &str| text.lines().filter(|l| !l.starts_with("times:")).map(String::from).collect::<Vec<_>>();
     assert_eq!(line(&first), line(&again));
+    // Measured anew, the blocks' times take the old ones' place; the best cut may be another one, with times of its own.
     assert!(plan(&["--fresh"]).0.contains("; measured now ("));
-    assert_eq!(files(), kept);
+    let fresh = files();
+    assert!(kept.iter().all(|file| fresh.contains(file)) && fresh.len() <= 3, "{kept:?} {fresh:?}");
     // Another batch is another profile.
     assert!(plan(&["--set", "data.batch=3"]).0.contains("; measured now ("));
-    assert_eq!(files().len(), 4);
+    let kept = files();
+    assert_eq!(kept.len(), fresh.len() + 2);
     // Those of another build are not taken, damaged ones neither; both are measured anew.
     for file in &kept {
         let stale = std::fs::read_to_string(file).unwrap().replace("\"build\": \"", "\"build\": \"0");
