@@ -28,7 +28,8 @@ struct Runner {
 struct KernelEntry {
     const char* name;
     void (*run)(Runner*, void** arguments);
-    const unsigned* argument_sizes;  // ends with 0
+    const unsigned* argument_sizes;
+    const bool* argument_is_pointer;
     unsigned arguments;
     unsigned max_threads;  // __launch_bounds__, or 0
 };

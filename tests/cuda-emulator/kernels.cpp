@@ -20,6 +20,7 @@ struct Function {
     size_t dynamic_limit = 48 << 10;
 };
 struct Module {
+    Context* context = nullptr;
     void* object = nullptr;
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
@@ -236,12 +237,15 @@ static CUresult run_kernel(const KernelEntry* entry, const unsigned* grid, const
     s.block.barrier = barrier;
     s.block.exchange = exchange;
     sideways_emulator_block = &s.block;
-    for (unsigned z = 0; z < grid[2]; z++)
-        for (unsigned y = 0; y < grid[1]; y++)
-            for (unsigned x = 0; x < grid[0]; x++) {
-                s.block.block = {x, y, z};
-                s.run_block();
-            }
+    // Every other launch runs its blocks backwards: nothing may depend on their order.
+    static std::atomic<unsigned> launches{0};
+    bool backwards = launches++ % 2;
+    unsigned long long row = grid[0], plane = row * grid[1], blocks = plane * grid[2];
+    for (unsigned long long i = 0; i < blocks; i++) {
+        unsigned long long b = backwards ? blocks - 1 - i : i;
+        s.block.block = {(unsigned)(b % row), (unsigned)(b % plane / row), (unsigned)(b / plane)};
+        s.run_block();
+    }
     return CUDA_SUCCESS;
 }
 
@@ -271,6 +275,7 @@ EXPORT CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     auto* table = (const KernelEntry*)dlsym(object, "sideways_emulator_kernels");
     if (!table) return CUDA_ERROR_INVALID_IMAGE;
     auto* loaded = new Module;
+    loaded->context = context;
     loaded->object = object;
     for (; table->name; table++)
         loaded->functions[table->name] = std::unique_ptr<Function>(new Function{table, loaded});
@@ -356,6 +361,10 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
     auto stream = find_stream(context, handle);
     if (!stream || !function) return CUDA_ERROR_INVALID_HANDLE;
     const KernelEntry* entry = function->entry;
+    if (stream->context != context || function->module->context != context) {
+        complain("kernel %s: the stream or the module belongs to another context than the current one", entry->name);
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
     unsigned long long threads = (unsigned long long)block_x * block_y * block_z;
     if (!grid_x || !grid_y || !grid_z || !threads || grid_x > 2147483647u || grid_y > 65535 || grid_z > 65535 ||
         block_x > 1024 || block_y > 1024 || block_z > 64 || threads > 1024 || shared_bytes > function->dynamic_limit) {
@@ -378,6 +387,12 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
         auto* from = (const char*)parameters[i];
         if (!from) return CUDA_ERROR_INVALID_VALUE;
         launch->values.emplace_back(from, from + entry->argument_sizes[i]);
+        if (!entry->argument_is_pointer[i]) continue;
+        void* pointer = *(void**)from;
+        if (pointer && !device_address((uint64_t)pointer) && !pinned_range(pointer, 1)) {
+            complain("kernel %s: argument %u, %p, is neither device memory nor page-locked", entry->name, i, pointer);
+            return CUDA_ERROR_ILLEGAL_ADDRESS;
+        }
     }
     for (auto& value : launch->values) launch->pointers.push_back(value.data());
     count("launch");

@@ -224,7 +224,7 @@ static std::string translate(const std::string& preprocessed) {
     for (auto& kernel : find_kernels(body))
         out += "    ::sideways_emulator::Kernel<::" + kernel.name + ">::entry(\"" + kernel.name + "\", " +
                (kernel.bounds.empty() ? "0" : kernel.bounds) + "),\n";
-    return out + "    {nullptr, nullptr, nullptr, 0, 0}};\n";
+    return out + "    {nullptr, nullptr, nullptr, nullptr, 0, 0}};\n";
 }
 
 // ---- The API ----
