@@ -25,7 +25,7 @@ impl Worker {
 
     /// Clears every register and takes the clip's labels.
     fn begin(&mut self, clip: u64) -> Result<()> {
-        self.inputs.iter_mut().for_each(|edge| edge.held = None);
+        self.compute.begin();
         (self.decision, self.skipped) = (0, 0);
         if self.saver.is_some() {
             self.before = Some(snapshot(&mut self.module, self.update.as_ref(), self.index)?);
@@ -35,7 +35,7 @@ impl Worker {
             let labels = self.labels(clip)?;
             let Some(source) = &mut self.source else { return Ok(()) };
             match (&mut source.truth, &mut self.loss) {
-                (None, Some(end)) => end.head.begin(&labels),
+                (None, Some(end)) => self.compute.set_labels(&mut end.head, &labels)?,
                 (Some((id, sender)), _) if source.ahead.is_none() => {
                     let head = header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]);
                     let labels: Vec<f32> = labels.iter().map(|&l| l as f32).collect();
@@ -50,9 +50,12 @@ impl Worker {
                     let labels = receiver.wait(&header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]))?;
                     let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
                     receiver.release()?;
-                    end.head.begin(&labels);
+                    self.compute.set_labels(&mut end.head, &labels)?;
                 }
-                _ => end.head.begin(&end.present(clip, self.batch)),
+                _ => {
+                    let present = end.present(clip, self.batch);
+                    self.compute.set_labels(&mut end.head, &present)?;
+                }
             }
         }
         Ok(())

@@ -6,6 +6,7 @@
 
 pub mod bp;
 pub mod clip;
+pub mod compute;
 pub mod console;
 pub mod environment;
 pub mod footprint;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use candle_core::{DType, Device};
 
+use super::compute::{Compute, Host};
 use super::console::{Console, Observer, Recorder, Totals, gather};
 use super::head::Head;
 use super::report::{DECIDED, Report};
@@ -19,7 +20,6 @@ use crate::config::Config;
 use crate::data::FrameStream;
 use crate::kernels;
 use crate::metrics::Stopwatch;
-use crate::model::layers::Tape;
 use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
@@ -387,7 +387,7 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, re
     let loss = (i == d).then(|| LossEnd {
         head: Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes),
         truth: ends.truth_in,
-        target: None,
+        shape: setup.network.modules[i - 1].output,
         clips: setup.dataset.as_ref().filter(|_| !training).map(|data| data.videos.len()),
     });
     let saver = match training && r == 0 && span.record {
@@ -407,14 +407,13 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, re
         key: run_key(config.train.seed, r),
         plan: setup.schedule.steps(i).to_vec(),
         module,
-        tape: Tape::default(),
+        compute: Compute::Host(Host::new(setup.network.inputs(i).len())),
         inputs: inputs
             .map(|(spec, (id, activations, cotangents))| InEdge {
                 spec: spec.clone(),
                 id,
                 activations,
                 cotangents,
-                held: None,
                 waits: Waits::default(),
             })
             .collect(),
