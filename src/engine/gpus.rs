@@ -1,0 +1,78 @@
+//! Which GPU a rank's modules compute on.
+
+use crate::config::DeviceChoice;
+use crate::transport::World;
+#[cfg(feature = "cuda")]
+use crate::{Error, transport::hostname};
+use crate::Result;
+
+/// Where a rank's modules compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Site {
+    /// On the processor.
+    Cpu,
+    /// On the GPU of this number among those the process sees; so many ranks share it.
+    #[cfg(feature = "cuda")]
+    Gpu {
+        /// Its number.
+        ordinal: usize,
+        /// Ranks on it.
+        ranks: usize,
+    },
+}
+
+/// This rank's site: the k-th rank of a host takes its k-th GPU, from the first again where there are fewer. `auto` takes
+/// GPUs where every rank has one. Collective.
+///
+/// # Errors
+/// [`Error::Input`] on all ranks, where GPUs are asked for and a rank has none.
+#[cfg(feature = "cuda")]
+pub fn choose(world: &World, choice: DeviceChoice) -> Result<Site> {
+    if choice == DeviceChoice::Cpu {
+        return Ok(Site::Cpu);
+    }
+    let (count, trouble) = match crate::cuda::device_count() {
+        Ok(count) => (count, String::new()),
+        Err(e) => (0, e.to_string()),
+    };
+    let mine = format!("{}\n{count}\n{trouble}", hostname());
+    let gathered = world.gather(mine.as_bytes())?;
+    let all: Vec<String> = gathered.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
+    let host = |rank: usize| all[rank].lines().next().unwrap_or_default();
+    let without = (0..all.len()).find(|&rank| all[rank].lines().nth(1) == Some("0"));
+    match (without, choice) {
+        (Some(rank), DeviceChoice::Auto) => {
+            log::debug!("no GPU on rank {rank} ({}): all ranks compute on the CPU", host(rank));
+            return Ok(Site::Cpu);
+        }
+        (Some(rank), _) => {
+            let why = all[rank].lines().skip(2).collect::<Vec<_>>().join(" ");
+            let why = if why.is_empty() { "the driver shows it none".into() } else { why };
+            return Err(Error::input(format!(
+                "rank {rank} on {} has no GPU: {why}. Ask for them (Slurm: --gpus-per-node), or set run.device = \"cpu\"",
+                host(rank)
+            )));
+        }
+        (None, _) => {}
+    }
+    let here: Vec<usize> = (0..all.len()).filter(|&rank| host(rank) == host(world.rank())).collect();
+    let place = here.iter().position(|&rank| rank == world.rank()).unwrap_or(0);
+    let ordinal = place % count;
+    let ranks = (0..here.len()).filter(|k| k % count == ordinal).count();
+    if ranks > 1 && place < count {
+        log::warn!(
+            "{}: {ranks} ranks share GPU {ordinal}, and wait for one another: one rank a GPU is faster",
+            host(world.rank())
+        );
+    }
+    Ok(Site::Gpu { ordinal, ranks })
+}
+
+/// This rank's site: without CUDA, always the processor.
+///
+/// # Errors
+/// None.
+#[cfg(not(feature = "cuda"))]
+pub fn choose(_: &World, _: DeviceChoice) -> Result<Site> {
+    Ok(Site::Cpu)
+}
