@@ -6,7 +6,7 @@
 #define PARAMETER                                                                      \
     const count *row = table + pieces[2 * blockIdx.x] * 6;                             \
     float *value = (float *)row[0], *gradient = (float *)row[1];                       \
-    float *first = (float *)row[2], *second = (float *)row[3];                         \
+    float *first = (float *)row[2];                                                    \
     real *rounded = (real *)row[4];                                                    \
     count start = pieces[2 * blockIdx.x + 1], end = start + PIECE < row[5] ? start + PIECE : row[5]
 
@@ -70,6 +70,7 @@ extern "C" __global__ void sgd(const count *table, const count *pieces, const fl
 extern "C" __global__ void adamw(const count *table, const count *pieces, const float *state, float size, float root,
                                  float shrink, float eps, float b1, float c1, float b2, float c2) {
     STEP {
+        float *second = (float *)row[3];
         float p = value[i], g = gradient[i] * factor;
         float m = b1 * first[i] + c1 * g, v = b2 * second[i] + c2 * g * g;
         first[i] = m;
@@ -82,6 +83,7 @@ extern "C" __global__ void adamw(const count *table, const count *pieces, const 
 extern "C" __global__ void rmsprop(const count *table, const count *pieces, const float *state, float lr, float keep,
                                    float part, float eps, float momentum, float decay) {
     STEP {
+        float *second = (float *)row[3];
         float p = value[i], g = gradient[i] * factor + decay * p;
         float square = keep * first[i] + part * g * g;
         first[i] = square;

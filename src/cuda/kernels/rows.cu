@@ -1,11 +1,11 @@
 // Arrays seen as [rows, c]: biases, sums of columns, channels copied in and out.
 
-extern "C" __global__ void bias(const real *x, const float *b, real *y, unsigned n, unsigned c, int w, int relu) {
+extern "C" __global__ void bias(real *y, const float *b, unsigned n, unsigned c, int w, int relu) {
     unsigned i = INDEX * w;
     if (i >= n) return;
     unsigned ch = i % c;
     float v[PACK];
-    take(x + i, w, v);
+    take(y + i, w, v);
     LANES {
         v[k] += b[ch + k];
         if (relu && v[k] < 0.0f) v[k] = 0.0f;
@@ -49,16 +49,11 @@ extern "C" __global__ void column_total(const float *parts, int number, unsigned
 
 // to[row][to_first + j] = from[row][from_first + j] for `width` channels j; n = rows * width.
 extern "C" __global__ void copy_channels(const real *from, real *to, unsigned n, unsigned width, unsigned from_c,
-                                         unsigned from_first, unsigned to_c, unsigned to_first, int w, int add) {
+                                         unsigned from_first, unsigned to_c, unsigned to_first, int w) {
     unsigned i = INDEX * w;
     if (i >= n) return;
     unsigned row = i / width, j = i % width;
-    float v[PACK], u[PACK];
-    real *out = to + (count)row * to_c + to_first + j;
+    float v[PACK];
     take(from + (count)row * from_c + from_first + j, w, v);
-    if (add) {
-        take(out, w, u);
-        for (int k = 0; k < PACK; k++) v[k] += u[k];
-    }
-    put(out, w, v);
+    put(to + (count)row * to_c + to_first + j, w, v);
 }

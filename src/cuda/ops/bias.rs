@@ -1,33 +1,40 @@
 //! Arrays seen as `[rows, channels]`: biases and their gradients, channels copied in and out.
 
-use std::ops::Range;
-
 use super::{Array, Columns, Element, Gpu, arguments, each, expect, expect_scratch, launch, signed, small, width};
 use crate::{Error, Result};
 
-/// `y = x + b` by channel for `x` `[rows, C]` and `b` `[C]`, with a relu behind it if `relu`; `y` may be `x`.
+/// `y += b` by channel for `y` `[rows, channels]` and `b` `[channels]`.
 ///
 /// # Errors
 /// [`Error::Run`] if sizes do not fit or the launch fails.
-pub fn bias(gpu: &Gpu, x: &Array, b: &Array, y: &Array, relu: bool) -> Result<()> {
-    let channels = b.len();
-    expect("a bias", b, channels, Element::F32)?;
-    expect("the output of a bias", y, x.len(), x.element())?;
-    rows_of("a bias", x, channels)?;
-    let w = width(x.element(), &[channels]);
-    let (n, c) = (small(x.len())?, small(channels)?);
-    launch(gpu, "bias", x.element(), each(x.len(), w), arguments![x, b, y, n, c, w as i32, relu])
+pub fn bias(gpu: &Gpu, y: &Array, b: &Array, channels: usize) -> Result<()> {
+    biased(gpu, y, b, channels, false)
 }
 
-/// `gb += ` the column sums of `gy` `[rows, C]`, for `gb` `[C]`; `scratch` has [`bias_scratch`] floats.
+/// `y = relu(y + b)`, as [`bias`].
 ///
 /// # Errors
 /// As [`bias`].
-pub fn bias_gradient(gpu: &Gpu, gy: &Array, gb: &Array, scratch: &Array) -> Result<()> {
-    let channels = gb.len();
+pub fn bias_relu(gpu: &Gpu, y: &Array, b: &Array, channels: usize) -> Result<()> {
+    biased(gpu, y, b, channels, true)
+}
+
+fn biased(gpu: &Gpu, y: &Array, b: &Array, channels: usize, relu: bool) -> Result<()> {
+    expect("a bias", b, channels, Element::F32)?;
+    rows_of("a bias", y, channels)?;
+    let w = width(y.element(), &[channels]);
+    let arguments = arguments![y, b, small(y.len())?, small(channels)?, w as i32, relu];
+    launch(gpu, "bias", y.element(), each(y.len(), w), arguments)
+}
+
+/// Adds the column sums of `gy` `[rows, channels]` to `gb` `[channels]`.
+///
+/// # Errors
+/// As [`bias`].
+pub fn bias_gradient(gpu: &Gpu, gy: &Array, gb: &Array, channels: usize, scratch: &Array) -> Result<()> {
     expect("a bias's gradient", gb, channels, Element::F32)?;
     let rows = rows_of("a bias's gradient", gy, channels)?;
-    expect_scratch("a bias's gradient", scratch, bias_scratch(rows, channels))?;
+    expect_scratch("a bias's gradient", scratch, bias_gradient_scratch(rows, channels))?;
     small(gy.len())?;
     let cut = Columns::new(gy.element(), 1, rows, channels);
     let c = small(channels)?;
@@ -43,74 +50,40 @@ pub fn bias_gradient(gpu: &Gpu, gy: &Array, gb: &Array, scratch: &Array) -> Resu
 }
 
 /// Floats of scratch that [`bias_gradient`] needs for a cotangent `[rows, channels]`.
-pub fn bias_scratch(rows: usize, channels: usize) -> usize {
+pub fn bias_gradient_scratch(rows: usize, channels: usize) -> usize {
     Columns::most_parts(1, rows, channels) * channels
 }
 
-/// Copies channels `range` of `from` `[rows, from_channels]` into `to` `[rows, to_channels]`, from channel `first` on.
-/// Concatenation is one call an input, its transpose one a cotangent.
+/// Copies `part` `[rows, own]` into channels `first` to `first + own` of `whole` `[rows, channels]`.
 ///
 /// # Errors
 /// As [`bias`].
-pub fn copy_channels(
-    gpu: &Gpu,
-    from: (&Array, usize),
-    range: Range<usize>,
-    to: (&Array, usize),
-    first: usize,
-) -> Result<()> {
-    channels(gpu, from, range, to, first, false)
+pub fn put_channels(gpu: &Gpu, part: &Array, whole: &Array, own: usize, channels: usize, first: usize) -> Result<()> {
+    let (n, w) = block(part, whole, own, channels, first)?;
+    let (own, channels, first) = (small(own)?, small(channels)?, small(first)?);
+    let arguments = arguments![part, whole, n, own, own, 0u32, channels, first, w as i32];
+    launch(gpu, "copy_channels", part.element(), each(part.len(), w), arguments)
 }
 
-/// As [`copy_channels`], adding to what is there.
+/// Copies channels `first` to `first + own` of `whole` `[rows, channels]` into `part` `[rows, own]`.
 ///
 /// # Errors
 /// As [`bias`].
-pub fn add_channels(
-    gpu: &Gpu,
-    from: (&Array, usize),
-    range: Range<usize>,
-    to: (&Array, usize),
-    first: usize,
-) -> Result<()> {
-    channels(gpu, from, range, to, first, true)
+pub fn get_channels(gpu: &Gpu, whole: &Array, part: &Array, own: usize, channels: usize, first: usize) -> Result<()> {
+    let (n, w) = block(part, whole, own, channels, first)?;
+    let (own, channels, first) = (small(own)?, small(channels)?, small(first)?);
+    let arguments = arguments![whole, part, n, own, channels, first, own, 0u32, w as i32];
+    launch(gpu, "copy_channels", part.element(), each(part.len(), w), arguments)
 }
 
-fn channels(
-    gpu: &Gpu,
-    (from, from_channels): (&Array, usize),
-    range: Range<usize>,
-    (to, to_channels): (&Array, usize),
-    first: usize,
-    add: bool,
-) -> Result<()> {
-    let rows = rows_of("a copy of channels", from, from_channels)?;
-    expect("a copy of channels", to, rows * to_channels, from.element())?;
-    if range.start > range.end || range.end > from_channels || first + range.len() > to_channels {
-        return Err(Error::Run(format!(
-            "channels {range:?} of {from_channels} do not fit into {to_channels} from {first} on"
-        )));
+/// Elements of `part`, and how many a thread takes.
+fn block(part: &Array, whole: &Array, own: usize, channels: usize, first: usize) -> Result<(u32, usize)> {
+    let rows = rows_of("a copy of channels", part, own)?;
+    expect("what channels are copied into or out of", whole, rows * channels, part.element())?;
+    if first + own > channels {
+        return Err(Error::Run(format!("{own} channels from {first} on of an array of {channels}")));
     }
-    let (n, count) = (rows * range.len(), range.len());
-    let w = width(from.element(), &[count, from_channels, to_channels, range.start, first]);
-    launch(
-        gpu,
-        "copy_channels",
-        from.element(),
-        each(n, w),
-        arguments![
-            from,
-            to,
-            small(n)?,
-            small(count)?,
-            small(from_channels)?,
-            small(range.start)?,
-            small(to_channels)?,
-            small(first)?,
-            w as i32,
-            add
-        ],
-    )
+    Ok((small(part.len())?, width(part.element(), &[own, channels, first])))
 }
 
 /// How many rows of `channels` an array has.

@@ -1,6 +1,6 @@
 //! Element by element: activations, sums, dropout, types; and the guard against what is not finite.
 
-use super::{Array, BUSY, Element, Gpu, arguments, each, expect, expect_scratch, launch, pack};
+use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, each, expect, expect_scratch, launch, pack};
 use crate::{Error, Result};
 
 /// `y = max(x, 0)`; `y` may be `x`. What is not a number stays one.
@@ -35,12 +35,20 @@ pub fn gelu_vjp(gpu: &Gpu, x: &Array, gy: &Array, gx: &Array) -> Result<()> {
     zip(gpu, "gelu_vjp", x, gy, gx)
 }
 
-/// `y = a + b`; `y` may be `a` or `b`, so `add(gpu, y, x, y)` adds `x` to `y`.
+/// `y = a + b`; `y` may be `a` or `b`.
 ///
 /// # Errors
 /// As [`relu`].
 pub fn add(gpu: &Gpu, a: &Array, b: &Array, y: &Array) -> Result<()> {
     sum(gpu, a, b, y, false)
+}
+
+/// `y += x`.
+///
+/// # Errors
+/// As [`relu`].
+pub fn add_to(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
+    sum(gpu, y, x, y, false)
 }
 
 /// `y = relu(a + b)`; `y` may be `a` or `b`.
@@ -82,17 +90,27 @@ pub fn set_words(gpu: &Gpu, array: &Array, first: usize, words: &[u64]) -> Resul
     launch(gpu, "set_words", Element::F32, [1, 1, 1], arguments![to, n, word(0), word(1), word(2), word(3)])
 }
 
-/// `y = x` in `y`'s type, rounded to nearest even.
+/// `y = x` for `x` of 32-bit floats and `y` of either type, rounded to nearest even.
 ///
 /// # Errors
 /// As [`relu`].
-pub fn cast(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
-    expect("a cast's output", y, x.len(), y.element())?;
-    let n = x.len() as u64;
-    match (x.element(), y.element()) {
-        (from, to) if from == to => gpu.copy(x, y),
-        (Element::Bf16, _) => launch(gpu, "widen", Element::Bf16, each(x.len(), 8), arguments![x, y, n]),
-        (Element::F32, _) => launch(gpu, "narrow", Element::Bf16, each(x.len(), 8), arguments![x, y, n]),
+pub fn from_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
+    expect("what is cast", x, y.len(), Element::F32)?;
+    match y.element() {
+        Element::F32 => gpu.copy(x, y),
+        to => launch(gpu, "narrow", to, each(x.len(), pack(to)), arguments![x, y, x.len() as u64]),
+    }
+}
+
+/// `y = x` for `x` of either type and `y` of 32-bit floats.
+///
+/// # Errors
+/// As [`relu`].
+pub fn to_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
+    expect("what is cast to", y, x.len(), Element::F32)?;
+    match x.element() {
+        Element::F32 => gpu.copy(x, y),
+        from => launch(gpu, "widen", from, each(x.len(), pack(from)), arguments![x, y, x.len() as u64]),
     }
 }
 
@@ -125,23 +143,23 @@ pub fn fill(gpu: &Gpu, x: &Array, value: f32) -> Result<()> {
 }
 
 /// Where any element of `x` is not a finite number: adds 1 to the first float of `flag`, and with `clear` sets all of `x`
-/// to 0. `scratch` has [`guard_scratch`] floats.
+/// to 0.
 ///
 /// # Errors
 /// [`Error::Run`] if an array is too short or a launch fails.
-pub fn guard(gpu: &Gpu, x: &Array, flag: &Array, clear: bool, scratch: &Array) -> Result<()> {
+pub fn guard(gpu: &Gpu, x: &Array, flag: &Array, scratch: &Array, clear: bool) -> Result<()> {
     expect_scratch("the guard's flag", flag, 1)?;
-    expect_scratch("the guard", scratch, guard_scratch())?;
+    expect_scratch("the guard", scratch, guard_scratch(x.len()))?;
     let (n, element) = (x.len() as u64, x.element());
-    let looked = x.len().div_ceil(super::BLOCK * pack(element)).clamp(1, BUSY);
+    let looked = guard_scratch(x.len());
     launch(gpu, "guard_look", element, [looked, 1, 1], arguments![x, n, scratch])?;
     let grid = [if clear { looked } else { 1 }, 1, 1];
     launch(gpu, "guard_act", element, grid, arguments![x, n, scratch, looked as i32, flag, clear])
 }
 
-/// Floats of scratch that [`guard`] needs.
-pub fn guard_scratch() -> usize {
-    BUSY
+/// Floats of scratch that [`guard`] needs for an array of so many elements.
+pub fn guard_scratch(elements: usize) -> usize {
+    elements.div_ceil(BLOCK * 8).clamp(1, BUSY)
 }
 
 fn map(gpu: &Gpu, name: &'static str, x: &Array, y: &Array) -> Result<()> {

@@ -29,7 +29,7 @@ pub fn cross_entropy(
         expect("the sum of logits", sum, logits.len(), Element::F32)?;
     }
     expect("a score", score, 2, Element::F32)?;
-    expect_scratch("a loss", scratch, loss_scratch(samples))?;
+    expect_scratch("a loss", scratch, loss_scratch(logits.len(), samples))?;
     let (b, k) = (signed(samples)?, signed(logits.len() / samples)?);
     let arguments = arguments![logits, labels, gradient, logits_sum, scratch, b, k];
     launch(gpu, "cross_entropy", element, [samples, 1, 1], arguments)?;
@@ -66,7 +66,7 @@ pub fn pixel(
         expect("the output's gradient", gradient, output.len(), element)?;
     }
     expect("a score", score, 2, Element::F32)?;
-    expect_scratch("a loss", scratch, loss_scratch(samples))?;
+    expect_scratch("a loss", scratch, loss_scratch(output.len(), samples))?;
     let sample = output.len() / samples;
     let w = width(element, &[sample]);
     let parts = parts(samples, sample);
@@ -89,9 +89,9 @@ pub fn pixel(
     launch(gpu, "loss_total", element, [1, 1, 1], arguments)
 }
 
-/// Floats of scratch that a loss over `samples` needs.
-pub fn loss_scratch(samples: usize) -> usize {
-    samples * parts(samples, usize::MAX)
+/// Floats of scratch that a loss needs for an output of `elements` in all, of `samples`.
+pub fn loss_scratch(elements: usize, samples: usize) -> usize {
+    samples * parts(samples, elements / samples.max(1))
 }
 
 /// Blocks a sample of so many elements.
