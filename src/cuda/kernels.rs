@@ -11,10 +11,60 @@ use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use super::gpu::{Element, capability, failed};
 use crate::{Error, Result};
 
-const SOURCE: &str = concat!(include_str!("kernels/common.cu"), include_str!("kernels/elementwise.cu"));
+const SOURCE: &str = concat!(
+    include_str!("kernels/common.cu"),
+    include_str!("kernels/elementwise.cu"),
+    include_str!("kernels/rows.cu"),
+    include_str!("kernels/norm.cu"),
+    include_str!("kernels/pool.cu"),
+    include_str!("kernels/loss.cu"),
+    include_str!("kernels/optimizer.cu"),
+);
 
 /// Every kernel's name.
-const NAMES: &[&str] = &["relu"];
+const NAMES: &[&str] = &[
+    "accumulate",
+    "adamw",
+    "add",
+    "average_pool",
+    "average_pool_vjp",
+    "bias",
+    "column_sums",
+    "column_total",
+    "copy_channels",
+    "cross_entropy",
+    "dropout",
+    "fill",
+    "gelu",
+    "gelu_vjp",
+    "global_average",
+    "global_average_vjp",
+    "gradient_norm",
+    "gradient_squares",
+    "guard_act",
+    "guard_look",
+    "loss_total",
+    "max_pool",
+    "max_pool_vjp",
+    "narrow",
+    "norm_apply",
+    "norm_running",
+    "norm_statistics",
+    "norm_sums",
+    "norm_vjp_apply",
+    "norm_vjp_coefficients",
+    "norm_vjp_sums",
+    "pixel_loss",
+    "relu",
+    "relu_vjp",
+    "rmsprop",
+    "scale",
+    "set_words",
+    "sgd",
+    "upsample",
+    "upsample_vjp",
+    "widen",
+];
 
 /// Compiles all kernels for `context`'s GPU.
 ///
