@@ -342,6 +342,6 @@ fn same_length(array: &Array, values: usize) -> Result<()> {
 }
 
 /// The error of a call to the driver.
-pub(super) fn failed(doing: &str, e: &DriverError) -> Error {
+pub(crate) fn failed(doing: &str, e: &DriverError) -> Error {
     Error::Run(format!("{doing} failed: {e}"))
 }

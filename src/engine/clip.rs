@@ -1,7 +1,6 @@
 //! One clip of one module: what comes before its first tick and after its last.
 
 use super::report::{DECIDED, Report};
-use super::state::snapshot;
 use super::stop::{Decider, UNDO};
 use super::worker::{At, Worker, header};
 use crate::config::UpdateEvery;
@@ -28,7 +27,7 @@ impl Worker {
         self.compute.begin();
         (self.decision, self.skipped) = (0, 0);
         if self.saver.is_some() {
-            self.before = Some(snapshot(&mut self.module, self.update.as_ref(), self.index)?);
+            self.remember()?;
         }
         if self.source.is_some() {
             self.watch.enter(Phase::Data);
@@ -103,6 +102,7 @@ impl Worker {
         {
             self.apply_update(clip, self.plan.len())?;
         }
+        self.tally()?;
         self.watch.enter(Phase::Other);
         let saved = self.save(clip)?;
         let (link, waited) = self.longest_wait();

@@ -27,7 +27,7 @@ impl Worker {
             self.send_cotangents(at)?;
             self.count_backward_step(at)?;
         }
-        self.compute.end_tick()
+        self.end_tick(at)
     }
 
     /// The frame (module 1), or the main input and the skips: those that arrive now, else the one held.
@@ -86,10 +86,11 @@ impl Worker {
     /// gᵢ(t): at module D the true gradient of this step's loss; elsewhere the sum of the cotangents that module i's
     /// receivers computed one tick ago. Whether there is one.
     fn cotangent(&mut self, at: At) -> Result<bool> {
-        let plan = &self.plan[at.step];
-        if plan.loss {
+        if self.plan[at.step].loss {
             return self.loss_gradient(at);
         }
+        self.see_activations_off(at)?;
+        let plan = &self.plan[at.step];
         for (k, (edge, computed_at)) in self.outputs.iter_mut().zip(&plan.cotangent).enumerate() {
             let (Some(computed_at), Some((id, receiver))) = (*computed_at, edge.cotangents.as_mut()) else { continue };
             self.watch.enter(Phase::WaitCotangents);

@@ -1,13 +1,13 @@
 //! Convolution, and the linear map as one of a single pixel.
 
 use super::{Backward, Builder, Layer, Scratch, Use, elements};
+use crate::Result;
 use crate::cuda::dnn::Convolution;
 use crate::cuda::gpu::{Array, Element, Gpu};
 use crate::cuda::ops;
 use crate::cuda::param::Param;
 use crate::kernels::conv::Conv;
 use crate::model::spec::Shape;
-use crate::{Error, Result};
 
 /// A convolution with or without a bias, `[B, H, W, C]` to `[B, H', W', O]`.
 pub struct Conv2d {
@@ -21,7 +21,7 @@ impl Conv2d {
     /// Parameters `{name}.weight` and, with `bias`, `{name}.bias`.
     ///
     /// # Errors
-    /// [`Error::Run`] if cuDNN cannot, or there is no memory.
+    /// [`crate::Error::Run`] if cuDNN cannot, or there is no memory.
     pub fn new(builder: &mut Builder, name: &str, conv: Conv, input: Shape, out: usize, bias: bool) -> Result<Self> {
         let [h, w, c] = input;
         let gpu = builder.gpu;

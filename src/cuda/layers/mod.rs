@@ -172,7 +172,7 @@ impl Builder<'_> {
                 Box::new(Conv2d::new(self, name, conv, [1, 1, h * w * c], *out, *bias)?)
             }
             LayerSpec::GroupNorm { groups } => Box::new(norm::GroupNorm::new(self, name, input, *groups, relu)?),
-            LayerSpec::BatchNorm { momentum } => Box::new(norm::BatchNorm::new(self, name, input, *momentum)?),
+            LayerSpec::BatchNorm { momentum } => Box::new(norm::BatchNorm::new(self, name, input, *momentum, relu)?),
             LayerSpec::Relu {} => Box::new(simple::Relu),
             LayerSpec::Gelu {} => Box::new(simple::Gelu),
             LayerSpec::MaxPool { .. } | LayerSpec::AvgPool { .. } => {
@@ -189,7 +189,7 @@ impl Builder<'_> {
 
 /// Whether a layer of this kind can do the relu behind it in the same pass.
 fn takes_relu(spec: &LayerSpec) -> bool {
-    matches!(spec, LayerSpec::GroupNorm { .. })
+    matches!(spec, LayerSpec::GroupNorm { .. } | LayerSpec::BatchNorm { .. })
 }
 
 /// Elements of a batch of activations.

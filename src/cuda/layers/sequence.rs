@@ -83,14 +83,7 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Layer::backward`].
-    pub fn backward(
-        &mut self,
-        gpu: &Gpu,
-        x: &Array,
-        gy: &Array,
-        gx: Option<&Array>,
-        scratch: &Scratch,
-    ) -> Result<()> {
+    pub fn backward(&mut self, gpu: &Gpu, x: &Array, gy: &Array, gx: Option<&Array>, scratch: &Scratch) -> Result<()> {
         let mut g = gy.clone();
         if let (true, Some(gx)) = (self.steps.is_empty(), gx) {
             return gpu.copy(&g, gx);

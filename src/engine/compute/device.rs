@@ -9,6 +9,7 @@
 //! Messages are staged in the links' own buffers, locked into memory. An activation's message starts as soon as its copy has
 //! arrived in host memory, while the backward pass runs ([`Device::see_off`]).
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -19,9 +20,11 @@ use crate::cuda::module::Module;
 use crate::cuda::optim::Optimizer;
 use crate::cuda::{Array, Element, Gpu, ops};
 use crate::engine::head::Head;
+use crate::engine::worker::Update;
 use crate::kernels::Window;
 use crate::model::layers::Pass;
 use crate::model::module;
+use crate::transport::average::ReplicaAverage;
 use crate::transport::{Header, Receiver, Sender};
 use crate::{Error, Result};
 
@@ -30,6 +33,16 @@ struct Incoming {
     wire: Array,
     arrived: CudaEvent,
     used: CudaEvent,
+    ahead: Ahead,
+}
+
+/// How far the next message is that is fetched before it is asked for; with its flags.
+#[derive(Clone, Copy, Default)]
+enum Ahead {
+    #[default]
+    Nothing,
+    Copying(u32),
+    Copied(u32),
 }
 
 /// A copy from the GPU to a message that starts when it is there.
@@ -58,7 +71,6 @@ pub struct Loss {
     /// Sum of losses weighted by clips, and the weights.
     sums: Array,
     target: Option<Incoming>,
-    batch: usize,
     steps: usize,
 }
 
@@ -82,6 +94,14 @@ pub struct Device {
     flags: Array,
     scratch: Array,
     leaves_out: bool,
+    /// Whether an update was launched whose outcome is not known yet.
+    updated: bool,
+    /// Everything that an update changes, with a copy of it; steps since the last update then, and updates.
+    marked: Vec<(Array, Array)>,
+    marked_steps: (u64, u64),
+    /// B, and `[H, W, C]` of the output.
+    batch: usize,
+    output: [usize; 3],
 }
 
 /// What a device is made for.
@@ -140,7 +160,6 @@ impl Device {
                 logits: gpu.zeros(if target { 0 } else { output }, Element::F32)?,
                 sums: gpu.zeros(2, Element::F32)?,
                 target: target.then(|| Incoming::new(gpu, output)).transpose()?,
-                batch,
                 steps: 0,
             }),
         };
@@ -160,6 +179,11 @@ impl Device {
             flags: gpu.zeros(1, Element::F32)?,
             scratch: gpu.array(scratch.max(1), Element::F32)?,
             leaves_out: making.leaves_out,
+            updated: false,
+            marked: Vec::new(),
+            marked_steps: (0, 0),
+            batch,
+            output: making.output,
             module,
             gpu: gpu.clone(),
         })
@@ -188,7 +212,7 @@ impl Device {
     }
 
     pub(super) fn receive_input(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
-        let (gpu, incoming) = (&self.gpu, &self.inputs[k]);
+        let (gpu, incoming) = (&self.gpu, &mut self.inputs[k]);
         let flags = incoming.receive(gpu, receiver, due)?;
         ops::from_f32(gpu, &incoming.wire, self.module.input(k))?;
         incoming.done(gpu)?;
@@ -201,7 +225,9 @@ impl Device {
 
     pub(super) fn pool(&mut self, k: usize, factors: (usize, usize)) -> Result<()> {
         match &self.outputs[k].pooled {
-            Some([pooled, _]) => self.average(k, factors, pooled),
+            Some([pooled, _]) => {
+                ops::average_pool(&self.gpu, self.y_shape(), &edge_window(factors), self.module.output(), pooled)
+            }
             None => Ok(()),
         }
     }
@@ -226,10 +252,17 @@ impl Device {
     }
 
     pub(super) fn receive_cotangent(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
-        let Some(incoming) = &self.outputs[k].cotangent else { return Err(Error::Run("no cotangent was due".into())) };
+        let Some(incoming) = &mut self.outputs[k].cotangent else {
+            return Err(Error::Run("no cotangent was due".into()));
+        };
         let flags = incoming.receive(&self.gpu, receiver, due)?;
         self.came = Some(k);
         Ok(flags)
+    }
+
+    fn y_shape(&self) -> [usize; 4] {
+        let [h, w, c] = self.output;
+        [self.batch, h, w, c]
     }
 
     fn came(&self) -> Result<(usize, &Incoming)> {
@@ -253,7 +286,7 @@ impl Device {
         match &self.outputs[k].pooled {
             Some([_, pooled]) => {
                 ops::from_f32(gpu, &incoming.wire, pooled)?;
-                self.spread(k, factors, pooled, target)?;
+                ops::average_pool_vjp(gpu, self.y_shape(), &edge_window(factors), pooled, target)?;
             }
             None => ops::from_f32(gpu, &incoming.wire, target)?,
         }
@@ -278,8 +311,29 @@ impl Device {
     }
 
     pub(super) fn receive_target(&mut self, receiver: &mut Receiver, due: &Header) -> Result<()> {
-        let Some(target) = self.loss.as_ref().and_then(|loss| loss.target.as_ref()) else { return Ok(()) };
+        let Some(target) = self.loss.as_mut().and_then(|loss| loss.target.as_mut()) else { return Ok(()) };
         target.receive(&self.gpu, receiver, due).map(|_| ())
+    }
+
+    pub(super) fn loss(&mut self, head: &mut Head, training: bool) -> Result<()> {
+        let gpu = &self.gpu;
+        let Some(loss) = &mut self.loss else { return Err(Error::Run("no loss here".into())) };
+        let gradient = if training { Some(self.module.output_cotangent()?) } else { None };
+        let (y, labels, sums, scratch) = (self.module.output(), &loss.labels, &loss.sums, &self.scratch);
+        match (head.frame_loss(), &loss.target) {
+            (Some(kind), Some(target)) => {
+                ops::pixel(gpu, kind, y, &target.wire, labels, gradient, sums, scratch)?;
+                target.done(gpu)?;
+            }
+            (Some(_), None) => return Err(Error::Run("a step with a loss came without its target".into())),
+            (None, _) => ops::cross_entropy(gpu, y, labels, gradient, Some(&loss.logits), sums, scratch)?,
+        }
+        loss.steps += 1;
+        if let (Some(gradient), true) = (gradient, self.leaves_out) {
+            ops::guard(gpu, gradient, &self.flags, scratch, true)?;
+        }
+        self.summed = training;
+        Ok(())
     }
 
     pub(super) fn vjp(&mut self, _: &mut module::Module, _: &Pass, wanted: &[bool]) -> Result<()> {
@@ -317,6 +371,160 @@ impl Device {
     pub(super) fn end_tick(&mut self) {
         (self.summed, self.came) = (false, None);
     }
+
+    /// Starts the copy of input `k`, if its message is there; the message's buffer is given back when the copy has arrived.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] if the message is not the one that is `due` next.
+    pub fn prefetch(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<()> {
+        self.inputs[k].prefetch(&self.gpu, receiver, due)
+    }
+
+    /// Launches an update by the mean of the gradients, at `scale` times the learning rate.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if a launch fails; [`Error::Transport`] if a replica is gone.
+    pub fn update(&mut self, update: &mut Update, clip: u64, step: usize) -> Result<()> {
+        if let Some(average) = &mut update.average {
+            self.average_gradients(average, clip, step)?;
+        }
+        let Some(optimizer) = &mut self.optimizer else { return Ok(()) };
+        let factor = update.schedule.factor(clip, update.total_clips);
+        optimizer.step(&self.gpu, factor, update.steps as f64, update.clip_norm)?;
+        update.lr = factor * update.rate;
+        update.steps = 0;
+        self.updated = true;
+        Ok(())
+    }
+
+    /// Replaces the gradients by their mean over replicas, by way of host memory.
+    fn average_gradients(&mut self, average: &mut ReplicaAverage, clip: u64, step: usize) -> Result<()> {
+        let (gpu, mut all) = (&self.gpu, Vec::new());
+        self.module.visit(&mut |p| {
+            if let Some(grad) = &p.grad {
+                all.extend(gpu.download(grad)?);
+            }
+            Ok(())
+        })?;
+        average.average(&mut all, clip, step as u32)?;
+        let mut rest = all.as_slice();
+        self.module.visit(&mut |p| {
+            let Some(grad) = &p.grad else { return Ok(()) };
+            let (own, others) = rest.split_at(grad.len());
+            rest = others;
+            gpu.write(grad, own)
+        })
+    }
+
+    /// Waits for the clip's last launch: what the GPU has counted. The loss goes to `head`, the gradient's norm to `update`.
+    /// Errors about values that are not finite are told apart by what they are about, all of them.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if anything launched before failed.
+    pub fn tally(&mut self, head: Option<&mut Head>, update: Option<&mut Update>) -> Result<Vec<Error>> {
+        let mut errors = Vec::new();
+        let flagged = self.gpu.download(&self.flags)?[0];
+        if flagged > 0.0 {
+            self.gpu.zero(&self.flags)?;
+            errors.push(Error::NonFinite(format!(
+                "{flagged} of the cotangents and losses' gradients of this clip are not finite"
+            )));
+        }
+        if let (Some(head), Some(loss)) = (head, &self.loss)
+            && loss.steps > 0
+        {
+            let sums = self.gpu.download(&loss.sums)?;
+            let logits = self.gpu.download(&loss.logits)?;
+            let labels: Vec<i32> = self.gpu.download(&loss.labels)?.iter().map(|x| x.to_bits() as i32).collect();
+            match head.count(sums[0], sums[1], &logits, &labels, loss.steps) {
+                Err(e @ Error::NonFinite(_)) => errors.push(e),
+                result => result?,
+            }
+        }
+        if let (Some(optimizer), Some(update), true) = (&mut self.optimizer, update, self.updated) {
+            let (norm, finite) = optimizer.outcome(&self.gpu)?;
+            update.grad_norm = norm;
+            if !finite {
+                optimizer.undo_count();
+                self.forget_gradients()?;
+                errors.push(Error::NonFinite(format!(
+                    "a gradient is not finite (norm {norm}): try a smaller learning rate, warm-up, or clipping"
+                )));
+            }
+        }
+        self.updated = false;
+        Ok(errors)
+    }
+
+    fn forget_gradients(&mut self) -> Result<()> {
+        let gpu = &self.gpu;
+        self.module.visit(&mut |p| p.grad.as_ref().map_or(Ok(()), |grad| gpu.zero(grad)))
+    }
+
+    /// Copies parameters and the optimiser's memory to the host's `module` and `update`, gradients too where an update is
+    /// not due yet. Waits.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if a copy fails.
+    pub fn download(&mut self, module: &mut module::Module, update: Option<&mut Update>) -> Result<()> {
+        let gpu = &self.gpu;
+        let unfinished = update.as_ref().is_some_and(|update| update.steps > 0);
+        let (mut values, mut gradients) = (HashMap::new(), HashMap::new());
+        self.module.visit(&mut |p| {
+            values.insert(p.name.clone(), p.read(gpu, &p.value)?);
+            if let (Some(grad), true) = (&p.grad, unfinished) {
+                gradients.insert(p.name.clone(), p.read(gpu, grad)?);
+            }
+            Ok(())
+        })?;
+        module.visit(&mut |p| {
+            if let Some(value) = values.remove(&p.name) {
+                p.value = value;
+            }
+            p.grad = gradients.remove(&p.name);
+            Ok(())
+        })?;
+        if let (Some(optimizer), Some(update)) = (&self.optimizer, update) {
+            let mut state = optimizer.state(gpu, &mut self.module)?;
+            update.optimizer.load_state(&mut |f| module.visit(f), &mut |name| state.remove(name))?;
+        }
+        Ok(())
+    }
+
+    /// Remembers the module as it is, in device memory, to go back to it: nothing is waited for.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if there is no memory for it.
+    pub fn mark(&mut self, steps: u64) -> Result<()> {
+        let mut own = Vec::new();
+        self.module.visit(&mut |p| {
+            own.extend([Some(p.value.clone()), p.grad.clone()].into_iter().flatten());
+            Ok(())
+        })?;
+        own.extend(self.optimizer.iter().flat_map(|o| o.arrays().cloned()));
+        if self.marked.is_empty() {
+            for array in &own {
+                self.marked.push((array.clone(), self.gpu.array(array.len(), Element::F32)?));
+            }
+        }
+        self.marked.iter().try_for_each(|(array, copy)| self.gpu.copy(array, copy))?;
+        self.marked_steps = (steps, self.optimizer.as_ref().map_or(0, Optimizer::steps));
+        Ok(())
+    }
+
+    /// Goes back to the module as it was at the last [`Device::mark`], whose `steps` it gives back.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if a launch fails.
+    pub fn rewind(&mut self) -> Result<u64> {
+        self.marked.iter().try_for_each(|(array, copy)| self.gpu.copy(copy, array))?;
+        let gpu = &self.gpu;
+        self.module.visit(&mut |p| p.changed(gpu))?;
+        if let Some(optimizer) = &mut self.optimizer {
+            optimizer.set_steps(self.marked_steps.1);
+        }
+        Ok(self.marked_steps.0)
+    }
 }
 
 impl Incoming {
@@ -325,6 +533,7 @@ impl Incoming {
             wire: gpu.array(elements, Element::F32)?,
             arrived: gpu.event()?,
             used: gpu.event()?,
+            ahead: Ahead::Nothing,
         };
         incoming.done(gpu)?;
         Ok(incoming)
@@ -351,12 +560,34 @@ impl Incoming {
         self.arrived.synchronize().map_err(|e| failed("waiting for a copy", &e))
     }
 
-    fn receive(&self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<u32> {
+    fn receive(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<u32> {
+        let ahead = std::mem::take(&mut self.ahead);
+        if let Ahead::Copied(flags) = ahead {
+            return Ok(flags);
+        }
         let (flags, values) = receiver.wait_flagged(due)?;
-        self.copy(gpu, values)?;
+        if matches!(ahead, Ahead::Nothing) {
+            self.copy(gpu, values)?;
+        }
         self.wait()?;
         receiver.release()?;
         Ok(flags)
+    }
+
+    fn prefetch(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<()> {
+        self.ahead = match self.ahead {
+            Ahead::Nothing if receiver.ready()? => {
+                let (flags, values) = receiver.wait_flagged(due)?;
+                self.copy(gpu, values)?;
+                Ahead::Copying(flags)
+            }
+            Ahead::Copying(flags) if self.arrived.try_is_complete().map_err(|e| failed("asking for a copy", &e))? => {
+                receiver.release()?;
+                Ahead::Copied(flags)
+            }
+            ahead => ahead,
+        };
+        Ok(())
     }
 
     /// What was launched so far is the last to use the values.
@@ -413,4 +644,21 @@ fn record(event: &CudaEvent, stream: &CudaStream) -> Result<()> {
 
 fn wait(stream: &CudaStream, event: &CudaEvent) -> Result<()> {
     stream.wait(event).map_err(|e| failed("ordering streams", &e))
+}
+
+fn edge_window((fh, fw): (usize, usize)) -> Window {
+    Window { kernel: [fh, fw], stride: [fh, fw], padding: [0, 0] }
+}
+
+/// Calls `f` with the elements of a tensor in host memory.
+fn with_host_values(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<()>) -> Result<()> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        candle_core::Storage::Cpu(storage) => {
+            let start = layout.start_offset();
+            f(&storage.as_slice::<f32>()?[start..start + layout.shape().elem_count()])
+        }
+        _ => Err(Error::Run("a tensor is not in host memory".into())),
+    }
 }

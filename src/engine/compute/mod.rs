@@ -16,7 +16,7 @@ use crate::model::module::Module;
 use crate::transport::{Header, Receiver, Sender};
 
 #[cfg(feature = "cuda")]
-pub use device::Device;
+pub use device::{Device, Making};
 pub use host::{Host, full};
 
 /// A module's registers and what computes on them. Edges in and out count from 0, main first, then growing span.
@@ -211,17 +211,7 @@ impl Compute {
     }
 
     /// Ends a tick: this step's activations are forgotten, and the frame.
-    ///
-    /// # Errors
-    /// [`crate::Error::Transport`] if something that is to be sent cannot be.
-    pub fn end_tick(&mut self) -> Result<()> {
-        match self {
-            Compute::Host(x) => {
-                x.end_tick();
-                Ok(())
-            }
-            #[cfg(feature = "cuda")]
-            Compute::Device(x) => x.end_tick(),
-        }
+    pub fn end_tick(&mut self) {
+        each!(self, x => x.end_tick());
     }
 }
