@@ -28,10 +28,14 @@ struct Runner {
 struct KernelEntry {
     const char* name;
     void (*run)(Runner*, void** arguments);
-    void (*enter)(Block*);  // makes the block the one that this OS thread runs
     const unsigned* argument_sizes;  // ends with 0
     unsigned arguments;
     unsigned max_threads;  // __launch_bounds__, or 0
 };
 
 }  // namespace sideways_emulator
+
+// The block that this OS thread runs, in libcuda's static thread-local space. (Objects of kernels cannot have such a
+// variable themselves: then their shared memory, which is thread-local too, would have to find static space as well.)
+extern "C" __attribute__((visibility("default"))) __thread sideways_emulator::Block* sideways_emulator_block
+    __attribute__((tls_model("initial-exec")));

@@ -29,8 +29,7 @@
 #endif
 
 namespace sideways_emulator {
-__attribute__((tls_model("initial-exec"))) inline thread_local Block* current = nullptr;
-inline unsigned lane() { return current->linear_thread & 31; }
+inline unsigned lane() { return sideways_emulator_block->linear_thread & 31; }
 template <class T> inline unsigned long long to_bits(T value) {
     static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
     unsigned long long bits = 0;
@@ -43,7 +42,7 @@ template <class T> inline T from_bits(unsigned long long bits) {
     return value;
 }
 template <class T> inline T shuffle(unsigned mask, T value, int from) {
-    const unsigned long long* lanes = current->exchange(current, mask, to_bits(value));
+    const unsigned long long* lanes = sideways_emulator_block->exchange(sideways_emulator_block, mask, to_bits(value));
     return from_bits<T>(lanes[from & 31]);
 }
 template <class A, class B> inline A bit_cast(B value) {
@@ -60,10 +59,10 @@ template <class T> inline T atomic_update(T* at, T (*f)(T, T), T value) {
 }
 }  // namespace sideways_emulator
 
-#define threadIdx (::sideways_emulator::current->thread)
-#define blockIdx (::sideways_emulator::current->block)
-#define blockDim (::sideways_emulator::current->block_size)
-#define gridDim (::sideways_emulator::current->grid_size)
+#define threadIdx (sideways_emulator_block->thread)
+#define blockIdx (sideways_emulator_block->block)
+#define blockDim (sideways_emulator_block->block_size)
+#define gridDim (sideways_emulator_block->grid_size)
 static const int warpSize = 32;
 
 // ---- Vector types ----
@@ -92,9 +91,9 @@ struct dim3 {
 };
 
 // ---- Synchronisation ----
-static inline void __syncthreads() { sideways_emulator::current->barrier(sideways_emulator::current); }
+static inline void __syncthreads() { sideways_emulator_block->barrier(sideways_emulator_block); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) {
-    sideways_emulator::current->exchange(sideways_emulator::current, mask, 0);
+    sideways_emulator_block->exchange(sideways_emulator_block, mask, 0);
 }
 static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline void __threadfence_block() {}
@@ -131,7 +130,7 @@ template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int b
     return sideways_emulator::shuffle(mask, value, from < end ? from : lane);
 }
 static inline unsigned __ballot_sync(unsigned mask, int predicate) {
-    const unsigned long long* lanes = sideways_emulator::current->exchange(sideways_emulator::current, mask, predicate != 0);
+    const unsigned long long* lanes = sideways_emulator_block->exchange(sideways_emulator_block, mask, predicate != 0);
     unsigned bits = 0;
     for (int i = 0; i < 32; i++) bits |= (unsigned)(lanes[i] & 1) << i;
     return bits & mask;
@@ -230,9 +229,8 @@ template <class... A, void (*F)(A...)> struct Kernel<F> {
         while (runner->next(runner)) F(*(std::remove_cv_t<A>*)arguments[I]...);
     }
     static void run(Runner* runner, void** arguments) { loop(runner, arguments, std::index_sequence_for<A...>{}); }
-    static void enter(Block* block) { current = block; }
     static constexpr KernelEntry entry(const char* name, unsigned max_threads) {
-        return {name, run, enter, sizes, (unsigned)sizeof...(A), max_threads};
+        return {name, run, sizes, (unsigned)sizeof...(A), max_threads};
     }
 };
 }  // namespace sideways_emulator

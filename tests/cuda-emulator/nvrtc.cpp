@@ -217,14 +217,14 @@ static std::string translate(const std::string& preprocessed) {
     // extern __shared__ T name[];  ->  a pointer to the launch's shared memory
     static const std::regex dynamic(R"(extern\s+__shared__\s+((?:__align__\s*\([^)]*\)\s*)?)([^;\[\]]*?)\b(\w+)\s*\[\s*\]\s*;)");
     std::string body = std::regex_replace(
-        preprocessed, dynamic, "$2* const $3 = ($2*)::sideways_emulator::current->dynamic_shared;");
+        preprocessed, dynamic, "$2* const $3 = ($2*)sideways_emulator_block->dynamic_shared;");
     std::string out = "#include \"kernel_prelude.h\"\n" + body + "\n";
     out += "extern \"C\" __attribute__((visibility(\"default\"))) "
            "const ::sideways_emulator::KernelEntry sideways_emulator_kernels[] = {\n";
     for (auto& kernel : find_kernels(body))
         out += "    ::sideways_emulator::Kernel<::" + kernel.name + ">::entry(\"" + kernel.name + "\", " +
                (kernel.bounds.empty() ? "0" : kernel.bounds) + "),\n";
-    return out + "    {nullptr, nullptr, nullptr, nullptr, 0, 0}};\n";
+    return out + "    {nullptr, nullptr, nullptr, 0, 0}};\n";
 }
 
 // ---- The API ----
@@ -296,7 +296,7 @@ static nvrtcResult compile(Program& program, const std::vector<std::string>& def
             std::stringstream words(object_flags);
             for (std::string word; words >> word;) build.push_back(word);
             std::string made = object + "." + std::to_string(getpid());
-            build.insert(build.end(), {"-I", folder, work + "/program.cpp", "-o", made});
+            build.insert(build.end(), {"-I", folder, work + "/program.cpp", folder + "/libcuda.so.1", "-o", made});
             status = run(build, log);
             program.log += read_file(log);
             if (!status && rename(made.c_str(), object.c_str())) status = -1;
