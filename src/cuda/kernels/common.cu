@@ -70,7 +70,7 @@ static __device__ __forceinline__ void put_floats(float *y, int w, const float *
     }
 }
 
-static __device__ __forceinline__ bool finite(float v) { return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u; }
+static __device__ __forceinline__ bool is_finite(float v) { return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u; }
 
 // Sums each of the `sums` rows of `s` [sums][BLOCK], a place a thread, over threads that are equal modulo `lanes` (a power
 // of 2), in a fixed order; the first `lanes` places hold the result for all threads to read. Called by every thread.

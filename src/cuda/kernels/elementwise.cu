@@ -117,7 +117,7 @@ extern "C" __global__ void guard_look(const real *x, count n, float *found) {
     for (count i = INDEX * PACK; i < n; i += (count)gridDim.x * BLOCK * PACK) {
         int w = n - i < PACK ? (int)(n - i) : PACK;
         take(x + i, w, v);
-        for (int k = 0; k < PACK; k++) bad = finite(v[k]) ? bad : 1.0f;
+        for (int k = 0; k < PACK; k++) bad = is_finite(v[k]) ? bad : 1.0f;
     }
     bad = block_sum(bad, s);
     if (threadIdx.x == 0) found[blockIdx.x] = bad > 0.0f ? 1.0f : 0.0f;
