@@ -3,6 +3,8 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod data;
 pub mod engine;
 pub mod error;

@@ -1,0 +1,91 @@
+//! The kernels of `kernels/*.cu`, compiled by NVRTC for the GPU at hand when it is opened.
+//!
+//! Each is compiled once for each type of activations, as `real`: 32-bit floats, or with `BF16` defined, bfloat16.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaFunction};
+use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+
+use super::gpu::{Element, capability, failed};
+use crate::{Error, Result};
+
+const SOURCE: &str = concat!(
+    include_str!("kernels/common.cu"),
+    include_str!("kernels/elementwise.cu"),
+    include_str!("kernels/rows.cu"),
+    include_str!("kernels/norm.cu"),
+    include_str!("kernels/pool.cu"),
+    include_str!("kernels/loss.cu"),
+    include_str!("kernels/optimizer.cu"),
+);
+
+/// Every kernel's name.
+const NAMES: &[&str] = &[
+    "accumulate",
+    "adamw",
+    "add",
+    "average_pool",
+    "average_pool_vjp",
+    "bias",
+    "column_sums",
+    "column_total",
+    "copy_channels",
+    "cross_entropy",
+    "dropout",
+    "fill",
+    "gelu",
+    "gelu_vjp",
+    "global_average",
+    "global_average_vjp",
+    "gradient_norm",
+    "gradient_squares",
+    "guard_act",
+    "guard_look",
+    "loss_total",
+    "max_pool",
+    "max_pool_vjp",
+    "narrow",
+    "norm_apply",
+    "norm_running",
+    "norm_statistics",
+    "norm_sums",
+    "norm_vjp_apply",
+    "norm_vjp_coefficients",
+    "norm_vjp_sums",
+    "pixel_loss",
+    "relu",
+    "relu_vjp",
+    "rmsprop",
+    "scale",
+    "set_words",
+    "sgd",
+    "upsample",
+    "upsample_vjp",
+    "widen",
+];
+
+/// Compiles all kernels for `context`'s GPU.
+///
+/// # Errors
+/// [`Error::Run`] with the compiler's words.
+pub fn load(context: &Arc<CudaContext>) -> Result<HashMap<(&'static str, Element), CudaFunction>> {
+    let (major, minor) = capability(context)?;
+    let mut functions = HashMap::new();
+    for element in [Element::F32, Element::Bf16] {
+        let mut options = vec![format!("--gpu-architecture=compute_{major}{minor}"), "--fmad=true".into()];
+        if element == Element::Bf16 {
+            options.push("--define-macro=BF16".into());
+        }
+        let options = CompileOptions { options, ..CompileOptions::default() };
+        let ptx = compile_ptx_with_opts(SOURCE, options)
+            .map_err(|e| Error::Run(format!("NVRTC does not compile the kernels: {e}")))?;
+        let module = context.load_module(ptx).map_err(|e| failed("loading the kernels", &e))?;
+        for name in NAMES {
+            let function = module.load_function(name).map_err(|e| failed("finding a kernel", &e))?;
+            functions.insert((*name, element), function);
+        }
+    }
+    Ok(functions)
+}

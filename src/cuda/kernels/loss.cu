@@ -1,0 +1,102 @@
+// Losses, their gradients, and sums of both for the report.
+
+// How many labels count: not negative, and where there are targets, with one that begins with a number.
+static __device__ __forceinline__ bool counts(const int *labels, const real *target, const float *wide, count sample, int b) {
+    float first = wide ? wide[b * sample] : target ? load(target[b * sample]) : 0.0f;
+    return labels[b] >= 0 && first == first;
+}
+
+// A block a sample: losses[sample], the gradient of the mean, and the logits added to `logits_sum`.
+extern "C" __global__ void cross_entropy(const real *logits, const int *labels, real *gradient, float *logits_sum,
+                                         float *losses, int samples, int classes) {
+    __shared__ float s[BLOCK];
+    float number = 0.0f;
+    for (int b = threadIdx.x; b < samples; b += BLOCK) number += counts(labels, 0, 0, 0, b) ? 1.0f : 0.0f;
+    number = block_sum(number, s);
+    count row = (count)blockIdx.x * classes;
+    int label = labels[blockIdx.x];
+    float top = __uint_as_float(0xff800000u);
+    for (int j = threadIdx.x; j < classes; j += BLOCK) {
+        float v = load(logits[row + j]);
+        top = v > top ? v : top;
+        if (logits_sum) logits_sum[row + j] += v;
+        if (label < 0 && gradient) gradient[row + j] = store(0.0f);
+    }
+    if (label < 0) {
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0.0f;
+        return;
+    }
+    __syncthreads();
+    s[threadIdx.x] = top;
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < half && s[threadIdx.x + half] > s[threadIdx.x]) s[threadIdx.x] = s[threadIdx.x + half];
+    }
+    __syncthreads();
+    top = s[0];
+    float sum = 0.0f;
+    for (int j = threadIdx.x; j < classes; j += BLOCK) sum += expf(load(logits[row + j]) - top);
+    sum = block_sum(sum, s);
+    if (threadIdx.x == 0) {
+        // A label beyond the classes must not pass for a loss.
+        float own = label < classes ? load(logits[row + label]) : __uint_as_float(0x7fc00000u);
+        losses[blockIdx.x] = logf(sum) + top - own;
+    }
+    if (!gradient) return;
+    for (int j = threadIdx.x; j < classes; j += BLOCK) {
+        float p = expf(load(logits[row + j]) - top) / sum;
+        gradient[row + j] = store((j == label ? p - 1.0f : p) / number);
+    }
+}
+
+// Grid: parts of a sample, samples. losses[sample][part]: sums of squared or absolute differences; the gradient of the mean.
+// The target is `wide` if that is there. A thread takes `w` elements.
+extern "C" __global__ void pixel_loss(const real *output, const real *target, const float *wide, const int *labels,
+                                      real *gradient, float *losses, int samples, unsigned sample, int w, int absolute) {
+    __shared__ float s[BLOCK];
+    float number = 0.0f, loss = 0.0f, v[PACK], t[PACK];
+    for (int b = threadIdx.x; b < samples; b += BLOCK) number += counts(labels, target, wide, sample, b) ? 1.0f : 0.0f;
+    number = block_sum(number, s);
+    bool counted = counts(labels, target, wide, sample, blockIdx.y);
+    float scale = 1.0f / (number * (float)sample);
+    count start = (count)blockIdx.y * sample;
+    for (count i = INDEX * w; i < sample; i += (count)gridDim.x * BLOCK * w) {
+        take(output + start + i, w, v);
+        if (wide) take_floats(wide + start + i, w, t);
+        else take(target + start + i, w, t);
+        LANES {
+            float d = v[k] - t[k];
+            if (!counted) {
+                v[k] = 0.0f;
+            } else if (absolute) {
+                loss += fabsf(d);
+                v[k] = d == 0.0f ? 0.0f : d > 0.0f ? scale : d < 0.0f ? -scale : d;
+            } else {
+                loss += d * d;
+                v[k] = 2.0f * d * scale;
+            }
+        }
+        if (gradient) put(gradient + start + i, w, v);
+    }
+    loss = block_sum(loss, s);
+    if (threadIdx.x == 0) losses[blockIdx.y * gridDim.x + blockIdx.x] = loss;
+}
+
+// One block. score[0] += the losses summed, times `scale`; score[1] += how many samples count. A label whose target begins
+// with what is no number becomes -1.
+extern "C" __global__ void loss_total(const float *losses, int number, int *labels, const real *target, const float *wide,
+                                      int samples, unsigned sample, float scale, float *score) {
+    __shared__ float s[BLOCK];
+    float loss = 0.0f, counted = 0.0f;
+    for (int j = threadIdx.x; j < number; j += BLOCK) loss += losses[j];
+    for (int b = threadIdx.x; b < samples; b += BLOCK) {
+        if (counts(labels, target, wide, sample, b)) counted += 1.0f;
+        else labels[b] = -1;
+    }
+    loss = block_sum(loss, s);
+    counted = block_sum(counted, s);
+    if (threadIdx.x == 0) {
+        score[0] += loss * scale;
+        score[1] += counted;
+    }
+}

@@ -1,0 +1,21 @@
+//! Modules on NVIDIA GPUs (`--features cuda`).
+//!
+//! A module's arrays are made once; a tick only launches kernels into the compute stream, and copies messages on streams of
+//! their own beside it. Convolutions are cuDNN's in NHWC, everything else our own kernels, compiled by NVRTC for the GPU at
+//! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
+//!
+//! Read in this order: [`gpu`] (context, streams, memory), `kernels` and [`ops`] (one function a kernel), `dnn`
+//! (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`].
+
+mod dnn;
+pub mod gpu;
+mod kernels;
+mod layers;
+mod libraries;
+pub mod module;
+pub mod ops;
+pub mod optim;
+pub mod param;
+
+pub use gpu::{Array, Element, Gpu, device_count};
+pub use libraries::check;
