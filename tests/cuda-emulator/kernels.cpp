@@ -130,10 +130,11 @@ static const unsigned long long* exchange(Block* block, unsigned mask, unsigned 
 // Lets go those lanes of a warp whose whole mask has arrived. Every thread that has not ended waits when this is called.
 bool Scheduler::release_exchanges(unsigned w) {
     Warp& warp = warps[w];
+    const unsigned alive = warp.in_exchange | warp.at_barrier;
     bool any = false;
     for (unsigned l = 0; l < 32; l++) {
         if (!(warp.in_exchange >> l & 1)) continue;
-        unsigned mask = by_thread[w * 32 + l]->mask & (warp.in_exchange | warp.at_barrier);
+        unsigned mask = by_thread[w * 32 + l]->mask & alive;
         if ((warp.in_exchange & mask) != mask) continue;
         for (unsigned other = 0; other < 32; other++)
             if (mask >> other & 1) {
