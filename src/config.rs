@@ -355,13 +355,17 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// Number format of activations and parameters.
+/// Number format of activations. Parameters, their gradients and messages are 32-bit floats always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 32-bit floating point.
     #[default]
     F32,
+    /// The same, but factors of convolutions are rounded to 10 bits of mantissa (GPU only).
+    Tf32,
+    /// bfloat16, with sums in 32-bit floats (GPU only).
+    Bf16,
 }
 
 /// `[run]`
@@ -374,6 +378,8 @@ pub struct RunConfig {
     pub device: DeviceChoice,
     /// Number format.
     pub precision: Precision,
+    /// Whether a GPU's passes are replayed as CUDA graphs.
+    pub graphs: bool,
     /// Compute threads a module (CPU).
     pub threads: usize,
     /// Batches of clips between checkpoints; one is also written at the start and at the end.
@@ -416,6 +422,7 @@ impl Default for RunConfig {
             dir: PathBuf::from("runs/run"),
             device: DeviceChoice::default(),
             precision: Precision::default(),
+            graphs: true,
             threads: 1,
             checkpoint_every: 100,
             keep: 2,
@@ -509,9 +516,26 @@ impl Config {
         }
         self.train.optimizer.validate()?;
         self.train.schedule.validate()?;
-        if self.run.device == DeviceChoice::Cuda {
+        self.validate_device()
+    }
+
+    /// What must fit together for a GPU.
+    fn validate_device(&self) -> Result<()> {
+        let run = &self.run;
+        if run.device == DeviceChoice::Cuda && !cfg!(feature = "cuda") {
             return Err(Error::input(
-                "run.device = \"cuda\": this version computes on the CPU only; set run.device = \"cpu\" or \"auto\"",
+                "run.device = \"cuda\": this program was built without CUDA; build it with `cargo build --release --features \
+                 cuda` (README, \"On GPUs\"), or set run.device = \"cpu\"",
+            ));
+        }
+        if run.device != DeviceChoice::Cuda && run.precision != Precision::F32 {
+            return Err(Error::input(
+                "run.precision: \"tf32\" and \"bf16\" need run.device = \"cuda\"; on the CPU everything is \"f32\"",
+            ));
+        }
+        if run.device == DeviceChoice::Cuda && self.train.rule == Rule::Bp {
+            return Err(Error::input(
+                "train.rule = \"bp\" is exact back-propagation on the CPU: set run.device = \"cpu\"",
             ));
         }
         Ok(())

@@ -173,6 +173,11 @@ impl Optimizer {
         Optimizer { spec, memory: BTreeMap::new() }
     }
 
+    /// Its rule.
+    pub fn spec(&self) -> OptimizerSpec {
+        self.spec
+    }
+
     /// Updates every trainable parameter that has a gradient, by that gradient over `divisor` (the number of steps summed
     /// in it), and clears it. `scale` multiplies the learning rate. With `clip_norm`, the gradients of all parameters
     /// together are scaled down to that norm where theirs is larger, as PyTorch's `clip_grad_norm_` does.

@@ -29,11 +29,11 @@ impl Element {
     }
 }
 
-/// An array in device memory, made once; its contents are whatever was there before.
-#[derive(Debug)]
+/// An array in device memory, made once; its contents are whatever was there before. Clones and views share the memory.
+#[derive(Clone, Debug)]
 pub struct Array {
     // Held for its drop, which frees it behind the work in the compute stream.
-    _memory: CudaSlice<u8>,
+    _memory: Arc<CudaSlice<u8>>,
     pointer: u64,
     elements: usize,
     element: Element,
@@ -63,6 +63,17 @@ impl Array {
     /// Bytes of all of them.
     pub fn bytes(&self) -> usize {
         self.elements * self.element.size()
+    }
+
+    /// Its first `elements` elements.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if it has fewer.
+    pub fn first(&self, elements: usize) -> Result<Array> {
+        if elements > self.elements {
+            return Err(Error::Run(format!("{elements} elements of an array of {}", self.elements)));
+        }
+        Ok(Array { elements, ..self.clone() })
     }
 }
 
@@ -144,7 +155,7 @@ impl Gpu {
         let memory = unsafe { self.compute.alloc::<u8>(bytes.max(1)) }.map_err(|e| self.out_of_memory(bytes, &e))?;
         *self.allocated.lock().unwrap_or_else(PoisonError::into_inner) += bytes;
         let pointer = memory.device_ptr(&self.compute).0;
-        Ok(Array { _memory: memory, pointer, elements, element })
+        Ok(Array { _memory: Arc::new(memory), pointer, elements, element })
     }
 
     /// A new array of zeros. Not for use in a tick.
@@ -331,6 +342,6 @@ fn same_length(array: &Array, values: usize) -> Result<()> {
 }
 
 /// The error of a call to the driver.
-pub(super) fn failed(doing: &str, e: &DriverError) -> Error {
+pub(crate) fn failed(doing: &str, e: &DriverError) -> Error {
     Error::Run(format!("{doing} failed: {e}"))
 }

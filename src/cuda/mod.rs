@@ -5,13 +5,17 @@
 //! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), `kernels` and [`ops`] (one function a kernel), `dnn`
-//! (convolutions).
+//! (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`].
 
 mod dnn;
 pub mod gpu;
 mod kernels;
+mod layers;
 mod libraries;
+pub mod module;
 pub mod ops;
+pub mod optim;
+pub mod param;
 
 pub use gpu::{Array, Element, Gpu, device_count};
 pub use libraries::check;

@@ -1,7 +1,6 @@
 //! One clip of one module: what comes before its first tick and after its last.
 
 use super::report::{DECIDED, Report};
-use super::state::snapshot;
 use super::stop::{Decider, UNDO};
 use super::worker::{At, Worker, header};
 use crate::config::UpdateEvery;
@@ -25,17 +24,17 @@ impl Worker {
 
     /// Clears every register and takes the clip's labels.
     fn begin(&mut self, clip: u64) -> Result<()> {
-        self.inputs.iter_mut().for_each(|edge| edge.held = None);
+        self.compute.begin();
         (self.decision, self.skipped) = (0, 0);
         if self.saver.is_some() {
-            self.before = Some(snapshot(&mut self.module, self.update.as_ref(), self.index)?);
+            self.remember()?;
         }
         if self.source.is_some() {
             self.watch.enter(Phase::Data);
             let labels = self.labels(clip)?;
             let Some(source) = &mut self.source else { return Ok(()) };
             match (&mut source.truth, &mut self.loss) {
-                (None, Some(end)) => end.head.begin(&labels),
+                (None, Some(end)) => self.compute.set_labels(&mut end.head, &labels)?,
                 (Some((id, sender)), _) if source.ahead.is_none() => {
                     let head = header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]);
                     let labels: Vec<f32> = labels.iter().map(|&l| l as f32).collect();
@@ -50,9 +49,12 @@ impl Worker {
                     let labels = receiver.wait(&header(Kind::Labels, *id, clip, 0, self.batch, [1, 1, 1]))?;
                     let labels: Vec<i32> = labels.iter().map(|&l| l as i32).collect();
                     receiver.release()?;
-                    end.head.begin(&labels);
+                    self.compute.set_labels(&mut end.head, &labels)?;
                 }
-                _ => end.head.begin(&end.present(clip, self.batch)),
+                _ => {
+                    let present = end.present(clip, self.batch);
+                    self.compute.set_labels(&mut end.head, &present)?;
+                }
             }
         }
         Ok(())
@@ -100,6 +102,7 @@ impl Worker {
         {
             self.apply_update(clip, self.plan.len())?;
         }
+        self.tally()?;
         self.watch.enter(Phase::Other);
         let saved = self.save(clip)?;
         let (link, waited) = self.longest_wait();

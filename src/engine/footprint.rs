@@ -1,6 +1,6 @@
 //! What a worker takes: memory, and bytes sent at a tick.
 
-use super::setup::Setup;
+use super::setup::{Purpose, Setup};
 use crate::transport::{HEADER_WORDS, Kind};
 
 /// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.
@@ -33,4 +33,27 @@ pub fn bytes(n: u64) -> String {
         unit = next;
     }
     format!("{value:.1} {unit}")
+}
+
+/// Bytes of GPU memory that worker `w` takes with activations of `element` bytes each, but for cuDNN's workspace and the
+/// driver's own: parameters with gradient, the optimiser's memory and a copy of all three to go back to, every layer's output, the
+/// cotangents between layers, and messages on their way.
+pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
+    let (i, _) = setup.grid.module_and_replica(w);
+    let module = &setup.network.modules[i - 1];
+    let batch = setup.config.data.batch as u64;
+    let training = setup.purpose == Purpose::Train;
+    let copies = if training { 2 * (2 + setup.config.train.optimizer.buffers().len() as u64) } else { 1 };
+    let rounded = if element < 4 { element } else { 0 };
+    let elements = |[h, w, c]: [usize; 3]| batch * (h * w * c) as u64;
+    let (mut shape, mut outputs, mut largest) = (module.main, elements(module.main), elements(module.main));
+    for (_, layer) in setup.network.layers_of(i) {
+        outputs += batch * layer.tape_elements(shape);
+        shape = layer.output_shape(shape).unwrap_or(shape);
+        largest = largest.max(elements(shape));
+    }
+    let activations = outputs + if training { 4 * largest } else { largest };
+    let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
+    let messages: u64 = links.map(|l| l.words as u64).sum();
+    (4 * copies + rounded) * module.params + element * activations + 4 * messages
 }

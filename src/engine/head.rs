@@ -63,10 +63,7 @@ impl Head {
             (Task::FutureFrames, None) => return Err(Error::Run("a step with a loss came without its target".into())),
         };
         if !value.is_finite() {
-            return Err(Error::NonFinite(format!(
-                "the loss is {value}: training has diverged; lower train.optimizer.lr, warm up longer, or set \
-                 train.clip_norm"
-            )));
+            return Err(diverged(value));
         }
         self.steps += 1;
         // The mean over clips, whatever the padding of the last batch.
@@ -74,6 +71,34 @@ impl Head {
         self.score.loss_sum += value as f32 * counted;
         self.score.loss_steps += counted;
         Ok(training.then_some(gradient))
+    }
+
+    /// What it computes, for a GPU to do the same: nothing in recognition, else the loss of frames.
+    pub fn frame_loss(&self) -> Option<PixelLoss> {
+        (self.task == Task::FutureFrames).then_some(self.frame_loss)
+    }
+
+    /// Counts `steps` steps whose losses a GPU has summed: over clips `loss_sum`, of `loss_steps` steps of clips. `logits`
+    /// (`[B, K]`, in recognition) are sums over steps; `labels` are those that counted.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if the sum is not a finite number.
+    pub fn count(
+        &mut self,
+        loss_sum: f32,
+        loss_steps: f32,
+        logits: &[f32],
+        labels: &[i32],
+        steps: usize,
+    ) -> Result<()> {
+        if !loss_sum.is_finite() {
+            return Err(diverged(f64::from(loss_sum)));
+        }
+        self.begin(labels);
+        self.logits.iter_mut().zip(logits).for_each(|(sum, x)| *sum = *x);
+        self.steps = steps;
+        (self.score.loss_sum, self.score.loss_steps) = (loss_sum, loss_steps);
+        Ok(())
     }
 
     /// Ends the clip: its score. In recognition clips are ranked by their mean logits.
@@ -98,4 +123,10 @@ impl Head {
     pub fn logits_and_labels(&self) -> (&[f32], &[i32]) {
         (&self.logits, &self.labels)
     }
+}
+
+fn diverged(loss: f64) -> Error {
+    Error::NonFinite(format!(
+        "the loss is {loss}: training has diverged; lower train.optimizer.lr, warm up longer, or set train.clip_norm"
+    ))
 }

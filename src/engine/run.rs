@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use candle_core::{DType, Device};
 
+use super::compute::{Compute, Host};
 use super::console::{Console, Observer, Recorder, Totals, gather};
+use super::gpus::{self, Site};
 use super::head::Head;
 use super::report::{DECIDED, Report};
 use super::setup::{Purpose, Setup};
@@ -19,7 +21,6 @@ use crate::config::Config;
 use crate::data::FrameStream;
 use crate::kernels;
 use crate::metrics::Stopwatch;
-use crate::model::layers::Tape;
 use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
@@ -149,6 +150,7 @@ fn run(
     observer: Observer,
 ) -> Result<Totals> {
     let grid = setup.grid;
+    let site = gpus::choose(world, setup.config.run.device)?;
     let timeout = Duration::from_secs(setup.config.run.timeout);
     let mut endpoints = connect(world, &grid.placement(), &setup.wiring.links, timeout)?;
     let breaker = endpoints.breaker();
@@ -172,7 +174,8 @@ fn run(
             let threads = setup.config.run.threads;
             let body = move || {
                 let work = || {
-                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests)).and_then(|done| done)
+                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests, site))
+                        .and_then(|done| done)
                 };
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
@@ -249,8 +252,16 @@ fn watch(
 }
 
 /// A worker's thread: all clips of the span, or up to the one after which it was decided to end.
-fn work(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<End> {
-    let mut worker = build(setup, w, ends, span, turns, requests)?;
+fn work(
+    setup: &Setup,
+    w: usize,
+    ends: Ends,
+    span: &Span,
+    turns: Arc<Turns>,
+    requests: Requests,
+    site: Site,
+) -> Result<End> {
+    let mut worker = build(setup, w, ends, span, turns, requests, site)?;
     worker.start(span.first)?;
     let mut end = End::default();
     for clip in span.first..span.end {
@@ -370,16 +381,25 @@ pub fn last_layer(setup: &Setup) -> String {
     format!("layers.{last}.")
 }
 
-fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, requests: Requests) -> Result<Worker> {
+fn build(
+    setup: &Setup,
+    w: usize,
+    mut ends: Ends,
+    span: &Span,
+    turns: Arc<Turns>,
+    requests: Requests,
+    site: Site,
+) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let config = &setup.config;
     let training = setup.purpose == Purpose::Train;
     let mut module = module(setup, i)?;
-    let mut update = training.then(|| Update { average: ends.average, ..update(setup, span) });
+    let mut update = training.then(|| Update { average: ends.average.take(), ..update(setup, span) });
     if let Some((checkpoint, fit)) = &span.from {
         let state = update.as_mut().filter(|_| *fit == Fit::Exact);
         restore(&mut module, state, checkpoint, *fit, &last_layer(setup))?;
     }
+    let compute = compute(setup, w, &mut module, update.as_ref(), &ends, site)?;
     let inputs = setup.network.inputs(i).into_iter().zip(ends.inputs);
     let outputs = setup.network.outputs(i).into_iter().zip(ends.outputs);
     let d = setup.grid.modules;
@@ -387,7 +407,7 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, re
     let loss = (i == d).then(|| LossEnd {
         head: Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes),
         truth: ends.truth_in,
-        target: None,
+        shape: setup.network.modules[i - 1].output,
         clips: setup.dataset.as_ref().filter(|_| !training).map(|data| data.videos.len()),
     });
     let saver = match training && r == 0 && span.record {
@@ -407,14 +427,13 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, re
         key: run_key(config.train.seed, r),
         plan: setup.schedule.steps(i).to_vec(),
         module,
-        tape: Tape::default(),
+        compute,
         inputs: inputs
             .map(|(spec, (id, activations, cotangents))| InEdge {
                 spec: spec.clone(),
                 id,
                 activations,
                 cotangents,
-                held: None,
                 waits: Waits::default(),
             })
             .collect(),
@@ -444,6 +463,29 @@ fn build(setup: &Setup, w: usize, ends: Ends, span: &Span, turns: Arc<Turns>, re
         watch: Stopwatch::default(),
         turns,
     })
+}
+
+/// The registers of worker `w` where it computes.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only a GPU needs more than the edges in"))]
+fn compute(
+    setup: &Setup,
+    w: usize,
+    module: &mut Module,
+    update: Option<&Update>,
+    ends: &Ends,
+    site: Site,
+) -> Result<Compute> {
+    let (i, _) = setup.grid.module_and_replica(w);
+    match site {
+        Site::Cpu => Ok(Compute::Host(Host::new(setup.network.inputs(i).len()))),
+        #[cfg(feature = "cuda")]
+        Site::Gpu { ordinal, ranks } => {
+            let returned = ends.inputs.iter().map(|(.., back)| back.is_some()).collect();
+            let returns: Vec<bool> = ends.outputs.iter().map(|(.., back)| back.is_some()).collect();
+            let place = super::gpus::Place { ordinal, ranks };
+            super::gpus::registers(setup, w, module, update, place, returned, &returns)
+        }
+    }
 }
 
 /// What makes one run's and replica's dropout masks differ from another's.

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::compute::Compute;
 use super::stop::ENDS;
 use super::worker::{Update, Worker, left_out};
 use super::writer::Writer;
@@ -44,6 +46,10 @@ impl Worker {
     pub(super) fn apply_update(&mut self, clip: u64, step: usize) -> Result<()> {
         self.watch.enter(Phase::Optimizer);
         let Some(update) = &mut self.update else { return Ok(()) };
+        #[cfg(feature = "cuda")]
+        if let Compute::Device(device) = &mut self.compute {
+            return device.update(update, clip, step);
+        }
         match update.apply(&mut self.module, clip, step) {
             Err(e @ Error::NonFinite(_)) => {
                 left_out(self.on_nonfinite, &mut self.skipped, e, || update.forget(&mut self.module))
@@ -55,10 +61,13 @@ impl Worker {
     /// Hands the module over to be written if a checkpoint is due after `clip`, or was decided on; at the end of the run
     /// waits until it is written. Returns the newest checkpoint that this worker's part of is on disk.
     pub(super) fn save(&mut self, clip: u64) -> Result<Option<u64>> {
-        let Some(saver) = &mut self.saver else { return Ok(None) };
+        let Some(saver) = &self.saver else { return Ok(None) };
         let (done, last) = (clip + 1, clip + 1 == saver.due.end || self.decision & ENDS != 0);
-        if saver.due.at(done) || self.decision != 0 {
-            saver.writer.begin(done, snapshot(&mut self.module, self.update.as_ref(), self.index)?)?;
+        let due = saver.due.at(done) || self.decision != 0;
+        let tensors = if due { Some(self.snapshot()?) } else { None };
+        let Some(saver) = &mut self.saver else { return Ok(None) };
+        if let Some(tensors) = tensors {
+            saver.writer.begin(done, tensors)?;
         }
         if !last {
             return saver.writer.written();
@@ -74,7 +83,8 @@ impl Worker {
 
     /// Undoes `clip`: writes the module as it was before it, if no checkpoint of that was written yet.
     pub(super) fn save_before(&mut self, clip: u64) -> Result<Option<u64>> {
-        let (Some(saver), Some(before)) = (&mut self.saver, self.before.take()) else { return Ok(None) };
+        let before = self.remembered()?;
+        let (Some(saver), Some(before)) = (&mut self.saver, before) else { return Ok(None) };
         if saver.writer.wait()? != Some(clip) {
             saver.writer.begin(clip, before)?;
         }
@@ -86,9 +96,58 @@ impl Worker {
 
     /// Writes the module as it is before the first clip.
     pub(super) fn save_start(&mut self) -> Result<Option<u64>> {
+        if self.saver.is_none() {
+            return Ok(None);
+        }
+        let tensors = self.snapshot()?;
         let Some(saver) = &mut self.saver else { return Ok(None) };
-        saver.writer.begin(0, snapshot(&mut self.module, self.update.as_ref(), self.index)?)?;
+        saver.writer.begin(0, tensors)?;
         saver.writer.wait()
+    }
+
+    /// The module as it is.
+    fn snapshot(&mut self) -> Result<Vec<(String, Tensor)>> {
+        #[cfg(feature = "cuda")]
+        if let Compute::Device(device) = &mut self.compute {
+            device.download(&mut self.module, self.update.as_mut())?;
+        }
+        snapshot(&mut self.module, self.update.as_ref(), self.index)
+    }
+
+    /// Remembers the module as it is before a clip.
+    pub(super) fn remember(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Compute::Device(device) = &mut self.compute {
+            return device.mark(self.update.as_ref().map_or(0, |update| update.steps));
+        }
+        self.before = Some(snapshot(&mut self.module, self.update.as_ref(), self.index)?);
+        Ok(())
+    }
+
+    /// The module as it was before the clip.
+    fn remembered(&mut self) -> Result<Option<Vec<(String, Tensor)>>> {
+        #[cfg(feature = "cuda")]
+        if let Compute::Device(device) = &mut self.compute {
+            let steps = device.rewind()?;
+            if let Some(update) = &mut self.update {
+                update.steps = steps;
+            }
+            return self.snapshot().map(Some);
+        }
+        Ok(self.before.take())
+    }
+
+    /// At a clip's end, what a GPU has counted in it: losses, and what was not finite.
+    pub(super) fn tally(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Compute::Device(device) = &mut self.compute {
+            self.watch.enter(Phase::Backward);
+            let head = self.loss.as_mut().map(|end| &mut end.head);
+            for error in device.tally(head, self.update.as_mut())? {
+                left_out(self.on_nonfinite, &mut self.skipped, error, || Ok(()))?;
+            }
+        }
+        Ok(())
     }
 }
 

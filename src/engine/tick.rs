@@ -5,14 +5,13 @@
 //! 2020, section 3; with skips, arXiv 2106.08318). Within a tick the order hides the transfers: y travels while the
 //! backward pass computes, the cotangents while the next forward pass does.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
+use super::compute::full;
 use super::stop::UNDO;
-use super::worker::{At, Worker, header, left_out, not_finite, receive, send};
+use super::worker::{At, Worker, header, left_out, not_finite, send};
 use crate::config::UpdateEvery;
-use crate::kernels::activation;
 use crate::metrics::Phase;
-use crate::model::module::{pool_for_edge, pool_for_edge_vjp};
 use crate::transport::Kind;
 use crate::{Error, Result};
 
@@ -20,40 +19,33 @@ impl Worker {
     /// One tick: forward with what is there, then one vector–Jacobian product at these same fresh activations and
     /// present parameters, with the cotangent that has just arrived. Nothing is kept for later.
     pub(super) fn tick(&mut self, at: At) -> Result<()> {
-        let inputs = self.wait_for_activations(at)?;
-        let y = self.forward(&inputs, at)?;
-        self.send_activations(&y, at)?;
-        if let Some(g) = self.cotangent(&y, at)? {
-            let cotangents = self.vjp(&g, at)?;
-            self.send_cotangents(&cotangents, at)?;
+        self.wait_for_activations(at)?;
+        self.forward(at)?;
+        self.send_activations(at)?;
+        if self.cotangent(at)? {
+            self.vjp(at)?;
+            self.send_cotangents(at)?;
             self.count_backward_step(at)?;
         }
-        self.tape.clear();
-        Ok(())
+        self.end_tick(at)
     }
 
     /// The frame (module 1), or the main input and the skips: those that arrive now, else the one held.
-    fn wait_for_activations(&mut self, at: At) -> Result<Vec<Tensor>> {
+    fn wait_for_activations(&mut self, at: At) -> Result<()> {
         if self.source.is_some() {
-            let frame = self.read_frame(at)?;
-            self.decide(at)?;
-            return Ok(vec![frame]);
+            self.read_frame(at)?;
+            return self.decide(at);
         }
         self.watch.enter(Phase::WaitActivations);
-        let mut inputs = Vec::with_capacity(self.inputs.len());
-        for (edge, arrives) in self.inputs.iter_mut().zip(&self.plan[at.step].receive) {
-            if let Some(sent_at) = *arrives {
-                let due = header(Kind::Activation, edge.id, at.clip, sent_at, self.batch, edge.spec.shape);
-                let (activation, flags) = edge.waits.time(|| receive(&mut edge.activations, &due))?;
-                edge.held = Some(activation);
-                if edge.spec.edge.is_main() && at.step == self.decision_step {
-                    self.decision = flags;
-                }
+        for (k, (edge, arrives)) in self.inputs.iter_mut().zip(&self.plan[at.step].receive).enumerate() {
+            let Some(sent_at) = *arrives else { continue };
+            let due = header(Kind::Activation, edge.id, at.clip, sent_at, self.batch, edge.spec.shape);
+            let flags = edge.waits.time(|| self.compute.receive_input(k, &mut edge.activations, &due))?;
+            if edge.spec.edge.is_main() && at.step == self.decision_step {
+                self.decision = flags;
             }
-            let held = edge.held.clone();
-            inputs.push(held.ok_or_else(|| Error::Run(format!("{}: nothing to hold", edge.spec.edge)))?);
         }
-        Ok(inputs)
+        Ok(())
     }
 
     /// Module 1, once a clip: what to do behind it (see [`super::stop`]).
@@ -66,89 +58,79 @@ impl Worker {
         Ok(())
     }
 
-    fn forward(&mut self, inputs: &[Tensor], at: At) -> Result<Tensor> {
+    fn forward(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Turn);
         let pass = self.pass(at);
         let _turn = self.turns.take();
         self.watch.enter(Phase::Forward);
-        self.module.forward(inputs, &pass, &mut self.tape)
+        self.compute.forward(&mut self.module, &pass)
     }
 
     /// Sends y, averaged down to the receiver's height and width, along the edges on which it is ever used.
-    fn send_activations(&mut self, y: &Tensor, at: At) -> Result<()> {
-        for (edge, _) in self.outputs.iter_mut().zip(&self.plan[at.step].send).filter(|(_, used)| **used) {
-            let (fh, fw) = edge.spec.pool;
-            let pooled = match (fh, fw) {
-                (1, 1) => y.clone(),
-                _ => {
-                    self.watch.enter(Phase::Turn);
-                    let _turn = self.turns.take();
-                    self.watch.enter(Phase::Forward);
-                    pool_for_edge(y, fh, fw)?
-                }
-            };
+    fn send_activations(&mut self, at: At) -> Result<()> {
+        let edges = self.outputs.iter_mut().zip(&self.plan[at.step].send).enumerate();
+        for (k, (edge, _)) in edges.filter(|(_, (_, used))| **used) {
+            if edge.spec.pool != (1, 1) {
+                self.watch.enter(Phase::Turn);
+                let _turn = self.turns.take();
+                self.watch.enter(Phase::Forward);
+                self.compute.pool(k, edge.spec.pool)?;
+            }
             self.watch.enter(Phase::Send);
             let head = header(Kind::Activation, edge.id, at.clip, at.step, self.batch, edge.spec.shape);
-            send(&mut edge.activations, &head.stamped(at.tick, self.decision), &pooled)?;
+            self.compute.send_output(k, &mut edge.activations, &head.stamped(at.tick, self.decision))?;
         }
         Ok(())
     }
 
     /// gᵢ(t): at module D the true gradient of this step's loss; elsewhere the sum of the cotangents that module i's
-    /// receivers computed one tick ago. `None` if there is none.
-    fn cotangent(&mut self, y: &Tensor, at: At) -> Result<Option<Tensor>> {
-        let plan = &self.plan[at.step];
-        if plan.loss {
-            return self.loss_gradient(y, at);
+    /// receivers computed one tick ago. Whether there is one.
+    fn cotangent(&mut self, at: At) -> Result<bool> {
+        if self.plan[at.step].loss {
+            return self.loss_gradient(at);
         }
-        let mut sum: Option<Tensor> = None;
-        for (edge, computed_at) in self.outputs.iter_mut().zip(&plan.cotangent) {
+        self.see_activations_off(at)?;
+        let plan = &self.plan[at.step];
+        for (k, (edge, computed_at)) in self.outputs.iter_mut().zip(&plan.cotangent).enumerate() {
             let (Some(computed_at), Some((id, receiver))) = (*computed_at, edge.cotangents.as_mut()) else { continue };
             self.watch.enter(Phase::WaitCotangents);
             let due = header(Kind::Cotangent, *id, at.clip, computed_at, self.batch, edge.spec.shape);
-            let (c, asked) = edge.waits.time(|| receive(receiver, &due))?;
+            let asked = edge.waits.time(|| self.compute.receive_cotangent(k, receiver, &due))?;
             self.requests.raise(asked);
-            let c = if activation::all_finite(&c)? {
-                c
-            } else {
+            if !self.compute.cotangent_is_finite()? {
                 let text =
                     format!("the cotangent that module {} computed at its step {computed_at}", edge.spec.edge.to);
-                left_out(self.on_nonfinite, &mut self.skipped, not_finite(&text), || Ok(c.zeros_like()?))?
-            };
-            let (fh, fw) = edge.spec.pool;
-            if sum.is_none() && (fh, fw) == (1, 1) {
-                sum = Some(c);
-                continue;
+                let compute = &mut self.compute;
+                left_out(self.on_nonfinite, &mut self.skipped, not_finite(&text), || compute.clear_cotangent())?;
             }
-            self.watch.enter(Phase::Turn);
-            let _turn = self.turns.take();
-            self.watch.enter(Phase::Backward);
-            let c = pool_for_edge_vjp(&c, fh, fw)?;
-            sum = Some(match sum {
-                Some(sum) => activation::add(&sum, &c)?,
-                None => c,
+            let computes = self.compute.has_sum() || edge.spec.pool != (1, 1);
+            let _turn = computes.then(|| {
+                self.watch.enter(Phase::Turn);
+                self.turns.take()
             });
+            self.watch.enter(Phase::Backward);
+            self.compute.add_cotangent(edge.spec.pool)?;
         }
-        Ok(sum)
+        Ok(self.compute.has_sum())
     }
 
-    fn vjp(&mut self, g: &Tensor, at: At) -> Result<Vec<Option<Tensor>>> {
+    fn vjp(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Turn);
         let pass = self.pass(at);
         let _turn = self.turns.take();
         self.watch.enter(Phase::Backward);
         // Frames need no gradient.
         let wanted = if self.source.is_some() { &[false][..] } else { &self.plan[at.step].wanted };
-        self.module.vjp(g, &pass, &mut self.tape, wanted)
+        self.compute.vjp(&mut self.module, &pass, wanted)
     }
 
-    fn send_cotangents(&mut self, cotangents: &[Option<Tensor>], at: At) -> Result<()> {
+    fn send_cotangents(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Send);
         let asked = self.requests.pending();
-        for (edge, c) in self.inputs.iter_mut().zip(cotangents) {
-            if let (Some(c), Some((id, sender))) = (c, edge.cotangents.as_mut()) {
+        for (k, edge) in self.inputs.iter_mut().enumerate() {
+            if let Some((id, sender)) = edge.cotangents.as_mut() {
                 let head = header(Kind::Cotangent, *id, at.clip, at.step, self.batch, edge.spec.shape);
-                send(sender, &head.stamped(at.tick, asked), c)?;
+                self.compute.send_cotangent(k, sender, &head.stamped(at.tick, asked))?;
             }
         }
         Ok(())
@@ -165,7 +147,7 @@ impl Worker {
     }
 
     /// Module 1: this step's frame; and this step's target, if module D will have a loss, on its way.
-    fn read_frame(&mut self, at: At) -> Result<Tensor> {
+    fn read_frame(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Data);
         let read = if self.failure.is_some() { None } else { Some(self.frame_and_target(at)) };
         let (x, target) = match read {
@@ -178,16 +160,15 @@ impl Worker {
         };
         let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
         if let Some(target) = target {
-            match (&mut source.truth, &mut self.loss) {
-                (Some((id, sender)), _) => {
+            match &mut source.truth {
+                Some((id, sender)) => {
                     let head = header(Kind::Target, *id, at.clip, at.step, self.batch, source.shape);
                     send(sender, &head.stamped(at.tick, 0), &target)?;
                 }
-                (None, Some(end)) => end.target = Some(target),
-                (None, None) => {}
+                None => self.compute.set_target(target)?,
             }
         }
-        Ok(x)
+        self.compute.set_input(0, x)
     }
 
     fn frame_and_target(&mut self, at: At) -> Result<(Tensor, Option<Tensor>)> {
@@ -200,29 +181,27 @@ impl Worker {
     /// What stands for frames that cannot be read: zeros, and a target that counts for nothing.
     fn without_frames(&self, at: At) -> Result<(Tensor, Option<Tensor>)> {
         let Some(source) = &self.source else { return Err(Error::Run("no frames here".into())) };
-        let [h, w, c] = source.shape;
-        let all = |value: f32| Tensor::full(value, (self.batch, h, w, c), &Device::Cpu);
+        let all = |value: f32| full(value, self.batch, source.shape);
         Ok((all(0.0)?, source.target_of(at.step).map(|_| all(f32::NAN)).transpose()?))
     }
 
-    /// Module D: the loss of this step's output against the label or the target frame, and its gradient.
-    fn loss_gradient(&mut self, y: &Tensor, at: At) -> Result<Option<Tensor>> {
+    /// Module D: the loss of this step's output against the label or the target frame, and whether there is a gradient.
+    fn loss_gradient(&mut self, at: At) -> Result<bool> {
         let training = self.update.is_some();
         let Some(end) = &mut self.loss else { return Err(Error::Run("no loss here".into())) };
-        let target = match &mut end.truth {
-            Some((id, receiver)) if !end.head.needs_labels() => {
-                self.watch.enter(Phase::WaitActivations);
-                let (_, h, w, c) = y.dims4()?;
-                Some(receive(receiver, &header(Kind::Target, *id, at.clip, at.step, self.batch, [h, w, c]))?.0)
-            }
-            _ => end.target.take(),
-        };
-        self.watch.enter(Phase::Backward);
-        match end.head.loss(y, target.as_ref(), training) {
-            Err(e @ Error::NonFinite(_)) if training => {
-                left_out(self.on_nonfinite, &mut self.skipped, e, || Ok(Some(y.zeros_like()?)))
-            }
-            result => result,
+        if let Some((id, receiver)) = end.truth.as_mut().filter(|_| !end.head.needs_labels()) {
+            self.watch.enter(Phase::WaitActivations);
+            let due = header(Kind::Target, *id, at.clip, at.step, self.batch, end.shape);
+            self.compute.receive_target(receiver, &due)?;
         }
+        self.watch.enter(Phase::Backward);
+        match self.compute.loss(&mut end.head, training) {
+            Err(e @ Error::NonFinite(_)) if training => {
+                let compute = &mut self.compute;
+                left_out(self.on_nonfinite, &mut self.skipped, e, || compute.leave_loss_out())?;
+            }
+            result => result?,
+        }
+        Ok(training)
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 
+use super::compute::Compute;
 use super::head::Head;
 use super::state::Saver;
 use super::stop::{Decider, Requests};
@@ -12,7 +13,7 @@ use super::turns::Turns;
 use crate::config::{OnNonfinite, UpdateEvery};
 use crate::data::loader::FrameStream;
 use crate::metrics::Stopwatch;
-use crate::model::layers::{Pass, Tape};
+use crate::model::layers::Pass;
 use crate::model::module::Module;
 use crate::network::EdgeSpec;
 use crate::optim::{Optimizer, ScheduleSpec};
@@ -42,8 +43,6 @@ pub struct InEdge {
     pub activations: Receiver,
     /// Cotangents go there (absent where none is ever used).
     pub cotangents: Option<(u32, Sender)>,
-    /// The newest activation, held past the end of the sender's clip.
-    pub held: Option<Tensor>,
     /// Time spent waiting for activations.
     pub waits: Waits,
 }
@@ -109,8 +108,8 @@ pub struct LossEnd {
     pub head: Head,
     /// Labels or targets come here; absent if this worker is module 1 too.
     pub truth: Option<(u32, Receiver)>,
-    /// This step's target (future frames, D = 1).
-    pub target: Option<Tensor>,
+    /// `[H, W, C]` of the output, and of a target frame.
+    pub shape: [usize; 3],
     /// Evaluation: how many clips there are in all; the last batch is padded behind them.
     pub clips: Option<usize>,
 }
@@ -157,10 +156,10 @@ pub struct Worker {
     pub key: u64,
     /// What to do at each step.
     pub plan: Vec<StepPlan>,
-    /// Layers and parameters.
+    /// Layers and parameters; those of a GPU's module as they are between clips where somebody asks for them.
     pub module: Module,
-    /// This step's activations.
-    pub tape: Tape,
+    /// Inputs, output and cotangents, and what computes on them.
+    pub compute: Compute,
     /// Edges in, main first, then growing span.
     pub inputs: Vec<InEdge>,
     /// Edges out, main first, then growing span.

@@ -4,7 +4,7 @@
 //! `[B, H, W, C]`.
 
 mod activation;
-pub(super) mod batch_norm;
+pub(crate) mod batch_norm;
 mod conv2d;
 mod dropout;
 mod group_norm;

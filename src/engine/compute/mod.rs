@@ -1,0 +1,217 @@
+//! Where a module's tensors live and its passes run: in host memory, or on a GPU.
+//!
+//! A tick names what is to be done with a module's registers (its inputs, output, and cotangents); which memory they are in
+//! only these functions know. On a GPU they launch and return: nothing is waited for but messages.
+
+#[cfg(feature = "cuda")]
+mod device;
+mod host;
+
+use candle_core::Tensor;
+
+use super::head::Head;
+use crate::Result;
+use crate::model::layers::Pass;
+use crate::model::module::Module;
+use crate::transport::{Header, Receiver, Sender};
+
+#[cfg(feature = "cuda")]
+pub use device::{Device, Making};
+pub use host::{Host, full};
+
+/// A module's registers and what computes on them. Edges in and out count from 0, main first, then growing span.
+pub enum Compute {
+    /// Host memory, and the calling thread.
+    Host(Host),
+    /// A GPU's memory and streams.
+    #[cfg(feature = "cuda")]
+    Device(Box<Device>),
+}
+
+/// Calls the same method on whichever variant there is.
+macro_rules! each {
+    ($compute:expr, $x:ident => $body:expr) => {
+        match $compute {
+            Compute::Host($x) => $body,
+            #[cfg(feature = "cuda")]
+            Compute::Device($x) => $body,
+        }
+    };
+}
+
+impl Compute {
+    /// Begins a clip: what was held is forgotten.
+    pub fn begin(&mut self) {
+        each!(self, x => x.begin());
+    }
+
+    /// The clip's labels (`[B]`, −1 for padding), where the loss is.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if they cannot be copied.
+    pub fn set_labels(&mut self, head: &mut Head, labels: &[i32]) -> Result<()> {
+        head.begin(labels);
+        match self {
+            Compute::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Compute::Device(x) => x.set_labels(labels),
+        }
+    }
+
+    /// Takes input `k` from the host: module 1's frame.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if it cannot be copied.
+    pub fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()> {
+        match self {
+            Compute::Host(x) => {
+                x.set_input(k, tensor);
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Compute::Device(x) => x.set_input(k, &tensor),
+        }
+    }
+
+    /// Waits for input `k`; the message's flags.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if it does not come.
+    pub fn receive_input(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
+        each!(self, x => x.receive_input(k, receiver, due))
+    }
+
+    /// y = H(inputs).
+    ///
+    /// # Errors
+    /// As [`Module::forward`]; [`crate::Error::Run`] where an input never came.
+    pub fn forward(&mut self, module: &mut Module, pass: &Pass) -> Result<()> {
+        each!(self, x => x.forward(module, pass))
+    }
+
+    /// Averages y by whole factors, for the edge out it is sent along next.
+    ///
+    /// # Errors
+    /// As [`crate::model::module::pool_for_edge`].
+    pub fn pool(&mut self, k: usize, factors: (usize, usize)) -> Result<()> {
+        each!(self, x => x.pool(k, factors))
+    }
+
+    /// Sends y, or what [`Compute::pool`] has made of it, along edge out `k`.
+    ///
+    /// # Errors
+    /// As [`Sender::send`].
+    pub fn send_output(&mut self, k: usize, sender: &mut Sender, header: &Header) -> Result<()> {
+        each!(self, x => x.send_output(k, sender, header))
+    }
+
+    /// Waits for the cotangent of edge out `k`; the message's flags.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if it does not come.
+    pub fn receive_cotangent(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
+        each!(self, x => x.receive_cotangent(k, receiver, due))
+    }
+
+    /// Whether the cotangent that has come is finite. A GPU answers when the clip ends: it counts those that are not, and
+    /// leaves them out itself where that is asked for.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if it cannot be looked at.
+    pub fn cotangent_is_finite(&mut self) -> Result<bool> {
+        match self {
+            Compute::Host(x) => x.cotangent_is_finite(),
+            #[cfg(feature = "cuda")]
+            Compute::Device(x) => x.guard_cotangent().map(|()| true),
+        }
+    }
+
+    /// Zeros in place of the cotangent that has come.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if none has.
+    pub fn clear_cotangent(&mut self) -> Result<()> {
+        match self {
+            Compute::Host(x) => x.clear_cotangent(),
+            #[cfg(feature = "cuda")]
+            Compute::Device(_) => Ok(()),
+        }
+    }
+
+    /// Adds the cotangent that has come to g, spread over the pixels that were averaged.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if none has come.
+    pub fn add_cotangent(&mut self, factors: (usize, usize)) -> Result<()> {
+        each!(self, x => x.add_cotangent(factors))
+    }
+
+    /// Whether g holds something.
+    pub fn has_sum(&self) -> bool {
+        each!(self, x => x.has_sum())
+    }
+
+    /// Takes the step's target frame from the host.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if it cannot be copied.
+    pub fn set_target(&mut self, target: Tensor) -> Result<()> {
+        match self {
+            Compute::Host(x) => {
+                x.set_target(target);
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Compute::Device(x) => x.set_target(&target),
+        }
+    }
+
+    /// Waits for the step's target frame.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if it does not come.
+    pub fn receive_target(&mut self, receiver: &mut Receiver, due: &Header) -> Result<()> {
+        each!(self, x => x.receive_target(receiver, due))
+    }
+
+    /// The loss of y, and in training its gradient as g. A GPU's losses reach the head when the clip ends.
+    ///
+    /// # Errors
+    /// As [`Head::loss`].
+    pub fn loss(&mut self, head: &mut Head, training: bool) -> Result<()> {
+        each!(self, x => x.loss(head, training))
+    }
+
+    /// Zeros in place of a loss's gradient.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if there is no output.
+    pub fn leave_loss_out(&mut self) -> Result<()> {
+        match self {
+            Compute::Host(x) => x.leave_loss_out(),
+            #[cfg(feature = "cuda")]
+            Compute::Device(_) => Ok(()),
+        }
+    }
+
+    /// One vector–Jacobian product of the module with g, at this step's activations.
+    ///
+    /// # Errors
+    /// As [`Module::vjp`].
+    pub fn vjp(&mut self, module: &mut Module, pass: &Pass, wanted: &[bool]) -> Result<()> {
+        each!(self, x => x.vjp(module, pass, wanted))
+    }
+
+    /// Sends the cotangent of input `k`, if it was wanted.
+    ///
+    /// # Errors
+    /// As [`Sender::send`].
+    pub fn send_cotangent(&mut self, k: usize, sender: &mut Sender, header: &Header) -> Result<()> {
+        each!(self, x => x.send_cotangent(k, sender, header))
+    }
+
+    /// Ends a tick: this step's activations are forgotten, and the frame.
+    pub fn end_tick(&mut self) {
+        each!(self, x => x.end_tick());
+    }
+}
