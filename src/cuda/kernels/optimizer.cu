@@ -54,11 +54,11 @@ extern "C" __global__ void gradient_norm(const double *squares, int number, doub
 }
 
 extern "C" __global__ void sgd(const count *table, const count *pieces, const float *state, float lr, float momentum,
-                               float decay, int nesterov, int initial) {
+                               float decay, int nesterov) {
     STEP {
         float p = value[i], g = gradient[i] * factor + decay * p;
         if (first) {
-            float b = initial ? g : momentum * first[i] + g;
+            float b = momentum * first[i] + g;
             first[i] = b;
             g = nesterov ? g + momentum * b : b;
         }

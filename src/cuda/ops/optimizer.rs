@@ -105,14 +105,7 @@ impl Parameters {
         let mut arguments: Vec<Argument> = arguments![&self.table, &self.pieces, &self.state].to_vec();
         let name = match *spec {
             OptimizerSpec::Sgd { momentum, weight_decay, nesterov, .. } => {
-                let first = steps <= 1;
-                arguments.extend_from_slice(arguments![
-                    lr as f32,
-                    momentum as f32,
-                    weight_decay as f32,
-                    nesterov,
-                    first
-                ]);
+                arguments.extend_from_slice(arguments![lr as f32, momentum as f32, weight_decay as f32, nesterov]);
                 "sgd"
             }
             OptimizerSpec::Adamw { betas, eps, weight_decay, .. } => {
