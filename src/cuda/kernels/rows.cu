@@ -13,17 +13,24 @@ extern "C" __global__ void bias(real *y, const float *b, unsigned n, unsigned c,
     put(y + i, w, v);
 }
 
-// Column sums of one part of the rows: parts[part][c]. `lanes` threads stand side by side over channels.
-extern "C" __global__ void column_sums(const real *x, float *parts, unsigned rows, unsigned c, int w, int lanes,
+// Column sums of one part of the rows: parts[part][c]. `lanes` threads stand side by side over channels. Where there is `y`, x
+// is first carried through the relu whose output that is, and written to `gx`.
+extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, float *parts, unsigned rows, unsigned c, int w, int lanes,
                                        unsigned rows_of_part) {
     __shared__ float s[PACK * BLOCK];
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;
-    float sum[PACK], v[PACK];
+    float sum[PACK], v[PACK], u[PACK];
     for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
     if (ch < c) {
         for (row += threadIdx.x / lanes; row < end; row += BLOCK / lanes) {
-            take(x + (count)row * c + ch, w, v);
+            count i = (count)row * c + ch;
+            take(x + i, w, v);
+            if (y) {
+                take(y + i, w, u);
+                for (int k = 0; k < PACK; k++) v[k] = u[k] > 0.0f ? v[k] : 0.0f;
+                put(gx + i, w, v);
+            }
             for (int k = 0; k < PACK; k++) sum[k] += v[k];
         }
     }

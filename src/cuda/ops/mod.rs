@@ -15,7 +15,7 @@ mod pool;
 
 use cudarc::driver::{LaunchConfig, PushKernelArg};
 
-pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, get_channels, put_channels};
+pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, bias_relu_vjp, get_channels, put_channels};
 pub use elementwise::{
     accumulate, add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp,
     scale, set_words, to_f32,
