@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::progress::Progress;
 use crate::checkpoint::Checkpoint;
-use crate::config::{Config, Globs, Task};
+use crate::config::{Config, DeviceChoice, Globs, Precision, Task};
 use crate::engine::console::ClipSummary;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
@@ -86,6 +86,10 @@ impl Tally {
 pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Result<Config> {
     let manifest = checkpoint.manifest();
     let mut config = Config::parse(&manifest.config, &checkpoint.path().display().to_string(), set)?;
+    if !set.iter().any(|s| s.starts_with("run.device") || s.starts_with("run.precision")) {
+        // Not where it was trained: where it is evaluated.
+        (config.run.device, config.run.precision) = (DeviceChoice::Auto, Precision::F32);
+    }
     if !set.iter().any(|s| s.starts_with("model.modules") || s.starts_with("model.cuts")) {
         // Where skips go depends on the cut: the one the network was trained with.
         (config.model.modules, config.model.cuts) = (None, Some(manifest.cuts.clone()));

@@ -1,0 +1,275 @@
+//! Modules on a GPU: the CPU's results, wherever they run; what a tick may not do; and what happens when something is wrong.
+//!
+//! Without a GPU the program runs on an emulator of CUDA's libraries (tests/cuda-emulator), which the first test builds;
+//! with `SIDEWAYS_TEST_GPU=1` on the libraries and the GPU that are there.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use common::mpirun::{mpirun, text};
+use common::runs::{assert_close, config, shard, tensors};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+
+/// Whether a real GPU is to be used.
+fn real() -> bool {
+    std::env::var("SIDEWAYS_TEST_GPU").is_ok_and(|value| value == "1")
+}
+
+/// The folder of the emulator's libraries, built when first asked for.
+fn emulator() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let folder = root.join("target/cuda-emulator");
+        let built = Command::new(root.join("tests/cuda-emulator/build.sh")).arg(&folder).output().unwrap();
+        assert!(built.status.success(), "{}", text(&built));
+        folder
+    })
+}
+
+/// The environment in which the program finds CUDA.
+fn environment(more: &[(&str, &str)]) -> Vec<(String, String)> {
+    let mut all: Vec<(String, String)> = more.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    if !real() {
+        all.push(("LD_LIBRARY_PATH".into(), emulator().display().to_string()));
+    }
+    all
+}
+
+/// A folder with shards and a configuration.
+struct Place {
+    dir: tempfile::TempDir,
+    config: String,
+}
+
+impl Place {
+    fn new(sets: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        shard(&dir.path().join("train.h5"), 12, 14, false);
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, config(dir.path(), sets).to_toml().unwrap()).unwrap();
+        let config = path.display().to_string();
+        Place { dir, config }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Trains into the run folder `name` on `ranks` ranks (0: without mpirun).
+    fn train(&self, name: &str, ranks: usize, sets: &[&str], env: &[(&str, &str)]) -> Output {
+        let run = format!("run.dir={}", self.at(name).display());
+        let mut args = vec!["train", self.config.as_str(), "--set", run.as_str()];
+        sets.iter().for_each(|set| args.extend(["--set", set]));
+        self.run(ranks, &args, env)
+    }
+
+    fn run(&self, ranks: usize, args: &[&str], env: &[(&str, &str)]) -> Output {
+        let env = environment(env);
+        if ranks == 0 {
+            return Command::new(PROGRAM).args(args).envs(env).output().unwrap();
+        }
+        let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        mpirun(ranks, Path::new(PROGRAM), args, &env, MINUTE)
+    }
+
+    /// As [`Place::train`]: it must succeed; the parameters and the optimiser's memory after the last batch.
+    fn trained(&self, name: &str, ranks: usize, sets: &[&str], env: &[(&str, &str)]) -> HashMap<String, Vec<f64>> {
+        let output = self.train(name, ranks, sets, env);
+        assert!(output.status.success(), "{name}: {}", text(&output));
+        let run = self.at(name);
+        let last = sideways::checkpoint::newest_manifest(&run.join("checkpoints")).unwrap().unwrap().clips;
+        tensors(&run, last)
+    }
+}
+
+const CUDA: &str = "run.device=cuda";
+const CPU: &str = "run.device=cpu";
+const SKIPS: &str = "model.skip={ spans = [2, 3] }";
+/// Every kind of layer, and adapters; the dropout's masks are the CPU's.
+const ALL_KINDS: &str = "model.layers=[{ kind = 'conv2d', out = 8, kernel = 3, padding = 1, bias = false }, \
+    { kind = 'batch-norm', momentum = 0.05 }, { kind = 'relu' }, { kind = 'max-pool', kernel = 3, stride = 2, padding = 1 }, \
+    { kind = 'residual', out = 8, groups = 2 }, { kind = 'residual', out = 16, stride = 2, block = 'bottleneck', norm = 'batch' }, \
+    { kind = 'dropout', rate = 0.2 }, { kind = 'conv2d', out = 8, kernel = 3, padding = 1, groups = 4 }, { kind = 'gelu' }, \
+    { kind = 'upsample', factor = 2 }, { kind = 'avg-pool', kernel = 2 }, { kind = 'conv2d', out = 6, kernel = 1 }, \
+    { kind = 'relu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+const FUTURE: [&str; 3] = [
+    "model.task=future-frames",
+    "model.layers=[{ kind = 'conv2d', out = 6, kernel = 3, padding = 1 }, { kind = 'relu' }, \
+     { kind = 'conv2d', out = 6, kernel = 3, padding = 1 }, { kind = 'relu' }, { kind = 'conv2d', out = 3, kernel = 3, padding = 1 }]",
+    "model.modules=3",
+];
+
+/// Twenty batches of clips: parameters, running statistics and the optimiser's memory agree to 1e-3 of their norms, though
+/// every product is summed in another order.
+#[test]
+fn twenty_clips_end_where_the_cpus_do() {
+    let adamw = "train.optimizer={ kind = 'adamw', lr = 0.001 }";
+    let rmsprop = "train.optimizer={ kind = 'rmsprop', lr = 0.0005, momentum = 0.5 }";
+    let gentle = "train.optimizer={ kind = 'sgd', lr = 0.01, momentum = 0.9, weight_decay = 0.001, nesterov = true }";
+    for sets in [
+        &[SKIPS, "train.clip_norm=0.5"][..],
+        &[ALL_KINDS, "model.skip={ spans = [2], fuse = 'concat' }", gentle],
+        &[ALL_KINDS, "model.skip={ spans = [2] }", adamw, "train.update_every=3"],
+        &[FUTURE[0], FUTURE[1], FUTURE[2], "train.rule=sideways", rmsprop],
+        &["train.replicas=2", "train.rule=sideways", gentle],
+    ] {
+        let place = Place::new(&[sets, &["train.clips=20", "run.checkpoint_every=20"]].concat());
+        let cpu = place.trained("cpu", 0, &[CPU], &[]);
+        let gpu = place.trained("gpu", 0, &[CUDA], &[]);
+        assert_close(&cpu, &gpu, 1e-3, &format!("{sets:?}"));
+    }
+}
+
+/// One process or ranks that share a GPU, graphs or none, copies that take their time: the same bits.
+#[test]
+fn the_result_does_not_depend_on_where_modules_run() {
+    for (sets, rank_counts) in [
+        (&[SKIPS][..], &[2, 5][..]),
+        (&[ALL_KINDS, "model.skip={ spans = [2], fuse = 'concat' }", "run.precision=bf16"], &[5]),
+        (&["train.replicas=2", "model.modules=2", "train.rule=sideways"], &[4]),
+    ] {
+        let place = Place::new(&[sets, &[CUDA]].concat());
+        let threads = place.trained("threads", 0, &[], &[]);
+        assert!(place.trained("launches", 0, &["run.graphs=false"], &[]) == threads, "{sets:?} without graphs");
+        for &ranks in rank_counts {
+            let late = [("SIDEWAYS_EMULATOR_COPY_DELAY_US", "300"), ("SIDEWAYS_EMULATOR_JITTER_US", "500")];
+            let run = place.trained(&format!("ranks{ranks}"), ranks, &[], &late);
+            assert!(run == threads, "{sets:?} on {ranks} ranks");
+        }
+    }
+}
+
+/// Messages beyond MPI's eager limit, which wait for their receivers.
+#[test]
+fn large_messages_between_ranks_on_a_gpu() {
+    let layers = "model.layers=[{ kind = 'conv2d', out = 512, kernel = 3, padding = 1 }, { kind = 'relu' }, \
+                  { kind = 'conv2d', out = 4, kernel = 3, stride = 2, padding = 1 }, { kind = 'relu' }, \
+                  { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+    let sets = [layers, "model.modules=2", "train.rule=sideways", "data.batch=8", "train.clips=2", CUDA];
+    let place = Place::new(&sets);
+    let threads = place.trained("threads", 0, &[], &[]);
+    assert!(place.trained("ranks", 2, &[], &[("SIDEWAYS_EMULATOR_JITTER_US", "500")]) == threads);
+}
+
+/// Checkpoints of one are the other's: started on the CPU, continued on a GPU, ended on the CPU; and all on the GPU with the
+/// unfinished mean of an update that is not due at a clip's end.
+#[test]
+fn checkpoints_move_between_cpu_and_gpu() {
+    let place = Place::new(&[SKIPS, "train.update_every=3", "train.clips=6"]);
+    let through = place.trained("through", 0, &[CPU], &[]);
+    let all_gpu = place.trained("gpu", 0, &[CUDA], &[]);
+    let (run, part) = (format!("run.dir={}", place.at("parts").display()), place.config.as_str());
+    for (device, stop) in [(CPU, "2"), (CUDA, "2"), (CPU, "9")] {
+        let args = ["train", part, "--set", &run, "--set", device, "--stop-after", stop];
+        let output = place.run(0, &args, &[]);
+        assert!(matches!(output.status.code(), Some(0 | 75)), "{}", text(&output));
+    }
+    assert_close(&through, &tensors(&place.at("parts"), 6), 1e-3, "in parts");
+    let run = format!("run.dir={}", place.at("stopped").display());
+    for stop in ["2", "1", "9"] {
+        let output = place.run(0, &["train", part, "--set", &run, "--set", CUDA, "--stop-after", stop], &[]);
+        assert!(matches!(output.status.code(), Some(0 | 75)), "{}", text(&output));
+    }
+    assert!(tensors(&place.at("stopped"), 6) == all_gpu, "a run on the GPU that was stopped is another");
+}
+
+/// bfloat16 activations: the loss of a run is that of 32-bit floats to a few per cent.
+#[test]
+fn bfloat16_learns_the_same() {
+    let place = Place::new(&[SKIPS, "train.clips=20", "run.checkpoint_every=20", CUDA]);
+    let loss = |name: &str, sets: &[&str]| -> f64 {
+        let output = place.train(name, 0, sets, &[]);
+        assert!(output.status.success(), "{}", text(&output));
+        let line = text(&output).lines().find(|l| l.contains("last quarter: loss")).unwrap().to_string();
+        line.split("loss ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap()
+    };
+    let (float, half) = (loss("f32", &[]), loss("bf16", &["run.precision=bf16"]));
+    assert!((float - half).abs() < 0.05 * float, "{float} {half}");
+}
+
+/// Evaluation says what the CPU's does.
+#[test]
+fn evaluation_agrees() {
+    let place = Place::new(&["data.batch=5", CUDA]);
+    assert!(place.train("run", 0, &[], &[]).status.success());
+    let run = place.at("run").display().to_string();
+    let json = |device: &str| -> serde_json::Value {
+        let output = place.run(0, &["eval", &run, "--json", "--set", device], &[]);
+        assert!(output.status.success(), "{}", text(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (cpu, gpu) = (json(CPU), json(CUDA));
+    assert_eq!(gpu["clips"], 12);
+    for key in ["top1", "top5"] {
+        assert_eq!(cpu[key], gpu[key], "{key}");
+    }
+}
+
+/// Once under way, a clip allocates nothing on the device, and waits for the GPU a fixed number of times, whatever its length.
+#[test]
+fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
+    if real() {
+        return;
+    }
+    let place = Place::new(&[SKIPS, "run.checkpoint_every=100", "train.boundary=cut", CUDA]);
+    let counts = |name: &str, clips: usize, frames: usize| -> HashMap<String, u64> {
+        let file = place.at(name).with_extension("counts");
+        let (clips, frames) = (format!("train.clips={clips}"), format!("data.frames={frames}"));
+        let env = [("SIDEWAYS_EMULATOR_COUNTERS", file.to_str().unwrap())];
+        let output = place.train(name, 0, &[&clips, &frames], &env);
+        assert!(output.status.success(), "{}", text(&output));
+        let text = std::fs::read_to_string(&file).unwrap();
+        let words = text.lines().filter_map(|line| line.split_once(' '));
+        words.map(|(name, value)| (name.to_string(), value.parse().unwrap())).collect()
+    };
+    let (short, long) = (counts("short", 4, 14), counts("long", 12, 14));
+    assert_eq!(short["alloc"], long["alloc"], "allocations grow with clips");
+    assert_eq!(short["graph_instantiate"], long["graph_instantiate"]);
+    assert!(long["graph_launch"] > short["graph_launch"] && short["graph_launch"] > 0);
+    let (few, many) = (counts("few", 12, 8), long);
+    assert_eq!(few["alloc"], many["alloc"], "memory grows with frames");
+    assert_eq!(few["sync"], many["sync"], "ticks wait for the GPU");
+}
+
+/// What cannot work is said before training, with exit code 2.
+#[test]
+fn clear_errors() {
+    let place = Place::new(&[CUDA]);
+    let without = Command::new(PROGRAM).args(["train", &place.config]).env_remove("LD_LIBRARY_PATH").output().unwrap();
+    if !real() {
+        assert_eq!(without.status.code(), Some(2), "{}", text(&without));
+        assert!(text(&without).contains("libcuda"), "{}", text(&without));
+        let small = place.train("small", 0, &["data.batch=12"], &[("SIDEWAYS_EMULATOR_MEMORY", "40000")]);
+        assert_eq!(small.status.code(), Some(2), "{}", text(&small));
+        assert!(text(&small).contains("of GPU memory") && text(&small).contains("data.batch"), "{}", text(&small));
+        let none = place.train("none", 2, &[], &[("SIDEWAYS_EMULATOR_DEVICES", "0")]);
+        assert_eq!(none.status.code(), Some(2), "{}", text(&none));
+        assert!(text(&none).contains("has no GPU"), "{}", text(&none));
+        let cpu = place.train("auto", 0, &["run.device=auto"], &[("SIDEWAYS_EMULATOR_DEVICES", "0")]);
+        assert!(cpu.status.success() && !text(&cpu).contains("computes on GPU"), "{}", text(&cpu));
+    }
+    let bp = place.train("bp", 0, &["train.rule=bp"], &[]);
+    assert_eq!(bp.status.code(), Some(2), "{}", text(&bp));
+    let shared = place.train("shared", 2, &[], &[]);
+    assert!(shared.status.success() && text(&shared).contains("share GPU 0"), "{}", text(&shared));
+}
+
+/// A run that diverges ends with exit code 1 and says so; or leaves out what is not finite, and counts it.
+#[test]
+fn what_is_not_finite_stops_the_run_or_is_left_out() {
+    let place = Place::new(&["train.optimizer={ kind = 'sgd', lr = 1e30 }", "train.clips=6", CUDA]);
+    let stopped = place.train("stop", 2, &[], &[]);
+    assert_eq!(stopped.status.code(), Some(1), "{}", text(&stopped));
+    assert!(text(&stopped).contains("not finite") || text(&stopped).contains("diverged"), "{}", text(&stopped));
+    let skipped = place.train("skip", 2, &["run.on_nonfinite=skip"], &[]);
+    assert!(skipped.status.success() && text(&skipped).contains("left out"), "{}", text(&skipped));
+}
