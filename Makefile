@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test lint doc bench-pytorch drills clean
+.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch drills clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -53,15 +53,24 @@ $(VENV_DATA)/ready:
 bench-data: build $(VENV_DATA)/ready ## frames/s from shards beside h5py with Pillow, and ffmpeg (a minute; benches/README.md)
 	$(VENV_DATA)/bin/python benches/data/compare.py $(BENCH_ARGS)
 
-lint: deps ## formatting and clippy
+lint: deps ## formatting and clippy, without CUDA and with it
 	$(CARGO) fmt --check
 	$(CARGO) clippy $(PROFILE) --all-targets -- -D warnings
+	$(CARGO) clippy $(PROFILE) --all-targets --features cuda -- -D warnings
 
 doc: deps ## the library's documentation, target/doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --no-deps
 
 test: build slurm-deps lint doc ## everything that continuous integration checks
 	$(CARGO) test $(PROFILE) -- --test-threads=2
+	$(MAKE) test-cuda
+
+# CUDA's libraries as an emulator for the CPU; needs a C++ compiler alone.
+EMULATOR := $(CURDIR)/target/cuda-emulator
+
+test-cuda: deps ## modules on GPUs, on an emulator of CUDA's libraries (tests/cuda-emulator)
+	tests/cuda-emulator/build.sh $(EMULATOR)
+	LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH $(CARGO) test $(PROFILE) --features cuda --test 'cuda*' -- --test-threads=2
 
 drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkpoints are written, time limits (some 15 minutes; slurm/README.md)
 	FAULTS=50 $(CARGO) test $(PROFILE) --test faults a_kill -- --nocapture --test-threads=1

@@ -1,8 +1,8 @@
 //! `sideways train --dry-run`: a whole configuration checked on a laptop, without ranks or data.
 
 use crate::Result;
-use crate::config::{Config, Rule};
-use crate::engine::footprint::{bytes, memory, sent};
+use crate::config::{Config, DeviceChoice, Precision, Rule};
+use crate::engine::footprint::{bytes, gpu_memory, memory, sent};
 use crate::engine::setup::Setup;
 use crate::plan::blocks::Blocks;
 use crate::plan::cut::resume_cut;
@@ -61,12 +61,31 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
             module.params,
             // Forward, and as much again for each of the two gradients.
             3.0 * (module.flops * config.data.batch as u64) as f64 / 1e9,
-            bytes(memory(&setup, w)),
+            bytes(needed(&setup, w)),
             bytes(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
         );
     }
-    println!("memory: parameters, gradient, optimizer, one step's activations, message buffers; without the program");
+    match config.run.device {
+        DeviceChoice::Cuda => println!(
+            "memory: the GPU's, for parameters, gradient, optimizer and a copy of these, activations, messages; without cuDNN's \
+             workspace and the driver's own"
+        ),
+        _ => {
+            println!(
+                "memory: parameters, gradient, optimizer, one step's activations, message buffers; without the program"
+            )
+        }
+    }
     Ok(())
+}
+
+/// Bytes of worker `w`'s memory, where it computes.
+fn needed(setup: &Setup, w: usize) -> u64 {
+    match (setup.config.run.device, setup.config.run.precision) {
+        (DeviceChoice::Cuda, Precision::Bf16) => gpu_memory(setup, w, 2),
+        (DeviceChoice::Cuda, _) => gpu_memory(setup, w, 4),
+        _ => memory(setup, w),
+    }
 }
 
 /// The cut that training would plan, where the layers have been measured for it before.

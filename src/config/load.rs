@@ -128,9 +128,6 @@ mod tests {
         refused(SMALL, &["train.rule=sideways"], &["model.skip"]);
         refused(SMALL, &["model.modules=3", "model.cuts=[1]"], &["makes 2 modules"]);
         refused(SMALL, &["train.update_every=0"], &["update_every = 0"]);
-        if cfg!(not(feature = "cuda")) {
-            refused(SMALL, &["run.device=cuda"], &["built without CUDA", "--features cuda"]);
-        }
         refused(SMALL, &["run.precision=bf16"], &["run.device = \"cuda\""]);
         refused(SMALL, &["train.clip_norm=-1"], &["clip_norm"]);
     }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::footprint::{bytes, memory};
 use super::setup::Setup;
+use crate::config::DeviceChoice;
 use crate::plan::machine::{own_processors, program_hash};
 use crate::transport::{World, hostname};
 use crate::{Error, Result};
@@ -26,8 +27,12 @@ pub struct Place {
     pub limit: u64,
     /// Free bytes of `/dev/shm`, through which ranks of a host exchange messages; `None` without it.
     pub shared: Option<u64>,
-    /// NVIDIA GPUs visible there.
+    /// NVIDIA GPUs of the host.
     pub gpus: usize,
+    /// Of these, how many the program can use; and if none, why.
+    pub usable: usize,
+    /// Why none can be used.
+    pub unusable: String,
     /// xxh3-64 of the program's file.
     pub program: u64,
 }
@@ -36,6 +41,7 @@ impl Place {
     /// Looks around.
     pub fn here() -> Self {
         let (available, limit) = memory_here();
+        let (usable, unusable) = super::gpus::usable();
         Place {
             host: hostname(),
             processors: own_processors(),
@@ -50,6 +56,8 @@ impl Place {
                 };
                 entries.filter_map(name).filter(gpu).count()
             }),
+            usable,
+            unusable,
             program: program_hash(),
         }
     }
@@ -114,7 +122,7 @@ pub fn check(places: &[Place], setup: Option<&Setup>) -> Vec<Check> {
         processors(places, &hosts, setup),
         memories(places, &hosts, setup),
         shared_memory(places, &hosts),
-        gpus(places, &hosts),
+        gpus(places, &hosts, setup),
     ]
 }
 
@@ -290,16 +298,33 @@ fn shared_memory(places: &[Place], hosts: &[(&str, Vec<usize>)]) -> Check {
     Check::fine("/dev/shm", least.map_or("not there".into(), |free| format!("{} free at least", bytes(free))))
 }
 
-fn gpus(places: &[Place], hosts: &[(&str, Vec<usize>)]) -> Check {
-    let most = hosts.iter().map(|(host, ranks)| (places[ranks[0]].gpus, *host)).max().unwrap_or((0, ""));
-    let least = hosts.iter().map(|(host, ranks)| (places[ranks[0]].gpus, *host)).min().unwrap_or((0, ""));
-    match (most, least) {
-        ((0, _), _) => Check::fine("GPUs", "none, none needed: this version computes on the CPU"),
-        ((n, with), (m, without)) if n != m => Check::warning(
-            "GPUs",
-            format!("{n} on {with}, {m} on {without}; this version computes on the CPU, they stay idle"),
-        ),
-        ((n, _), _) => Check::warning("GPUs", format!("{n} a host; this version computes on the CPU, they stay idle")),
+fn gpus(places: &[Place], hosts: &[(&str, Vec<usize>)], setup: Option<&Setup>) -> Check {
+    const WHAT: &str = "GPUs";
+    let choice = setup.map_or(DeviceChoice::Auto, |setup| setup.config.run.device);
+    let without = hosts.iter().find(|(_, ranks)| places[ranks[0]].usable == 0);
+    let crowded = hosts.iter().find(|(_, ranks)| places[ranks[0]].usable < ranks.len());
+    match (choice, without, crowded) {
+        (DeviceChoice::Cuda, Some((host, ranks)), _) => {
+            let why = &places[ranks[0]].unusable;
+            Check::failure(WHAT, format!("run.device = \"cuda\", and {host} has none to use: {why}"))
+        }
+        (DeviceChoice::Auto | DeviceChoice::Cpu, Some((host, ranks)), _) => match &places[ranks[0]] {
+            place if place.gpus == 0 => Check::fine(WHAT, "none: modules compute on the CPU"),
+            place => Check::warning(
+                WHAT,
+                format!("{} on {host} stay idle, modules compute on the CPU: {}", place.gpus, place.unusable),
+            ),
+        },
+        (DeviceChoice::Cpu, None, _) => Check::warning(WHAT, "they stay idle: run.device = \"cpu\""),
+        (_, None, Some((host, ranks))) => {
+            let (n, usable) = (ranks.len(), places[ranks[0]].usable);
+            Check::warning(WHAT, format!("{n} ranks share {usable} on {host}, and wait for one another"))
+        }
+        (_, None, None) => {
+            let each: Vec<String> =
+                hosts.iter().map(|(host, ranks)| format!("{host}: {}", places[ranks[0]].usable)).collect();
+            Check::fine(WHAT, format!("one a rank; by host: {}", each.join(", ")))
+        }
     }
 }
 
@@ -487,6 +512,17 @@ mod tests {
         assert!(program.verdict == Verdict::Failure && program.found.contains("runs on b than on a"), "{program:?}");
         places[0].shared = Some(1 << 20);
         assert_eq!(found(&check(&places, None), "/dev/shm").verdict, Verdict::Warning);
+    }
+
+    #[test]
+    fn gpus_are_counted_by_host() {
+        let host = |name: &str, usable| Place { usable, gpus: 4, unusable: "why".into(), ..place(name, &[0]) };
+        let gpus = |places: &[Place]| super::gpus(places, &hosts(places), None);
+        assert_eq!(gpus(&[host("a", 2), host("a", 2), host("b", 1)]).verdict, Verdict::Fine);
+        let shared = gpus(&[host("a", 1), host("a", 1), host("b", 1)]);
+        assert!(shared.verdict == Verdict::Warning && shared.found.contains("2 ranks share 1 on a"), "{shared:?}");
+        let idle = gpus(&[host("a", 1), host("b", 0)]);
+        assert!(idle.verdict == Verdict::Warning && idle.found.contains("4 on b stay idle"), "{idle:?}");
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Which GPU a rank's modules compute on.
 
-use crate::Result;
 use crate::config::DeviceChoice;
 use crate::transport::World;
 #[cfg(feature = "cuda")]
-use crate::{Error, transport::hostname};
+use crate::transport::hostname;
+use crate::{Error, Result};
 #[cfg(feature = "cuda")]
 pub use on::{Place, registers};
 
@@ -33,10 +33,7 @@ pub fn choose(world: &World, choice: DeviceChoice) -> Result<Site> {
     if choice == DeviceChoice::Cpu {
         return Ok(Site::Cpu);
     }
-    let (count, trouble) = match crate::cuda::device_count() {
-        Ok(count) => (count, String::new()),
-        Err(e) => (0, e.to_string()),
-    };
+    let (count, trouble) = usable();
     let mine = format!("{}\n{count}\n{trouble}", hostname());
     let gathered = world.gather(mine.as_bytes())?;
     let all: Vec<String> = gathered.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
@@ -49,7 +46,6 @@ pub fn choose(world: &World, choice: DeviceChoice) -> Result<Site> {
         }
         (Some(rank), _) => {
             let why = all[rank].lines().skip(2).collect::<Vec<_>>().join(" ");
-            let why = if why.is_empty() { "the driver shows it none".into() } else { why };
             return Err(Error::input(format!(
                 "rank {rank} on {} has no GPU: {why}. Ask for them (Slurm: --gpus-per-node), or set run.device = \"cpu\"",
                 host(rank)
@@ -70,13 +66,32 @@ pub fn choose(world: &World, choice: DeviceChoice) -> Result<Site> {
     Ok(Site::Gpu { ordinal, ranks })
 }
 
-/// This rank's site: without CUDA, always the processor.
+/// This rank's site: without CUDA, the processor.
 ///
 /// # Errors
-/// None.
+/// [`Error::Input`] where GPUs are asked for.
 #[cfg(not(feature = "cuda"))]
-pub fn choose(_: &World, _: DeviceChoice) -> Result<Site> {
-    Ok(Site::Cpu)
+pub fn choose(_: &World, choice: DeviceChoice) -> Result<Site> {
+    match choice {
+        DeviceChoice::Cuda => Err(Error::input(format!("run.device = \"cuda\": {WITHOUT_CUDA}, or set it to \"cpu\""))),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Site::Cpu),
+    }
+}
+
+/// What to do where a program without CUDA meets GPUs.
+pub const WITHOUT_CUDA: &str =
+    "this program was built without CUDA; build it with `cargo build --release --features cuda` (README, \"On GPUs\")";
+
+/// The GPUs that the program could use here, or why it cannot use any.
+pub fn usable() -> (usize, String) {
+    #[cfg(feature = "cuda")]
+    match crate::cuda::device_count() {
+        Ok(0) => (0, "the driver shows this process none".into()),
+        Ok(count) => (count, String::new()),
+        Err(e) => (0, e.to_string()),
+    }
+    #[cfg(not(feature = "cuda"))]
+    (0, WITHOUT_CUDA.into())
 }
 
 #[cfg(feature = "cuda")]
