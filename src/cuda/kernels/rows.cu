@@ -20,18 +20,20 @@ extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, f
     __shared__ float s[PACK * BLOCK];
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;
-    float sum[PACK], v[PACK], u[PACK];
+    float sum[PACK], v[PACK];
     for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
     if (ch < c) {
-        for (row += threadIdx.x / lanes; row < end; row += BLOCK / lanes) {
-            count i = (count)row * c + ch;
-            take(x + i, w, v);
-            if (y) {
-                take(y + i, w, u);
-                for (int k = 0; k < PACK; k++) v[k] = u[k] > 0.0f ? v[k] : 0.0f;
-                put(gx + i, w, v);
+        BATCHES {
+            pack p[4], q[4];
+            BATCH {
+                p[j] = fetch(x + (count)ROW_OF_BATCH * c + ch, w);
+                if (y) q[j] = fetch(y + (count)ROW_OF_BATCH * c + ch, w);
             }
-            for (int k = 0; k < PACK; k++) sum[k] += v[k];
+            BATCH {
+                for (int k = 0; k < PACK; k++) v[k] = y && !(load(q[j].v[k]) > 0.0f) ? 0.0f : load(p[j].v[k]);
+                for (int k = 0; k < PACK; k++) sum[k] += v[k];
+                if (y) put(gx + (count)ROW_OF_BATCH * c + ch, w, v);
+            }
         }
     }
     for (int k = 0; k < PACK; k++) s[k * BLOCK + threadIdx.x] = sum[k];

@@ -35,8 +35,9 @@ use crate::{Error, Result};
 
 /// Threads of a block, as in common.cu.
 const BLOCK: usize = 256;
-/// Blocks that keep a large GPU busy: two for each of its multiprocessors. Part of what fixes the order of sums.
-const BUSY: usize = 264;
+/// Blocks that keep a large GPU busy with loops over rows: about eight for each of its multiprocessors, so that enough reads
+/// are under way. Part of what fixes the order of sums.
+const BUSY: usize = 1056;
 
 /// A kernel's argument.
 #[derive(Clone, Copy)]
