@@ -149,17 +149,18 @@ impl Convolution {
                 .map_err(|e| failed("describing a convolution", &e))?;
         }
         let handle = gpu.dnn.handle;
+        let exact = element == Element::F32 && !gpu.dnn.tf32;
         let convolution = || describe(conv, element, gpu.dnn.tf32);
         // SAFETY: all descriptors are alive, and the arrays as long as `ask` says.
-        let forward = choose(convolution()?, "forward", |d, n, found, perf| unsafe {
+        let forward = choose(convolution()?, "forward", exact, |d, n, found, perf| unsafe {
             result::get_convolution_forward_algorithm(handle, x.0, w.0, d, y.0, n, found, perf)
         })?;
         // SAFETY: as above.
-        let data = choose(convolution()?, "data gradient", |d, n, found, perf| unsafe {
+        let data = choose(convolution()?, "data gradient", exact, |d, n, found, perf| unsafe {
             result::get_convolution_backward_data_algorithm(handle, w.0, y.0, d, x.0, n, found, perf)
         })?;
         // SAFETY: as above.
-        let filter_gradient = choose(convolution()?, "filter gradient", |d, n, found, perf| unsafe {
+        let filter_gradient = choose(convolution()?, "filter gradient", exact, |d, n, found, perf| unsafe {
             result::get_convolution_backward_filter_algorithm(handle, x.0, y.0, d, w.0, n, found, perf)
         })?;
         reserve(gpu, forward.workspace.max(data.workspace).max(filter_gradient.workspace))?;
@@ -296,7 +297,8 @@ fn describe(conv: &Conv, element: Element, tf32: bool) -> Result<ConvolutionDesc
 /// What cuDNN says of an algorithm, whichever the product.
 trait Performance {
     type Algorithm: Copy;
-    fn fits(&self) -> bool;
+    fn works(&self) -> bool;
+    fn is_deterministic(&self) -> bool;
     fn parts(&self) -> (Self::Algorithm, usize, sys::cudnnMathType_t);
 }
 
@@ -305,10 +307,12 @@ macro_rules! performance {
         impl Performance for $perf {
             type Algorithm = $algorithm;
 
-            fn fits(&self) -> bool {
-                self.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS
-                    && self.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC
-                    && self.memory <= LARGEST_WORKSPACE
+            fn works(&self) -> bool {
+                self.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS && self.memory <= LARGEST_WORKSPACE
+            }
+
+            fn is_deterministic(&self) -> bool {
+                self.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC
             }
 
             fn parts(&self) -> ($algorithm, usize, sys::cudnnMathType_t) {
@@ -322,10 +326,12 @@ performance!(sys::cudnnConvolutionFwdAlgoPerf_t, sys::cudnnConvolutionFwdAlgo_t)
 performance!(sys::cudnnConvolutionBwdDataAlgoPerf_t, sys::cudnnConvolutionBwdDataAlgo_t);
 performance!(sys::cudnnConvolutionBwdFilterAlgoPerf_t, sys::cudnnConvolutionBwdFilterAlgo_t);
 
-/// The first algorithm of those cuDNN thinks fastest that is deterministic and needs a bearable workspace.
+/// The first algorithm of those cuDNN thinks fastest that is deterministic, rounds no more than was asked for, and needs a
+/// bearable workspace; where there is none, one that is not deterministic, with a warning.
 fn choose<P: Performance>(
     convolution: ConvolutionDescriptor,
     product: &str,
+    exact: bool,
     ask: impl Fn(sys::cudnnConvolutionDescriptor_t, c_int, *mut c_int, *mut P) -> std::result::Result<(), CudnnError>,
 ) -> Result<Chosen<P::Algorithm>> {
     let mut found: c_int = 0;
@@ -334,9 +340,19 @@ fn choose<P: Performance>(
         .map_err(|e| failed(&format!("choosing an algorithm for the {product}"), &e))?;
     let answers = &answers[..usize::try_from(found).unwrap_or(0).min(ASKED)];
     // SAFETY: cuDNN filled as many as it says.
-    let fitting = answers.iter().map(|p| unsafe { p.assume_init_ref() }).find(|p| p.fits());
-    let Some((algorithm, workspace, math)) = fitting.map(P::parts) else {
-        return Err(Error::Run(format!("cuDNN has no deterministic algorithm for a convolution's {product}")));
+    let answers = answers.iter().map(|p| unsafe { p.assume_init_ref() }).filter(|p| p.works());
+    // Other arithmetic than FMA may round floats to TF32.
+    let fitting: Vec<&P> = answers.filter(|p| !exact || p.parts().2 == sys::cudnnMathType_t::CUDNN_FMA_MATH).collect();
+    let chosen = fitting.iter().find(|p| p.is_deterministic()).or_else(|| {
+        log::warn!(
+            "cuDNN has no deterministic algorithm for a convolution's {product}: last bits may differ between runs"
+        );
+        fitting.first()
+    });
+    let Some((algorithm, workspace, math)) = chosen.map(|p| p.parts()) else {
+        return Err(Error::Run(format!(
+            "cuDNN has no algorithm for a convolution's {product} in this precision: try run.precision = \"tf32\" or \"bf16\""
+        )));
     };
     // SAFETY: the descriptor is alive.
     unsafe { result::set_convolution_math_type(convolution.0, math) }
