@@ -94,6 +94,8 @@ pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T], through: impl Fn
         #[inline(always)]
         |range, out| {
             let (plain, times) = out.split_at_mut(channels);
+            // Of a length the compiler sees, or it does not make vectors of the loop.
+            let times = &mut times[..channels];
             let span = range.start * channels..range.end * channels;
             for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
                 for n in 0..channels {
