@@ -196,11 +196,10 @@ pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T], 
 /// `out = k0 through(scale x + shift, gy) + k1 x + k2` by channel; `k` and the norm's scale and shift in `by_channel`.
 #[inline(always)]
 pub(crate) fn combine<T: Real>(gy: &[T], x: &[T], by_channel: [&[T]; 5], out: &mut [T], through: impl Fn(T, T) -> T) {
-    let c = by_channel[0].len();
-    let [k0, k1, k2, scale, shift] = by_channel.map(
-        #[inline(always)]
-        |v| &v[..c],
-    );
+    let [k0, k1, k2, scale, shift] = by_channel;
+    let c = k0.len();
+    // Of one length that is known here: the loop below has no bounds to check, and becomes vectors.
+    let (k1, k2, scale, shift) = (&k1[..c], &k2[..c], &scale[..c], &shift[..c]);
     for ((out, gy), x) in out.chunks_exact_mut(c).zip(gy.chunks_exact(c)).zip(x.chunks_exact(c)) {
         for n in 0..c {
             out[n] = k0[n] * through(x[n] * scale[n] + shift[n], gy[n]) + k1[n] * x[n] + k2[n];
