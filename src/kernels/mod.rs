@@ -26,7 +26,7 @@ mod simd;
 pub mod threads;
 mod winograd;
 
-pub(crate) use host::{Host, by_dtype, overwritten, tensor};
+pub(crate) use host::{Host, by_dtype, overwritten, tensor, update_together};
 pub use memory::Recycling;
 pub use real::Real;
 pub(crate) use simd::vectorized;
