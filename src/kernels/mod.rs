@@ -24,6 +24,7 @@ mod reduce;
 pub mod resample;
 mod simd;
 pub mod threads;
+mod unpacked;
 mod winograd;
 
 pub(crate) use host::{Host, by_dtype, overwritten, tensor, update_together};
