@@ -23,8 +23,16 @@ use sideways::optim::{Optimizer, OptimizerSpec};
 
 const EPSILON: f64 = 1e-5;
 /// `[B, H, W, C]`: odd everywhere; channels for vectors of 4 and of 8; many rows; more channels than a block's columns.
-const SHAPES: [[usize; 4]; 6] =
-    [[2, 5, 7, 3], [3, 9, 4, 8], [1, 33, 17, 64], [2, 3, 5, 20], [4, 40, 41, 8], [2, 6, 5, 296]];
+const SHAPES: [[usize; 4]; 8] = [
+    [2, 5, 7, 3],
+    [3, 9, 4, 8],
+    [1, 33, 17, 64],
+    [2, 3, 5, 20],
+    [4, 40, 41, 8],
+    [2, 6, 5, 296],
+    [3, 4, 5, 64],
+    [2, 3, 3, 512],
+];
 
 fn random(n: usize, seed: u64) -> Vec<f32> {
     StandardNormal.sample_iter(ChaCha8Rng::seed_from_u64(seed)).take(n).collect()
@@ -257,12 +265,17 @@ fn biases_and_their_gradients() -> Result<()> {
                 }
                 on.same("bias", &y, &if relu { activation::relu(&expected)? } else { expected });
             }
+            let scratch = on.floats(ops::bias_gradient_scratch(rows, c))?;
+            let (y, gy, gb) = (on.random(rows * c, 18), on.up(&x)?, gpu.upload(&start)?);
+            ops::bias_relu_vjp(gpu, &on.up(&y)?, &gy, &gy, &gb, c, &scratch)?;
+            let expected = activation::relu_vjp(&tensor(&y, &[rows, c])?, &tx)?;
+            on.same("bias_relu_vjp", &gy, &expected);
+            on.sums("bias_relu_vjp", &gb, &(expected.sum(0)? + tensor(&start, &[c])?)?);
             let gradient = |scratch: &Array| -> Result<Array> {
                 let gb = gpu.upload(&start)?;
                 ops::bias_gradient(gpu, &on.up(&x)?, &gb, c, scratch)?;
                 Ok(gb)
             };
-            let scratch = on.floats(ops::bias_gradient_scratch(rows, c))?;
             let gb = gradient(&scratch)?;
             on.sums("bias gradient", &gb, &(tx.sum(0)? + tensor(&start, &[c])?)?);
             let again = gradient(&scratch)?;
@@ -555,7 +568,8 @@ fn cross_entropy() -> Result<()> {
     On::each(|on| {
         let gpu = &*on.gpu;
         for (b, k) in [(1, 2), (5, 7), (9, 400), (64, 101)] {
-            let logits = on.rounded(random(b * k, 25).into_iter().map(|v| 4.0 * v).collect());
+            // Large enough for their exponentials to overflow.
+            let logits = on.rounded(random(b * k, 25).into_iter().map(|v| 4.0 * v + 200.0).collect());
             for padded in [0, 1, b] {
                 let labels: Vec<i32> = (0..b).map(|i| if i >= b - padded { -1 } else { (i * 31 % k) as i32 }).collect();
                 let x = on.up(&logits)?;

@@ -21,19 +21,31 @@ static __device__ __forceinline__ real store(float v) { return v; }
 typedef unsigned long long count;
 #define BLOCK 256
 #define INDEX ((count)blockIdx.x * blockDim.x + threadIdx.x)
+// Loops over a thread's rows, from `row` to below `end` in steps of a block's: four are fetched together, so that
+// reads overlap, before any is used.
+#define STEP_OF_ROWS (BLOCK / lanes)
+#define BATCHES for (row += threadIdx.x / lanes; row < end; row += 4 * STEP_OF_ROWS)
+#define BATCH for (int j = 0; j < 4; j++) if (row + j * STEP_OF_ROWS < end)
+#define ROW_OF_BATCH (row + j * STEP_OF_ROWS)
 #define LANES for (int k = 0; k < PACK; k++) if (k < w)
 
 struct alignas(16) pack { real v[PACK]; };
 struct alignas(16) quad { float v[4]; };
 struct alignas(PACK) bytes { unsigned char v[PACK]; };
 
-static __device__ __forceinline__ void take(const real *x, int w, float *v) {
+static __device__ __forceinline__ pack fetch(const real *x, int w) {
+    pack p;
     if (w == PACK) {
-        pack p = *(const pack *)x;
-        for (int k = 0; k < PACK; k++) v[k] = load(p.v[k]);
+        p = *(const pack *)x;
     } else {
-        for (int k = 0; k < PACK; k++) v[k] = k < w ? load(x[k]) : 0.0f;
+        for (int k = 0; k < PACK; k++) p.v[k] = k < w ? x[k] : store(0.0f);
     }
+    return p;
+}
+
+static __device__ __forceinline__ void take(const real *x, int w, float *v) {
+    pack p = fetch(x, w);
+    for (int k = 0; k < PACK; k++) v[k] = load(p.v[k]);
 }
 
 static __device__ __forceinline__ void put(real *y, int w, const float *v) {

@@ -70,6 +70,7 @@ extern "C" __global__ void dropout(const real *x, real *y, count n, const count 
 }
 
 extern "C" __global__ void set_words(count *words, int n, count a, count b, count c, count d) {
+    if (INDEX > 0) return;
     count all[4] = {a, b, c, d};
     for (int k = 0; k < 4; k++) {
         if (k < n) words[k] = all[k];

@@ -9,14 +9,15 @@ extern "C" __global__ void norm_sums(const real *x, float *parts, unsigned rows,
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;
     const real *sample = x + (count)blockIdx.z * rows * c;
-    float plain[PACK], squares[PACK], centre[PACK], v[PACK];
+    float plain[PACK], squares[PACK], centre[PACK];
     for (int k = 0; k < PACK; k++) plain[k] = squares[k] = centre[k] = 0.0f;
     if (ch < c) {
         LANES centre[k] = load(sample[(ch + k) / of_group * of_group]);
-        for (row += threadIdx.x / lanes; row < end; row += BLOCK / lanes) {
-            take(sample + (count)row * c + ch, w, v);
-            for (int k = 0; k < PACK; k++) {
-                float d = v[k] - centre[k];
+        BATCHES {
+            pack p[4];
+            BATCH p[j] = fetch(sample + (count)ROW_OF_BATCH * c + ch, w);
+            BATCH for (int k = 0; k < PACK; k++) {
+                float d = load(p[j].v[k]) - centre[k];
                 plain[k] += d;
                 squares[k] += d * d;
             }
@@ -119,14 +120,14 @@ extern "C" __global__ void norm_apply(const real *x, const float *coefficients, 
 }
 
 // Per (sample, part): sums over rows of g, then of g (x - mean), [2][c]; g is gy, carried through the relu if there is one.
-extern "C" __global__ void norm_vjp_sums(const real *x, const real *gy, const float *weight, const float *bias,
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) norm_vjp_sums(const real *x, const real *gy, const float *weight, const float *bias,
                                          const float *statistics, float *parts, unsigned rows, unsigned c, int w,
                                          int lanes, unsigned rows_of_part, unsigned of_group, int relu) {
     __shared__ float s[2 * PACK * BLOCK];
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;
     count sample = (count)blockIdx.z * rows * c;
-    float plain[PACK], times[PACK], mean[PACK], scale[PACK], shift[PACK], v[PACK], g[PACK];
+    float plain[PACK], times[PACK], mean[PACK], scale[PACK], shift[PACK];
     for (int k = 0; k < PACK; k++) plain[k] = times[k] = mean[k] = scale[k] = shift[k] = 0.0f;
     if (ch < c) {
         const float *of_sample = statistics + (count)blockIdx.z * (c / of_group) * 2;
@@ -136,13 +137,17 @@ extern "C" __global__ void norm_vjp_sums(const real *x, const real *gy, const fl
             scale[k] = weight[ch + k] * found[1];
             shift[k] = bias[ch + k] - found[0] * scale[k];
         }
-        for (row += threadIdx.x / lanes; row < end; row += BLOCK / lanes) {
-            take(x + sample + (count)row * c + ch, w, v);
-            take(gy + sample + (count)row * c + ch, w, g);
-            for (int k = 0; k < PACK; k++) {
-                if (relu && !(v[k] * scale[k] + shift[k] > 0.0f)) g[k] = 0.0f;
-                plain[k] += g[k];
-                times[k] += g[k] * (v[k] - mean[k]);
+        BATCHES {
+            pack p[4], q[4];
+            BATCH {
+                p[j] = fetch(x + sample + (count)ROW_OF_BATCH * c + ch, w);
+                q[j] = fetch(gy + sample + (count)ROW_OF_BATCH * c + ch, w);
+            }
+            BATCH for (int k = 0; k < PACK; k++) {
+                float v = load(p[j].v[k]), g = load(q[j].v[k]);
+                if (relu && !(v * scale[k] + shift[k] > 0.0f)) g = 0.0f;
+                plain[k] += g;
+                times[k] += g * (v - mean[k]);
             }
         }
     }

@@ -118,9 +118,11 @@ extern "C" __global__ void global_average(const real *x, real *y, unsigned rows,
     float sum[PACK], v[PACK];
     for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
     if (ch < c) {
-        for (unsigned row = threadIdx.x / lanes; row < rows; row += BLOCK / lanes) {
-            take(sample + (count)row * c, w, v);
-            for (int k = 0; k < PACK; k++) sum[k] += v[k];
+        unsigned row = 0, end = rows;
+        BATCHES {
+            pack p[4];
+            BATCH p[j] = fetch(sample + (count)ROW_OF_BATCH * c, w);
+            BATCH for (int k = 0; k < PACK; k++) sum[k] += load(p[j].v[k]);
         }
     }
     for (int k = 0; k < PACK; k++) s[k * BLOCK + threadIdx.x] = sum[k];

@@ -13,8 +13,9 @@ extern "C" __global__ void bias(real *y, const float *b, unsigned n, unsigned c,
     put(y + i, w, v);
 }
 
-// Column sums of one part of the rows: parts[part][c]. `lanes` threads stand side by side over channels.
-extern "C" __global__ void column_sums(const real *x, float *parts, unsigned rows, unsigned c, int w, int lanes,
+// Column sums of one part of the rows: parts[part][c]. `lanes` threads stand side by side over channels. Where there is `y`, x
+// is first carried through the relu whose output that is, and written to `gx`.
+extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, float *parts, unsigned rows, unsigned c, int w, int lanes,
                                        unsigned rows_of_part) {
     __shared__ float s[PACK * BLOCK];
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
@@ -22,9 +23,17 @@ extern "C" __global__ void column_sums(const real *x, float *parts, unsigned row
     float sum[PACK], v[PACK];
     for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
     if (ch < c) {
-        for (row += threadIdx.x / lanes; row < end; row += BLOCK / lanes) {
-            take(x + (count)row * c + ch, w, v);
-            for (int k = 0; k < PACK; k++) sum[k] += v[k];
+        BATCHES {
+            pack p[4], q[4];
+            BATCH {
+                p[j] = fetch(x + (count)ROW_OF_BATCH * c + ch, w);
+                if (y) q[j] = fetch(y + (count)ROW_OF_BATCH * c + ch, w);
+            }
+            BATCH {
+                for (int k = 0; k < PACK; k++) v[k] = y && !(load(q[j].v[k]) > 0.0f) ? 0.0f : load(p[j].v[k]);
+                for (int k = 0; k < PACK; k++) sum[k] += v[k];
+                if (y) put(gx + (count)ROW_OF_BATCH * c + ch, w, v);
+            }
         }
     }
     for (int k = 0; k < PACK; k++) s[k * BLOCK + threadIdx.x] = sum[k];

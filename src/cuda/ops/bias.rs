@@ -32,24 +32,52 @@ fn biased(gpu: &Gpu, y: &Array, b: &Array, channels: usize, relu: bool) -> Resul
 /// # Errors
 /// As [`bias`].
 pub fn bias_gradient(gpu: &Gpu, gy: &Array, gb: &Array, channels: usize, scratch: &Array) -> Result<()> {
+    columns(gpu, gy, None, gb, channels, scratch)
+}
+
+/// From `gy`, the cotangent of [`bias_relu`]'s output `y`: writes that of its input to `gx` (which may be `gy` or `y`), and
+/// adds the bias's gradient to `gb`, in one pass.
+///
+/// # Errors
+/// As [`bias`].
+pub fn bias_relu_vjp(
+    gpu: &Gpu,
+    y: &Array,
+    gy: &Array,
+    gx: &Array,
+    gb: &Array,
+    channels: usize,
+    scratch: &Array,
+) -> Result<()> {
+    for array in [y, gx] {
+        expect("a relu's output or cotangent", array, gy.len(), gy.element())?;
+    }
+    columns(gpu, gy, Some((y, gx)), gb, channels, scratch)
+}
+
+fn columns(
+    gpu: &Gpu,
+    gy: &Array,
+    through: Option<(&Array, &Array)>,
+    gb: &Array,
+    channels: usize,
+    scratch: &Array,
+) -> Result<()> {
     expect("a bias's gradient", gb, channels, Element::F32)?;
     let rows = rows_of("a bias's gradient", gy, channels)?;
     expect_scratch("a bias's gradient", scratch, bias_gradient_scratch(rows, channels))?;
     small(gy.len())?;
     let cut = Columns::new(gy.element(), 1, rows, channels);
-    let c = small(channels)?;
-    launch(
-        gpu,
-        "column_sums",
-        gy.element(),
-        [cut.tiles, cut.parts, 1],
-        arguments![gy, scratch, small(rows)?, c, signed(cut.width)?, signed(cut.lanes)?, small(cut.rows)?],
-    )?;
+    let (y, gx) = through.unzip();
+    let (r, c, of_part) = (small(rows)?, small(channels)?, small(cut.rows)?);
+    let (w, lanes) = (signed(cut.width)?, signed(cut.lanes)?);
+    let arguments = arguments![gy, y, gx, scratch, r, c, w, lanes, of_part];
+    launch(gpu, "column_sums", gy.element(), [cut.tiles, cut.parts, 1], arguments)?;
     let grid = [channels.div_ceil(32), 1, 1];
     launch(gpu, "column_total", gy.element(), grid, arguments![scratch, signed(cut.parts)?, c, gb])
 }
 
-/// Floats of scratch that [`bias_gradient`] needs for a cotangent `[rows, channels]`.
+/// Floats of scratch that [`bias_gradient`] and [`bias_relu_vjp`] need for a cotangent `[rows, channels]`.
 pub fn bias_gradient_scratch(rows: usize, channels: usize) -> usize {
     Columns::most_parts(1, rows, channels) * channels
 }

@@ -15,7 +15,7 @@ mod pool;
 
 use cudarc::driver::{LaunchConfig, PushKernelArg};
 
-pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, get_channels, put_channels};
+pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, bias_relu_vjp, get_channels, put_channels};
 pub use elementwise::{
     accumulate, add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp,
     scale, set_words, to_f32,
@@ -35,8 +35,9 @@ use crate::{Error, Result};
 
 /// Threads of a block, as in common.cu.
 const BLOCK: usize = 256;
-/// Blocks that keep a large GPU busy: two for each of its multiprocessors. Part of what fixes the order of sums.
-const BUSY: usize = 264;
+/// Blocks that keep a large GPU busy with loops over rows: about eight for each of its multiprocessors, so that enough reads
+/// are under way. Part of what fixes the order of sums.
+const BUSY: usize = 1056;
 
 /// A kernel's argument.
 #[derive(Clone, Copy)]

@@ -1,9 +1,12 @@
 //! Group and batch normalisation with their gradients; a relu behind the norm costs nothing.
 //!
 //! Three launches each way: sums by channel over parts of the rows, their totals as coefficients of channels, and these
-//! applied. Batch norm is group norm of one sample with a group a channel.
+//! applied; one launch, and one for the parameters' gradients, where a block can hold its share ([`Small`]). Batch norm is
+//! group norm of one sample with a group a channel.
 
-use super::{Array, BLOCK, Columns, Element, Gpu, arguments, each, expect, expect_scratch, launch, signed, small};
+use super::{
+    Array, BLOCK, Columns, Element, Gpu, arguments, each, expect, expect_scratch, launch, pack, signed, small,
+};
 use crate::kernels::norm::GroupNorm;
 use crate::{Error, Result};
 
@@ -207,6 +210,27 @@ pub fn running_norm_vjp(
     job.vjp(gpu, x, [weight, bias], statistics, gy, gx, [gw, gb], true, scratch)
 }
 
+/// How a norm runs in one launch, where a block's threads can hold its rows of a few packs of channels.
+struct Small {
+    /// Packs of channels a block takes: a power of 2.
+    lanes: usize,
+    /// Blocks over the channels.
+    tiles: usize,
+}
+
+/// Rows that a thread holds, as in norm_small.cu.
+const KEPT: usize = 8;
+
+impl Small {
+    fn new(job: &Job, element: Element) -> Option<Small> {
+        let (w, NormShape { rows, channels, .. }) = (pack(element), job.shape);
+        // Two packs fill a sector of 32 bytes; more are for groups that need them, which must not straddle blocks.
+        let lanes = [2, 4, 8, 16, 32].into_iter().find(|lanes| (lanes * w).is_multiple_of(job.of_group()))?;
+        let fits = channels.is_multiple_of(w) && rows <= KEPT * BLOCK / lanes;
+        fits.then(|| Small { lanes, tiles: channels.div_ceil(lanes * w) })
+    }
+}
+
 /// One norm: its shape as the kernels see it.
 struct Job {
     shape: NormShape,
@@ -260,14 +284,22 @@ impl Job {
             expect("running statistics", array, channels, Element::F32)?;
         }
         let element = x.element();
+        let (mean, variance) = running.map_or((0, 0), |([m, v], _)| (m.pointer(), v.pointer()));
+        let momentum = running.map_or(0.0, |(_, momentum)| momentum);
+        if let Some(Small { lanes, tiles }) = Small::new(self, element) {
+            let (r, c, lanes, of_group) = (small(rows)?, small(channels)?, signed(lanes)?, small(self.of_group())?);
+            let (epsilon, relu) = (self.epsilon, self.relu);
+            let arguments = arguments![
+                x, weight, bias, y, statistics, mean, variance, r, c, lanes, of_group, epsilon, momentum, relu
+            ];
+            return launch(gpu, "norm_small", element, [tiles, samples, 1], arguments);
+        }
         let cut = Columns::new(element, samples, rows, channels);
         let (r, c, of_group) = (small(rows)?, small(channels)?, small(self.of_group())?);
         let (w, lanes, of_part) = (signed(cut.width)?, signed(cut.lanes)?, small(cut.rows)?);
         let grid = [cut.tiles, cut.parts, samples];
         launch(gpu, "norm_sums", element, grid, arguments![x, scratch, r, c, w, lanes, of_part, of_group])?;
         let coefficients = scratch.pointer() + 4 * (samples * cut.parts * 2 * channels) as u64;
-        let (mean, variance) = running.map_or((0, 0), |([m, v], _)| (m.pointer(), v.pointer()));
-        let momentum = running.map_or(0.0, |(_, momentum)| momentum);
         launch(
             gpu,
             "norm_statistics",
@@ -329,8 +361,20 @@ impl Job {
         for gradient in [gw, gb] {
             expect("a norm's gradient", gradient, channels, Element::F32)?;
         }
-        let cut = Columns::new(element, samples, rows, channels);
         let (r, c, of_group) = (small(rows)?, small(channels)?, small(self.of_group())?);
+        let (n, sample) = (small(x.len())?, small(rows * channels)?);
+        let of_channels = channels.div_ceil(BLOCK);
+        if let Some(Small { lanes, tiles }) = Small::new(self, element) {
+            let (lanes, relu) = (signed(lanes)?, self.relu);
+            let arguments =
+                arguments![x, gy, weight, bias, statistics, scratch, gx, r, c, lanes, of_group, relu, constant];
+            launch(gpu, "norm_vjp_small", element, [tiles, samples, 1], arguments)?;
+            let none = 0u64;
+            let arguments =
+                arguments![x, gy, none, scratch, none, gw, gb, n, sample, c, 1i32, relu, 0u32, signed(samples)?];
+            return launch(gpu, "norm_vjp_apply", element, [of_channels, 1, 1], arguments);
+        }
+        let cut = Columns::new(element, samples, rows, channels);
         let (w, lanes, of_part) = (signed(cut.width)?, signed(cut.lanes)?, small(cut.rows)?);
         launch(
             gpu,
@@ -360,13 +404,12 @@ impl Job {
                 constant
             ],
         )?;
-        let (n, sample) = (small(x.len())?, small(rows * channels)?);
         let blocks = if gx.is_some() { each(x.len(), cut.width)[0] } else { 0 };
         launch(
             gpu,
             "norm_vjp_apply",
             element,
-            [blocks + channels.div_ceil(BLOCK), 1, 1],
+            [blocks + of_channels, 1, 1],
             arguments![
                 x,
                 gy,
