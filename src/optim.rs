@@ -5,13 +5,14 @@
 mod rate;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use rate::ScheduleSpec;
 
-use crate::kernels::{Host, Real, by_dtype, tensor};
+use crate::kernels::{Host, Real, by_dtype, update_together, vectorized};
 use crate::model::param::Param;
 use crate::{Error, Result};
 
@@ -155,10 +156,17 @@ pub struct StepStats {
 pub type Visit<'a> = &'a mut dyn FnMut(&mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()>;
 
 /// What an optimiser remembers of one parameter.
-#[derive(Clone)]
 struct Memory {
     steps: u64,
     buffers: Vec<Tensor>,
+    /// Whether somebody else may hold the buffers: then an update replaces them, else it changes them in place.
+    lent: AtomicBool,
+}
+
+impl Memory {
+    fn new(steps: u64, buffers: Vec<Tensor>) -> Self {
+        Memory { steps, buffers, lent: AtomicBool::new(true) }
+    }
 }
 
 /// An update rule with its memory, for the parameters of one module.
@@ -179,7 +187,7 @@ impl Optimizer {
     }
 
     /// Updates every trainable parameter that has a gradient, by that gradient over `divisor` (the number of steps summed
-    /// in it), and clears it. `scale` multiplies the learning rate. With `clip_norm`, the gradients of all parameters
+    /// in it), and clears it: the new value takes the gradient's memory, which nobody else may hold. `scale` multiplies the learning rate. With `clip_norm`, the gradients of all parameters
     /// together are scaled down to that norm where theirs is larger, as PyTorch's `clip_grad_norm_` does.
     ///
     /// # Errors
@@ -213,10 +221,19 @@ impl Optimizer {
     }
 
     fn update(&mut self, p: &mut Param, grad: &Tensor, scale: f64, factor: f64) -> Result<()> {
-        let memory = self.memory.entry(p.name.clone()).or_insert(Memory { steps: 0, buffers: Vec::new() });
+        let memory = self.memory.entry(p.name.clone()).or_insert_with(|| Memory::new(0, Vec::new()));
         memory.steps += 1;
-        let (value, buffers) = by_dtype!(p.value, T => apply::<T>(&self.spec, p, grad, memory, scale, factor))?;
-        (p.value, memory.buffers) = (value, buffers);
+        let first = memory.buffers.is_empty();
+        if first {
+            let zeros = |_| Ok(p.value.zeros_like()?);
+            memory.buffers = self.spec.buffers().into_iter().map(zeros).collect::<Result<_>>()?;
+        } else if memory.lent.load(Ordering::Relaxed) {
+            memory.buffers = memory.buffers.iter().map(|b| Ok(b.copy()?)).collect::<Result<_>>()?;
+        }
+        memory.lent.store(false, Ordering::Relaxed);
+        let step = Step { steps: memory.steps, first, scale, factor };
+        by_dtype!(p.value, T => apply::<T>(&self.spec, &step, p, grad, &memory.buffers))?;
+        p.value = grad.clone();
         Ok(())
     }
 
@@ -228,6 +245,7 @@ impl Optimizer {
         let mut state = Vec::new();
         for (name, memory) in &self.memory {
             state.push((format!("{name}.step"), Tensor::from_vec(vec![memory.steps as f64], 1, &Device::Cpu)?));
+            memory.lent.store(true, Ordering::Relaxed);
             let buffers = self.spec.buffers().into_iter().zip(&memory.buffers);
             state.extend(buffers.map(|(buffer, t)| (format!("{name}.{buffer}"), t.clone())));
         }
@@ -257,7 +275,7 @@ impl Optimizer {
                 })?;
                 buffers.push(found.to_dtype(p.value.dtype())?.to_device(p.value.device())?.contiguous()?);
             }
-            self.memory.insert(p.name.clone(), Memory { steps, buffers });
+            self.memory.insert(p.name.clone(), Memory::new(steps, buffers));
             Ok(())
         })
     }
@@ -279,83 +297,106 @@ impl OptimizerSpec {
 fn sum_of_squares<T: Real>(t: &Tensor) -> Result<f64> {
     let t = t.contiguous()?;
     let t = Host::of(&t)?;
-    Ok(t.slice::<T>()?.iter().map(|v| v.to_f64().powi(2)).sum())
+    let t = t.slice::<T>()?;
+    // Sums side by side: one alone would wait for each addition.
+    let mut sums = [0.0; 32];
+    vectorized(
+        #[inline(always)]
+        || {
+            for values in t.chunks(sums.len()) {
+                for (sum, v) in sums.iter_mut().zip(values) {
+                    let v = v.to_f64();
+                    *sum += v * v;
+                }
+            }
+        },
+    );
+    Ok(sums.iter().sum())
 }
 
-/// The new value and buffers of one parameter; the gradient is `grad` times `factor`.
-fn apply<T: Real>(
-    spec: &OptimizerSpec,
-    p: &Param,
-    grad: &Tensor,
-    memory: &Memory,
+/// One update of one parameter: which one it is, and by what its gradient and the learning rate are multiplied.
+struct Step {
+    steps: u64,
+    first: bool,
     scale: f64,
     factor: f64,
-) -> Result<(Tensor, Vec<Tensor>)> {
-    let (value, grad) = (Host::of(&p.value)?, Host::of(grad)?);
-    let mut value = value.slice::<T>()?.to_vec();
-    let factor = T::of(factor);
-    let grad = grad.slice::<T>()?.iter().map(|&g| g * factor);
-    let first = memory.buffers.is_empty();
-    let mut buffers: Vec<Vec<T>> = Vec::new();
-    for (i, _) in spec.buffers().iter().enumerate() {
-        buffers.push(match memory.buffers.get(i) {
-            Some(t) => Host::of(t)?.slice::<T>()?.to_vec(),
-            None => vec![T::ZERO; value.len()],
-        });
+}
+
+/// Writes the new value of one parameter over its gradient, and changes its buffers.
+fn apply<T: Real>(spec: &OptimizerSpec, step: &Step, p: &Param, grad: &Tensor, buffers: &[Tensor]) -> Result<()> {
+    let value = Host::of(&p.value)?;
+    let value = value.slice::<T>()?;
+    let tensors: Vec<&Tensor> = std::iter::once(grad).chain(buffers).collect();
+    let mut fits = true;
+    update_together::<T>(&tensors, &mut |slices| {
+        let Some((grad, buffers)) = slices.split_first_mut() else { return };
+        fits = grad.len() == value.len();
+        if fits {
+            vectorized(
+                #[inline(always)]
+                || update(spec, step, value, grad, buffers),
+            );
+        }
+    })?;
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::Run(format!("the gradient of {} has {:?}, its value {:?}", p.name, grad.dims(), p.value.dims())))
     }
-    let lr = T::of(spec.lr() * scale);
+}
+
+/// `grad` becomes the new value.
+#[inline(always)]
+fn update<T: Real>(spec: &OptimizerSpec, step: &Step, value: &[T], grad: &mut [T], buffers: &mut [&mut [T]]) {
+    let (factor, lr) = (T::of(step.factor), T::of(spec.lr() * step.scale));
+    let each = grad.iter_mut().zip(value);
     match *spec {
         OptimizerSpec::Sgd { momentum, weight_decay, nesterov, .. } => {
             let (momentum, decay) = (T::of(momentum), T::of(weight_decay));
-            match buffers.first_mut() {
-                None => value.iter_mut().zip(grad).for_each(|(p, g)| *p -= lr * (g + decay * *p)),
-                Some(buffer) => {
-                    for ((p, g), b) in value.iter_mut().zip(grad).zip(buffer) {
-                        let g = g + decay * *p;
-                        *b = if first { g } else { momentum * *b + g };
-                        *p -= lr * if nesterov { g + momentum * *b } else { *b };
+            match buffers {
+                [buffer] => {
+                    for ((g, &p), b) in each.zip(&mut **buffer) {
+                        let gradient = *g * factor + decay * p;
+                        *b = if step.first { gradient } else { momentum * *b + gradient };
+                        *g = p - lr * if nesterov { gradient + momentum * *b } else { *b };
                     }
                 }
+                _ => each.for_each(|(g, &p)| *g = p - lr * (*g * factor + decay * p)),
             }
         }
         OptimizerSpec::Adamw { betas, eps, weight_decay, .. } => {
-            let steps = memory.steps as f64;
-            let (shrink, eps) = (T::of(1.0 - spec.lr() * scale * weight_decay), T::of(eps));
-            let size = T::of(spec.lr() * scale / (1.0 - betas[0].powf(steps)));
+            let steps = step.steps as f64;
+            let (shrink, eps) = (T::of(1.0 - spec.lr() * step.scale * weight_decay), T::of(eps));
+            let size = T::of(spec.lr() * step.scale / (1.0 - betas[0].powf(steps)));
             let root = T::of((1.0 - betas[1].powf(steps)).sqrt());
             let [(b1, c1), (b2, c2)] = betas.map(|b| (T::of(b), T::of(1.0 - b)));
-            let [means, squares] = buffers.as_mut_slice() else { return Err(lost(p)) };
-            for (((p, g), m), v) in value.iter_mut().zip(grad).zip(means).zip(squares) {
-                *m = b1 * *m + c1 * g;
-                *v = b2 * *v + c2 * g * g;
-                *p = *p * shrink - size * *m / ((*v).root() / root + eps);
+            if let [means, squares] = buffers {
+                for (((g, &p), m), v) in each.zip(&mut **means).zip(&mut **squares) {
+                    let gradient = *g * factor;
+                    *m = b1 * *m + c1 * gradient;
+                    *v = b2 * *v + c2 * gradient * gradient;
+                    *g = p * shrink - size * *m / ((*v).root() / root + eps);
+                }
             }
         }
         OptimizerSpec::Rmsprop { alpha, eps, momentum, weight_decay, .. } => {
             let (momentum, decay, eps) = (T::of(momentum), T::of(weight_decay), T::of(eps));
             let (keep, take) = (T::of(alpha), T::of(1.0 - alpha));
-            let (squares, buffer) = buffers.split_first_mut().ok_or_else(|| lost(p))?;
-            let mut buffer = buffer.first_mut();
-            for (i, ((p, g), s)) in value.iter_mut().zip(grad).zip(squares).enumerate() {
-                let g = g + decay * *p;
-                *s = keep * *s + take * g * g;
-                let step = g / ((*s).root() + eps);
-                *p -= lr
-                    * match &mut buffer {
-                        Some(buffer) => {
-                            buffer[i] = momentum * buffer[i] + step;
-                            buffer[i]
-                        }
-                        None => step,
-                    };
+            let scaled = |g: T, p: T, s: &mut T| {
+                let gradient = g * factor + decay * p;
+                *s = keep * *s + take * gradient * gradient;
+                gradient / ((*s).root() + eps)
+            };
+            match buffers {
+                [squares] => each.zip(&mut **squares).for_each(|((g, &p), s)| *g = p - lr * scaled(*g, p, s)),
+                [squares, buffer] => {
+                    for (((g, &p), s), b) in each.zip(&mut **squares).zip(&mut **buffer) {
+                        *b = momentum * *b + scaled(*g, p, s);
+                        *g = p - lr * *b;
+                    }
+                }
+                _ => {}
             }
         }
     }
-    let shape = p.value.dims();
-    let buffers = buffers.into_iter().map(|b| tensor(b, shape)).collect::<Result<_>>()?;
-    Ok((tensor(value, shape)?, buffers))
-}
-
-fn lost(p: &Param) -> Error {
-    Error::Run(format!("the optimiser lost its memory of {}", p.name))
 }

@@ -124,7 +124,21 @@ fn convolution_is_its_definition() -> Result<()> {
     }
     // More weights than activations.
     let conv = Conv { window: Window::square(3, 2, 1), groups: 1 };
-    check_convolution(conv, [2, 5, 4, 32], 160, direct())
+    check_convolution(conv, [2, 5, 4, 32], 48, direct())
+}
+
+/// Channels that are and are not whole blocks, strides, borders, and a linear layer.
+#[test]
+fn weights_as_they_lie_give_the_definition() -> Result<()> {
+    for (window, [b, h, w, c], o) in [
+        (Window::square(3, 2, 1), [2, 5, 4, 32], 160),
+        (Window { kernel: [2, 3], stride: [1, 2], padding: [0, 2] }, [3, 4, 3, 70], 150),
+        (Window::square(3, 1, 1), [1, 3, 3, 9], 17),
+        (Window::square(1, 1, 0), [3, 1, 1, 40], 260),
+    ] {
+        check_convolution(Conv { window, groups: 1 }, [b, h, w, c], o, Algorithm::Unpacked)?;
+    }
+    Ok(())
 }
 
 /// Sides that are and are not whole tiles, every padding, more samples than one group of tiles holds, and more input

@@ -78,7 +78,7 @@ pub fn vjp(
             (input.slice::<T>()?, cotangent.slice::<T>()?, weight.slice::<T>()?, s.slice::<T>()?);
         let mean = &s[..c];
         let inverse: Vec<T> = inverse(&s[c..], epsilon).collect();
-        let mut sums = reduce::moments(input, cotangent, mean, #[inline(always)] |_, _, g| g);
+        let mut sums = reduce::moments(input, cotangent, [mean; 3], #[inline(always)] |_, g| g);
         sums[c..].iter_mut().zip(&inverse).for_each(|(v, &i)| *v *= i);
         let (plain, times) = sums.split_at(c);
         let gx = if need_input {
@@ -95,7 +95,7 @@ pub fn vjp(
             let mut gx = overwritten::<T>(input.len());
             threads::chunks(&mut gx, PIXELS * c, || (), |(), i, gx| {
                 let (gy, x) = (&cotangent[i * PIXELS * c..], &input[i * PIXELS * c..]);
-                simd::vectorized(#[inline(always)] || combine(gy, x, &k, gx, #[inline(always)] |_, _, g| g));
+                simd::vectorized(#[inline(always)] || combine(gy, x, [&k[0], &k[1], &k[2], mean, mean], gx, #[inline(always)] |_, g| g));
             });
             Some(tensor(gx, x.dims())?)
         } else {

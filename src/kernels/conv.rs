@@ -1,13 +1,14 @@
 //! Two-dimensional convolution of NHWC tensors and its gradients.
 //!
 //! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A layer
-//! holds a [`Convolution`], which chooses among three ways by the shape alone and keeps what it made ready:
-//! `winograd` for 3x3 kernels of stride 1, oneDNN where the program was built with it, else `patches`.
+//! holds a [`Convolution`], which chooses among four ways by the shape alone and keeps what it made ready:
+//! `winograd` for 3x3 kernels of stride 1, `unpacked` where weights outweigh activations, oneDNN where the program was built
+//! with it, else `patches`.
 
 use candle_core::{Tensor, TensorId, WithDType};
 
 use super::im2col::{Shape, add};
-use super::{Host, Real, Window, by_dtype, host, overwritten, patches, reduce, tensor, winograd};
+use super::{Host, Real, Window, by_dtype, host, overwritten, patches, reduce, tensor, unpacked, winograd};
 #[cfg(onednn)]
 use super::{onednn, threads};
 use crate::{Error, Result};
@@ -50,6 +51,8 @@ impl Conv {
 pub enum Algorithm {
     /// Winograd's minimal filtering, with our own transforms.
     Winograd,
+    /// Patches, and products with the weights as they lie.
+    Unpacked,
     /// oneDNN's direct convolution.
     OneDnn,
     /// Patches laid out as matrix rows, and a matrix product.
@@ -59,6 +62,8 @@ pub enum Algorithm {
 fn choose(s: &Shape, f32: bool) -> Algorithm {
     if winograd::suits(s) {
         Algorithm::Winograd
+    } else if unpacked::suits(s) {
+        Algorithm::Unpacked
     } else if cfg!(onednn) && f32 {
         Algorithm::OneDnn
     } else {
@@ -127,7 +132,8 @@ impl Convolution {
         Ok(ready)
     }
 
-    /// `(y, kept)`: `y = x * weight (+ bias)`, and what [`Convolution::vjp`] needs of this call: x, or its transform.
+    /// `(y, kept)`: `y = x * weight (+ bias)`, and what [`Convolution::vjp`] needs of this call: x, its transform or
+    /// patches.
     ///
     /// # Errors
     /// [`Error::Run`] on shapes that do not fit, element types other than f32 and f64, or devices without a kernel.
@@ -152,6 +158,12 @@ impl Convolution {
                     winograd::forward(&s, &v, Host::of(&u)?.slice()?, bias, &mut y);
                     let length = v.len();
                     tensor(v, length)?
+                }
+                Algorithm::Unpacked => {
+                    let columns = unpacked::columns(&s, input);
+                    unpacked::forward(&s, &columns, w, bias, &mut y);
+                    let length = columns.len();
+                    tensor(columns, length)?
                 }
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
@@ -207,10 +219,17 @@ impl Convolution {
                         winograd::input_gradient(&s, &z, Host::of(&u)?.slice()?, &mut gx);
                     }
                 }
+                Algorithm::Unpacked => {
+                    host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
+                    if need_input {
+                        unpacked::input_gradient(&s, cotangent, w, &mut gx);
+                    }
+                }
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
-                    if patches::few_pixels(&s) {
-                        host::update::<T>(&sum, |sum| patches::add_weight_gradient_of_few(&s, kept, cotangent, sum))?;
+                    if unpacked::suits_weight_gradient(&s) {
+                        let add = |sum: &mut [T]| unpacked::add_weight_gradient_of_input(&s, kept, cotangent, sum);
+                        host::update::<T>(&sum, add)?;
                     } else {
                         let gw = ready.onednn_weight_gradient(floats(kept)?, floats(cotangent)?)?;
                         host::update::<f32>(&sum, |sum| add(sum, &gw))?;
@@ -221,8 +240,9 @@ impl Convolution {
                     }
                 }
                 _ => {
-                    if patches::few_pixels(&s) {
-                        host::update::<T>(&sum, |sum| patches::add_weight_gradient_of_few(&s, kept, cotangent, sum))?;
+                    if unpacked::suits_weight_gradient(&s) {
+                        let add = |sum: &mut [T]| unpacked::add_weight_gradient_of_input(&s, kept, cotangent, sum);
+                        host::update::<T>(&sum, add)?;
                     } else {
                         let gw = patches::weight_gradient(&s, kept, cotangent);
                         host::update::<T>(&sum, |sum| add(sum, &gw))?;

@@ -1,5 +1,6 @@
 //! Tensors seen as slices of host memory, and back.
 
+use std::cell::Cell;
 use std::ops::Deref;
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, Tensor};
@@ -67,6 +68,29 @@ pub(crate) fn update<T: Real>(tensor: &Tensor, f: impl Fn(&mut [T])) -> Result<(
         }
     }
     Ok(tensor.inplace_op1(&Update(f, std::marker::PhantomData::<fn(T)>))?)
+}
+
+/// [`update`] of several tensors at once; no two of them share memory.
+pub(crate) fn update_together<T: Real>(tensors: &[&Tensor], f: &mut dyn FnMut(&mut [&mut [T]])) -> Result<()> {
+    fn descend<T: Real>(
+        tensors: &[&Tensor],
+        mut held: Vec<&mut [T]>,
+        f: &mut dyn FnMut(&mut [&mut [T]]),
+    ) -> Result<()> {
+        let Some((first, others)) = tensors.split_first() else {
+            f(&mut held);
+            return Ok(());
+        };
+        let (job, result) = (Cell::new(Some((held, f))), Cell::new(Ok(())));
+        update::<T>(first, |slice| {
+            if let Some((mut held, f)) = job.take() {
+                held.push(slice);
+                result.set(descend(others, held, f));
+            }
+        })?;
+        result.into_inner()
+    }
+    descend(tensors, Vec::with_capacity(tensors.len()), f)
 }
 
 /// Evaluates an expression with `$T` standing for the element type of tensor `$t`.

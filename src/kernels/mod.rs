@@ -24,9 +24,10 @@ mod reduce;
 pub mod resample;
 mod simd;
 pub mod threads;
+mod unpacked;
 mod winograd;
 
-pub(crate) use host::{Host, by_dtype, overwritten, tensor};
+pub(crate) use host::{Host, by_dtype, overwritten, tensor, update_together};
 pub use memory::Recycling;
 pub use real::Real;
 pub(crate) use simd::vectorized;

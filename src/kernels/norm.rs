@@ -81,11 +81,10 @@ pub fn group_vjp(
                 gy: &gy[i * sample..][..sample],
                 statistics: &statistics[i * groups * 2..][..groups * 2],
             };
-            let (scale, shift) = scale_and_shift(weight, bias, of.statistics);
             if norm.relu {
-                group_sample(&of, weight, sums, gx, #[inline(always)] |c, x, g| if x * scale[c] + shift[c] > T::ZERO { g } else { T::ZERO });
+                group_sample(&of, [weight, bias], sums, gx, #[inline(always)] |y, g| if y > T::ZERO { g } else { T::ZERO });
             } else {
-                group_sample(&of, weight, sums, gx, #[inline(always)] |_, _, g| g);
+                group_sample(&of, [weight, bias], sums, gx, #[inline(always)] |_, g| g);
             }
         };
         if need_input {
@@ -146,18 +145,19 @@ struct Sample<'a, T> {
 }
 
 /// One sample's sums for the parameters' gradients (cotangent, then cotangent times normalised input, per channel) and
-/// its input cotangent. `through(channel, x, g)` carries a cotangent through what follows the norm.
+/// its input cotangent. `through(y, g)` carries a cotangent through what follows the norm, whose value there is y.
 fn group_sample<T: Real>(
     of: &Sample<T>,
-    weight: &[T],
+    [weight, bias]: [&[T]; 2],
     sums: &mut [T],
     gx: Option<&mut [T]>,
-    through: impl Fn(usize, T, T) -> T + Sync,
+    through: impl Fn(T, T) -> T + Copy + Sync,
 ) {
     let c = weight.len();
+    let (scale, shift) = scale_and_shift(weight, bias, of.statistics);
     let cg = c / (of.statistics.len() / 2);
     let centre: Vec<T> = of.statistics.chunks_exact(2).flat_map(|s| std::iter::repeat_n(s[0], cg)).collect();
-    sums.copy_from_slice(&reduce::moments(of.x, of.gy, &centre, &through));
+    sums.copy_from_slice(&reduce::moments(of.x, of.gy, [&centre, &scale, &shift], through));
     let (plain, times) = sums.split_at_mut(c);
     for (s, times) in of.statistics.chunks_exact(2).zip(times.chunks_mut(cg)) {
         times.iter_mut().for_each(|v| *v *= s[1]);
@@ -175,9 +175,10 @@ fn group_sample<T: Real>(
             coefficients[2].push(inverse * (inverse * m2 * mean - m1));
         }
     }
+    let [k0, k1, k2] = &coefficients;
     simd::vectorized(
         #[inline(always)]
-        || combine(of.gy, of.x, &coefficients, gx, &through),
+        || combine(of.gy, of.x, [k0, k1, k2, &scale, &shift], gx, through),
     );
 }
 
@@ -192,14 +193,16 @@ pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T], 
     }
 }
 
-/// `out = k0 through(gy) + k1 x + k2` by channel.
+/// `out = k0 through(scale x + shift, gy) + k1 x + k2` by channel; `k` and the norm's scale and shift in `by_channel`.
 #[inline(always)]
-pub(crate) fn combine<T: Real>(gy: &[T], x: &[T], k: &[Vec<T>; 3], out: &mut [T], through: impl Fn(usize, T, T) -> T) {
-    let c = k[0].len();
-    let (k0, k1, k2) = (&k[0][..c], &k[1][..c], &k[2][..c]);
+pub(crate) fn combine<T: Real>(gy: &[T], x: &[T], by_channel: [&[T]; 5], out: &mut [T], through: impl Fn(T, T) -> T) {
+    let [k0, k1, k2, scale, shift] = by_channel;
+    let c = k0.len();
+    // Of one length that is known here: the loop below has no bounds to check, and becomes vectors.
+    let (k1, k2, scale, shift) = (&k1[..c], &k2[..c], &scale[..c], &shift[..c]);
     for ((out, gy), x) in out.chunks_exact_mut(c).zip(gy.chunks_exact(c)).zip(x.chunks_exact(c)) {
         for n in 0..c {
-            out[n] = k0[n] * through(n, x[n], gy[n]) + k1[n] * x[n] + k2[n];
+            out[n] = k0[n] * through(x[n] * scale[n] + shift[n], gy[n]) + k1[n] * x[n] + k2[n];
         }
     }
 }

@@ -6,11 +6,6 @@ use super::im2col::{Shape, gather, scatter};
 use super::matmul::{Matrix, multiply};
 use super::{Real, Window, overwritten, threads};
 
-/// Pixels of a batch up to which weights outweigh activations.
-const FEW: usize = 512;
-/// Output channels that a thread takes at once where pixels are few.
-const OUTPUTS: usize = 128;
-
 /// Writes `x * weight (+ bias)` to `y`; the weight as [`pack`] lays it out.
 pub(crate) fn forward<T: Real>(s: &Shape, x: &[T], packed: &[T], bias: Option<&[T]>, y: &mut [T]) {
     if let Some(bias) = bias {
@@ -37,36 +32,6 @@ pub(crate) fn weight_gradient<T: Real>(s: &Shape, x: &[T], gy: &[T]) -> Vec<T> {
         weight_slices(s, group, x, gy, out);
     }
     unpack(s, &packed)
-}
-
-/// Whether [`add_weight_gradient_of_few`] is the better way: so few pixels that passes over the weights, not products, take
-/// the time.
-pub(crate) fn few_pixels(s: &Shape) -> bool {
-    s.g == 1 && s.b * s.oh * s.ow <= FEW && s.o * s.patch() > 4 * s.b * s.h * s.w * s.c
-}
-
-/// Adds the weight's gradient to `sum`, as the weight lies: one product that goes over the weights once.
-pub(crate) fn add_weight_gradient_of_few<T: Real>(s: &Shape, x: &[T], gy: &[T], sum: &mut [T]) {
-    let (pixels, patch, taps) = (s.b * s.oh * s.ow, s.patch(), s.patch() / s.c);
-    let mut rows = overwritten(pixels * patch);
-    gather(s, x, 0, 0..s.lines(), 0..s.window.kernel[0], &mut rows);
-    // From [tap][channel] to the weight's order, [channel][tap].
-    let mut columns = overwritten(pixels * patch);
-    for (to, from) in columns.chunks_exact_mut(patch).zip(rows.chunks_exact(patch)) {
-        for (tap, from) in from.chunks_exact(s.c).enumerate() {
-            from.iter().enumerate().for_each(|(c, &v)| to[c * taps + tap] = v);
-        }
-    }
-    threads::chunks(
-        sum,
-        OUTPUTS * patch,
-        || (),
-        |(), block, sum| {
-            let outputs = sum.len() / patch;
-            let gy = Matrix::new(&gy[block * OUTPUTS..], s.o).transposed();
-            multiply([outputs, patch, pixels], sum, patch, gy, Matrix::new(&columns, patch), true);
-        },
-    );
 }
 
 /// The weight as [`input_gradient`] wants it.

@@ -63,55 +63,39 @@ pub fn max(x: &Tensor, window: &Window) -> Result<(Tensor, Tensor)> {
     Ok((y, Tensor::from_vec(winners, (s.b, s.oh, s.ow, s.c), &Device::Cpu)?))
 }
 
-/// Channels compared at once.
-const LANES: usize = 16;
-
 /// The maxima of output line `oy`.
 #[inline(always)]
 fn max_line<T: Real>(s: &Shape, sample: &[T], oy: usize, y: &mut [T], winners: &mut [u8]) {
     let [kh, kw] = s.window.kernel;
     for (ox, (y, winners)) in y.chunks_exact_mut(s.c).zip(winners.chunks_exact_mut(s.c)).enumerate() {
         let (lo, hi, ix) = s.input_columns(ox);
-        for (first, (y, winners)) in y.chunks_mut(LANES).zip(winners.chunks_mut(LANES)).enumerate() {
-            let width = y.len();
-            let mut best = Best { value: [T::ZERO; LANES], tap: [0; LANES] };
-            let mut started = false;
-            for ky in 0..kh {
-                let Some(iy) = s.input_line(oy, ky) else { continue };
-                for kx in lo..hi {
-                    let at = (iy * s.w + ix + kx - lo) * s.c + first * LANES;
-                    let mut v = [T::ZERO; LANES];
-                    if width == LANES {
-                        v.copy_from_slice(&sample[at..at + LANES]);
-                    } else {
-                        v[..width].copy_from_slice(&sample[at..at + width]);
-                    }
-                    best.meet(&v, (ky * kw + kx) as u32, !started);
+        let mut started = false;
+        for ky in 0..kh {
+            let Some(iy) = s.input_line(oy, ky) else { continue };
+            for kx in lo..hi {
+                let v = &sample[(iy * s.w + ix + kx - lo) * s.c..][..s.c];
+                let tap = (ky * kw + kx) as u8;
+                if started {
+                    meet(v, tap, y, winners);
+                } else {
+                    y.copy_from_slice(v);
+                    winners.fill(tap);
                     started = true;
                 }
             }
-            y.copy_from_slice(&best.value[..width]);
-            winners.iter_mut().zip(&best.tap).for_each(|(w, &tap)| *w = tap as u8);
         }
     }
 }
 
-/// The largest values so far and where they were.
-struct Best<T> {
-    value: [T; LANES],
-    tap: [u32; LANES],
-}
-
-impl<T: Real> Best<T> {
-    #[inline(always)]
-    fn meet(&mut self, v: &[T; LANES], tap: u32, first: bool) {
-        for ((&v, value), best) in v.iter().zip(&mut self.value).zip(&mut self.tap) {
-            // The second comparison lets a value that is not a number through.
-            #[allow(clippy::eq_op)]
-            let wins = first || v > *value || v != v;
-            *value = if wins { v } else { *value };
-            *best = if wins { tap } else { *best };
-        }
+/// Puts the values of `tap` in the place of smaller ones.
+#[inline(always)]
+fn meet<T: Real>(v: &[T], tap: u8, y: &mut [T], winners: &mut [u8]) {
+    for ((&v, best), winner) in v.iter().zip(y).zip(winners) {
+        // The second comparison lets a value that is not a number through. Without branches: these are vectors.
+        #[allow(clippy::eq_op)]
+        let wins = (v > *best) | (v != v);
+        *best = if wins { v } else { *best };
+        *winner = if wins { tap } else { *winner };
     }
 }
 

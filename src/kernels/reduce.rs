@@ -85,19 +85,29 @@ pub(crate) fn shifted_moments<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
     )
 }
 
-/// The sums over rows of `g`, then of `g * (x - centre)`, for `g = through(channel, x, gy)`: `2 * channels` elements.
-pub(crate) fn moments<T: Real>(x: &[T], gy: &[T], centre: &[T], through: impl Fn(usize, T, T) -> T + Sync) -> Vec<T> {
-    let channels = centre.len();
+/// The sums over rows of `g`, then of `g * (x - centre)`, for `g = through(scale x + shift, gy)`: `2 * channels` elements.
+/// `centre`, `scale` and `shift` are by channel.
+pub(crate) fn moments<T: Real>(
+    x: &[T],
+    gy: &[T],
+    by_channel: [&[T]; 3],
+    through: impl Fn(T, T) -> T + Copy + Sync,
+) -> Vec<T> {
+    let channels = by_channel[0].len();
     rows(
         x.len() / channels.max(1),
         2 * channels,
         #[inline(always)]
         |range, out| {
+            // Slices of one length that is known here: the loop below has no bounds to check, and becomes vectors.
+            let [centre, scale, shift] = by_channel;
+            let (centre, scale, shift) = (&centre[..channels], &scale[..channels], &shift[..channels]);
             let (plain, times) = out.split_at_mut(channels);
+            let times = &mut times[..channels];
             let span = range.start * channels..range.end * channels;
             for (x, gy) in x[span.clone()].chunks_exact(channels).zip(gy[span].chunks_exact(channels)) {
                 for n in 0..channels {
-                    let g = through(n, x[n], gy[n]);
+                    let g = through(x[n] * scale[n] + shift[n], gy[n]);
                     plain[n] += g;
                     times[n] += g * (x[n] - centre[n]);
                 }

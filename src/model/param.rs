@@ -81,8 +81,13 @@ impl Init {
         let deviation = (2.0 / fan.max(1) as f64).sqrt();
         let mut rng = ChaCha8Rng::seed_from_u64(xxh3_64_with_seed(name.as_bytes(), self.seed));
         let normal = StandardNormal.sample_iter(&mut rng).map(|v: f64| v * deviation);
-        let values: Vec<f64> = normal.take(shape.iter().product()).collect();
-        let value = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?;
+        let normal = normal.take(shape.iter().product());
+        // Rounded one by one: the largest weight's values in f64 would be twice its size, for once.
+        let value = match self.dtype {
+            DType::F32 => Tensor::from_vec(normal.map(|v| v as f32).collect(), shape, &Device::Cpu)?,
+            _ => Tensor::from_vec(normal.collect::<Vec<f64>>(), shape, &Device::Cpu)?.to_dtype(self.dtype)?,
+        };
+        let value = value.to_device(&self.device)?;
         Ok(Param { name, value, grad: None, trainable: true })
     }
 

@@ -41,8 +41,31 @@ void store(void* data, int type, int64_t index, float value) {
     else ((float*)data)[index] = value;
 }
 // What is written where: alpha * value + beta * (what was there). With beta = 0 that is not read: it may be NaN.
-static void blend(void* data, int type, int64_t index, float alpha, float value, float beta) {
+static inline void blend(void* data, int type, int64_t index, float alpha, float value, float beta) {
     store(data, type, index, alpha * value + (beta ? beta * load(data, type, index) : 0.0f));
+}
+
+typedef uint32_t __attribute__((may_alias)) Bits;
+// n values with a stride to floats, and back.
+FAST static void load_row(float* __restrict__ to, const void* data, int type, int64_t from, int64_t stride, int n) {
+    if (type == BFloat16) {
+        auto* in = (const uint16_t*)data + from;
+        auto* bits = (Bits*)to;
+        if (stride == 1)
+            for (int i = 0; i < n; i++) bits[i] = (uint32_t)in[i] << 16;
+        else
+            for (int i = 0; i < n; i++) bits[i] = (uint32_t)in[i * stride] << 16;
+    } else {
+        auto* in = (const float*)data + from;
+        if (stride == 1) memcpy(to, in, sizeof(float) * (size_t)n);
+        else
+            for (int i = 0; i < n; i++) to[i] = in[i * stride];
+    }
+}
+static void store_row(void* data, int type, int64_t to, int64_t stride, const float* in, int n, float alpha, float beta) {
+    if (type == Float32 && stride == 1 && alpha == 1 && beta == 0) memcpy((float*)data + to, in, sizeof(float) * (size_t)n);
+    else
+        for (int i = 0; i < n; i++) blend(data, type, to + i * stride, alpha, in[i], beta);
 }
 
 // (n, c, h, w) with strides -> n, h, w, c packed
@@ -52,8 +75,8 @@ static std::vector<float> pack(const void* data, int type, int n, int c, int h, 
     for (int i = 0; i < n; i++)
         for (int y = 0; y < h; y++)
             for (int x = 0; x < w; x++) {
-                int64_t from = i * stride[0] + y * stride[2] + x * stride[3];
-                for (int k = 0; k < c; k++) out[at++] = load(data, type, from + k * stride[1]);
+                load_row(&out[at], data, type, i * stride[0] + y * stride[2] + x * stride[3], stride[1], c);
+                at += (size_t)c;
             }
     if (tf32)
         for (float& value : out) value = to_tf32(value);
@@ -65,8 +88,8 @@ static void unpack(const std::vector<float>& in, void* data, int type, int n, in
     for (int i = 0; i < n; i++)
         for (int y = 0; y < h; y++)
             for (int x = 0; x < w; x++) {
-                int64_t to = i * stride[0] + y * stride[2] + x * stride[3];
-                for (int k = 0; k < c; k++) blend(data, type, to + k * stride[1], alpha, in[at++], beta);
+                store_row(data, type, i * stride[0] + y * stride[2] + x * stride[3], stride[1], &in[at], c, alpha, beta);
+                at += (size_t)c;
             }
 }
 

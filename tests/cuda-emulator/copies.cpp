@@ -49,7 +49,7 @@ static CUresult copy(uint64_t to, uint64_t from, size_t bytes, Direction directi
         count("copy_pageable");
         if (CUresult error = forbid_while_capturing(stream.get())) return error;
         if (direction == HostToDevice) staged = std::make_shared<std::vector<char>>((char*)from, (char*)from + bytes);
-        else wait = true;
+        else count("blocking_copy"), wait = true;
     } else if (wait) {
         count("sync");
     }

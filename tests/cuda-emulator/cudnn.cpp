@@ -305,6 +305,8 @@ static Status shape_of(const Tensor* x, const Filter* w, const ConvolutionDescri
     int n, k, p, q;
     if (Status s = cudnnGetConvolution2dForwardOutputDim((ConvolutionDescriptor*)c, (Tensor*)x, (Filter*)w, &n, &k, &p, &q))
         return s;
+    if (w->format == NHWC && (x->strides[1] != 1 || y->strides[1] != 1))
+        return refuse(NOT_SUPPORTED, "NHWC filters with tensors that are not NHWC");
     int expected[] = {n, k, p, q};
     for (int i = 0; i < 4; i++)
         if (y->dims[i] != expected[i])

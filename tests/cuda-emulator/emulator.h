@@ -60,6 +60,8 @@ struct Allocation {
 };
 // Whether [pointer, pointer + bytes) lies in one live device allocation.
 bool device_range(uint64_t pointer, size_t bytes, Allocation* found = nullptr);
+// Whether it is an address that belongs to a device, allocated or not.
+bool device_address(uint64_t pointer);
 // Whether it lies in page-locked host memory.
 bool pinned_range(const void* pointer, size_t bytes);
 CUresult allocate_device(int device, size_t bytes, Allocation::Kind kind, uint64_t* pointer);

@@ -10,25 +10,35 @@ struct Index {
 // One block as its threads see it. There is one for each stream thread; the driver switches the threads of a block.
 struct Block {
     Index thread, block, block_size, grid_size;
-    unsigned linear_thread;  // within the block
+    unsigned linear_thread;     // within the block
+    Index upcoming;             // the thread to start next
+    unsigned started, threads;  // of the block
     char* dynamic_shared;
     // The calling thread waits for all threads of the block.
     void (*barrier)(Block*);
-    // The calling thread waits for the threads of its warp in `mask`. Each hands in `value` and gets the values of all
-    // 32 lanes (0 for those not in the mask), valid until its next exchange.
+    // The calling thread waits for the threads of its warp in `mask`. Each hands in `value` and gets the values of the
+    // lanes in the mask, to be read before it waits again.
     const unsigned long long* (*exchange)(Block*, unsigned mask, unsigned long long value);
 };
 
-// Runs threads of the block, one after the other, until none is left: `next` moves on to the next thread.
-struct Runner {
-    Block* block;
-    bool (*next)(Runner*);
-};
+// Makes the next thread of the block that has not started the current one; false if there is none.
+inline bool next_thread(Block* block) {
+    if (block->started == block->threads) return false;
+    block->linear_thread = block->started++;
+    Index& next = block->upcoming;
+    block->thread = next;
+    if (++next.x == block->block_size.x) {
+        next.x = 0;
+        if (++next.y == block->block_size.y) next.y = 0, next.z++;
+    }
+    return true;
+}
 
 struct KernelEntry {
     const char* name;
-    void (*run)(Runner*, void** arguments);
-    const unsigned* argument_sizes;  // ends with 0
+    void (*run)(Block*, void** arguments);  // runs threads, one after the other, until none is left to start
+    const unsigned* argument_sizes;
+    const bool* argument_is_pointer;
     unsigned arguments;
     unsigned max_threads;  // __launch_bounds__, or 0
 };

@@ -225,12 +225,13 @@ namespace sideways_emulator {
 template <auto F> struct Kernel;
 template <class... A, void (*F)(A...)> struct Kernel<F> {
     static constexpr unsigned sizes[] = {(unsigned)sizeof(A)..., 0};
-    template <size_t... I> static void loop(Runner* runner, void** arguments, std::index_sequence<I...>) {
-        while (runner->next(runner)) F(*(std::remove_cv_t<A>*)arguments[I]...);
+    static constexpr bool pointers[] = {std::is_pointer_v<A>..., false};
+    template <size_t... I> static void loop(Block* block, void** arguments, std::index_sequence<I...>) {
+        while (next_thread(block)) F(*(std::remove_cv_t<A>*)arguments[I]...);
     }
-    static void run(Runner* runner, void** arguments) { loop(runner, arguments, std::index_sequence_for<A...>{}); }
+    static void run(Block* block, void** arguments) { loop(block, arguments, std::index_sequence_for<A...>{}); }
     static constexpr KernelEntry entry(const char* name, unsigned max_threads) {
-        return {name, run, sizes, (unsigned)sizeof...(A), max_threads};
+        return {name, run, sizes, pointers, (unsigned)sizeof...(A), max_threads};
     }
 };
 }  // namespace sideways_emulator

@@ -12,7 +12,6 @@
 
 using sideways_emulator::Block;
 using sideways_emulator::KernelEntry;
-using sideways_emulator::Runner;
 
 struct Function {
     const KernelEntry* entry;
@@ -20,6 +19,7 @@ struct Function {
     size_t dynamic_limit = 48 << 10;
 };
 struct Module {
+    Context* context = nullptr;
     void* object = nullptr;
     std::map<std::string, std::unique_ptr<Function>> functions;
 };
@@ -28,74 +28,46 @@ struct Module {
 __thread Block* sideways_emulator_block __attribute__((tls_model("initial-exec")));
 
 namespace {
-struct Thread {  // a started thread of the block that waits, with the fiber it waits in
-    enum State { Running, AtBarrier, InExchange, Ready } state = Running;
-    unsigned index = 0, mask = 0;
-    sideways_emulator::Index position;
-};
 struct Scheduler;
-struct Lane : Runner {  // a fiber and the thread that it runs now
+struct Lane {  // a fiber, and the thread that waits in it
     Fiber fiber;
-    Thread thread;
     Scheduler* scheduler = nullptr;
-    bool finished = false;
+    bool finished = false;  // no thread in it
+    sideways_emulator::Index position = {};
+    unsigned index = 0, mask = 0;
 };
 struct Warp {
-    unsigned long long values[2][32] = {};
-    unsigned phase[32] = {};  // of each lane's next exchange
-    unsigned waiting = 0;   // lanes in an exchange
-    unsigned alive = 0;     // lanes not yet finished
+    unsigned long long given[32] = {}, got[32] = {};  // each lane's value, and what lanes see once all have come
+    unsigned in_exchange = 0, at_barrier = 0;         // the lanes that wait
 };
 struct Scheduler {
     Block block;
     Fiber main;
     std::vector<std::unique_ptr<Lane>> lanes;  // kept between blocks and launches
-    std::vector<Lane*> spare, waiting, ready;
-    std::vector<Lane*> by_thread;
+    std::vector<Lane*> spare, ready;
+    std::vector<Lane*> by_thread;  // of the threads that wait
     std::vector<Warp> warps;
     std::vector<char> shared;
-    unsigned threads = 0, started = 0, finished = 0, at_barrier = 0;
+    unsigned waiting = 0, at_barrier = 0;
     Lane* running = nullptr;
     const KernelEntry* entry = nullptr;
     void** arguments = nullptr;
 
     Lane* take_lane();
     void run_block();
-    void park();
-    bool release_exchange(unsigned warp);
+    void wait(unsigned Warp::*kind, unsigned mask);
+    void release(unsigned thread);
+    bool release_exchanges(unsigned warp);
     void resume(Lane* lane);
 };
 }  // namespace
 
 static Scheduler& scheduler_of(Block* block) { return *reinterpret_cast<Scheduler*>(block); }
-static_assert(offsetof(Scheduler, block) == 0);
-
-static bool next_thread(Runner* runner) {
-    Lane& lane = *static_cast<Lane*>(runner);
-    Scheduler& s = *lane.scheduler;
-    if (lane.thread.index != ~0u) {  // the thread before has ended
-        s.finished++;
-        unsigned index = lane.thread.index;
-        s.warps[index / 32].alive &= ~(1u << (index % 32));
-    }
-    if (s.started == s.threads) {
-        lane.thread.index = ~0u;
-        return false;
-    }
-    unsigned index = s.started++;
-    const auto& size = s.block.block_size;
-    lane.thread.index = index;
-    lane.thread.position = {index % size.x, index / size.x % size.y, index / (size.x * size.y)};
-    s.by_thread[index] = &lane;
-    s.block.thread = lane.thread.position;
-    s.block.linear_thread = index;
-    return true;
-}
 
 static void fiber_main(void* argument) {
     Lane& lane = *(Lane*)argument;
     for (;;) {
-        lane.scheduler->entry->run(&lane, lane.scheduler->arguments);
+        lane.scheduler->entry->run(&lane.scheduler->block, lane.scheduler->arguments);
         lane.finished = true;
         fiber_switch(lane.fiber, lane.scheduler->main);
     }
@@ -106,8 +78,6 @@ Lane* Scheduler::take_lane() {
         lanes.push_back(std::make_unique<Lane>());
         Lane* lane = lanes.back().get();
         lane->scheduler = this;
-        lane->block = &block;
-        lane->next = next_thread;
         fiber_start(lane->fiber, fiber_main, lane);
         return lane;
     }
@@ -118,103 +88,101 @@ Lane* Scheduler::take_lane() {
 
 void Scheduler::resume(Lane* lane) {
     running = lane;
-    lane->thread.state = Thread::Running;
-    if (lane->thread.index != ~0u) {
-        block.thread = lane->thread.position;
-        block.linear_thread = lane->thread.index;
-    }
     fiber_switch(main, lane->fiber);
     if (lane->finished) spare.push_back(lane);
 }
 
-// The running fiber waits: back to the scheduler.
-void Scheduler::park() {
+// The running thread waits: back to the scheduler, until `release`.
+void Scheduler::wait(unsigned Warp::*kind, unsigned mask) {
     Lane* lane = running;
+    unsigned index = block.linear_thread;
+    lane->index = index;
+    lane->position = block.thread;
+    lane->mask = mask;
+    by_thread[index] = lane;
+    warps[index / 32].*kind |= 1u << index % 32;
+    waiting++;
     fiber_switch(lane->fiber, main);
+    block.thread = lane->position;
+    block.linear_thread = index;
+}
+void Scheduler::release(unsigned thread) {
+    waiting--;
+    ready.push_back(by_thread[thread]);
 }
 
 static void barrier(Block* block) {
     Scheduler& s = scheduler_of(block);
-    s.running->thread.state = Thread::AtBarrier;
     s.at_barrier++;
-    s.waiting.push_back(s.running);
-    s.park();
+    s.wait(&Warp::at_barrier, 0);
 }
 
-// Lets go those lanes of a warp whose whole mask has arrived.
-bool Scheduler::release_exchange(unsigned w) {
+static const unsigned long long* exchange(Block* block, unsigned mask, unsigned long long value) {
+    Scheduler& s = scheduler_of(block);
+    unsigned l = block->linear_thread % 32;
+    Warp& warp = s.warps[block->linear_thread / 32];
+    if (!(mask >> l & 1)) die("kernel %s: a thread calls a warp function with a mask that lacks itself", s.entry->name);
+    warp.given[l] = value;
+    s.wait(&Warp::in_exchange, mask);
+    return warp.got;  // read before this thread waits again, so before the next release
+}
+
+// Lets go those lanes of a warp whose whole mask has arrived. Every thread that has not ended waits when this is called.
+bool Scheduler::release_exchanges(unsigned w) {
     Warp& warp = warps[w];
+    const unsigned alive = warp.in_exchange | warp.at_barrier;
     bool any = false;
-    for (unsigned l = 0; l < 32 && warp.waiting; l++) {
-        if (!(warp.waiting >> l & 1)) continue;
-        unsigned mask = by_thread[w * 32 + l]->thread.mask & warp.alive;
-        if ((warp.waiting & mask) != mask) continue;
-        for (unsigned other = 0; other < 32; other++) {
-            if (!(mask >> other & 1)) continue;
-            Lane* lane = by_thread[w * 32 + other];
-            lane->thread.state = Thread::Ready;
-            ready.push_back(lane);
-        }
-        warp.waiting &= ~mask;
+    for (unsigned l = 0; l < 32; l++) {
+        if (!(warp.in_exchange >> l & 1)) continue;
+        unsigned mask = by_thread[w * 32 + l]->mask & alive;
+        if ((warp.in_exchange & mask) != mask) continue;
+        for (unsigned other = 0; other < 32; other++)
+            if (mask >> other & 1) {
+                warp.got[other] = warp.given[other];
+                release(w * 32 + other);
+            }
+        warp.in_exchange &= ~mask;
         any = true;
     }
     return any;
 }
 
-static const unsigned long long* exchange(Block* block, unsigned mask, unsigned long long value) {
-    Scheduler& s = scheduler_of(block);
-    Lane* lane = s.running;
-    unsigned index = lane->thread.index, l = index % 32;
-    Warp& warp = s.warps[index / 32];
-    if (!(mask >> l & 1)) die("kernel %s: a thread calls a warp function with a mask that lacks itself", s.entry->name);
-    unsigned phase = warp.phase[l]++ % 2;
-    warp.values[phase][l] = value;
-    warp.waiting |= 1u << l;
-    lane->thread.mask = mask;
-    lane->thread.state = Thread::InExchange;
-    s.park();
-    return warp.values[phase];
-}
-
 void Scheduler::run_block() {
-    started = finished = at_barrier = 0;
-    waiting.clear();
-    ready.clear();
-    by_thread.assign(threads, nullptr);
-    warps.resize((threads + 31) / 32);
-    for (unsigned w = 0; w < warps.size(); w++) {
-        unsigned size = std::min(32u, threads - w * 32);
-        warps[w] = {};
-        warps[w].alive = size == 32 ? ~0u : (1u << size) - 1;
-    }
-    while (finished < threads) {
+    block.started = 0;
+    block.upcoming = {0, 0, 0};
+    waiting = at_barrier = 0;
+    if (warps.size() != (block.threads + 31) / 32) warps.resize((block.threads + 31) / 32);
+    if (by_thread.size() < block.threads) by_thread.resize(block.threads);
+    for (;;) {
         if (!ready.empty()) {
             Lane* lane = ready.back();
             ready.pop_back();
             resume(lane);
-        } else if (started < threads) {
+        } else if (block.started < block.threads) {
             Lane* lane = take_lane();
             lane->finished = false;
-            lane->thread.index = ~0u;
             resume(lane);
+        } else if (!waiting) {
+            return;
         } else {
             bool any = false;
-            for (unsigned w = 0; w < warps.size(); w++) any |= warps[w].waiting && release_exchange(w);
+            for (unsigned w = 0; w < warps.size(); w++) any |= warps[w].in_exchange && release_exchanges(w);
             if (any) continue;
-            if (at_barrier == threads - finished && at_barrier) {
-                if (finished) {
-                    static std::atomic<bool> said{false};
-                    if (!said.exchange(true))
-                        complain("kernel %s: %u of %u threads returned before a __syncthreads() of the others",
-                                 entry->name, finished, threads);
-                }
-                ready.swap(waiting);
-                waiting.clear();
-                at_barrier = 0;
-                continue;
+            if (at_barrier != waiting)
+                die("kernel %s hangs: %u of %u threads wait at __syncthreads(), others in a warp function for threads "
+                    "that do not come", entry->name, at_barrier, waiting);
+            if (waiting < block.threads) {
+                static std::atomic<bool> said{false};
+                if (!said.exchange(true))
+                    complain("kernel %s: %u of %u threads ended before a __syncthreads() of the others", entry->name,
+                             block.threads - waiting, block.threads);
             }
-            die("kernel %s hangs: %u of %u threads wait at __syncthreads(), the others in a warp function for threads "
-                "that do not come", entry->name, at_barrier, threads - finished);
+            for (unsigned w = 0; w < warps.size(); w++) {
+                for (unsigned l = 0; l < 32; l++)
+                    if (warps[w].at_barrier >> l & 1) release(w * 32 + l);
+                warps[w].at_barrier = 0;
+            }
+            at_barrier = 0;
         }
     }
 }
@@ -227,7 +195,7 @@ static CUresult run_kernel(const KernelEntry* entry, const unsigned* grid, const
     count("kernel");
     s.entry = entry;
     s.arguments = arguments;
-    s.threads = size[0] * size[1] * size[2];
+    s.block.threads = size[0] * size[1] * size[2];
     s.shared.resize(shared_bytes + 256);
     memset(s.shared.data(), 0xFF, s.shared.size());
     s.block.dynamic_shared = (char*)(((uint64_t)s.shared.data() + 127) / 128 * 128);
@@ -236,12 +204,15 @@ static CUresult run_kernel(const KernelEntry* entry, const unsigned* grid, const
     s.block.barrier = barrier;
     s.block.exchange = exchange;
     sideways_emulator_block = &s.block;
-    for (unsigned z = 0; z < grid[2]; z++)
-        for (unsigned y = 0; y < grid[1]; y++)
-            for (unsigned x = 0; x < grid[0]; x++) {
-                s.block.block = {x, y, z};
-                s.run_block();
-            }
+    // Every other launch runs its blocks backwards: nothing may depend on their order.
+    static std::atomic<unsigned> launches{0};
+    bool backwards = launches++ % 2;
+    unsigned long long row = grid[0], plane = row * grid[1], blocks = plane * grid[2];
+    for (unsigned long long i = 0; i < blocks; i++) {
+        unsigned long long b = backwards ? blocks - 1 - i : i;
+        s.block.block = {(unsigned)(b % row), (unsigned)(b % plane / row), (unsigned)(b / plane)};
+        s.run_block();
+    }
     return CUDA_SUCCESS;
 }
 
@@ -271,6 +242,7 @@ EXPORT CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     auto* table = (const KernelEntry*)dlsym(object, "sideways_emulator_kernels");
     if (!table) return CUDA_ERROR_INVALID_IMAGE;
     auto* loaded = new Module;
+    loaded->context = context;
     loaded->object = object;
     for (; table->name; table++)
         loaded->functions[table->name] = std::unique_ptr<Function>(new Function{table, loaded});
@@ -356,6 +328,10 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
     auto stream = find_stream(context, handle);
     if (!stream || !function) return CUDA_ERROR_INVALID_HANDLE;
     const KernelEntry* entry = function->entry;
+    if (stream->context != context || function->module->context != context) {
+        complain("kernel %s: the stream or the module belongs to another context than the current one", entry->name);
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
     unsigned long long threads = (unsigned long long)block_x * block_y * block_z;
     if (!grid_x || !grid_y || !grid_z || !threads || grid_x > 2147483647u || grid_y > 65535 || grid_z > 65535 ||
         block_x > 1024 || block_y > 1024 || block_z > 64 || threads > 1024 || shared_bytes > function->dynamic_limit) {
@@ -378,6 +354,12 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
         auto* from = (const char*)parameters[i];
         if (!from) return CUDA_ERROR_INVALID_VALUE;
         launch->values.emplace_back(from, from + entry->argument_sizes[i]);
+        if (!entry->argument_is_pointer[i]) continue;
+        void* pointer = *(void**)from;
+        if (pointer && !device_address((uint64_t)pointer) && !pinned_range(pointer, 1)) {
+            complain("kernel %s: argument %u, %p, is neither device memory nor page-locked", entry->name, i, pointer);
+            return CUDA_ERROR_ILLEGAL_ADDRESS;
+        }
     }
     for (auto& value : launch->values) launch->pointers.push_back(value.data());
     count("launch");

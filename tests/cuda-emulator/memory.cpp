@@ -168,6 +168,12 @@ bool device_range(uint64_t pointer, size_t bytes, Allocation* found) {
     if (found) *found = *a;
     return true;
 }
+bool device_address(uint64_t pointer) {
+    std::lock_guard<std::mutex> lock(mutex());
+    for (auto& h : heaps())
+        if (h.start && pointer >= h.start && pointer < h.start + reserve) return true;
+    return false;
+}
 EXPORT int sideways_emulator_device_range(CUdeviceptr pointer, size_t bytes) { return device_range(pointer, bytes); }
 
 // The most bytes that were allocated at once on a device.
@@ -202,6 +208,8 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
                 (unsigned long long)(above->base - address), above->bytes);
         die("%s used the device address 0x%llx, where nothing is allocated", who, (unsigned long long)address);
     }
+    if (current_operation && info->si_code == SI_KERNEL)
+        die("%s used a misaligned or impossible address", current_operation);
     if (current_operation) die("%s used the address 0x%llx, which is no device memory", current_operation,
                                (unsigned long long)address);
     if (previous.sa_flags & SA_SIGINFO && previous.sa_sigaction) previous.sa_sigaction(signal, info, context);

@@ -86,10 +86,9 @@ static int run(const std::vector<std::string>& command, const std::string& log) 
     posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
     posix_spawn_file_actions_addopen(&files, 1, log.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
     posix_spawn_file_actions_adddup2(&files, 1, 2);
-    std::vector<std::string> kept;  // without what a profiler or a sanitizer preloads
-    std::vector<char*> environment;
+    std::vector<char*> environment;  // without what a profiler or a sanitizer preloads
     for (char** e = environ; *e; e++)
-        if (strncmp(*e, "LD_PRELOAD=", 11) && strncmp(*e, "LD_LIBRARY_PATH=", 16)) environment.push_back(*e);
+        if (strncmp(*e, "LD_PRELOAD=", 11)) environment.push_back(*e);
     environment.push_back(nullptr);
     pid_t process;
     int failed = posix_spawnp(&process, arguments[0], &files, nullptr, arguments.data(), environment.data());
@@ -224,7 +223,7 @@ static std::string translate(const std::string& preprocessed) {
     for (auto& kernel : find_kernels(body))
         out += "    ::sideways_emulator::Kernel<::" + kernel.name + ">::entry(\"" + kernel.name + "\", " +
                (kernel.bounds.empty() ? "0" : kernel.bounds) + "),\n";
-    return out + "    {nullptr, nullptr, nullptr, 0, 0}};\n";
+    return out + "    {nullptr, nullptr, nullptr, nullptr, 0, 0}};\n";
 }
 
 // ---- The API ----

@@ -234,6 +234,7 @@ struct Shared {  // of an event that other processes may open
     std::atomic<unsigned long long> recorded, done;
 };
 struct Event {
+    Context* context = nullptr;
     unsigned flags = 0;
     std::shared_ptr<Moment> moment;
     Shared* shared = nullptr;
@@ -281,6 +282,7 @@ EXPORT CUresult cuEventCreate(CUevent* handle, unsigned flags) {
     ENTER(context);
     if (!handle || flags > 7) return CUDA_ERROR_INVALID_VALUE;
     auto event = std::make_shared<Event>();
+    event->context = context;
     event->flags = flags;
     if (flags & CU_EVENT_INTERPROCESS) {
         if (!(flags & CU_EVENT_DISABLE_TIMING)) return CUDA_ERROR_INVALID_VALUE;
@@ -308,6 +310,10 @@ EXPORT CUresult cuEventDestroy_v2(CUevent handle) {
 EXPORT CUresult cuEventRecordWithFlags(CUevent handle, CUstream stream_handle, unsigned flags) {
     STREAM(stream, stream_handle);
     EVENT(event, handle);
+    if (event->context != stream->context) {
+        complain("an event is recorded in a stream of another context than its own");
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
     count("event_record");
     if (!(flags & CU_EVENT_RECORD_EXTERNAL)) {
         std::lock_guard<std::mutex> lock(capture_mutex());
@@ -438,6 +444,7 @@ EXPORT CUresult cuIpcOpenEventHandle(CUevent* event_handle, CUipcHandle handle) 
     int file = open(path, O_RDWR | O_CLOEXEC);
     if (file < 0) return CUDA_ERROR_MAP_FAILED;
     auto event = std::make_shared<Event>();
+    event->context = context;
     event->flags = CU_EVENT_INTERPROCESS | CU_EVENT_DISABLE_TIMING;
     event->shared = (Shared*)mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
