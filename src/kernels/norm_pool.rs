@@ -75,41 +75,45 @@ fn max_line<T: Real>(
         let inputs = &mut inputs[ox * s.c..][..s.c];
         let winners = &mut winners[ox * s.c..][..s.c];
         let (lo, hi, ix) = s.input_columns(ox);
-        let mut first = true;
+        let mut started = false;
         for ky in 0..kh {
             let Some(iy) = s.input_line(oy, ky) else { continue };
             for kx in lo..hi {
                 let x = &x[(iy * s.w + ix + kx - lo) * s.c..][..s.c];
-                meet(x, affine, (ky * kw + kx) as u8, first, y, inputs, winners);
-                first = false;
+                let tap = (ky * kw + kx) as u8;
+                if started {
+                    meet(x, affine, tap, inputs, winners);
+                } else {
+                    inputs.copy_from_slice(x);
+                    winners.fill(tap);
+                    started = true;
+                }
             }
+        }
+        let [scale, shift] = affine;
+        for (((y, &x), &scale), &shift) in y.iter_mut().zip(&*inputs).zip(scale).zip(shift) {
+            *y = relu(x * scale + shift);
         }
     }
 }
 
-/// Puts the values of `tap` in the place of smaller ones, or of any if it is the first.
 #[inline(always)]
-fn meet<T: Real>(
-    x: &[T],
-    [scale, shift]: [&[T]; 2],
-    tap: u8,
-    first: bool,
-    y: &mut [T],
-    inputs: &mut [T],
-    winners: &mut [u8],
-) {
-    let c = x.len();
-    let (scale, shift, y, inputs, winners) =
-        (&scale[..c], &shift[..c], &mut y[..c], &mut inputs[..c], &mut winners[..c]);
-    for n in 0..c {
-        let v = x[n] * scale[n] + shift[n];
-        let v = if v < T::ZERO { T::ZERO } else { v };
+fn relu<T: Real>(v: T) -> T {
+    if v < T::ZERO { T::ZERO } else { v }
+}
+
+/// Puts the inputs of `tap` in the place of those of smaller values. (The values so far are computed anew: with one slice more
+/// to be written, the compiler would have too many to compare for overlaps, and make no vectors of the loop.)
+#[inline(always)]
+fn meet<T: Real>(x: &[T], [scale, shift]: [&[T]; 2], tap: u8, inputs: &mut [T], winners: &mut [u8]) {
+    let each = x.iter().zip(scale).zip(shift).zip(inputs).zip(winners);
+    for ((((&x, &scale), &shift), input), winner) in each {
+        let (v, best) = (relu(x * scale + shift), relu(*input * scale + shift));
         // As in `pool`: a value that is not a number wins, and no branches.
         #[allow(clippy::eq_op)]
-        let wins = first | (v > y[n]) | (v != v);
-        y[n] = if wins { v } else { y[n] };
-        inputs[n] = if wins { x[n] } else { inputs[n] };
-        winners[n] = if wins { tap } else { winners[n] };
+        let wins = (v > best) | (v != v);
+        *input = if wins { x } else { *input };
+        *winner = if wins { tap } else { *winner };
     }
 }
 
@@ -172,8 +176,6 @@ fn through<T: Real>(y: T, g: T) -> T {
 #[inline(always)]
 fn input_cotangent<T: Real>(s: &Shape, x: &[T], gy: &[T], winners: &[u8], by_channel: [&[T]; 5], gx: &mut [T]) {
     let c = s.c;
-    let [k0, k1, k2, scale, shift] = by_channel;
-    let (k0, k1, k2, scale, shift) = (&k0[..c], &k1[..c], &k2[..c], &scale[..c], &shift[..c]);
     let tiles = pool::tiles(s);
     if !tiles {
         gx.fill(T::ZERO);
@@ -185,23 +187,32 @@ fn input_cotangent<T: Real>(s: &Shape, x: &[T], gy: &[T], winners: &[u8], by_cha
             oy,
             #[inline(always)]
             |tap, input, output| {
-                let (gx, x) = (&mut gx[input * c..][..c], &x[input * c..][..c]);
-                let (gy, winners) = (&gy[output * c..][..c], &winners[output * c..][..c]);
-                for n in 0..c {
-                    let g = if winners[n] == tap as u8 { gy[n] } else { T::ZERO };
-                    gx[n] = match tiles {
-                        true => k0[n] * through(x[n] * scale[n] + shift[n], g) + k1[n] * x[n] + k2[n],
-                        false => gx[n] + g,
-                    };
+                let gx = &mut gx[input * c..][..c];
+                let from = gy[output * c..][..c].iter().zip(&winners[output * c..][..c]);
+                let routed = gx.iter_mut().zip(from);
+                if tiles {
+                    routed.for_each(|(gx, (&g, &k))| *gx = if k == tap as u8 { g } else { T::ZERO });
+                    combine(&x[input * c..][..c], by_channel, gx);
+                } else {
+                    routed.for_each(|(gx, (&g, &k))| *gx += if k == tap as u8 { g } else { T::ZERO });
                 }
             },
         );
     }
     if !tiles {
         for (gx, x) in gx.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-            for n in 0..c {
-                gx[n] = k0[n] * through(x[n] * scale[n] + shift[n], gx[n]) + k1[n] * x[n] + k2[n];
-            }
+            combine(x, by_channel, gx);
         }
+    }
+}
+
+/// One pixel's `k0 through(scale x + shift, g) + k1 x + k2` in g's place.
+#[inline(always)]
+fn combine<T: Real>(x: &[T], by_channel: [&[T]; 5], g: &mut [T]) {
+    let c = x.len();
+    let [k0, k1, k2, scale, shift] = by_channel;
+    let (k0, k1, k2, scale, shift, g) = (&k0[..c], &k1[..c], &k2[..c], &scale[..c], &shift[..c], &mut g[..c]);
+    for n in 0..c {
+        g[n] = k0[n] * through(x[n] * scale[n] + shift[n], g[n]) + k1[n] * x[n] + k2[n];
     }
 }
