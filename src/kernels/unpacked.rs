@@ -20,7 +20,7 @@ const LANES: usize = 16;
 /// Whether weights are so many that copies of them cost more, in memory and after each update, than the products here lose
 /// to better ones.
 pub(crate) fn suits(s: &Shape) -> bool {
-    outweighs(s, 16)
+    outweighs(s, 8)
 }
 
 /// Whether the weight's gradient is best computed here: passes over the weights, not products, take the time.
