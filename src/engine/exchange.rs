@@ -189,7 +189,7 @@ mod on {
             match outcome {
                 Err(text) => others.push((*edge, text)),
                 Ok(times) if choice == Choice::Auto && times.staged < times.peer => {
-                    others.push((*edge, format!("faster: {times}")));
+                    others.push((*edge, times.to_string()));
                 }
                 Ok(times) => {
                     chosen.push(*edge);

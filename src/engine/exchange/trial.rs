@@ -31,7 +31,12 @@ pub struct Times {
 
 impl fmt::Display for Times {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.0} us from GPU to GPU, {:.0} us by way of host memory", 1e6 * self.peer, 1e6 * self.staged)
+        write!(
+            f,
+            "{:.0} us from GPU to GPU and {:.0} us by way of host memory in a test",
+            1e6 * self.peer,
+            1e6 * self.staged
+        )
     }
 }
 
