@@ -32,6 +32,7 @@ impl Exchange {
     /// # Errors
     /// [`crate::Error::Input`], on all ranks, where what `run.exchange` names does not work; [`crate::Error::Run`] if CUDA
     /// fails.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs need the other ranks"))]
     pub fn of_run(setup: &Setup, world: &World, site: Site) -> Result<Self> {
         let links = setup.wiring.links.clone();
         match site {
