@@ -173,5 +173,4 @@ fn a_steady_tick_between_peers_stays_on_the_gpu() {
     assert_eq!(few["alloc"], many["alloc"], "memory grows with frames");
     assert_eq!(few["sync"], many["sync"], "ticks wait for the GPU");
     assert_eq!(few["copy_dtoh"], many["copy_dtoh"], "values of messages go by way of the host");
-    assert_eq!(many["alloc"], many["free"], "memory is left");
 }
