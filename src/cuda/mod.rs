@@ -4,7 +4,7 @@
 //! their own beside it. Convolutions are cuDNN's in NHWC, everything else our own kernels, compiled by NVRTC for the GPU at
 //! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
 //!
-//! Read in this order: [`gpu`] (context, streams, memory), `kernels` and [`ops`] (one function a kernel), `dnn`
+//! Read in this order: [`gpu`] (context, streams, memory), [`shared`] (memory that other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn`
 //! (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`].
 
 mod dnn;
@@ -16,6 +16,7 @@ pub mod module;
 pub mod ops;
 pub mod optim;
 pub mod param;
+pub mod shared;
 
 pub use gpu::{Array, Element, Gpu, device_count};
 pub use libraries::check;
