@@ -5,7 +5,7 @@
 //! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), `kernels` and [`ops`] (one function a kernel), `dnn`
-//! (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`].
+//! (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`]; [`peak`], [`wait`] (for benchmarks).
 
 mod dnn;
 pub mod gpu;
@@ -16,6 +16,8 @@ pub mod module;
 pub mod ops;
 pub mod optim;
 pub mod param;
+pub mod peak;
+pub mod wait;
 
 pub use gpu::{Array, Element, Gpu, device_count};
 pub use libraries::check;
