@@ -16,7 +16,11 @@ use common::mpirun::{mpirun, text};
 use common::runs::{assert_close, config, shard, tensors};
 
 const MINUTE: Duration = Duration::from_secs(60);
-const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+
+/// The program: the one built with the tests, or where they were carried elsewhere, `SIDEWAYS_TEST_PROGRAM`.
+fn program() -> String {
+    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_sideways").into())
+}
 
 /// Whether a real GPU is to be used.
 fn real() -> bool {
@@ -75,10 +79,10 @@ impl Place {
     fn run(&self, ranks: usize, args: &[&str], env: &[(&str, &str)]) -> Output {
         let env = environment(env);
         if ranks == 0 {
-            return Command::new(PROGRAM).args(args).envs(env).output().unwrap();
+            return Command::new(program()).args(args).envs(env).output().unwrap();
         }
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-        mpirun(ranks, Path::new(PROGRAM), args, &env, MINUTE)
+        mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
     }
 
     /// As [`Place::train`]: it must succeed; the parameters and the optimiser's memory after the last batch.
@@ -244,7 +248,8 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
 #[test]
 fn clear_errors() {
     let place = Place::new(&[CUDA]);
-    let without = Command::new(PROGRAM).args(["train", &place.config]).env_remove("LD_LIBRARY_PATH").output().unwrap();
+    let without =
+        Command::new(program()).args(["train", &place.config]).env_remove("LD_LIBRARY_PATH").output().unwrap();
     if !real() {
         assert_eq!(without.status.code(), Some(2), "{}", text(&without));
         assert!(text(&without).contains("libcuda"), "{}", text(&without));

@@ -98,8 +98,8 @@ static inline void __syncwarp(unsigned mask = 0xffffffffu) {
 }
 static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline void __threadfence_block() {}
-// In place of the register %globaltimer, in nanoseconds; kernels that wait leave the processor to others meanwhile.
-#define globaltimer globaltimer
+// In place of the register %globaltimer, in nanoseconds (and a macro of this name); kernels that wait leave the processor to
+// others meanwhile.
 static inline unsigned long long globaltimer() {
     timespec pause = {0, 50000}, now;
     nanosleep(&pause, nullptr);

@@ -37,6 +37,9 @@ pub struct LayersArgs {
     /// Numbers of threads to measure with.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1")]
     pub threads: Vec<usize>,
+    /// On a GPU: whole modules' ticks alone.
+    #[arg(long)]
+    pub ticks: bool,
     /// Print a line of JSON for each number of threads.
     #[arg(long)]
     pub json: bool,
@@ -104,6 +107,9 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
     let ranks = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).unwrap_or(1);
     let setup = Setup::dry(&config, ranks * config.train.replicas)?;
     let here = conditions(&setup, 1, Parts::Modules)?;
+    if here.gpu.is_none() && args.ticks {
+        return Err(Error::input("--ticks is for a GPU (run.device = \"cuda\")"));
+    }
     if here.gpu.is_some() {
         return gpu::run(args, &setup, &Conditions { messages: false, ..here });
     }

@@ -30,6 +30,16 @@ struct TickRow {
 /// As [`super::run`].
 pub(super) fn run(args: &LayersArgs, setup: &Setup, base: &Conditions) -> Result<()> {
     let Some(on) = &base.gpu else { return Err(Error::Run("no GPU was chosen".into())) };
+    if args.ticks {
+        let ticks = tick_rows(setup, base, on)?;
+        if args.json {
+            println!("{}", serde_json::json!({ "gpu": on, "batch": base.batch, "ticks": ticks }));
+        } else {
+            println!("{}, cuDNN {}, {:?}, B = {}", on.name, on.cudnn, on.precision, base.batch);
+            print_ticks(&ticks);
+        }
+        return Ok(());
+    }
     let peaks = Peaks::measure(on.ordinal)?;
     let peak = Peak { flops: arithmetic(&peaks, on), memory: peaks.memory, cache: peaks.memory };
     let mut tables = Vec::new();
