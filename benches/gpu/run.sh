@@ -12,7 +12,7 @@ case $what in test | bench) shift ;; *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;;
 only=" $* "
 emulated=$([ "${SIDEWAYS_GPU:-}" = emulator ] && echo 1)
 bundle=target/gpu/bundle.tar.xz
-logs=${OUT:-target/gpu}/logs
+logs=target/gpu/logs
 python=${SIDEWAYS_PYTHON:-python3}
 [ -f "$bundle" ] || { echo "run.sh: $bundle is not there: run benches/gpu/bundle.sh where the program is built" >&2; exit 2; }
 
@@ -82,9 +82,9 @@ step() {
 suite() { step "$1" 200 '^test result' "$tree/bin/test-$1" --test-threads=2; }
 
 benches() {
-    local vgg=benches/pytorch/vgg8.toml on="--set run.device=cuda" small= ms=5 ticks=100 to=64MiB clips=3 sizes="256KiB 4MiB 16MiB"
+    local vgg=benches/pytorch/vgg8.toml on="--set run.device=cuda" small="--set data.batch=16" ms=5 ticks=100 to=64MiB clips=3 sizes="256KiB 4MiB 16MiB"
     if [ -n "$emulated" ]; then
-        small="--set data.crop=16 --set data.batch=1 --set data.frames=8 --classes 5"
+        small="--set data.crop=16 --set data.batch=1 --classes 5"
         ms=10 ticks=20 to=256KiB clips=1 sizes="64KiB 256KiB"
     fi
     local mods="--set model.modules=8 --set model.skip.spans=[2]" precision
@@ -106,8 +106,8 @@ benches() {
         step "memory T=$frames" 200 'of its memory' "$sideways" bench train $vgg $on $small --set model.modules=1 \
             --set train.rule=sideways --set data.frames=$frames --clips 1
     done
-    step "link threads" 200 'MiB \|' "$sideways" bench link --device cuda --to $to --repeat 3
-    step "link 2 ranks" 200 'MiB \|' mpirun -n 2 "$sideways" bench link --device cuda --to $to --repeat 3
+    step "link threads" 200 '[KM]iB \|' "$sideways" bench link --device cuda --to $to --repeat 3
+    step "link 2 ranks" 200 '[KM]iB \|' mpirun -n 2 "$sideways" bench link --device cuda --to $to --repeat 3
     for size in $sizes; do
         for ranks in 2 4; do
             step "overlap $ranks $size" 100 '^exposed' mpirun -n $ranks "$sideways" bench overlap --device cuda \

@@ -3,7 +3,7 @@
 //! Each is compiled once for each type of activations, as `real`: 32-bit floats, or with `BF16` defined, bfloat16.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
@@ -89,9 +89,10 @@ pub fn load(context: &Arc<CudaContext>) -> Result<HashMap<(&'static str, Element
 
 /// The kernels for a compute capability, compiled once a process: every worker asks for them.
 fn compiled(capability: (i32, i32), element: Element) -> Result<Ptx> {
-    static COMPILED: Mutex<Vec<((i32, i32), Element, Ptx)>> = Mutex::new(Vec::new());
+    type Known = Mutex<HashMap<((i32, i32), Element), Ptx>>;
+    static COMPILED: LazyLock<Known> = LazyLock::new(Mutex::default);
     let mut known = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((.., ptx)) = known.iter().find(|(c, e, _)| (*c, *e) == (capability, element)) {
+    if let Some(ptx) = known.get(&(capability, element)) {
         return Ok(ptx.clone());
     }
     let (major, minor) = capability;
@@ -102,6 +103,6 @@ fn compiled(capability: (i32, i32), element: Element) -> Result<Ptx> {
     let options = CompileOptions { options, ..CompileOptions::default() };
     let ptx = compile_ptx_with_opts(SOURCE, options)
         .map_err(|e| Error::Run(format!("NVRTC does not compile the kernels: {e}")))?;
-    known.push((capability, element, ptx.clone()));
+    known.insert((capability, element), ptx.clone());
     Ok(ptx)
 }
