@@ -23,7 +23,7 @@ if [ ! -d "$tree" ]; then
     tar -C "$tree.new" -xJf "$bundle" 2>/dev/null || "$python" -m tarfile -e "$bundle" "$tree.new" || exit 2
     mv "$tree.new" "$tree"
 fi
-mkdir -p "$logs"
+rm -rf "$logs" && mkdir -p "$logs"
 
 # CUDA's libraries: given ones, the system's, and those that PyTorch or nvidia-* packages brought along.
 folders() {
@@ -59,7 +59,7 @@ export SIDEWAYS_TEST_PROGRAM=$sideways SIDEWAYS_CACHE=off
 export PATH=$tree/openmpi/bin:$PATH OPAL_PREFIX=$tree/openmpi OPAL_BINDIR=$tree/openmpi/bin OPAL_LIBDIR=$tree/lib
 export OPAL_PKGLIBDIR=$tree/openmpi/plugins OPAL_PKGDATADIR=$tree/openmpi/share PMIX_LIBDIR=$tree/lib
 export PMIX_PKGLIBDIR=$tree/pmix/plugins OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
+export PMIX_MCA_pcompress_base_silence_warning=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 
 rows=()
 failed=0
