@@ -355,7 +355,7 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// Number format of activations. Parameters, their gradients and messages are 32-bit floats always.
+/// Number format of activations. Parameters and their gradients are 32-bit floats always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -365,6 +365,33 @@ pub enum Precision {
     /// The same, but factors of convolutions are rounded to 10 bits of mantissa (GPU only).
     Tf32,
     /// bfloat16, with sums in 32-bit floats (GPU only).
+    Bf16,
+}
+
+/// How activations and cotangents get from one module's GPU to another's. The results are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exchange {
+    /// On each edge the fastest that works, by a test when the run starts.
+    #[default]
+    Auto,
+    /// By way of host memory: works everywhere.
+    Staged,
+    /// Copied by the GPU into the receiver's memory: between modules of one process, and of processes of one node whose GPUs
+    /// have peer access.
+    Peer,
+}
+
+/// Number format of activations and cotangents in messages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wire {
+    /// As activations are: bfloat16 with `precision = "bf16"`, which loses nothing, else 32-bit floats.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16: half the bytes; values are rounded to 8 bits of mantissa, wherever modules run (GPU only).
     Bf16,
 }
 
@@ -380,6 +407,10 @@ pub struct RunConfig {
     pub precision: Precision,
     /// Whether a GPU's passes are replayed as CUDA graphs.
     pub graphs: bool,
+    /// How messages get from GPU to GPU.
+    pub exchange: Exchange,
+    /// Number format of messages.
+    pub wire: Wire,
     /// Compute threads a module (CPU).
     pub threads: usize,
     /// Batches of clips between checkpoints; one is also written at the start and at the end.
@@ -416,6 +447,13 @@ pub enum OnNonfinite {
     Skip,
 }
 
+impl RunConfig {
+    /// Whether messages carry bfloat16.
+    pub fn halves_messages(&self) -> bool {
+        self.wire == Wire::Bf16 || self.wire == Wire::Auto && self.precision == Precision::Bf16
+    }
+}
+
 impl Default for RunConfig {
     fn default() -> Self {
         RunConfig {
@@ -423,6 +461,8 @@ impl Default for RunConfig {
             device: DeviceChoice::default(),
             precision: Precision::default(),
             graphs: true,
+            exchange: Exchange::default(),
+            wire: Wire::default(),
             threads: 1,
             checkpoint_every: 100,
             keep: 2,
@@ -525,6 +565,16 @@ impl Config {
         if run.device != DeviceChoice::Cuda && run.precision != Precision::F32 {
             return Err(Error::input(
                 "run.precision: \"tf32\" and \"bf16\" need run.device = \"cuda\"; on the CPU everything is \"f32\"",
+            ));
+        }
+        if run.device != DeviceChoice::Cuda && run.exchange != Exchange::Auto {
+            return Err(Error::input(
+                "run.exchange is about GPUs: it needs run.device = \"cuda\"; on the CPU leave it at \"auto\"",
+            ));
+        }
+        if run.device != DeviceChoice::Cuda && run.wire == Wire::Bf16 {
+            return Err(Error::input(
+                "run.wire = \"bf16\" needs run.device = \"cuda\"; on the CPU messages are \"f32\"",
             ));
         }
         if run.device == DeviceChoice::Cuda && self.train.rule == Rule::Bp {

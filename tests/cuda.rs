@@ -7,93 +7,11 @@
 mod common;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::OnceLock;
-use std::time::Duration;
+use std::process::Command;
 
-use common::mpirun::{mpirun, text};
-use common::runs::{assert_close, config, shard, tensors};
-
-const MINUTE: Duration = Duration::from_secs(60);
-
-/// The program: the one built with the tests, or where they were carried elsewhere, `SIDEWAYS_TEST_PROGRAM`.
-fn program() -> String {
-    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_sideways").into())
-}
-
-/// Whether a real GPU is to be used.
-fn real() -> bool {
-    std::env::var("SIDEWAYS_TEST_GPU").is_ok_and(|value| value == "1")
-}
-
-/// The folder of the emulator's libraries, built when first asked for.
-fn emulator() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = root.join("target/cuda-emulator");
-        let built = Command::new(root.join("tests/cuda-emulator/build.sh")).arg(&folder).output().unwrap();
-        assert!(built.status.success(), "{}", text(&built));
-        folder
-    })
-}
-
-/// The environment in which the program finds CUDA.
-fn environment(more: &[(&str, &str)]) -> Vec<(String, String)> {
-    let mut all: Vec<(String, String)> = more.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-    if !real() {
-        all.push(("LD_LIBRARY_PATH".into(), emulator().display().to_string()));
-    }
-    all
-}
-
-/// A folder with shards and a configuration.
-struct Place {
-    dir: tempfile::TempDir,
-    config: String,
-}
-
-impl Place {
-    fn new(sets: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        shard(&dir.path().join("train.h5"), 12, 14, false);
-        let path = dir.path().join("config.toml");
-        std::fs::write(&path, config(dir.path(), sets).to_toml().unwrap()).unwrap();
-        let config = path.display().to_string();
-        Place { dir, config }
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// Trains into the run folder `name` on `ranks` ranks (0: without mpirun).
-    fn train(&self, name: &str, ranks: usize, sets: &[&str], env: &[(&str, &str)]) -> Output {
-        let run = format!("run.dir={}", self.at(name).display());
-        let mut args = vec!["train", self.config.as_str(), "--set", run.as_str()];
-        sets.iter().for_each(|set| args.extend(["--set", set]));
-        self.run(ranks, &args, env)
-    }
-
-    fn run(&self, ranks: usize, args: &[&str], env: &[(&str, &str)]) -> Output {
-        let env = environment(env);
-        if ranks == 0 {
-            return Command::new(program()).args(args).envs(env).output().unwrap();
-        }
-        let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-        mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
-    }
-
-    /// As [`Place::train`]: it must succeed; the parameters and the optimiser's memory after the last batch.
-    fn trained(&self, name: &str, ranks: usize, sets: &[&str], env: &[(&str, &str)]) -> HashMap<String, Vec<f64>> {
-        let output = self.train(name, ranks, sets, env);
-        assert!(output.status.success(), "{name}: {}", text(&output));
-        let run = self.at(name);
-        let last = sideways::checkpoint::newest_manifest(&run.join("checkpoints")).unwrap().unwrap().clips;
-        tensors(&run, last)
-    }
-}
+use common::cuda::{Place, program, real};
+use common::mpirun::text;
+use common::runs::{assert_close, tensors};
 
 const CUDA: &str = "run.device=cuda";
 const CPU: &str = "run.device=cpu";

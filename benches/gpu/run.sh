@@ -126,7 +126,7 @@ benches() {
 }
 
 if [ "$what" = test ]; then
-    for name in cuda_ops cuda cuda_bench; do suite $name; done
+    for name in cuda_ops cuda cuda_exchange cuda_bench; do suite $name; done
 else
     benches
 fi

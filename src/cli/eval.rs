@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::progress::Progress;
 use crate::checkpoint::Checkpoint;
-use crate::config::{Config, DeviceChoice, Globs, Precision, Task};
+use crate::config::{Config, DeviceChoice, Exchange, Globs, Precision, Task, Wire};
 use crate::engine::console::ClipSummary;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
@@ -89,6 +89,7 @@ pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Re
     if !set.iter().any(|s| s.starts_with("run.device") || s.starts_with("run.precision")) {
         // Not where it was trained: where it is evaluated.
         (config.run.device, config.run.precision) = (DeviceChoice::Auto, Precision::F32);
+        (config.run.exchange, config.run.wire) = (Exchange::Auto, Wire::Auto);
     }
     if !set.iter().any(|s| s.starts_with("model.modules") || s.starts_with("model.cuts")) {
         // Where skips go depends on the cut: the one the network was trained with.

@@ -128,7 +128,9 @@ mod tests {
         refused(SMALL, &["train.rule=sideways"], &["model.skip"]);
         refused(SMALL, &["model.modules=3", "model.cuts=[1]"], &["makes 2 modules"]);
         refused(SMALL, &["train.update_every=0"], &["update_every = 0"]);
-        refused(SMALL, &["run.precision=bf16"], &["run.device = \"cuda\""]);
+        for gpus in ["precision=bf16", "exchange=peer", "wire=bf16"] {
+            refused(SMALL, &[&format!("run.{gpus}")], &["run.device = \"cuda\""]);
+        }
         refused(SMALL, &["train.clip_norm=-1"], &["clip_norm"]);
     }
 

@@ -7,6 +7,7 @@ use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, sys};
 
 use super::dnn::Dnn;
+use super::shared::Shared;
 use super::{kernels, libraries};
 use crate::{Error, Result};
 
@@ -32,14 +33,35 @@ impl Element {
 /// An array in device memory, made once; its contents are whatever was there before. Clones and views share the memory.
 #[derive(Clone, Debug)]
 pub struct Array {
-    // Held for its drop, which frees it behind the work in the compute stream.
-    _memory: Arc<CudaSlice<u8>>,
+    _memory: Memory,
     pointer: u64,
     elements: usize,
     element: Element,
 }
 
+/// What an array is part of, held for its drop.
+#[derive(Clone, Debug)]
+enum Memory {
+    /// The driver's pool; freed behind the work in the compute stream.
+    Pool { _held: Arc<CudaSlice<u8>> },
+    /// Memory that other processes may write into.
+    Shared { _held: Arc<Shared> },
+}
+
 impl Array {
+    /// `elements` from byte `offset` on of memory that may be shared with other processes.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if it ends before.
+    pub fn within(memory: &Arc<Shared>, offset: usize, elements: usize, element: Element) -> Result<Array> {
+        if offset + elements * element.size() > memory.bytes() || !offset.is_multiple_of(element.size()) {
+            let bytes = memory.bytes();
+            return Err(Error::Run(format!("{elements} elements from byte {offset} on of {bytes} shared bytes")));
+        }
+        let pointer = memory.pointer() + offset as u64;
+        Ok(Array { _memory: Memory::Shared { _held: memory.clone() }, pointer, elements, element })
+    }
+
     /// Its address on the device, as kernels take it.
     pub fn pointer(&self) -> u64 {
         self.pointer
@@ -99,14 +121,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Input`] where a library of CUDA is missing or there is no such GPU, with what to do.
     pub fn open(ordinal: usize, tf32: bool) -> Result<Arc<Gpu>> {
-        libraries::check()?;
-        let count = device_count()?;
-        if ordinal >= count {
-            return Err(Error::input(format!(
-                "GPU {ordinal} was asked for and this process sees {count}: ask for more (Slurm: --gpus-per-node), or \
-                 start fewer ranks a node"
-            )));
-        }
+        check_ordinal(ordinal)?;
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", &e))?;
         // Order between streams is ours to say, with events of our own.
         // SAFETY: no array of this program relies on cudarc's own events.
@@ -137,6 +152,11 @@ impl Gpu {
         *self.allocated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts memory of this worker's that was allocated elsewhere.
+    pub fn count_allocated(&self, bytes: usize) {
+        *self.allocated.lock().unwrap_or_else(PoisonError::into_inner) += bytes;
+    }
+
     /// Makes this GPU the calling thread's: once a thread, before anything else.
     ///
     /// # Errors
@@ -155,7 +175,7 @@ impl Gpu {
         let memory = unsafe { self.compute.alloc::<u8>(bytes.max(1)) }.map_err(|e| self.out_of_memory(bytes, &e))?;
         *self.allocated.lock().unwrap_or_else(PoisonError::into_inner) += bytes;
         let pointer = memory.device_ptr(&self.compute).0;
-        Ok(Array { _memory: Arc::new(memory), pointer, elements, element })
+        Ok(Array { _memory: Memory::Pool { _held: Arc::new(memory) }, pointer, elements, element })
     }
 
     /// A new array of zeros. Not for use in a tick.
@@ -332,6 +352,18 @@ impl Drop for Gpu {
             let _ = unsafe { sys::cuMemHostUnregister(start as *mut _) };
         }
     }
+}
+
+/// Refuses a GPU that this process does not see.
+pub(super) fn check_ordinal(ordinal: usize) -> Result<()> {
+    let count = device_count()?;
+    if ordinal >= count {
+        return Err(Error::input(format!(
+            "GPU {ordinal} was asked for and this process sees {count}: ask for more (Slurm: --gpus-per-node), or start \
+             fewer ranks a node"
+        )));
+    }
+    Ok(())
 }
 
 /// How many GPUs this process sees.

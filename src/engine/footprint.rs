@@ -1,7 +1,8 @@
 //! What a worker takes: memory, and bytes sent at a tick.
 
 use super::setup::{Purpose, Setup};
-use crate::transport::{HEADER_WORDS, Kind};
+use crate::config::Exchange;
+use crate::transport::{HEADER_WORDS, Kind, LinkSpec};
 
 /// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.
 pub fn memory(setup: &Setup, w: usize) -> u64 {
@@ -53,7 +54,16 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
         largest = largest.max(elements(shape));
     }
     let activations = outputs + if training { 4 * largest } else { largest };
-    let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
-    let messages: u64 = links.map(|l| l.words as u64).sum();
+    let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
     (4 * copies + rounded) * module.params + element * activations + 4 * messages
+}
+
+/// How many messages of a link worker `w` has room for in its GPU's memory, at most.
+fn places(setup: &Setup, link: &LinkSpec, w: usize) -> u64 {
+    let neighbours = matches!(link.kind, Kind::Activation | Kind::Cotangent);
+    match (link.from == w, link.to == w) {
+        (_, true) if neighbours && setup.config.run.exchange != Exchange::Staged => 2 * link.depth as u64,
+        (false, false) => 0,
+        _ => 1,
+    }
 }

@@ -6,7 +6,7 @@ use crate::transport::World;
 use crate::transport::hostname;
 use crate::{Error, Result};
 #[cfg(feature = "cuda")]
-pub use on::{Place, registers};
+pub use on::{Edges, Place, registers};
 
 /// Where a rank's modules compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ pub fn usable() -> (usize, String) {
 mod on {
     //! A worker's registers on a GPU.
 
-    use super::super::compute::{Compute, Device, Making};
+    use super::super::compute::{Compute, Device, Making, Rings};
     use super::super::footprint::{bytes, gpu_memory};
     use super::super::setup::Setup;
     use super::super::worker::Update;
@@ -117,8 +117,18 @@ mod on {
         pub ranks: usize,
     }
 
-    /// Puts worker `w`'s module, as the host's `module` and `update` have it, on a GPU. `returned` says of each edge in whether
-    /// cotangents go back along it, `returns` of each edge out whether they come.
+    /// Edges of a worker: whether cotangents go back along each edge in, and come back along each edge out; and where
+    /// messages are put.
+    pub struct Edges<'a> {
+        /// Edges in.
+        pub returned: Vec<bool>,
+        /// Edges out.
+        pub returns: Vec<bool>,
+        /// Both.
+        pub rings: Rings<'a>,
+    }
+
+    /// Puts worker `w`'s module, as the host's `module` and `update` have it, on a GPU.
     ///
     /// # Errors
     /// [`Error::Input`] if the GPU is too small for it, before anything is allocated; [`Error::Run`] if CUDA fails.
@@ -128,8 +138,7 @@ mod on {
         module: &mut module::Module,
         update: Option<&Update>,
         place: Place,
-        mut returned: Vec<bool>,
-        returns: &[bool],
+        edges: Edges,
     ) -> Result<Compute> {
         let (i, _) = setup.grid.module_and_replica(w);
         let run = &setup.config.run;
@@ -155,8 +164,9 @@ mod on {
         let spec = &setup.network.modules[i - 1];
         let mut inputs = vec![spec.main];
         inputs.extend(spec.skips.iter().map(|skip| skip.shape));
+        let Edges { mut returned, returns, rings } = edges;
         returned.resize(inputs.len(), false);
-        let outputs = setup.network.outputs(i).into_iter().zip(returns);
+        let outputs = setup.network.outputs(i).into_iter().zip(&returns);
         let making = Making {
             outputs: outputs.map(|(edge, &returns)| (edge.pool, edge.shape, returns)).collect(),
             returned,
@@ -164,6 +174,8 @@ mod on {
             output: spec.output,
             batch,
             element,
+            wire: if run.halves_messages() { Element::Bf16 } else { Element::F32 },
+            rings,
             loss: (i == setup.grid.modules).then_some(setup.ahead.is_some()),
             leaves_out: run.on_nonfinite == OnNonfinite::Skip,
             optimizer: update.map(|update| &update.optimizer),

@@ -168,6 +168,12 @@ impl Wiring {
         }
         Wiring { links, activations, cotangents, truth: truths, reports, average, control }
     }
+
+    /// Makes activations and cotangents travel in 16 bits an element.
+    pub fn halve_messages(&mut self) {
+        let halved = self.links.iter_mut().filter(|l| matches!(l.kind, Kind::Activation | Kind::Cotangent));
+        halved.for_each(|link| link.words = link.words.div_ceil(2));
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Training and evaluation: one worker a module, each following its schedule over its links.
 //!
 //! [`tick`] is the algorithm; read it first, then [`clip`]. [`worker`] is what it works on, [`compute`] where its tensors are, [`grid`] says where workers run and how
-//! they are joined, [`stop`] how they agree to end, [`environment`] checks the hosts before, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`mod@reference`]
+//! they are joined, [`stop`] how they agree to end, [`exchange`] how messages get from GPU to GPU, [`environment`] checks the hosts before, [`setup`] plans all of it, [`run`] starts them, [`console`] gathers what they report, [`mod@reference`]
 //! is exact back-propagation over the same graph and [`bp`] trains with it.
 
 pub mod bp;
@@ -9,6 +9,7 @@ pub mod clip;
 pub mod compute;
 pub mod console;
 pub mod environment;
+pub mod exchange;
 pub mod footprint;
 pub mod gpus;
 pub mod grid;

@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use candle_core::{DType, Device};
 
+#[cfg(feature = "cuda")]
+use super::compute::Rings;
 use super::compute::{Compute, Host};
 use super::console::{Console, Observer, Recorder, Totals, gather};
+use super::exchange::Exchange;
 use super::gpus::{self, Site};
 use super::head::Head;
 use super::report::{DECIDED, Report};
@@ -152,7 +155,8 @@ fn run(
     let grid = setup.grid;
     let site = gpus::choose(world, setup.config.run.device)?;
     let timeout = Duration::from_secs(setup.config.run.timeout);
-    let mut endpoints = connect(world, &grid.placement(), &setup.wiring.links, timeout)?;
+    let exchange = Exchange::of_run(setup, world, site)?;
+    let mut endpoints = connect(world, &grid.placement(), &exchange.links, timeout)?;
     let breaker = endpoints.breaker();
     let batch = setup.config.data.batch;
     let mut reports: Vec<(u32, Receiver)> = Vec::new();
@@ -172,9 +176,10 @@ fn run(
             let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
             let (turns, requests) = (turns.clone(), requests.clone());
             let threads = setup.config.run.threads;
+            let exchange = &exchange;
             let body = move || {
                 let work = || {
-                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests, site))
+                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests, (site, exchange)))
                         .and_then(|done| done)
                 };
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
@@ -213,6 +218,7 @@ fn run(
         let cause = errors.iter().position(|e| !matches!(e, Error::Transport(_))).unwrap_or(0);
         if errors.is_empty() { Ok(end) } else { Err(errors.swap_remove(cause)) }
     })?;
+    exchange.close(world)?;
     Ok(Totals { decision: end.decision, failure: end.failure, ..console.totals() })
 }
 
@@ -259,9 +265,9 @@ fn work(
     span: &Span,
     turns: Arc<Turns>,
     requests: Requests,
-    site: Site,
+    place: (Site, &Exchange),
 ) -> Result<End> {
-    let mut worker = build(setup, w, ends, span, turns, requests, site)?;
+    let mut worker = build(setup, w, ends, span, turns, requests, place)?;
     worker.start(span.first)?;
     let mut end = End::default();
     for clip in span.first..span.end {
@@ -388,7 +394,7 @@ fn build(
     span: &Span,
     turns: Arc<Turns>,
     requests: Requests,
-    site: Site,
+    place: (Site, &Exchange),
 ) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let config = &setup.config;
@@ -399,7 +405,7 @@ fn build(
         let state = update.as_mut().filter(|_| *fit == Fit::Exact);
         restore(&mut module, state, checkpoint, *fit, &last_layer(setup))?;
     }
-    let compute = compute(setup, w, &mut module, update.as_ref(), &ends, site)?;
+    let compute = compute(setup, w, &mut module, update.as_ref(), &ends, place)?;
     let inputs = setup.network.inputs(i).into_iter().zip(ends.inputs);
     let outputs = setup.network.outputs(i).into_iter().zip(ends.outputs);
     let d = setup.grid.modules;
@@ -473,17 +479,22 @@ fn compute(
     module: &mut Module,
     update: Option<&Update>,
     ends: &Ends,
-    site: Site,
+    (site, exchange): (Site, &Exchange),
 ) -> Result<Compute> {
     let (i, _) = setup.grid.module_and_replica(w);
     match site {
         Site::Cpu => Ok(Compute::Host(Host::new(setup.network.inputs(i).len()))),
         #[cfg(feature = "cuda")]
         Site::Gpu { ordinal, ranks } => {
-            let returned = ends.inputs.iter().map(|(.., back)| back.is_some()).collect();
-            let returns: Vec<bool> = ends.outputs.iter().map(|(.., back)| back.is_some()).collect();
-            let place = super::gpus::Place { ordinal, ranks };
-            super::gpus::registers(setup, w, module, update, place, returned, &returns)
+            let rings = |there: u32, back: Option<u32>| [exchange.ring(there), back.and_then(|id| exchange.ring(id))];
+            let inputs = ends.inputs.iter().map(|(id, _, back)| rings(*id, back.as_ref().map(|(id, _)| *id)));
+            let outputs = ends.outputs.iter().map(|(id, _, back)| rings(*id, back.as_ref().map(|(id, _)| *id)));
+            let edges = super::gpus::Edges {
+                returned: ends.inputs.iter().map(|(.., back)| back.is_some()).collect(),
+                returns: ends.outputs.iter().map(|(.., back)| back.is_some()).collect(),
+                rings: Rings { inputs: inputs.collect(), outputs: outputs.collect() },
+            };
+            super::gpus::registers(setup, w, module, update, super::gpus::Place { ordinal, ranks }, edges)
         }
     }
 }

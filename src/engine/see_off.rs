@@ -3,10 +3,10 @@
 //! On the CPU there is nothing to wait for: messages are started where they are made.
 
 #[cfg(feature = "cuda")]
-use super::compute::Compute;
-#[cfg(feature = "cuda")]
-use super::worker::header;
+use super::compute::{Compute, Device};
 use super::worker::{At, Worker};
+#[cfg(feature = "cuda")]
+use super::worker::{InEdge, OutEdge, header};
 use crate::Result;
 #[cfg(feature = "cuda")]
 use crate::{metrics::Phase, transport::Kind};
@@ -28,12 +28,13 @@ impl Worker {
             if all {
                 break;
             }
+            give_back(device, &mut self.inputs, &mut self.outputs)?;
             std::thread::yield_now();
         }
         Ok(())
     }
 
-    /// Ends a tick: everything made in it is on its way. While the GPU is at it, the next tick's activations are copied to it.
+    /// Ends a tick: everything made in it is on its way, and all that came is used and given back. While the GPU is at it, the next tick's activations are copied to it.
     pub(super) fn end_tick(&mut self, at: At) -> Result<()> {
         if let Compute::Device(device) = &mut self.compute {
             self.watch.enter(Phase::Backward);
@@ -50,7 +51,9 @@ impl Worker {
                         device.prefetch(k, &mut edge.activations, &due)?;
                     }
                 }
-                if off {
+                // Nothing is held over from tick to tick: with that, and `delay` + 1 buffers a link, modules cannot wait for
+                // one another in a circle.
+                if give_back(device, &mut self.inputs, &mut self.outputs)? && off {
                     break;
                 }
                 std::thread::yield_now();
@@ -59,6 +62,12 @@ impl Worker {
         self.compute.end_tick();
         Ok(())
     }
+}
+
+#[cfg(feature = "cuda")]
+fn give_back(device: &mut Device, inputs: &mut [InEdge], outputs: &mut [OutEdge]) -> Result<bool> {
+    let cotangents = outputs.iter_mut().map(|edge| edge.cotangents.as_mut().map(|(_, receiver)| receiver));
+    device.give_back(inputs.iter_mut().map(|edge| &mut edge.activations), cotangents)
 }
 
 #[cfg(not(feature = "cuda"))]

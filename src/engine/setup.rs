@@ -106,7 +106,10 @@ impl Setup {
             Purpose::Evaluate if grid.module_and_replica(w).0 == last => Report::words(config.data.batch, classes),
             _ => Report::words(0, 0),
         };
-        let wiring = Wiring::new(&network, &schedule, grid, config.data.batch, truth, report_words, training);
+        let mut wiring = Wiring::new(&network, &schedule, grid, config.data.batch, truth, report_words, training);
+        if config.run.halves_messages() {
+            wiring.halve_messages();
+        }
         Ok(Setup {
             config: config.clone(),
             purpose,

@@ -94,6 +94,13 @@ impl Header {
         self
     }
 
+    /// The same header in front of a payload of `words` 32-bit words: of another number format than 32-bit floats, or none
+    /// where the values travel otherwise.
+    pub fn carrying(mut self, words: u32) -> Self {
+        self.words = words;
+        self
+    }
+
     /// The wire form; `sequence` counts the messages of a link (modulo 2³²).
     pub fn encode(&self, sequence: u32) -> [u32; HEADER_WORDS] {
         let [a, b, c, d] = self.shape;

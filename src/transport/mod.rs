@@ -47,17 +47,28 @@ pub struct LinkSpec {
     pub from: usize,
     /// The worker that receives.
     pub to: usize,
-    /// The largest payload, in 32-bit words.
+    /// The largest payload, in 32-bit words. 0: the messages are headers only, which say that something was put elsewhere.
     pub words: usize,
     /// Buffers at each end, 1 or more: how many messages may be in flight. Within a process the two ends share
     /// one ring, so at least this many messages can be sent before one is released; between processes up to
-    /// twice as many.
+    /// twice as many ([`LinkSpec::in_flight`]).
     pub depth: usize,
     /// For people: `module 2 -> 4 (skip)`.
     pub name: String,
 }
 
 impl LinkSpec {
+    /// Places needed for what the messages of a link of headers speak of, used round and round, so that none is used again
+    /// before its message was released: once [`Sender::slot`] has returned for message n, message n − `in_flight` is.
+    ///
+    /// Within a process the ends share `depth` buffers: while one is in the sender's hands, the others hold at most the
+    /// newest `depth` − 1 messages. Between processes such links send synchronously: buffer n mod `depth` is free again when
+    /// the receive of message n − `depth` has begun; that receive was posted when message n − 2 `depth` was released, or at
+    /// the start. (A plain send of so short a message would end before the receiver knows of it, and bound nothing.)
+    pub fn in_flight(&self, same_rank: bool) -> usize {
+        if same_rank { self.depth } else { 2 * self.depth }
+    }
+
     /// A header for a message on this link (see [`Header::new`]).
     pub fn header(&self, clip: u64, step: u32, shape: [u32; 4]) -> Header {
         Header::new(self.kind, self.id, clip, step, shape)

@@ -6,8 +6,9 @@
 //! outgoing:              ─▶ y                    ─▶ cotangents
 //! ```
 //!
-//! Messages are staged in the links' own buffers, locked into memory. An activation's message starts as soon as its copy has
-//! arrived in host memory, while the backward pass runs ([`Device::see_off`]).
+//! Messages are staged in the links' own buffers, locked into memory, or put into the receiver's GPU memory (see
+//! [`crate::engine::exchange`]). An activation's message starts as soon as its copy has arrived, while the backward pass runs
+//! ([`Device::see_off`]).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use cudarc::driver::{CudaEvent, CudaStream};
 use crate::cuda::gpu::failed;
 use crate::cuda::module::Module;
 use crate::cuda::optim::Optimizer;
+use crate::cuda::shared::Ring;
 use crate::cuda::{Array, Element, Gpu, ops};
 use crate::engine::head::Head;
 use crate::engine::worker::Update;
@@ -28,9 +30,18 @@ use crate::transport::average::ReplicaAverage;
 use crate::transport::{Header, Receiver, Sender};
 use crate::{Error, Result};
 
-/// A copy from a message to the GPU: its place there, and when it arrived and was used.
+/// What comes in messages: its place on the GPU, and when it arrived and was used.
 struct Incoming {
-    wire: Array,
+    /// One place, into which messages are copied; or those into which the sender puts them, in turn.
+    places: Vec<Array>,
+    /// Which one came last, and messages so far.
+    at: usize,
+    came: usize,
+    put: bool,
+    /// Whether the message that came last was not given back yet (those that were put only).
+    held: bool,
+    /// 32-bit words of a message.
+    words: u32,
     arrived: CudaEvent,
     used: CudaEvent,
     ahead: Ahead,
@@ -45,10 +56,16 @@ enum Ahead {
     Copied(u32),
 }
 
-/// A copy from the GPU to a message that starts when it is there.
+/// A copy from the GPU to where its receiver finds it, and a message that starts when it is there.
 struct Outgoing {
-    /// The values in 32-bit floats, where activations are of another type.
+    /// The values as they travel, where activations are of another type.
     wire: Option<Array>,
+    /// The receiver's places, used in turn; none: values travel in the message.
+    places: Vec<Array>,
+    /// Messages so far.
+    sent: usize,
+    /// 32-bit words of a message.
+    words: u32,
     made: CudaEvent,
     arrived: CudaEvent,
     unsent: Option<Header>,
@@ -118,6 +135,10 @@ pub struct Making<'a> {
     pub batch: usize,
     /// The type of activations.
     pub element: Element,
+    /// The type of activations and cotangents in messages.
+    pub wire: Element,
+    /// Where messages are put.
+    pub rings: Rings<'a>,
     /// Module D: whether target frames are needed.
     pub loss: Option<bool>,
     /// Whether what is not finite is left out.
@@ -126,31 +147,47 @@ pub struct Making<'a> {
     pub optimizer: Option<&'a crate::optim::Optimizer>,
 }
 
+/// By edge, the places in GPU memory into which messages are put; `None` where they are staged.
+#[derive(Default)]
+pub struct Rings<'a> {
+    /// Activations that come, and the cotangents sent back for them.
+    pub inputs: Vec<[Option<&'a Ring>; 2]>,
+    /// Activations that are sent, and the cotangents that come back for them.
+    pub outputs: Vec<[Option<&'a Ring>; 2]>,
+}
+
 impl Device {
     /// Registers for `module`.
     ///
     /// # Errors
     /// [`Error::Run`] if the GPU has no memory for them.
     pub fn new(gpu: &Arc<Gpu>, mut module: Module, making: &Making) -> Result<Self> {
-        let Making { batch, element, .. } = *making;
+        let Making { batch, element, wire, .. } = *making;
+        let rings = &making.rings;
         let size = |[h, w, c]: [usize; 3]| batch * h * w * c;
         let training = making.optimizer.is_some();
         let mut outputs = Vec::new();
-        for &(factors, shape, returns) in &making.outputs {
+        for (k, &(factors, shape, returns)) in making.outputs.iter().enumerate() {
+            let [there, back] = rings.outputs.get(k).copied().unwrap_or_default();
             let pooled = match factors {
                 (1, 1) => None,
                 _ => Some([gpu.array(size(shape), element)?, gpu.array(size(shape), element)?]),
             };
             outputs.push(Out {
                 pooled,
-                activation: Outgoing::new(gpu, size(shape), element)?,
-                cotangent: returns.then(|| Incoming::new(gpu, size(shape))).transpose()?,
+                activation: Outgoing::new(gpu, size(shape), [element, wire], there)?,
+                cotangent: returns.then(|| Incoming::new(gpu, size(shape), wire, back)).transpose()?,
             });
         }
         let several = outputs.len() > 1 || outputs.iter().any(|out| out.pooled.is_some());
         let mut cotangents = Vec::new();
-        for (&returned, &shape) in making.returned.iter().zip(&making.inputs) {
-            cotangents.push(returned.then(|| Outgoing::new(gpu, size(shape), element)).transpose()?);
+        let mut inputs = Vec::new();
+        for (k, (&returned, &shape)) in making.returned.iter().zip(&making.inputs).enumerate() {
+            let [there, back] = rings.inputs.get(k).copied().unwrap_or_default();
+            // Frames come from the host and are never rounded.
+            let wire_in = if rings.inputs.is_empty() { Element::F32 } else { wire };
+            inputs.push(Incoming::new(gpu, size(shape), wire_in, there)?);
+            cotangents.push(returned.then(|| Outgoing::new(gpu, size(shape), [element, wire], back)).transpose()?);
         }
         let output = size(making.output);
         let loss = match making.loss {
@@ -159,7 +196,7 @@ impl Device {
                 labels: gpu.zeros(batch, Element::F32)?,
                 logits: gpu.zeros(if target { 0 } else { output }, Element::F32)?,
                 sums: gpu.zeros(2, Element::F32)?,
-                target: target.then(|| Incoming::new(gpu, output)).transpose()?,
+                target: target.then(|| Incoming::new(gpu, output, Element::F32, None)).transpose()?,
                 steps: 0,
             }),
         };
@@ -167,7 +204,7 @@ impl Device {
         let scratch = ops::guard_scratch(largest).max(ops::loss_scratch(output, batch));
         let optimizer = making.optimizer.map(|host| Optimizer::new(gpu, host, &mut module)).transpose()?;
         Ok(Device {
-            inputs: making.inputs.iter().map(|&s| Incoming::new(gpu, size(s))).collect::<Result<_>>()?,
+            inputs,
             outputs,
             wanted: vec![false; making.inputs.len()],
             cotangents,
@@ -207,14 +244,14 @@ impl Device {
             inputs[k].copy(gpu, values)?;
             inputs[k].wait()
         })?;
-        ops::from_f32(gpu, &inputs[k].wire, module.input(k))?;
+        cast(gpu, inputs[k].values(), module.input(k))?;
         inputs[k].done(gpu)
     }
 
     pub(super) fn receive_input(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
         let (gpu, incoming) = (&self.gpu, &mut self.inputs[k]);
         let flags = incoming.receive(gpu, receiver, due)?;
-        ops::from_f32(gpu, &incoming.wire, self.module.input(k))?;
+        cast(gpu, incoming.values(), self.module.input(k))?;
         incoming.done(gpu)?;
         Ok(flags)
     }
@@ -273,7 +310,7 @@ impl Device {
 
     pub(super) fn guard_cotangent(&mut self) -> Result<()> {
         let (_, incoming) = self.came()?;
-        ops::guard(&self.gpu, &incoming.wire, &self.flags, &self.scratch, self.leaves_out)
+        ops::guard(&self.gpu, incoming.values(), &self.flags, &self.scratch, self.leaves_out)
     }
 
     pub(super) fn add_cotangent(&mut self, factors: (usize, usize)) -> Result<()> {
@@ -285,10 +322,10 @@ impl Device {
         };
         match &self.outputs[k].pooled {
             Some([_, pooled]) => {
-                ops::from_f32(gpu, &incoming.wire, pooled)?;
+                cast(gpu, incoming.values(), pooled)?;
                 ops::average_pool_vjp(gpu, self.y_shape(), &edge_window(factors), pooled, target)?;
             }
-            None => ops::from_f32(gpu, &incoming.wire, target)?,
+            None => cast(gpu, incoming.values(), target)?,
         }
         incoming.done(gpu)?;
         if self.summed {
@@ -322,7 +359,7 @@ impl Device {
         let (y, labels, sums, scratch) = (self.module.output(), &loss.labels, &loss.sums, &self.scratch);
         match (head.frame_loss(), &loss.target) {
             (Some(kind), Some(target)) => {
-                ops::pixel(gpu, kind, y, &target.wire, labels, gradient, sums, scratch)?;
+                ops::pixel(gpu, kind, y, target.values(), labels, gradient, sums, scratch)?;
                 target.done(gpu)?;
             }
             (Some(_), None) => return Err(Error::Run("a step with a loss came without its target".into())),
@@ -370,6 +407,28 @@ impl Device {
 
     pub(super) fn end_tick(&mut self) {
         (self.summed, self.came) = (false, None);
+    }
+
+    /// Gives the buffers of messages back whose values were put into this GPU's memory and have been used since; whether none
+    /// is left. `receivers`: those of inputs, then those of the outputs' cotangents.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if CUDA fails; [`Error::Transport`] as in [`Receiver::release`].
+    pub fn give_back<'a>(
+        &mut self,
+        inputs: impl Iterator<Item = &'a mut Receiver>,
+        cotangents: impl Iterator<Item = Option<&'a mut Receiver>>,
+    ) -> Result<bool> {
+        let mut all = true;
+        for (incoming, receiver) in self.inputs.iter_mut().zip(inputs) {
+            all &= incoming.give_back(receiver)?;
+        }
+        for (out, receiver) in self.outputs.iter_mut().zip(cotangents) {
+            if let (Some(incoming), Some(receiver)) = (&mut out.cotangent, receiver) {
+                all &= incoming.give_back(receiver)?;
+            }
+        }
+        Ok(all)
     }
 
     /// Starts the copy of input `k`, if its message is there; the message's buffer is given back when the copy has arrived.
@@ -528,27 +587,41 @@ impl Device {
 }
 
 impl Incoming {
-    fn new(gpu: &Gpu, elements: usize) -> Result<Self> {
-        let incoming = Incoming {
-            wire: gpu.array(elements, Element::F32)?,
-            arrived: gpu.event()?,
-            used: gpu.event()?,
-            ahead: Ahead::Nothing,
+    fn new(gpu: &Gpu, elements: usize, wire: Element, ring: Option<&Ring>) -> Result<Self> {
+        let places = match ring {
+            Some(ring) => ring.arrays(elements, wire)?,
+            None => vec![gpu.array(elements, wire)?],
         };
+        if let Some(ring) = ring {
+            gpu.count_allocated(ring.places * ring.stride);
+        }
+        let words = if ring.is_some() { 0 } else { places[0].bytes().div_ceil(4) as u32 };
+        let (arrived, used) = (gpu.event()?, gpu.event()?);
+        let put = ring.is_some();
+        let incoming =
+            Incoming { places, at: 0, came: 0, put, held: false, words, arrived, used, ahead: Ahead::Nothing };
         incoming.done(gpu)?;
         Ok(incoming)
     }
 
-    /// Copies `values` behind the last use of the place; what comes next in the compute stream waits for it.
-    fn copy(&self, gpu: &Gpu, values: &[f32]) -> Result<()> {
-        if values.len() != self.wire.len() {
-            return Err(Error::Run(format!("{} values came for {}", values.len(), self.wire.len())));
+    /// The values of the message that came last.
+    fn values(&self) -> &Array {
+        &self.places[self.at]
+    }
+
+    /// Copies a payload behind the last use of the place; what comes next in the compute stream waits for it.
+    fn copy(&self, gpu: &Gpu, payload: &[f32]) -> Result<()> {
+        let place = self.values();
+        if payload.len() != place.bytes().div_ceil(4) {
+            return Err(Error::Run(format!("{} words came for {} bytes", payload.len(), place.bytes())));
         }
-        gpu.pin(values);
+        gpu.pin(payload);
         wait(&gpu.incoming, &self.used)?;
-        // SAFETY: the place is as large as the values; they stay where they are until `wait` has returned.
+        // SAFETY: the place is as large as the bytes, and they as the payload, which stays where it is until `wait` has
+        // returned.
         unsafe {
-            cudarc::driver::result::memcpy_htod_async(self.wire.pointer(), values, gpu.incoming.cu_stream())
+            let bytes = std::slice::from_raw_parts(payload.as_ptr().cast::<u8>(), place.bytes());
+            cudarc::driver::result::memcpy_htod_async(place.pointer(), bytes, gpu.incoming.cu_stream())
                 .map_err(|e| failed("copying a message to the GPU", &e))?;
         }
         record(&self.arrived, &gpu.incoming)?;
@@ -561,11 +634,17 @@ impl Incoming {
     }
 
     fn receive(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<u32> {
+        if self.put {
+            // The one before went back when its tick ended.
+            let (flags, _) = receiver.wait_flagged(&due.carrying(0))?;
+            (self.at, self.came, self.held) = (self.came % self.places.len(), self.came + 1, true);
+            return Ok(flags);
+        }
         let ahead = std::mem::take(&mut self.ahead);
         if let Ahead::Copied(flags) = ahead {
             return Ok(flags);
         }
-        let (flags, values) = receiver.wait_flagged(due)?;
+        let (flags, values) = receiver.wait_flagged(&due.carrying(self.words))?;
         if matches!(ahead, Ahead::Nothing) {
             self.copy(gpu, values)?;
         }
@@ -575,9 +654,12 @@ impl Incoming {
     }
 
     fn prefetch(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<()> {
+        if self.put {
+            return Ok(());
+        }
         self.ahead = match self.ahead {
             Ahead::Nothing if receiver.ready()? => {
-                let (flags, values) = receiver.wait_flagged(due)?;
+                let (flags, values) = receiver.wait_flagged(&due.carrying(self.words))?;
                 self.copy(gpu, values)?;
                 Ahead::Copying(flags)
             }
@@ -590,6 +672,15 @@ impl Incoming {
         Ok(())
     }
 
+    /// Gives the message back if its values were used; whether none is held.
+    fn give_back(&mut self, receiver: &mut Receiver) -> Result<bool> {
+        if self.held && self.used.try_is_complete().map_err(|e| failed("asking for a use", &e))? {
+            receiver.release()?;
+            self.held = false;
+        }
+        Ok(!self.held)
+    }
+
     /// What was launched so far is the last to use the values.
     fn done(&self, gpu: &Gpu) -> Result<()> {
         record(&self.used, &gpu.compute)
@@ -597,31 +688,51 @@ impl Incoming {
 }
 
 impl Outgoing {
-    fn new(gpu: &Gpu, elements: usize, element: Element) -> Result<Self> {
-        let wire = (element != Element::F32).then(|| gpu.array(elements, Element::F32)).transpose()?;
-        Ok(Outgoing { wire, made: gpu.event()?, arrived: gpu.event()?, unsent: None })
+    /// For values of the first type that travel as the second.
+    fn new(gpu: &Gpu, elements: usize, [element, wire]: [Element; 2], ring: Option<&Ring>) -> Result<Self> {
+        let places = ring.map_or(Ok(Vec::new()), |ring| ring.arrays(elements, wire))?;
+        let words = if ring.is_some() { 0 } else { (elements * wire.size()).div_ceil(4) as u32 };
+        let wire = (element != wire).then(|| gpu.array(elements, wire)).transpose()?;
+        Ok(Outgoing { wire, places, sent: 0, words, made: gpu.event()?, arrived: gpu.event()?, unsent: None })
     }
 
-    /// Copies `values`, as the compute stream has made them or will, into the next message. They may be written again when
-    /// the message is off.
+    /// Copies `values`, as the compute stream has made them or will, to where the receiver finds them. They may be written
+    /// again when the message is off.
     fn copy(&mut self, gpu: &Gpu, values: &Array, sender: &mut Sender, header: &Header) -> Result<()> {
         let values = match &self.wire {
-            Some(wire) => ops::to_f32(gpu, values, wire).map(|()| wire)?,
+            Some(wire) => cast(gpu, values, wire).map(|()| wire)?,
             None => values,
         };
-        let slot = sender.slot()?.get_mut(..values.len());
-        let slot = slot.ok_or_else(|| Error::Run("a message is too small for its array".into()))?;
-        gpu.pin(slot);
+        // Once there is a buffer, the place that is next is free too: see `LinkSpec::in_flight`.
+        let slot = sender.slot()?;
         record(&self.made, &gpu.compute)?;
         wait(&gpu.outgoing, &self.made)?;
-        // SAFETY: as long as the values; the link's buffer is not used before `start` has seen the copy's end, and outlives it
-        // because a worker's registers are dropped before its links, and wait for the streams.
-        unsafe {
-            cudarc::driver::result::memcpy_dtoh_async(slot, values.pointer(), gpu.outgoing.cu_stream())
-                .map_err(|e| failed("copying a message from the GPU", &e))?;
+        if self.places.is_empty() {
+            let slot = slot.get_mut(..self.words as usize).filter(|slot| size_of_val(*slot) >= values.bytes());
+            let slot = slot.ok_or_else(|| Error::Run("a message is too small for its array".into()))?;
+            gpu.pin(slot);
+            // SAFETY: as long as the values; the link's buffer is not used before `start` has seen the copy's end, and
+            // outlives it because a worker's registers are dropped before its links, and wait for the streams.
+            unsafe {
+                let bytes = std::slice::from_raw_parts_mut(slot.as_mut_ptr().cast::<u8>(), values.bytes());
+                cudarc::driver::result::memcpy_dtoh_async(bytes, values.pointer(), gpu.outgoing.cu_stream())
+            }
+        } else {
+            let place = &self.places[self.sent % self.places.len()];
+            if place.bytes() != values.bytes() {
+                return Err(Error::Run("a place for a message has another size than its array".into()));
+            }
+            self.sent += 1;
+            // SAFETY: both have these bytes; nobody reads the place before the message tells, nor writes it before that was
+            // given back.
+            unsafe {
+                let (to, from, bytes) = (place.pointer(), values.pointer(), values.bytes());
+                cudarc::driver::result::memcpy_dtod_async(to, from, bytes, gpu.outgoing.cu_stream())
+            }
         }
+        .map_err(|e| failed("copying a message from the GPU", &e))?;
         record(&self.arrived, &gpu.outgoing)?;
-        self.unsent = Some(*header);
+        self.unsent = Some(header.carrying(self.words));
         Ok(())
     }
 
@@ -635,6 +746,15 @@ impl Outgoing {
         }
         self.unsent = None;
         sender.start(&header).map(|()| true)
+    }
+}
+
+/// Copies values into an array of the other type, or of the same.
+fn cast(gpu: &Gpu, from: &Array, to: &Array) -> Result<()> {
+    match (from.element(), to.element()) {
+        (Element::F32, _) => ops::from_f32(gpu, from, to),
+        (_, Element::F32) => ops::to_f32(gpu, from, to),
+        _ => gpu.copy(from, to),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::model::module::Module;
 use crate::transport::{Header, Receiver, Sender};
 
 #[cfg(feature = "cuda")]
-pub use device::{Device, Making};
+pub use device::{Device, Making, Rings};
 pub use host::{Host, full};
 
 /// A module's registers and what computes on them. Edges in and out count from 0, main first, then growing span.

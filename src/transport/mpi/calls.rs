@@ -215,17 +215,25 @@ impl Comm {
         }
     }
 
-    /// A persistent send of the `words` at `start`.
+    /// A persistent send of the `words` at `start`; a `synchronous` one completes only when its receive has begun.
     ///
     /// # Safety
     /// The memory stays where it is until the request is freed, and unwritten while it is active.
-    pub(super) unsafe fn send_init(self, start: *mut u32, words: usize, to: usize, tag: u32) -> Result<Request> {
+    pub(super) unsafe fn send_init(
+        self,
+        start: *mut u32,
+        words: usize,
+        to: usize,
+        tag: u32,
+        synchronous: bool,
+    ) -> Result<Request> {
         let words = count(words, "words of a message")?;
         // SAFETY: the caller's promise.
         unsafe {
             let mut request = mem::zeroed();
             let (to, tag) = (to as c_int, tag as c_int);
-            let code = ffi::MPI_Send_init(start.cast(), words, word_type(), to, tag, self.0, &mut request);
+            let make = if synchronous { ffi::MPI_Ssend_init } else { ffi::MPI_Send_init };
+            let code = make(start.cast(), words, word_type(), to, tag, self.0, &mut request);
             check(code, "MPI_Send_init").map(|()| Request(request))
         }
     }

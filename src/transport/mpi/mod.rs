@@ -390,7 +390,8 @@ impl Opening {
             let persistent = unsafe {
                 let start = (*slot.buffer.get()).start();
                 match sending {
-                    true => self.comm.send_init(start, words, link.to_rank, link.spec.id),
+                    // Headers alone are sent synchronously: see `LinkSpec::in_flight`.
+                    true => self.comm.send_init(start, words, link.to_rank, link.spec.id, link.spec.words == 0),
                     false => self.comm.receive_init(start, words, link.from_rank, link.spec.id),
                 }
             }?;

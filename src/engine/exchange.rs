@@ -1,0 +1,224 @@
+//! How activations and cotangents get from one module's GPU to another's: settled edge by edge when a run starts, by all ranks
+//! together.
+//!
+//! Staged, a message's values travel in the link's buffers in host memory. As peers, the receiver owns a ring of places in its
+//! GPU's memory; the sender's GPU copies the values into the next one, and when the copy is complete a message of a header
+//! alone says so over the same link. The receiver gives the link's buffer back when its GPU has read the place, and
+//! [`LinkSpec::in_flight`] is the number of places with which none is overwritten before that.
+
+#[cfg(feature = "cuda")]
+mod arena;
+#[cfg(feature = "cuda")]
+mod trial;
+
+use super::gpus::Site;
+use super::setup::Setup;
+use crate::Result;
+use crate::transport::{LinkSpec, World};
+#[cfg(feature = "cuda")]
+pub use on::{Edge, Settled, settle};
+
+/// A run's links as they will be, and the memory behind them.
+pub struct Exchange {
+    /// What [`crate::transport::connect`] takes.
+    pub links: Vec<LinkSpec>,
+    #[cfg(feature = "cuda")]
+    settled: Option<Settled>,
+}
+
+impl Exchange {
+    /// Settles it for a run. Collective.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`], on all ranks, where what `run.exchange` names does not work; [`crate::Error::Run`] if CUDA
+    /// fails.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs need the other ranks"))]
+    pub fn of_run(setup: &Setup, world: &World, site: Site) -> Result<Self> {
+        let links = setup.wiring.links.clone();
+        match site {
+            Site::Cpu => Ok(Exchange {
+                links,
+                #[cfg(feature = "cuda")]
+                settled: None,
+            }),
+            #[cfg(feature = "cuda")]
+            Site::Gpu { ordinal, .. } => {
+                let wiring = &setup.wiring;
+                let pairs = wiring.activations.iter().flatten().zip(wiring.cotangents.iter().flatten());
+                let edges: Vec<Edge> = pairs.map(|(&there, &back)| Edge { there, back }).collect();
+                let timeout = std::time::Duration::from_secs(setup.config.run.timeout);
+                let (choice, placement) = (setup.config.run.exchange, setup.grid.placement());
+                let settled = settle(world, &placement, &links, &edges, choice, ordinal, timeout)?;
+                Ok(Exchange { links: settled.links(&links, &placement), settled: Some(settled) })
+            }
+        }
+    }
+
+    /// The places of link `id`'s messages in GPU memory; `None` where they are staged.
+    #[cfg(feature = "cuda")]
+    pub fn ring(&self, id: u32) -> Option<&crate::cuda::shared::Ring> {
+        self.settled.as_ref().and_then(|settled| settled.ring(id))
+    }
+
+    /// Gives the memory back, when all workers of this rank are done. Collective; a run that failed drops this instead.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if a rank is gone.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs share memory"))]
+    pub fn close(self, world: &World) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(settled) = self.settled {
+            settled.close(world)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod on {
+    //! With GPUs.
+
+    use std::time::Duration;
+
+    use super::arena::Arena;
+    use super::trial;
+    use crate::config::Exchange as Choice;
+    use crate::cuda::shared::{Port, Ring};
+    use crate::transport::{LinkSpec, World, hostname};
+    use crate::{Error, Result};
+
+    /// The two links between two modules: activations there, and where any is used cotangents back.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Edge {
+        /// Activations.
+        pub there: u32,
+        /// Cotangents.
+        pub back: Option<u32>,
+    }
+
+    impl Edge {
+        fn ids(self) -> impl Iterator<Item = u32> {
+            std::iter::once(self.there).chain(self.back)
+        }
+    }
+
+    /// What was settled.
+    pub struct Settled {
+        arena: Arena,
+    }
+
+    impl Settled {
+        /// `links` as they are to be connected: those between peers carry headers only.
+        pub fn links(&self, links: &[LinkSpec], placement: &[usize]) -> Vec<LinkSpec> {
+            let as_settled = |link: &LinkSpec| match self.arena.has(link.id) {
+                true => announcing(link, placement[link.from] == placement[link.to]),
+                false => link.clone(),
+            };
+            links.iter().map(as_settled).collect()
+        }
+
+        /// The places of link `id`'s messages.
+        pub fn ring(&self, id: u32) -> Option<&Ring> {
+            self.arena.ring(id)
+        }
+
+        /// As [`super::Exchange::close`].
+        ///
+        /// # Errors
+        /// As there.
+        pub fn close(self, world: &World) -> Result<()> {
+            self.arena.close(world)
+        }
+    }
+
+    /// The link whose messages say that values were put into the receiver's memory. A message is held until its values are
+    /// read, not only until they are copied out: within a process one more place makes up for that.
+    pub fn announcing(link: &LinkSpec, same_rank: bool) -> LinkSpec {
+        LinkSpec { words: 0, depth: link.depth + usize::from(same_rank), ..link.clone() }
+    }
+
+    /// Settles how messages of `edges`, some of `links`, travel between workers placed as `placement` says, this rank's on
+    /// GPU number `ordinal`. Collective: `choice` and lists are the same on all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Input`], on all ranks, where what `choice` names does not work; [`Error::Run`] if CUDA fails otherwise;
+    /// [`Error::Transport`] if a test's message is not there after `timeout`.
+    pub fn settle(
+        world: &World,
+        placement: &[usize],
+        links: &[LinkSpec],
+        edges: &[Edge],
+        choice: Choice,
+        ordinal: usize,
+        timeout: Duration,
+    ) -> Result<Settled> {
+        if choice == Choice::Staged || edges.is_empty() {
+            return Ok(Settled { arena: Arena::default() });
+        }
+        let port = world.first_error(Port::open(ordinal))?;
+        let hosts = world.gather(hostname().as_bytes())?;
+        let link = |id: u32| links.iter().find(|link| link.id == id);
+        let ranks = |edge: &Edge| link(edge.there).map_or((0, 0), |l| (placement[l.from], placement[l.to]));
+        let name = |edge: &Edge| link(edge.there).map_or("", |l| l.name.as_str());
+        let of = |edges: &[Edge]| -> Vec<LinkSpec> {
+            edges.iter().flat_map(|e| e.ids()).filter_map(link).cloned().collect()
+        };
+
+        let (mut peers, mut others) = (Vec::new(), Vec::new());
+        for edge in edges {
+            let (a, b) = ranks(edge);
+            match hosts[a] == hosts[b] {
+                true => peers.push(*edge),
+                false => others.push((*edge, format!("ranks {a} and {b} are on different nodes"))),
+            }
+        }
+        let (mut arena, failures) = Arena::open(world, &port, placement, &of(&peers))?;
+        peers.retain(|edge| {
+            let (a, b) = ranks(edge);
+            let both = [(a, b), (b, a)].into_iter().take(1 + usize::from(edge.back.is_some()));
+            let trouble = both.filter_map(|(from, to)| failures.iter().find(|f| f.is_of(from, to))).next();
+            others.extend(trouble.map(|failure| (*edge, failure.text.clone())));
+            trouble.is_none()
+        });
+        let pairs: Vec<trial::Pair> = peers
+            .iter()
+            .filter_map(|edge| Some(trial::Pair { there: link(edge.there)?, back: edge.back.and_then(link) }))
+            .collect();
+        let outcomes = trial::run(world, &port, placement, &pairs, &arena, timeout)?;
+        let mut chosen = Vec::new();
+        for (edge, outcome) in peers.iter().zip(outcomes) {
+            match outcome {
+                Err(text) => others.push((*edge, text)),
+                Ok(times) if choice == Choice::Auto && times.staged < times.peer => {
+                    others.push((*edge, times.to_string()));
+                }
+                Ok(times) => {
+                    chosen.push(*edge);
+                    say(world, &format!("{}: from GPU to GPU ({times})", name(edge)));
+                }
+            }
+        }
+        for (edge, why) in &others {
+            if choice == Choice::Peer {
+                let text = format!("run.exchange = \"peer\" does not work on {}: {why}; use \"auto\"", name(edge));
+                return world.first_error(Err(Error::input(text)));
+            }
+            say(world, &format!("{}: by way of host memory ({why})", name(edge)));
+        }
+        if !others.is_empty() {
+            // What is not used is given back.
+            arena.close(world)?;
+            let failures;
+            (arena, failures) = Arena::open(world, &port, placement, &of(&chosen))?;
+            let refused = failures.first().map_or(Ok(()), |failure| Err(Error::Run(failure.text.clone())));
+            world.first_error(refused)?;
+        }
+        Ok(Settled { arena })
+    }
+
+    fn say(world: &World, text: &str) {
+        if world.rank() == 0 {
+            log::info!("{text}");
+        }
+    }
+}
