@@ -3,44 +3,20 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::OnceLock;
-use std::time::Duration;
 
+use common::cuda::{MINUTE, environment, program, real};
 use common::mpirun::{mpirun, text};
 use serde_json::Value;
 
-/// As in tests/cuda.rs.
-fn program() -> String {
-    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_sideways").into())
-}
-
-/// The environment in which the program finds CUDA: the emulator's, but with `SIDEWAYS_TEST_GPU=1`.
-fn environment() -> Vec<(&'static str, String)> {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let mut all = vec![("SIDEWAYS_CACHE", "off".to_string())];
-    if !std::env::var("SIDEWAYS_TEST_GPU").is_ok_and(|value| value == "1") {
-        let folder = BUILT.get_or_init(|| {
-            let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-            let folder = root.join("target/cuda-emulator");
-            let built = Command::new(root.join("tests/cuda-emulator/build.sh")).arg(&folder).output().unwrap();
-            assert!(built.status.success(), "{}", text(&built));
-            folder
-        });
-        all.push(("LD_LIBRARY_PATH", folder.display().to_string()));
-    }
-    all
-}
-
-fn run(ranks: usize, args: &[&str], more: &[(&'static str, &str)]) -> Output {
-    let mut env = environment();
-    env.extend(more.iter().map(|&(name, value)| (name, value.to_string())));
+fn run(ranks: usize, args: &[&str], more: &[(&str, &str)]) -> Output {
+    let env = environment(&[more, &[("SIDEWAYS_CACHE", "off")]].concat());
     if ranks == 0 {
         return Command::new(program()).args(args).envs(env).output().unwrap();
     }
-    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    mpirun(ranks, Path::new(&program()), args, &env, Duration::from_secs(60))
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
 }
 
 fn succeeds(ranks: usize, args: &[&str]) -> String {
@@ -116,7 +92,7 @@ fn plans() {
     std::fs::write(&config, open).unwrap();
     let open = json(&["plan", &config, "--json", "--ranks", "2"]);
     assert_eq!((&open["origin"], open["modules"].as_array().unwrap().len()), (&"measured".into(), 2));
-    if environment().len() > 1 {
+    if !real() {
         let none = run(0, &["plan", &config], &[("SIDEWAYS_EMULATOR_DEVICES", "0")]);
         assert_eq!(none.status.code(), Some(2), "{}", text(&none));
         assert!(text(&none).contains("has no GPU"), "{}", text(&none));

@@ -12,7 +12,7 @@ case $what in test | bench) shift ;; *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;;
 only=" $* "
 emulated=$([ "${SIDEWAYS_GPU:-}" = emulator ] && echo 1)
 bundle=target/gpu/bundle.tar.xz
-logs=${OUT:-target/gpu}/logs
+logs=target/gpu/logs
 python=${SIDEWAYS_PYTHON:-python3}
 [ -f "$bundle" ] || { echo "run.sh: $bundle is not there: run benches/gpu/bundle.sh where the program is built" >&2; exit 2; }
 
@@ -23,7 +23,7 @@ if [ ! -d "$tree" ]; then
     tar -C "$tree.new" -xJf "$bundle" 2>/dev/null || "$python" -m tarfile -e "$bundle" "$tree.new" || exit 2
     mv "$tree.new" "$tree"
 fi
-mkdir -p "$logs"
+rm -rf "$logs" && mkdir -p "$logs"
 
 # CUDA's libraries: given ones, the system's, and those that PyTorch or nvidia-* packages brought along.
 folders() {
@@ -59,7 +59,7 @@ export SIDEWAYS_TEST_PROGRAM=$sideways SIDEWAYS_CACHE=off
 export PATH=$tree/openmpi/bin:$PATH OPAL_PREFIX=$tree/openmpi OPAL_BINDIR=$tree/openmpi/bin OPAL_LIBDIR=$tree/lib
 export OPAL_PKGLIBDIR=$tree/openmpi/plugins OPAL_PKGDATADIR=$tree/openmpi/share PMIX_LIBDIR=$tree/lib
 export PMIX_PKGLIBDIR=$tree/pmix/plugins OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
+export PMIX_MCA_pcompress_base_silence_warning=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 
 rows=()
 failed=0
@@ -82,9 +82,9 @@ step() {
 suite() { step "$1" 200 '^test result' "$tree/bin/test-$1" --test-threads=2; }
 
 benches() {
-    local vgg=benches/pytorch/vgg8.toml on="--set run.device=cuda" small= ms=5 ticks=100 to=64MiB clips=3 sizes="256KiB 4MiB 16MiB"
+    local vgg=benches/pytorch/vgg8.toml on="--set run.device=cuda" small="--set data.batch=16" ms=5 ticks=100 to=64MiB clips=3 sizes="256KiB 4MiB 16MiB"
     if [ -n "$emulated" ]; then
-        small="--set data.crop=16 --set data.batch=1 --set data.frames=8 --classes 5"
+        small="--set data.crop=16 --set data.batch=1 --classes 5"
         ms=10 ticks=20 to=256KiB clips=1 sizes="64KiB 256KiB"
     fi
     local mods="--set model.modules=8 --set model.skip.spans=[2]" precision
@@ -106,8 +106,8 @@ benches() {
         step "memory T=$frames" 200 'of its memory' "$sideways" bench train $vgg $on $small --set model.modules=1 \
             --set train.rule=sideways --set data.frames=$frames --clips 1
     done
-    step "link threads" 200 'MiB \|' "$sideways" bench link --device cuda --to $to --repeat 3
-    step "link 2 ranks" 200 'MiB \|' mpirun -n 2 "$sideways" bench link --device cuda --to $to --repeat 3
+    step "link threads" 200 '[KM]iB \|' "$sideways" bench link --device cuda --to $to --repeat 3
+    step "link 2 ranks" 200 '[KM]iB \|' mpirun -n 2 "$sideways" bench link --device cuda --to $to --repeat 3
     for size in $sizes; do
         for ranks in 2 4; do
             step "overlap $ranks $size" 100 '^exposed' mpirun -n $ranks "$sideways" bench overlap --device cuda \
@@ -126,7 +126,7 @@ benches() {
 }
 
 if [ "$what" = test ]; then
-    for name in cuda_ops cuda cuda_bench; do suite $name; done
+    for name in cuda_ops cuda cuda_exchange cuda_bench; do suite $name; done
 else
     benches
 fi

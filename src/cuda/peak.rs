@@ -104,21 +104,28 @@ fn products(gpu: &Gpu, element: Element) -> Result<f64> {
     Ok(best)
 }
 
-/// Numbers of many kinds: products of zeros draw less power, so clocks stay higher than they would.
+/// A new array of numbers from -1 to 1: products of zeros draw less power, so clocks would stay higher than they do.
 fn filled(gpu: &Gpu, elements: usize, element: Element) -> Result<Array> {
+    let array = gpu.array(elements, element)?;
+    fill(gpu, &array, 1.0)?;
+    Ok(array)
+}
+
+/// Fills an array with numbers from `-scale` to `scale`, the same ones each time. Waits.
+///
+/// # Errors
+/// [`crate::Error::Run`] if a copy fails.
+pub fn fill(gpu: &Gpu, array: &Array, scale: f32) -> Result<()> {
     let mut state = 1u32;
     let mut number = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / 8_388_608.0 - 1.0
+        scale * ((state >> 8) as f32 / 8_388_608.0 - 1.0)
     };
-    let values = gpu.upload(&(0..elements).map(|_| number()).collect::<Vec<_>>())?;
-    if element == Element::F32 {
-        return Ok(values);
-    }
-    let array = gpu.array(elements, element)?;
-    super::ops::from_f32(gpu, &values, &array)?;
-    gpu.synchronize()?;
-    Ok(array)
+    // Over and over: large arrays would take long.
+    let some: Vec<f32> = (0..array.len().min(1 << 20)).map(|_| number()).collect();
+    let values = gpu.upload(&some.iter().copied().cycle().take(array.len()).collect::<Vec<_>>())?;
+    super::ops::from_f32(gpu, &values, array)?;
+    gpu.synchronize()
 }
 
 /// Bytes a second to the GPU and from it, of a page-locked buffer of 32 MiB.

@@ -63,7 +63,7 @@ mod on {
     use crate::cuda::gpu::failed;
     use crate::cuda::module::{Module, Placing, Plan};
     use crate::cuda::optim::Optimizer;
-    use crate::cuda::{Array, Element, Gpu, ops, peak};
+    use crate::cuda::{Element, Gpu, peak};
     use crate::model::layers::Pass;
     use crate::model::module::{self, SkipInput};
     use crate::model::param::Init;
@@ -134,10 +134,10 @@ mod on {
                 Plan { index: k + 1, layers: &part.layers, main: part.main, skips: &skips, fuse: conditions.fuse };
             let mut module = Module::planned(gpu, &plan, &mut host, placing)?;
             for input in 0..=skips.len() {
-                noise(gpu, module.input(input), 1.0)?;
+                peak::fill(gpu, module.input(input), 1.0)?;
             }
             // Small, so that sums over many steps stay finite.
-            noise(gpu, module.output_cotangent()?, 1e-3)?;
+            peak::fill(gpu, module.output_cotangent()?, 1e-3)?;
             let optimizer = Optimizer::new(gpu, &optim::Optimizer::new(conditions.optimizer), &mut module)?;
             let clocks = [gpu.clock()?, gpu.clock()?, gpu.clock()?, gpu.clock()?];
             Ok(Placed { module, optimizer, inputs: skips.len() + 1, clocks })
@@ -168,20 +168,6 @@ mod on {
             };
             Ok([between(0)?, between(1)?, between(2)?])
         }
-    }
-
-    fn noise(gpu: &Gpu, array: &Array, scale: f32) -> Result<()> {
-        let mut state = 1u32;
-        let mut number = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            scale * ((state >> 8) as f32 / 8_388_608.0 - 1.0)
-        };
-        let values = gpu.upload(&(0..array.len()).map(|_| number()).collect::<Vec<_>>())?;
-        match array.element() {
-            Element::F32 => gpu.copy(&values, array)?,
-            Element::Bf16 => ops::from_f32(gpu, &values, array)?,
-        }
-        gpu.synchronize()
     }
 
     /// As [`crate::plan::profile::measure`]: a part's passes and updates on the GPU. The second value is the bytes a second of

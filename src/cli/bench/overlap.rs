@@ -64,7 +64,9 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     let mine: Vec<usize> = (0..workers).filter(|worker| rank_of_worker[*worker] == world.rank()).collect();
     #[cfg(feature = "cuda")]
     if let Some(ordinal) = ordinal {
-        let begun = mine.iter().map(|&worker| gpu::Worker::take(ordinal, &mut endpoints, &links, worker)).collect();
+        let alone = mine.len() == 1;
+        let begun =
+            mine.iter().map(|&worker| gpu::Worker::take(ordinal, &mut endpoints, &links, worker, alone)).collect();
         let begun: Vec<gpu::Worker> = world.first_error(begun)?;
         let found: Result<Vec<gpu::Found>> = std::thread::scope(|scope| {
             let run = |worker: gpu::Worker| {

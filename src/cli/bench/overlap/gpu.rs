@@ -41,7 +41,14 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn take(ordinal: usize, endpoints: &mut Endpoints, links: &[LinkSpec], worker: usize) -> Result<Self> {
+    /// Worker `worker`, `alone` in its process or not.
+    pub(super) fn take(
+        ordinal: usize,
+        endpoints: &mut Endpoints,
+        links: &[LinkSpec],
+        worker: usize,
+        alone: bool,
+    ) -> Result<Self> {
         let gpu = Gpu::open(ordinal, false)?;
         let missing = || Error::Run(format!("worker {worker} has no ends"));
         let out = links.iter().filter(|link| link.from == worker);
@@ -50,7 +57,7 @@ impl Worker {
         let inward = links.iter().filter(|link| link.to == worker);
         let inward = inward.map(|link| In::new(&gpu, link.clone(), endpoints.receiver(link.id).ok_or_else(missing)?));
         let inward = inward.collect::<Result<_>>()?;
-        let wait = Wait::new(&gpu)?;
+        let wait = if alone { Wait::Host } else { Wait::kernel(&gpu)? };
         Ok(Worker { out, inward, gpu, wait })
     }
 
