@@ -53,6 +53,15 @@ $(VENV_DATA)/ready:
 bench-data: build $(VENV_DATA)/ready ## frames/s from shards beside h5py with Pillow, and ffmpeg (a minute; benches/README.md)
 	$(VENV_DATA)/bin/python benches/data/compare.py $(BENCH_ARGS)
 
+gpu-bundle: deps ## target/gpu/bundle.tar.xz: all that the next two need on a machine with a GPU, without CUDA's libraries
+	CARGO="$(CARGO)" benches/gpu/bundle.sh
+
+test-gpu: gpu-bundle ## the tests of the GPU path on the GPU here (SIDEWAYS_GPU=emulator: rehearsed without one); one table
+	benches/gpu/run.sh test
+
+bench-gpu: gpu-bundle ## its benchmarks, and PyTorch on the same GPU where it is installed; one table (benches/README.md)
+	benches/gpu/run.sh bench
+
 lint: deps ## formatting and clippy, without CUDA and with it
 	$(CARGO) fmt --check
 	$(CARGO) clippy $(PROFILE) --all-targets -- -D warnings

@@ -9,7 +9,7 @@ mod common;
 use std::collections::HashMap;
 use std::process::Command;
 
-use common::cuda::{PROGRAM, Place, real};
+use common::cuda::{Place, program, real};
 use common::mpirun::text;
 use common::runs::{assert_close, tensors};
 
@@ -166,7 +166,8 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
 #[test]
 fn clear_errors() {
     let place = Place::new(&[CUDA]);
-    let without = Command::new(PROGRAM).args(["train", &place.config]).env_remove("LD_LIBRARY_PATH").output().unwrap();
+    let without =
+        Command::new(program()).args(["train", &place.config]).env_remove("LD_LIBRARY_PATH").output().unwrap();
     if !real() {
         assert_eq!(without.status.code(), Some(2), "{}", text(&without));
         assert!(text(&without).contains("libcuda"), "{}", text(&without));

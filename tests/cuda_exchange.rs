@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::cuda::{MINUTE, PROGRAM, Place, environment, real};
+use common::cuda::{MINUTE, Place, environment, program, real};
 use common::mpirun::{mpirun, text};
 use common::runs::tensors;
 
@@ -76,7 +76,8 @@ fn nothing_is_overwritten_before_a_slow_receiver_has_read_it() {
         let args = format!("eval {run} --json --set {CUDA} --set {exchange} --set model.modules=5 2>/dev/null");
         let script = format!(
             "if [ $((OMPI_COMM_WORLD_RANK % 2)) = 1 ]; then export SIDEWAYS_EMULATOR_LAUNCH_DELAY_US=1000; fi; \
-             exec {PROGRAM} {args}"
+             exec {} {args}",
+            program()
         );
         let env = environment(&[MPI]);
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
@@ -153,9 +154,10 @@ fn a_killed_rank_ends_the_job() {
         let (metrics, killed) = (place.dir.path().join("run/metrics.jsonl"), place.at("killed"));
         let script = format!(
             "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (until [ $(cat {} 2>/dev/null | wc -l) -ge 2 ]; do sleep 0.05; done; \
-             touch {}; kill -9 $$) & fi; exec {PROGRAM} train {}",
+             touch {}; kill -9 $$) & fi; exec {} train {}",
             metrics.display(),
             killed.display(),
+            program(),
             place.config
         );
         let env = environment(&[MPI]);

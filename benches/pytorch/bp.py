@@ -1,8 +1,8 @@
 """Back-propagation in PyTorch on the networks of `sideways bench train`, for comparison.
 
-The presets vgg8 and resnet18 as src/model/presets.rs has them (group norm, no bias before a norm), clips of T frames,
-the loss of a clip the mean of its frames' cross-entropies, SGD with momentum once a clip. `--at-once` frames go through
-the network together: T of them are one batch of T * B images, fewer are accumulated. Prints one line of JSON.
+The networks of nets.py, clips of T frames, the loss of a clip the mean of its frames' cross-entropies, SGD with momentum
+once a clip. `--at-once` frames go through the network together: T of them are one batch of T * B images, fewer are
+accumulated. Prints one line of JSON.
 """
 
 import argparse
@@ -15,42 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-def unit(cin, out, kernel, stride, groups=32):
-    return [nn.Conv2d(cin, out, kernel, stride, kernel // 2, bias=False), nn.GroupNorm(groups, out), nn.ReLU(inplace=True)]
-
-
-def vgg8(classes):
-    layers, cin = [], 3
-    for stage in [(64,), (128,), (256, 256), (512, 512, 512)]:
-        if layers:
-            layers.append(nn.MaxPool2d(2))
-        for out in stage:
-            layers += unit(cin, out, 3, 1)
-            cin = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
-
-
-class Basic(nn.Module):
-    def __init__(self, cin, out, stride):
-        super().__init__()
-        self.branch = nn.Sequential(*unit(cin, out, 3, stride), nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.GroupNorm(32, out))
-        self.shortcut = nn.Identity()
-        if stride != 1 or cin != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(cin, out, 1, stride, bias=False), nn.GroupNorm(32, out))
-
-    def forward(self, x):
-        return F.relu(self.branch(x) + self.shortcut(x), inplace=True)
-
-
-def resnet18(classes):
-    layers, cin = unit(3, 64, 7, 2) + [nn.MaxPool2d(3, 2, 1)], 64
-    for stage in range(4):
-        for n in range(2):
-            out = 64 << stage
-            layers.append(Basic(cin, out, 2 if stage > 0 and n == 0 else 1))
-            cin = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+from nets import NETS
 
 
 def peak_mib():
@@ -61,7 +26,7 @@ def peak_mib():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=["vgg8", "resnet18"], default="vgg8")
+    parser.add_argument("--net", choices=list(NETS), default="vgg8")
     parser.add_argument("--layout", choices=["nchw", "channels_last"], default="nchw")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--frames", type=int, default=16, help="T")
@@ -78,7 +43,7 @@ def main():
     torch.set_num_interop_threads(1)
     torch.manual_seed(1)
     layout = torch.channels_last if args.layout == "channels_last" else torch.contiguous_format
-    net = {"vgg8": vgg8, "resnet18": resnet18}[args.net](args.classes).to(memory_format=layout)
+    net = nn.Sequential(*NETS[args.net](args.classes)).to(memory_format=layout)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     # Frames wait as bytes, as in a shard, and are scaled as they are used.
     clip = torch.randint(0, 256, (args.frames, args.batch, 3, args.side, args.side), dtype=torch.uint8)

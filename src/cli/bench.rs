@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
+use crate::config::DeviceChoice;
+use crate::engine::gpus::{self, Site};
 use crate::transport::World;
 use crate::{Error, Result};
 
@@ -12,6 +14,8 @@ mod layers;
 mod link;
 mod overlap;
 mod peak;
+#[cfg(feature = "cuda")]
+mod staged;
 mod train;
 mod videos;
 
@@ -42,6 +46,9 @@ pub struct LinkArgs {
     /// Batches of messages a size, links and plain MPI in turn; the best of each counts.
     #[arg(long, default_value_t = 9)]
     pub repeat: usize,
+    /// Where payloads are made and used: on a GPU they are staged in host memory, and set beside the copies alone.
+    #[arg(long, value_enum, default_value_t)]
+    pub device: On,
 }
 
 /// Options of `sideways bench overlap`.
@@ -65,6 +72,29 @@ pub struct OverlapArgs {
     /// Ticks that count, after a warm-up of two a worker.
     #[arg(long, default_value_t = 200)]
     pub ticks: u64,
+    /// Where modules wait, and their arrays are.
+    #[arg(long, value_enum, default_value_t)]
+    pub device: On,
+}
+
+/// Where something is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum On {
+    /// On the processor.
+    #[default]
+    Cpu,
+    /// On this rank's GPU.
+    Cuda,
+}
+
+/// The number of this rank's GPU, if one is asked for. Collective.
+fn gpu_of(world: &World, on: On) -> Result<Option<usize>> {
+    let choice = if on == On::Cuda { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
+    match gpus::choose(world, choice)? {
+        Site::Cpu => Ok(None),
+        #[cfg(feature = "cuda")]
+        Site::Gpu { ordinal, .. } => Ok(Some(ordinal)),
+    }
 }
 
 /// A wait longer than this means that something is wrong.

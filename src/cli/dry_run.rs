@@ -92,6 +92,7 @@ fn needed(setup: &Setup, w: usize) -> u64 {
 fn measured_cuts(setup: &Setup, ranks: usize) -> Result<Option<Vec<usize>>> {
     let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
     let busy = ranks.min(at_once(setup.config.run.threads));
-    let times = Profile::cached(&conditions(setup, busy, Parts::Blocks(&blocks)));
+    let times =
+        conditions(setup, busy, Parts::Blocks(&blocks)).ok().and_then(|conditions| Profile::cached(&conditions));
     times.map(|times| Ok(best_cuts(setup, &blocks, &times)?.0)).transpose()
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::config::{Config, Rule};
-use crate::engine::footprint::{bytes, memory, sent};
+use crate::engine::footprint::{bytes, gpu_memory, memory, sent};
 use crate::engine::setup::Setup;
 use crate::plan::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
@@ -161,14 +161,24 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
     };
     println!("model.cuts = {:?}: {origin}", setup.cuts());
     let c = &profile.conditions;
-    println!(
-        "times: {}, {}, {} thread(s) a module, {} at a time; {}",
-        c.cpu,
-        c.kernels,
-        c.threads,
-        c.busy,
-        age(profile)
-    );
+    match &c.gpu {
+        Some(on) => println!(
+            "times: {}, cuDNN {}, {:?}, {}, a module at a time; {}",
+            on.name,
+            on.cudnn,
+            on.precision,
+            if on.graphs { "as CUDA graphs" } else { "without graphs" },
+            age(profile)
+        ),
+        None => println!(
+            "times: {}, {}, {} thread(s) a module, {} at a time; {}",
+            c.cpu,
+            c.kernels,
+            c.threads,
+            c.busy,
+            age(profile)
+        ),
+    }
     for warning in setup.warnings() {
         println!("warning: {warning}");
     }
@@ -197,7 +207,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
             format!("{}-{}", module.layers.start, module.layers.end - 1),
             format!("{:?}", module.output),
             module.params,
-            bytes(memory(setup, w)),
+            bytes(needed(setup, profile, w)),
             1e3 * times.forward,
             1e3 * if w == 0 { times.backward_leaf } else { times.backward },
             1e3 * times.update,
@@ -217,8 +227,16 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         }
     }
     println!(
-        "ms: a forward pass, a vector-Jacobian product, an update (once a clip); all of it a tick, with messages. Memory: \
-         parameters, gradient, optimizer, one step's activations, message buffers"
+        "ms: a forward pass, a vector-Jacobian product, an update (once a clip); all of it a tick{}",
+        match c.gpu {
+            Some(_) => {
+                ", beside which messages are copied and sent. Memory: the GPU's, without cuDNN's workspace; parameters, \
+                 gradient and optimizer with a copy to go back to, outputs, cotangents, messages"
+            }
+            None => {
+                ", with messages. Memory: parameters, gradient, optimizer, one step's activations, message buffers"
+            }
+        }
     );
     let tick = prediction.outcome.tick;
     println!(
@@ -227,6 +245,11 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         prediction.frames_per_second,
         prediction.balance
     );
+}
+
+/// Bytes of memory that worker `w` takes where its module computes.
+fn needed(setup: &Setup, profile: &Profile, w: usize) -> u64 {
+    profile.conditions.gpu.as_ref().map_or_else(|| memory(setup, w), |on| gpu_memory(setup, w, on.element_bytes()))
 }
 
 #[derive(Serialize)]
@@ -257,7 +280,7 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
             rank: setup.grid.rank_of(w),
             layers: [module.layers.start, module.layers.end],
             parameters: module.params,
-            memory: memory(setup, w),
+            memory: needed(setup, profile, w),
             forward: profile.times[w].forward,
             backward: if w == 0 { profile.times[w].backward_leaf } else { profile.times[w].backward },
             update: profile.times[w].update,
@@ -278,6 +301,7 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
         "frames_per_second": prediction.frames_per_second,
         "efficiency": prediction.balance,
         "cpu": profile.conditions.cpu,
+        "gpu": profile.conditions.gpu,
         "kernels": profile.conditions.kernels,
         "threads": profile.conditions.threads,
         "busy": profile.conditions.busy,

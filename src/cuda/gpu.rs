@@ -280,6 +280,33 @@ impl Gpu {
         self.context.new_event(Some(flags)).map_err(|e| failed("making an event", &e))
     }
 
+    /// An event that tells the time at which it was recorded, for measuring.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if the driver refuses.
+    pub fn clock(&self) -> Result<CudaEvent> {
+        let flags = CUevent_flags::CU_EVENT_DEFAULT;
+        self.context.new_event(Some(flags)).map_err(|e| failed("making an event", &e))
+    }
+
+    /// Undoes [`Gpu::pin`] for memory that ends before the GPU does. Waits for copies first.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if work before failed.
+    pub fn unpin(&self, memory: &[f32]) -> Result<()> {
+        self.incoming.synchronize().map_err(|e| failed("waiting for copies", &e))?;
+        self.outgoing.synchronize().map_err(|e| failed("waiting for copies", &e))?;
+        self.synchronize()?;
+        let start = memory.as_ptr() as usize;
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(k) = pinned.iter().position(|&(from, _)| from == start) {
+            pinned.swap_remove(k);
+            // SAFETY: registered by `pin` (or refused, which this refuses too); no copy is under way.
+            let _ = unsafe { sys::cuMemHostUnregister(start as *mut _) };
+        }
+        Ok(())
+    }
+
     /// Locks a piece of host memory into RAM, so that copies from and to it run beside computation; once a piece. Where
     /// the driver refuses, copies still work, and are slower.
     pub fn pin(&self, memory: &[f32]) {
@@ -351,6 +378,17 @@ pub fn device_count() -> Result<usize> {
         Err(e) if e.0 == sys::cudaError_enum::CUDA_ERROR_NO_DEVICE => Ok(0),
         Err(e) => Err(Error::input(format!("CUDA's driver does not start ({e}): see nvidia-smi"))),
     }
+}
+
+/// The name of GPU number `ordinal`, and cuDNN's version.
+///
+/// # Errors
+/// As [`device_count`]; [`Error::Run`] if the driver does not say.
+pub fn describe(ordinal: usize) -> Result<(String, usize)> {
+    libraries::check()?;
+    let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", &e))?;
+    let name = context.name().map_err(|e| failed("asking for the GPU's name", &e))?;
+    Ok((name, cudarc::cudnn::result::get_version()))
 }
 
 /// Major and minor compute capability.

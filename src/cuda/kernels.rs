@@ -3,10 +3,10 @@
 //! Each is compiled once for each type of activations, as `real`: 32-bit floats, or with `BF16` defined, bfloat16.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaFunction};
-use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
 
 use super::gpu::{Element, capability, failed};
 use crate::{Error, Result};
@@ -77,18 +77,32 @@ pub fn load(context: &Arc<CudaContext>) -> Result<HashMap<(&'static str, Element
     let (major, minor) = capability(context)?;
     let mut functions = HashMap::new();
     for element in [Element::F32, Element::Bf16] {
-        let mut options = vec![format!("--gpu-architecture=compute_{major}{minor}"), "--fmad=true".into()];
-        if element == Element::Bf16 {
-            options.push("--define-macro=BF16".into());
-        }
-        let options = CompileOptions { options, ..CompileOptions::default() };
-        let ptx = compile_ptx_with_opts(SOURCE, options)
-            .map_err(|e| Error::Run(format!("NVRTC does not compile the kernels: {e}")))?;
-        let module = context.load_module(ptx).map_err(|e| failed("loading the kernels", &e))?;
+        let module =
+            context.load_module(compiled(major, minor, element)?).map_err(|e| failed("loading the kernels", &e))?;
         for name in NAMES {
             let function = module.load_function(name).map_err(|e| failed("finding a kernel", &e))?;
             functions.insert((*name, element), function);
         }
     }
     Ok(functions)
+}
+
+/// The kernels for one type of activations, compiled once a process: its workers wait for the first.
+fn compiled(major: i32, minor: i32, element: Element) -> Result<Ptx> {
+    type Wanted = (i32, i32, Element);
+    static DONE: Mutex<Vec<(Wanted, Ptx)>> = Mutex::new(Vec::new());
+    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let wanted = (major, minor, element);
+    if let Some((_, ptx)) = done.iter().find(|(made_for, _)| *made_for == wanted) {
+        return Ok(ptx.clone());
+    }
+    let mut options = vec![format!("--gpu-architecture=compute_{major}{minor}")];
+    if element == Element::Bf16 {
+        options.push("--define-macro=BF16".into());
+    }
+    let options = CompileOptions { options, ..CompileOptions::default() };
+    let ptx = compile_ptx_with_opts(SOURCE, options)
+        .map_err(|e| Error::Run(format!("NVRTC does not compile the kernels: {e}")))?;
+    done.push((wanted, ptx.clone()));
+    Ok(ptx)
 }

@@ -4,8 +4,9 @@
 //! their own beside it. Convolutions are cuDNN's in NHWC, everything else our own kernels, compiled by NVRTC for the GPU at
 //! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
 //!
-//! Read in this order: [`gpu`] (context, streams, memory), [`shared`] (memory that other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn`
-//! (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`].
+//! Read in this order: [`gpu`] (context, streams, memory), [`shared`] (memory that other processes write into), `kernels` and
+//! [`ops`] (one function a kernel), `dnn` (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`];
+//! [`peak`], [`wait`] (for benchmarks).
 
 mod dnn;
 pub mod gpu;
@@ -16,7 +17,9 @@ pub mod module;
 pub mod ops;
 pub mod optim;
 pub mod param;
+pub mod peak;
 pub mod shared;
+pub mod wait;
 
 pub use gpu::{Array, Element, Gpu, device_count};
 pub use libraries::check;

@@ -12,7 +12,8 @@ use super::ops;
 use super::param::{HostParams, Param};
 use crate::kernels::conv::Conv;
 use crate::model::layers::Pass;
-use crate::model::module::{self, Fuse, fused_shape};
+use crate::model::module::{self, Fuse, SkipInput, fused_shape};
+use crate::model::spec::{LayerSpec, Shape};
 use crate::network::{ModuleSpec, Network};
 use crate::{Error, Result};
 
@@ -23,6 +24,21 @@ struct Input {
     adapter: Option<(Conv2d, Array)>,
     /// Its cotangent, where that is not the fused input's.
     gx: Option<Array>,
+}
+
+/// What a module is made of.
+#[derive(Clone, Copy)]
+pub struct Plan<'a> {
+    /// Its number, from 1.
+    pub index: usize,
+    /// Its layers with their places in the whole network.
+    pub layers: &'a [(usize, LayerSpec)],
+    /// `[H, W, C]` of the main input.
+    pub main: Shape,
+    /// Its skip inputs.
+    pub skips: &'a [SkipInput],
+    /// How they join.
+    pub fuse: Fuse,
 }
 
 /// How a module is put on the device.
@@ -77,14 +93,23 @@ impl Module {
         module: &mut module::Module,
         placing: Placing,
     ) -> Result<Self> {
-        let spec: &ModuleSpec = &network.modules[index - 1];
+        let ModuleSpec { main, skips, .. } = &network.modules[index - 1];
+        let plan = Plan { index, layers: &network.layers_of(index), main: *main, skips, fuse: network.fuse };
+        Module::planned(gpu, &plan, module, placing)
+    }
+
+    /// As [`Module::new`], of layers that need no network around them.
+    ///
+    /// # Errors
+    /// As [`Module::new`].
+    pub fn planned(gpu: &Arc<Gpu>, plan: &Plan, module: &mut module::Module, placing: Placing) -> Result<Self> {
         let Placing { batch, element, training, .. } = placing;
+        let &Plan { index, main, fuse, .. } = plan;
         let params = HostParams::of(module, element)?;
         let mut builder = Builder { gpu, batch, element, training, params, needs: Needs::default() };
         let array = |[h, w, c]: [usize; 3]| gpu.array(batch * h * w * c, element);
-        let (main, fuse) = (spec.main, network.fuse);
         let mut inputs = vec![Input { x: array(main)?, channels: main[2], adapter: None, gx: None }];
-        for skip in &spec.skips {
+        for skip in plan.skips {
             let adapter = if fuse == Fuse::Sum && skip.shape[2] != main[2] {
                 let name = format!("skips.{}_{index}", skip.from);
                 let conv = Conv2d::new(&mut builder, &name, Conv::pointwise(), skip.shape, main[2], true)?;
@@ -100,11 +125,10 @@ impl Module {
         if training && several && fuse == Fuse::Concat {
             inputs[0].gx = Some(array(main)?);
         }
-        let skips: Vec<[usize; 3]> = spec.skips.iter().map(|s| s.shape).collect();
+        let skips: Vec<[usize; 3]> = plan.skips.iter().map(|s| s.shape).collect();
         let input = fused_shape(main, &skips, fuse);
         let learned = inputs.iter().any(|input| input.adapter.is_some());
-        let layers: Vec<_> =
-            network.layers_of(index).into_iter().map(|(n, l)| (format!("layers.{n}.{}", l.kind()), l)).collect();
+        let layers: Vec<_> = plan.layers.iter().map(|(n, l)| (format!("layers.{n}.{}", l.kind()), l.clone())).collect();
         let sequence = Sequence::new(&mut builder, &layers, input, learned, Use::Outer)?;
         builder.params.all_taken()?;
         let scratch = builder.needs.meet(gpu, element)?;

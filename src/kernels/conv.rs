@@ -132,8 +132,7 @@ impl Convolution {
         Ok(ready)
     }
 
-    /// `(y, kept)`: `y = x * weight (+ bias)`, and what [`Convolution::vjp`] needs of this call: x, its transform or
-    /// patches.
+    /// `(y, kept)`: `y = x * weight (+ bias)`, and what [`Convolution::vjp`] needs of this call: x, or its transform.
     ///
     /// # Errors
     /// [`Error::Run`] on shapes that do not fit, element types other than f32 and f64, or devices without a kernel.
@@ -160,10 +159,8 @@ impl Convolution {
                     tensor(v, length)?
                 }
                 Algorithm::Unpacked => {
-                    let columns = unpacked::columns(&s, input);
-                    unpacked::forward(&s, &columns, w, bias, &mut y);
-                    let length = columns.len();
-                    tensor(columns, length)?
+                    unpacked::forward(&s, input, w, bias, &mut y);
+                    x.clone()
                 }
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
@@ -228,8 +225,7 @@ impl Convolution {
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
                     if unpacked::suits_weight_gradient(&s) {
-                        let add = |sum: &mut [T]| unpacked::add_weight_gradient_of_input(&s, kept, cotangent, sum);
-                        host::update::<T>(&sum, add)?;
+                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
                     } else {
                         let gw = ready.onednn_weight_gradient(floats(kept)?, floats(cotangent)?)?;
                         host::update::<f32>(&sum, |sum| add(sum, &gw))?;
@@ -241,8 +237,7 @@ impl Convolution {
                 }
                 _ => {
                     if unpacked::suits_weight_gradient(&s) {
-                        let add = |sum: &mut [T]| unpacked::add_weight_gradient_of_input(&s, kept, cotangent, sum);
-                        host::update::<T>(&sum, add)?;
+                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
                     } else {
                         let gw = patches::weight_gradient(&s, kept, cotangent);
                         host::update::<T>(&sum, |sum| add(sum, &gw))?;

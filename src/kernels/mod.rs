@@ -15,6 +15,7 @@ mod im2col;
 mod matmul;
 mod memory;
 pub mod norm;
+pub mod norm_pool;
 #[cfg(onednn)]
 mod onednn;
 mod patches;

@@ -98,7 +98,7 @@ pub fn group_vjp(
     })
 }
 
-fn check(channels: usize, groups: usize, weight: &Tensor) -> Result<()> {
+pub(crate) fn check(channels: usize, groups: usize, weight: &Tensor) -> Result<()> {
     if groups > 0 && channels.is_multiple_of(groups) && weight.elem_count() == channels {
         return Ok(());
     }
@@ -110,7 +110,7 @@ fn check(channels: usize, groups: usize, weight: &Tensor) -> Result<()> {
 
 /// Mean and inverse deviation of each group of one sample, in one pass: sums of differences from the first pixel, which
 /// is near enough to the mean to lose nothing where the difference of two large sums would.
-fn group_statistics<T: Real>(x: &[T], c: usize, epsilon: f64, statistics: &mut [T]) {
+pub(crate) fn group_statistics<T: Real>(x: &[T], c: usize, epsilon: f64, statistics: &mut [T]) {
     let cg = c / (statistics.len() / 2);
     let n = T::of((x.len() / c * cg) as f64);
     let centre: Vec<T> = x[..c].chunks(cg).flat_map(|g| std::iter::repeat_n(g[0], cg)).collect();
@@ -126,7 +126,7 @@ fn group_statistics<T: Real>(x: &[T], c: usize, epsilon: f64, statistics: &mut [
 }
 
 /// Normalisation as one multiplication and one addition a channel.
-fn scale_and_shift<T: Real>(weight: &[T], bias: &[T], statistics: &[T]) -> (Vec<T>, Vec<T>) {
+pub(crate) fn scale_and_shift<T: Real>(weight: &[T], bias: &[T], statistics: &[T]) -> (Vec<T>, Vec<T>) {
     let cg = weight.len() / (statistics.len() / 2);
     let (mut scale, mut shift) = (weight.to_vec(), bias.to_vec());
     for (k, (scale, shift)) in scale.iter_mut().zip(&mut shift).enumerate() {
@@ -153,33 +153,52 @@ fn group_sample<T: Real>(
     gx: Option<&mut [T]>,
     through: impl Fn(T, T) -> T + Copy + Sync,
 ) {
-    let c = weight.len();
-    let (scale, shift) = scale_and_shift(weight, bias, of.statistics);
-    let cg = c / (of.statistics.len() / 2);
-    let centre: Vec<T> = of.statistics.chunks_exact(2).flat_map(|s| std::iter::repeat_n(s[0], cg)).collect();
-    sums.copy_from_slice(&reduce::moments(of.x, of.gy, [&centre, &scale, &shift], through));
-    let (plain, times) = sums.split_at_mut(c);
-    for (s, times) in of.statistics.chunks_exact(2).zip(times.chunks_mut(cg)) {
+    let affine = scale_and_shift(weight, bias, of.statistics);
+    parameter_sums(of.x, of.gy, of.statistics, &affine, sums, through);
+    let Some(gx) = gx else { return };
+    let [k0, k1, k2] = coefficients(weight, of.statistics, sums, of.x.len() / weight.len());
+    simd::vectorized(
+        #[inline(always)]
+        || combine(of.gy, of.x, [&k0, &k1, &k2, &affine.0, &affine.1], gx, through),
+    );
+}
+
+/// One sample's sums over rows of `x` and `gy`: the cotangent behind the norm, then that times the normalised input.
+pub(crate) fn parameter_sums<T: Real>(
+    x: &[T],
+    gy: &[T],
+    statistics: &[T],
+    (scale, shift): &(Vec<T>, Vec<T>),
+    sums: &mut [T],
+    through: impl Fn(T, T) -> T + Copy + Sync,
+) {
+    let c = scale.len();
+    let cg = c / (statistics.len() / 2);
+    let centre: Vec<T> = statistics.chunks_exact(2).flat_map(|s| std::iter::repeat_n(s[0], cg)).collect();
+    sums.copy_from_slice(&reduce::moments(x, gy, [&centre, scale, shift], through));
+    for (s, times) in statistics.chunks_exact(2).zip(sums[c..].chunks_mut(cg)) {
         times.iter_mut().for_each(|v| *v *= s[1]);
     }
-    let Some(gx) = gx else { return };
-    let n = T::of((of.x.len() / c * cg) as f64);
+}
+
+/// By channel, what the input's cotangent is made of, from a sample's [`parameter_sums`]: `k0 g + k1 x + k2`.
+pub(crate) fn coefficients<T: Real>(weight: &[T], statistics: &[T], sums: &[T], pixels: usize) -> [Vec<T>; 3] {
+    let c = weight.len();
+    let cg = c / (statistics.len() / 2);
+    let (plain, times) = sums.split_at(c);
+    let n = T::of((pixels * cg) as f64);
     let weighted = |v: &[T], g: usize| (g * cg..(g + 1) * cg).map(|k| weight[k] * v[k]).sum::<T>() / n;
-    let mut coefficients = [Vec::with_capacity(c), Vec::with_capacity(c), Vec::with_capacity(c)];
-    for (g, s) in of.statistics.chunks_exact(2).enumerate() {
+    let mut k = [Vec::with_capacity(c), Vec::with_capacity(c), Vec::with_capacity(c)];
+    for (g, s) in statistics.chunks_exact(2).enumerate() {
         let (mean, inverse) = (s[0], s[1]);
         let (m1, m2) = (weighted(plain, g), weighted(times, g));
         for &w in &weight[g * cg..(g + 1) * cg] {
-            coefficients[0].push(w * inverse);
-            coefficients[1].push(-inverse * inverse * m2);
-            coefficients[2].push(inverse * (inverse * m2 * mean - m1));
+            k[0].push(w * inverse);
+            k[1].push(-inverse * inverse * m2);
+            k[2].push(inverse * (inverse * m2 * mean - m1));
         }
     }
-    let [k0, k1, k2] = &coefficients;
-    simd::vectorized(
-        #[inline(always)]
-        || combine(of.gy, of.x, [k0, k1, k2, &scale, &shift], gx, through),
-    );
+    k
 }
 
 /// `out = f(scale x + shift)` by channel.

@@ -9,7 +9,7 @@ use super::im2col::{Shape, add};
 use super::{Host, Real, Window, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
 
-fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
+pub(crate) fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
     let &[b, h, w, c] = dims else {
         return Err(Error::Run(format!("pooling of {dims:?} (want [B, H, W, C])")));
     };
@@ -29,7 +29,7 @@ fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
 /// the input; `tap` counts kernel elements and `input`, `output` pixels of a sample's and of a line's. For each output
 /// pixel the taps come in row-major order.
 #[inline(always)]
-fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
+pub(crate) fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
     let [kh, kw] = s.window.kernel;
     for ky in 0..kh {
         let Some(iy) = s.input_line(oy, ky) else { continue };
@@ -38,6 +38,12 @@ fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usize)) {
             (lo..hi).for_each(|kx| f(ky * kw + kx, iy * s.w + ix + kx - lo, ox));
         }
     }
+}
+
+/// Whether windows lie side by side and cover the input: each element belongs to one.
+pub(crate) fn tiles(s: &Shape) -> bool {
+    let Window { kernel, stride, .. } = s.window;
+    kernel == stride && [s.oh * stride[0], s.ow * stride[1]] == [s.h, s.w]
 }
 
 /// `(y, winners)`: each window's maximum by channel, and which of the window's elements (counted row-major, u8) it was:
@@ -112,8 +118,7 @@ pub fn max_vjp(x: &[usize], window: &Window, winners: &Tensor, gy: &Tensor) -> R
     let winners = Host::of(winners)?;
     let winners = winners.slice::<u8>()?;
     let line = s.ow * s.c;
-    // Windows side by side that cover the input: each element belongs to one and is written once.
-    let tiles = window.kernel == window.stride && [s.oh * window.stride[0], s.ow * window.stride[1]] == [s.h, s.w];
+    let tiles = tiles(&s);
     by_dtype!(gy, T => {
         let gy = Host::of(&gy)?;
         let gy = gy.slice::<T>()?;

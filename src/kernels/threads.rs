@@ -90,3 +90,25 @@ pub(crate) fn chunks2<T: Send, U: Send>(
         _ => a.chunks_mut(size_a).zip(b.chunks_mut(size_b)).enumerate().for_each(|(i, (x, y))| f(i, x, y)),
     }
 }
+
+/// As [`chunks2`] on three slices.
+pub(crate) fn chunks3<T: Send, U: Send, V: Send>(
+    (a, size_a): (&mut [T], usize),
+    (b, size_b): (&mut [U], usize),
+    (c, size_c): (&mut [V], usize),
+    f: impl Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync,
+) {
+    if a.is_empty() {
+        return;
+    }
+    match pool() {
+        Some(pool) if a.len() > size_a => pool.install(|| {
+            let all = a.par_chunks_mut(size_a).zip(b.par_chunks_mut(size_b)).zip(c.par_chunks_mut(size_c));
+            all.enumerate().for_each(|(i, ((x, y), z))| f(i, x, y, z));
+        }),
+        _ => {
+            let all = a.chunks_mut(size_a).zip(b.chunks_mut(size_b)).zip(c.chunks_mut(size_c));
+            all.enumerate().for_each(|(i, ((x, y), z))| f(i, x, y, z));
+        }
+    }
+}

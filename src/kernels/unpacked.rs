@@ -20,7 +20,7 @@ const LANES: usize = 16;
 /// Whether weights are so many that copies of them cost more, in memory and after each update, than the products here lose
 /// to better ones.
 pub(crate) fn suits(s: &Shape) -> bool {
-    outweighs(s, 16)
+    outweighs(s, 8)
 }
 
 /// Whether the weight's gradient is best computed here: passes over the weights, not products, take the time.
@@ -44,7 +44,7 @@ fn gathered<T: Real>(s: &Shape, x: &[T]) -> Vec<T> {
 }
 
 /// P `[C kH kW][pixel]` of an input.
-pub(crate) fn columns<T: Real>(s: &Shape, x: &[T]) -> Vec<T> {
+fn columns<T: Real>(s: &Shape, x: &[T]) -> Vec<T> {
     let (pixels, patch, taps) = (pixels(s), s.patch(), s.patch() / s.c);
     let (rows, mut columns) = (gathered(s, x), overwritten(pixels * patch));
     threads::chunks(
@@ -63,9 +63,9 @@ pub(crate) fn columns<T: Real>(s: &Shape, x: &[T]) -> Vec<T> {
     columns
 }
 
-/// Writes `x * weight (+ bias)` to `y`, from x's [`columns`].
-pub(crate) fn forward<T: Real>(s: &Shape, columns: &[T], weight: &[T], bias: Option<&[T]>, y: &mut [T]) {
-    let (pixels, patch) = (pixels(s), s.patch());
+/// Writes `x * weight (+ bias)` to `y`.
+pub(crate) fn forward<T: Real>(s: &Shape, x: &[T], weight: &[T], bias: Option<&[T]>, y: &mut [T]) {
+    let (pixels, patch, columns) = (pixels(s), s.patch(), columns(s, x));
     let mut transposed = overwritten(s.o * pixels);
     threads::chunks(
         &mut transposed,
@@ -73,7 +73,7 @@ pub(crate) fn forward<T: Real>(s: &Shape, columns: &[T], weight: &[T], bias: Opt
         || (),
         |(), block, y| {
             let weight = Matrix::new(&weight[block * OUTPUTS * patch..], patch);
-            multiply([y.len() / pixels, pixels, patch], y, pixels, weight, Matrix::new(columns, pixels), false);
+            multiply([y.len() / pixels, pixels, patch], y, pixels, weight, Matrix::new(&columns, pixels), false);
         },
     );
     for (pixel, y) in y.chunks_exact_mut(s.o).enumerate() {
@@ -85,13 +85,9 @@ pub(crate) fn forward<T: Real>(s: &Shape, columns: &[T], weight: &[T], bias: Opt
     }
 }
 
-/// Adds the weight's gradient to `sum`, from x's [`columns`].
-pub(crate) fn add_weight_gradient<T: Real>(s: &Shape, columns: &[T], gy: &[T], sum: &mut [T]) {
-    add_products(s, Matrix::new(columns, pixels(s)).transposed(), gy, sum);
-}
-
-/// Adds the weight's gradient to `sum`, from x: a product goes faster over whole patches than over columns.
-pub(crate) fn add_weight_gradient_of_input<T: Real>(s: &Shape, x: &[T], gy: &[T], sum: &mut [T]) {
+/// Adds the weight's gradient to `sum`. (From whole patches: a product over [`columns`], if they were kept, takes as much longer
+/// as it takes to make these.)
+pub(crate) fn add_weight_gradient<T: Real>(s: &Shape, x: &[T], gy: &[T], sum: &mut [T]) {
     let (patch, taps) = (s.patch(), s.patch() / s.c);
     let mut patches = overwritten(pixels(s) * patch);
     for (to, from) in patches.chunks_exact_mut(patch).zip(gathered(s, x).chunks_exact(patch)) {
@@ -99,19 +95,14 @@ pub(crate) fn add_weight_gradient_of_input<T: Real>(s: &Shape, x: &[T], gy: &[T]
             to[tap..].iter_mut().step_by(taps).zip(from).for_each(|(to, &v)| *to = v);
         }
     }
-    add_products(s, Matrix::new(&patches, patch), gy, sum);
-}
-
-/// Adds gy times `patches`, `[pixel][C kH kW]`, to `sum`.
-fn add_products<T: Real>(s: &Shape, patches: Matrix<T>, gy: &[T], sum: &mut [T]) {
-    let (pixels, patch) = (pixels(s), s.patch());
+    let pixels = pixels(s);
     threads::chunks(
         sum,
         OUTPUTS * patch,
         || (),
         |(), block, sum| {
             let gy = Matrix::new(&gy[block * OUTPUTS..], s.o).transposed();
-            multiply([sum.len() / patch, patch, pixels], sum, patch, gy, patches, true);
+            multiply([sum.len() / patch, patch, pixels], sum, patch, gy, Matrix::new(&patches, patch), true);
         },
     );
 }

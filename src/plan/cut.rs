@@ -74,7 +74,7 @@ fn measured_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<Ve
 /// As [`Profile::get`].
 pub fn times_of(setup: &Setup, parts: Parts, modules: usize, fresh: bool) -> Result<Profile> {
     let busy = modules.clamp(1, at_once(setup.config.run.threads));
-    Profile::get(conditions(setup, busy, parts), fresh)
+    Profile::get(conditions(setup, busy, parts)?, fresh)
 }
 
 /// Times of `parts` as all ranks of rank 0's node together find them, on rank 0: from its cache, else measured by all of them
@@ -100,7 +100,10 @@ pub fn times_together(world: &World, setup: &Setup, parts: Parts, fresh: bool) -
     let a_rank = setup.grid.workers().div_ceil(world.size());
     let copies = (if apart { a_rank } else { a_rank * node.len() }).clamp(1, at_once(setup.config.run.threads));
     let busy = if apart { copies * node.len() } else { copies };
-    let wanted = conditions(setup, busy, parts);
+    let wanted = world.first_error(conditions(setup, busy, parts))?;
+    // On a GPU a module is timed with the GPU to itself.
+    let apart = apart && wanted.gpu.is_none();
+    let copies = if wanted.gpu.is_some() { 1 } else { copies };
     let chief = world.rank() == 0;
     let known = if chief && !fresh { Profile::cached(&wanted) } else { None };
     let measures = world.gather(&[u8::from(known.is_none())])?[0] == [1];

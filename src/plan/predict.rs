@@ -1,6 +1,7 @@
 //! From measured times to cuts, and to what a cut will reach.
 
 use super::blocks::Blocks;
+use super::gpu;
 use super::partition::{Partition, Piece};
 use super::profile::{Conditions, Part, Profile, Times};
 use super::simulate::{Outcome, Processors, StepCost, simulate};
@@ -27,15 +28,20 @@ pub enum Parts<'a> {
     Modules,
 }
 
-/// The conditions under which parts of `setup`'s network work, `busy` of them at a time.
-pub fn conditions(setup: &Setup, busy: usize, parts: Parts) -> Conditions {
+/// The conditions under which parts of `setup`'s network work, `busy` of them at a time; on a GPU, one.
+///
+/// # Errors
+/// [`crate::Error::Input`] if a GPU is asked for and there is none.
+pub fn conditions(setup: &Setup, busy: usize, parts: Parts) -> Result<Conditions> {
     let config = &setup.config;
     let here =
         Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer);
-    match parts {
+    let gpu = gpu::chosen(&config.run)?;
+    let here = if gpu.is_some() { Conditions { busy: 1, threads: 1, gpu, ..here } } else { here };
+    Ok(match parts {
         Parts::Blocks(blocks) => here.with(block_parts(setup, blocks)),
         Parts::Modules => Conditions { messages: setup.grid.modules > 1, ..here.with(module_parts(setup)) },
-    }
+    })
 }
 
 /// The network's blocks as parts to be timed.
@@ -118,7 +124,7 @@ pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(V
         // How far a skip will be averaged down is not known yet: its size before that counts.
         let outputs = vec![(output, false); graph.outputs(piece.module).count()];
         let traffic = Traffic { inputs, outputs, y: output, cross: setup.grid.ranks > 1 };
-        let step = step_cost(setup, profile.copy, piece.module, &times, &traffic);
+        let step = step_cost(setup, profile, piece.module, &times, &traffic);
         let share = &shares[piece.module - 1];
         Some(
             step.forward
@@ -162,8 +168,14 @@ struct Traffic {
 }
 
 /// A step's cost: computing, and moving what comes and goes.
-fn step_cost(setup: &Setup, copy: f64, module: usize, times: &Times, traffic: &Traffic) -> StepCost {
+fn step_cost(setup: &Setup, profile: &Profile, module: usize, times: &Times, traffic: &Traffic) -> StepCost {
     let Traffic { inputs, outputs, y, cross } = traffic;
+    let &Times { forward, backward, backward_leaf, update } = times;
+    // On a GPU messages are copied beside the passes, in streams of their own.
+    if profile.conditions.gpu.is_some() {
+        return StepCost { forward, backward, backward_leaf, update };
+    }
+    let copy = profile.copy;
     let seconds = |shape: Shape| bytes(setup, shape) / copy;
     // A message is copied into its buffer and out of it; between ranks once more on its way.
     let taken = if *cross { 2.0 } else { 1.0 };
@@ -178,10 +190,10 @@ fn step_cost(setup: &Setup, copy: f64, module: usize, times: &Times, traffic: &T
     let sums = outputs.len().saturating_sub(1) as f64 * 1.5 * seconds(*y);
     let come = taken * outward + pooled + sums;
     StepCost {
-        forward: times.forward + arrive + outward + pooled,
-        backward: times.backward + come + leave,
-        backward_leaf: times.backward_leaf + come,
-        update: times.update,
+        forward: forward + arrive + outward + pooled,
+        backward: backward + come + leave,
+        backward_leaf: backward_leaf + come,
+        update,
     }
 }
 
@@ -204,7 +216,7 @@ pub fn step_costs(setup: &Setup, profile: &Profile) -> Vec<StepCost> {
         let times = &profile.times[i - 1];
         // Module 1 never computes its input's cotangent.
         let times = if i == 1 { &Times { backward: times.backward_leaf, ..*times } } else { times };
-        step_cost(setup, profile.copy, i, times, &Traffic { inputs, outputs, y, cross })
+        step_cost(setup, profile, i, times, &Traffic { inputs, outputs, y, cross })
     };
     (0..grid.workers()).map(cost).collect()
 }

@@ -15,6 +15,7 @@ use crate::model::module::{Fuse, Module, SkipInput};
 use crate::model::param::Init;
 use crate::model::spec::{LayerSpec, Shape};
 use crate::optim::{Optimizer, OptimizerSpec};
+use crate::plan::gpu::{self, OnGpu};
 use crate::plan::machine::{processor_name, program_hash};
 use crate::{Error, Result};
 
@@ -52,6 +53,9 @@ pub struct Conditions {
     pub optimizer: OptimizerSpec,
     /// Whether parts get their inputs and cotangents as messages, copied twice, or in place.
     pub messages: bool,
+    /// The GPU, where they compute on one.
+    #[serde(default)]
+    pub gpu: Option<OnGpu>,
     /// What was timed.
     pub parts: Vec<Part>,
 }
@@ -76,7 +80,7 @@ pub struct Profile {
     pub conditions: Conditions,
     /// When they were measured, in seconds since 1970.
     pub taken: u64,
-    /// Bytes a second that one thread copies.
+    /// Bytes a second that one thread copies; from and to a GPU.
     pub copy: f64,
     /// One entry a part.
     pub times: Vec<Times>,
@@ -102,6 +106,7 @@ impl Conditions {
             fuse,
             optimizer,
             messages: false,
+            gpu: None,
             parts: Vec::new(),
         }
     }
@@ -266,6 +271,9 @@ pub fn measure_on_request() -> Result<()> {
 /// # Errors
 /// [`Error::Input`] where a part's shapes do not fit.
 pub fn measure(conditions: &Conditions, copies: usize) -> Result<(Vec<Times>, f64)> {
+    if let Some(on) = &conditions.gpu {
+        return gpu::measure(conditions, on);
+    }
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 1..copies {

@@ -11,7 +11,11 @@ use super::mpirun::{mpirun, text};
 use super::runs::{config, shard, tensors};
 
 pub const MINUTE: Duration = Duration::from_secs(60);
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
+
+/// The program: the one built with the tests, or where they were carried elsewhere, `SIDEWAYS_TEST_PROGRAM`.
+pub fn program() -> String {
+    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_sideways").into())
+}
 
 /// Whether a real GPU is to be used.
 pub fn real() -> bool {
@@ -70,10 +74,10 @@ impl Place {
     pub fn run(&self, ranks: usize, args: &[&str], env: &[(&str, &str)]) -> Output {
         let env = environment(env);
         if ranks == 0 {
-            return Command::new(PROGRAM).args(args).envs(env).output().unwrap();
+            return Command::new(program()).args(args).envs(env).output().unwrap();
         }
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-        mpirun(ranks, Path::new(PROGRAM), args, &env, MINUTE)
+        mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
     }
 
     /// As [`Place::train`]: it must succeed; the parameters and the optimiser's memory after the last batch.

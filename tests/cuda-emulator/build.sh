@@ -20,7 +20,7 @@ mkdir "$new"
 objects=""
 failed=0
 jobs=""
-for name in knobs device memory streams capture copies fibers kernels cudnn convolution; do
+for name in knobs device memory host_memory streams events capture copies fibers kernels cudnn descriptors convolution; do
     "$cxx" $flags -c "$source/$name.cpp" -o "$new/$name.o" &
     jobs="$jobs $!"
 done
@@ -28,9 +28,9 @@ done
 jobs="$jobs $!"
 for job in $jobs; do wait "$job" || failed=1; done
 [ $failed = 0 ] || exit 1
-for name in knobs device memory streams capture copies fibers kernels; do objects="$objects $new/$name.o"; done
+for name in knobs device memory host_memory streams events capture copies fibers kernels; do objects="$objects $new/$name.o"; done
 "$cxx" $flags -Wl,-soname,libcuda.so.1 $objects -o "$new/libcuda.so.1" -ldl
-"$cxx" $flags -Wl,-soname,libcudnn.so.9 -Wl,-rpath,'$ORIGIN' "$new/cudnn.o" "$new/convolution.o" "$new/libcuda.so.1" \
+"$cxx" $flags -Wl,-soname,libcudnn.so.9 -Wl,-rpath,'$ORIGIN' "$new/cudnn.o" "$new/descriptors.o" "$new/convolution.o" "$new/libcuda.so.1" \
     -o "$new/libcudnn.so.9"
 rm -f "$new"/*.o
 cp "$source/kernel_prelude.h" "$source/kernel_abi.h" "$new/"

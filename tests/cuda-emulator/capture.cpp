@@ -58,11 +58,6 @@ CUresult forbid_while_capturing(Stream* stream) {
 }
 
 // ---- The API: capture ----
-#define STREAM(stream, handle)                                                                                         \
-    ENTER(context);                                                                                                    \
-    auto stream = find_stream(context, handle);                                                                        \
-    if (!stream) return CUDA_ERROR_INVALID_HANDLE
-
 EXPORT CUresult cuStreamBeginCapture_v2(CUstream handle, int mode) {
     STREAM(stream, handle);
     if (mode < 0 || mode > 2) return CUDA_ERROR_INVALID_VALUE;

@@ -2,11 +2,6 @@
 #include "emulator.h"
 #include <cstring>
 
-#define STREAM(stream, handle)                                                                                         \
-    ENTER(context);                                                                                                    \
-    auto stream = find_stream(context, handle);                                                                        \
-    if (!stream) return CUDA_ERROR_INVALID_HANDLE
-
 static bool on_device(uint64_t pointer, size_t bytes, const char* call) {
     if (device_range(pointer, bytes)) return true;
     complain("%s: [0x%llx, +%zu) is not inside one live device allocation", call, (unsigned long long)pointer, bytes);

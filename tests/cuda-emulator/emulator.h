@@ -48,7 +48,11 @@ CUresult enter(Context** context);
     Context* context = nullptr;                                                                                        \
     if (CUresult entered = enter(&context)) return entered
 
-// ---- Memory (memory.cpp) ----
+// ---- Memory (memory.cpp, host_memory.cpp) ----
+const uint64_t page = 4096;
+inline uint64_t round_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
+void fill_guard(unsigned char* from, unsigned char* to);
+const unsigned char* broken_guard(const unsigned char* from, const unsigned char* to);  // the first wrong byte, or null
 struct Allocation {
     uint64_t base = 0;
     size_t bytes = 0;
@@ -70,7 +74,7 @@ void check_all_guards();
 void install_fault_handler();
 extern thread_local const char* current_operation;
 
-// ---- Streams and events (streams.cpp) ----
+// ---- Streams (streams.cpp; events.cpp) ----
 enum class Work { Copy, Launch, Memset, Host, Event, Other };
 struct Operation {
     Work kind = Work::Other;
@@ -97,6 +101,11 @@ struct Stream : std::enable_shared_from_this<Stream> {
 std::shared_ptr<Stream> make_stream(Context* context, unsigned flags, int priority);
 // The stream behind a handle (null: the legacy default stream; 0x2: this thread's), or an empty pointer.
 std::shared_ptr<Stream> find_stream(Context* context, CUstream handle);
+// The stream behind a handle that a call was given, with the checks of `ENTER`.
+#define STREAM(stream, handle)                                                                                         \
+    ENTER(context);                                                                                                    \
+    auto stream = find_stream(context, handle);                                                                        \
+    if (!stream) return CUDA_ERROR_INVALID_HANDLE
 void wait_all_streams(int device);
 void run_operation(Context* context, const Operation& operation);
 // Queues an operation, or adds it to the stream's capture.

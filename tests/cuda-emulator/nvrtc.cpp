@@ -273,7 +273,7 @@ static nvrtcResult compile(Program& program, const std::vector<std::string>& def
     for (auto& [name, text] : program.headers) write_file(work + "/" + name, text);
     write_file(work + "/program.cu", "#line 1 \"" + program.name + "\"\n" + program.source);
     std::vector<std::string> command = {compiler(), "-std=c++17", "-x", "c++", "-E", "-D__CUDA_ARCH__=900", "-D__CUDACC__",
-                                        "-D__CUDACC_RTC__", "-I", work};
+                                        "-D__CUDACC_RTC__", "-Dglobaltimer=globaltimer", "-I", work};
     command.insert(command.end(), defines.begin(), defines.end());
     command.insert(command.end(), {work + "/program.cu", "-o", work + "/program.ii"});
     int status = run(command, log);

@@ -20,6 +20,9 @@ use crate::plan::predict::{Parts, block_parts, conditions, module_parts};
 use crate::plan::profile::{Conditions, Part, Times, measure};
 use crate::{Error, Result};
 
+#[cfg_attr(not(feature = "cuda"), path = "layers/no_gpu.rs")]
+mod gpu;
+
 /// Options of `sideways bench layers`.
 #[derive(Debug, Args)]
 pub struct LayersArgs {
@@ -34,6 +37,9 @@ pub struct LayersArgs {
     /// Numbers of threads to measure with.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1")]
     pub threads: Vec<usize>,
+    /// On a GPU: whole modules' ticks alone.
+    #[arg(long)]
+    pub ticks: bool,
     /// Print a line of JSON for each number of threads.
     #[arg(long)]
     pub json: bool,
@@ -100,9 +106,16 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
     }
     let ranks = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).unwrap_or(1);
     let setup = Setup::dry(&config, ranks * config.train.replicas)?;
+    let here = conditions(&setup, 1, Parts::Modules)?;
+    if here.gpu.is_none() && args.ticks {
+        return Err(Error::input("--ticks is for a GPU (run.device = \"cuda\")"));
+    }
+    if here.gpu.is_some() {
+        return gpu::run(args, &setup, &Conditions { messages: false, ..here });
+    }
     for &threads in &args.threads {
         let peak = Peak::measure(threads);
-        let base = Conditions { threads, messages: false, ..conditions(&setup, 1, Parts::Modules) };
+        let base = Conditions { threads, messages: false, ..here.clone() };
         let (parts, names) = layer_parts(&setup)?;
         let rows = rows(&base, parts, names)?;
         let modules = module_rows(&setup, &base)?;
@@ -131,6 +144,15 @@ fn print(base: &Conditions, peak: &Peak, rows: &[Row], modules: &[ModuleRow]) {
         peak.memory / 1e9,
         peak.cache / 1e9
     );
+    print_rows(peak, rows);
+    println!(
+        "weights: the vector-Jacobian product without the input's cotangent; inputs: what that adds; roof: the least time that \
+         peak arithmetic and memory allow, over the time it took"
+    );
+    print_modules(modules);
+}
+
+fn print_rows(peak: &Peak, rows: &[Row]) {
     let head = format!("{:>9} {:>6} {:>6} {:>5}", "ms", "GF/s", "GB/s", "roof");
     println!("{:<28} {:>15} {:>15} | forward{:>23} | weights{:>23} | inputs", "", "", "", "", "");
     println!("{:<28} {:>15} {:>15} |{head} |{head} |{head}", "layer", "input", "output");
@@ -145,10 +167,9 @@ fn print(base: &Conditions, peak: &Peak, rows: &[Row], modules: &[ModuleRow]) {
             row.inputs.cells(peak)
         );
     }
-    println!(
-        "weights: the vector-Jacobian product without the input's cotangent; inputs: what that adds; roof: the least time that \
-         peak arithmetic and memory allow, over the time it took"
-    );
+}
+
+fn print_modules(modules: &[ModuleRow]) {
     println!("{:<28} {:>13} {:>22} {:>7}", "module (or block)", "forward + vjp", "its products alone", "ratio");
     for module in modules {
         let [first, end] = module.layers;
@@ -232,7 +253,8 @@ fn rows(base: &Conditions, parts: Vec<Part>, names: Vec<String>) -> Result<Vec<R
         let output = layer.output_shape(input)?;
         let (x, y) = (batch * elements(input), batch * elements(output));
         let (w, flops) = (layer.params(input) as f64, batch * layer.flops(input) as f64);
-        let work = |seconds: f64, flops: f64, elements: f64| Work { seconds, flops, bytes: 4.0 * elements };
+        let size = base.gpu.as_ref().map_or(4.0, |gpu| gpu.element_bytes() as f64);
+        let work = |seconds: f64, flops: f64, elements: f64| Work { seconds, flops, bytes: size * elements };
         let Times { forward, backward, backward_leaf, .. } = times;
         // A layer without parameters does nothing but its input's cotangent.
         let (weights, inputs) = match w > 0.0 {
@@ -252,9 +274,14 @@ fn rows(base: &Conditions, parts: Vec<Part>, names: Vec<String>) -> Result<Vec<R
 }
 
 /// Modules as the configuration cuts them, or where it does not, blocks.
+fn modules_or_blocks(setup: &Setup, blocks: &Blocks) -> Vec<Part> {
+    if setup.config.cut_is_open() { block_parts(setup, blocks) } else { module_parts(setup) }
+}
+
+/// Each of them beside its products.
 fn module_rows(setup: &Setup, base: &Conditions) -> Result<Vec<ModuleRow>> {
     let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
-    let parts = if setup.config.cut_is_open() { block_parts(setup, &blocks) } else { module_parts(setup) };
+    let parts = modules_or_blocks(setup, &blocks);
     let (mut alone, mut count) = (Vec::new(), Vec::new());
     for module in &parts {
         let mut shape = module.main;

@@ -7,9 +7,12 @@
 
 use std::time::Instant;
 
-use super::{LinkArgs, TIMEOUT, show_bytes, wrong_size};
+use super::{LinkArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
 use crate::transport::{Baseline, Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect, hostname};
 use crate::{Error, Result};
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 /// Bytes a batch moves each way, about; small messages are limited by [`MOST`].
 const BATCH: usize = 64 << 20;
@@ -40,9 +43,16 @@ pub(super) fn run(args: &LinkArgs, world: &World) -> Result<()> {
         let (from, to) = (show_bytes(args.from), show_bytes(args.to));
         return Err(Error::input(format!("--to {to} is smaller than --from {from}")));
     }
+    let ordinal = gpu_of(world, args.device)?;
     if world.rank() == 0 {
         let ends = if world.size() == 2 { "2 ranks" } else { "2 threads of one process" };
         println!("A link between {ends} on {}, best of {} batches.", hostname(), args.repeat);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(ordinal) = ordinal {
+        return gpu::run(args, world, ordinal, |bytes| Ok(measure(world, bytes, args.repeat.max(1))?.0));
+    }
+    if world.rank() == 0 && ordinal.is_none() {
         println!(
             "Counted: payload bytes; each line of a payload is written before and read after, by links and raw MPI alike."
         );

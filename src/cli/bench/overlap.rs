@@ -6,9 +6,12 @@
 
 use std::time::{Duration, Instant};
 
-use super::{OverlapArgs, TIMEOUT, show_bytes, wrong_size};
+use super::{OverlapArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
 use crate::transport::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect, hostname};
 use crate::{Error, Result};
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 /// Seconds of one worker, over the ticks that count.
 #[derive(Clone, Copy, Default)]
@@ -42,6 +45,10 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     if !(args.compute_ms >= 0.0 && args.compute_ms.is_finite()) || args.ticks == 0 {
         return Err(Error::input("--compute-ms must be 0 or more and --ticks at least 1"));
     }
+    let ordinal = gpu_of(world, args.device)?;
+    if ordinal.is_some() && args.busy {
+        return Err(Error::input("--busy is for the processor: with --device cuda modules wait on the GPU"));
+    }
     let rank_of_worker: Vec<usize> = (0..workers).map(|worker| worker * world.size() / workers).collect();
     let links: Vec<LinkSpec> = (1..workers)
         .flat_map(|to| {
@@ -55,6 +62,26 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     let mut endpoints = connect(world, &rank_of_worker, &links, TIMEOUT)?;
     let breaker = endpoints.breaker();
     let mine: Vec<usize> = (0..workers).filter(|worker| rank_of_worker[*worker] == world.rank()).collect();
+    #[cfg(feature = "cuda")]
+    if let Some(ordinal) = ordinal {
+        let begun = mine.iter().map(|&worker| gpu::Worker::take(ordinal, &mut endpoints, &links, worker)).collect();
+        let begun: Vec<gpu::Worker> = world.first_error(begun)?;
+        let found: Result<Vec<gpu::Found>> = std::thread::scope(|scope| {
+            let run = |worker: gpu::Worker| {
+                let breaker = breaker.clone();
+                scope.spawn(move || worker.run(args, workers).inspect_err(|error| breaker.trip(error.to_string())))
+            };
+            let threads: Vec<_> = begun.into_iter().map(run).collect();
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined.map(|found| found.map_err(|_| Error::Run("a worker panicked".into()))?).collect()
+        });
+        let bytes: Vec<u8> = found?.into_iter().flat_map(gpu::Found::to_bytes).collect();
+        let all: Vec<_> = world.gather(&bytes)?.iter().flat_map(|bytes| gpu::Found::from_bytes(bytes)).collect();
+        if world.rank() == 0 {
+            gpu::print(args, world, &all);
+        }
+        return Ok(());
+    }
     let spent: Result<Vec<Spent>> = std::thread::scope(|scope| {
         let threads: Vec<_> = mine
             .iter()

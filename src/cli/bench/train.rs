@@ -12,12 +12,14 @@ use crate::config::{Config, Globs, Rule, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
 use crate::engine::bp;
 use crate::engine::console::ClipSummary;
+use crate::engine::gpus;
 use crate::engine::run::{self, Span};
 use crate::engine::setup::{Purpose, Setup};
 use crate::engine::stop::Requests;
 use crate::kernels;
 use crate::metrics::{PHASES, TimeAccount};
 use crate::plan::cut::{cut, times_together};
+use crate::plan::gpu::{OnGpu, chosen};
 use crate::plan::machine::{at_once, own_processors};
 use crate::plan::predict::{Parts, Prediction, predict};
 use crate::plan::simulate::Processors;
@@ -59,6 +61,8 @@ struct Outcome {
     batch: usize,
     rule: Rule,
     back_end: String,
+    /// Rank 0's GPU, cuDNN and number format, where modules compute on one.
+    gpu: Option<OnGpu>,
     frames_per_second: f64,
     /// Milliseconds of a tick: a clip's time over its frames.
     tick_ms: f64,
@@ -114,7 +118,8 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     };
     let peaks = world.gather(&peak_kib().to_le_bytes())?;
     // Behind the peak memory, which measuring layers would raise.
-    let processors = processors(world, config.run.threads)?;
+    let gpu = world.first_error(chosen(&config.run))?;
+    let processors = processors(world, &config, gpu.is_some())?;
     let predicted = match config.train.rule {
         Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, Parts::Modules, args.fresh)?
             .map(|profile| predict(&setup, &profile, &processors)),
@@ -125,6 +130,7 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     }
     let kib: u64 = peaks.iter().map(|b| b.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte))).sum();
     let outcome = outcome(&setup, world, args, seconds, &time, kib as f64 / 1024.0, predicted.as_ref());
+    let outcome = Outcome { gpu, ..outcome };
     if args.json {
         println!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
     } else {
@@ -161,6 +167,7 @@ fn outcome(
         batch: config.data.batch,
         rule: config.train.rule,
         back_end: kernels::back_end(),
+        gpu: None,
         frames_per_second: ticks * (grid.replicas * config.data.batch) as f64 / seconds,
         tick_ms: seconds / ticks * 1e3,
         peak_mib,
@@ -191,6 +198,10 @@ fn print(setup: &Setup, o: &Outcome) {
         o.batch,
         setup.network.input
     );
+    if let Some(on) = &o.gpu {
+        let graphs = if on.graphs { "with CUDA graphs" } else { "without CUDA graphs" };
+        println!("modules on {} (rank 0's), cuDNN {}, {:?}, {graphs}", on.name, on.cudnn, on.precision);
+    }
     println!(
         "{:.2} frames/s, {:.2} ms a tick; peak memory of all ranks {:.0} MiB; backward work at {:.1} % of the modules' steps",
         o.frames_per_second,
@@ -268,9 +279,15 @@ fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Res
     writer.finish().map(|_| ())
 }
 
-/// Which ranks share processors: those of a node that may run on the same ones.
-fn processors(world: &World, threads: usize) -> Result<Processors> {
-    let mine = format!("{} {:?}", hostname(), own_processors());
+/// Which ranks share what computes: those of a node that may run on the same processors, or that have the same GPU.
+fn processors(world: &World, config: &Config, on_gpu: bool) -> Result<Processors> {
+    let slots = if on_gpu { 1 } else { at_once(config.run.threads) };
+    let mine = if on_gpu {
+        let site = gpus::choose(world, config.run.device)?;
+        format!("{} {site:?}", hostname())
+    } else {
+        format!("{} {:?}", hostname(), own_processors())
+    };
     let all = world.gather(mine.as_bytes())?;
     let mut distinct: Vec<&Vec<u8>> = Vec::new();
     let pool_of_rank = all.iter().map(|place| {
@@ -279,7 +296,7 @@ fn processors(world: &World, threads: usize) -> Result<Processors> {
             distinct.len() - 1
         })
     });
-    Ok(Processors { pool_of_rank: pool_of_rank.collect(), slots: vec![at_once(threads); distinct.len()] })
+    Ok(Processors { pool_of_rank: pool_of_rank.collect(), slots: vec![slots; distinct.len()] })
 }
 
 /// A temporary folder under the same name on every node, removed when dropped.

@@ -120,9 +120,9 @@ extern "C" __global__ void norm_apply(const real *x, const float *coefficients, 
 }
 
 // Per (sample, part): sums over rows of g, then of g (x - mean), [2][c]; g is gy, carried through the relu if there is one.
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) norm_vjp_sums(const real *x, const real *gy, const float *weight, const float *bias,
-                                         const float *statistics, float *parts, unsigned rows, unsigned c, int w,
-                                         int lanes, unsigned rows_of_part, unsigned of_group, int relu) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+norm_vjp_sums(const real *x, const real *gy, const float *weight, const float *bias, const float *statistics, float *parts,
+              unsigned rows, unsigned c, int w, int lanes, unsigned rows_of_part, unsigned of_group, int relu) {
     __shared__ float s[2 * PACK * BLOCK];
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;

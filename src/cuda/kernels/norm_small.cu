@@ -75,9 +75,9 @@ extern "C" __global__ void norm_small(const real *x, const float *weight, const 
 }
 
 // sums[sample][2][c] as norm_vjp_coefficients has them, for the parameters' gradients, and the input's cotangent where wanted.
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) norm_vjp_small(const real *x, const real *gy, const float *weight, const float *bias,
-                                          const float *statistics, float *sums, real *gx, unsigned rows, unsigned c,
-                                          int lanes, unsigned of_group, int relu, int constant) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+norm_vjp_small(const real *x, const real *gy, const float *weight, const float *bias, const float *statistics, float *sums,
+               real *gx, unsigned rows, unsigned c, int lanes, unsigned of_group, int relu, int constant) {
     __shared__ float s[2 * PACK * BLOCK];
     __shared__ float found[2 * 32 * PACK];
     unsigned first = blockIdx.x * lanes * PACK, mine = threadIdx.x % lanes * PACK, ch = first + mine;

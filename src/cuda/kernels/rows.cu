@@ -15,8 +15,8 @@ extern "C" __global__ void bias(real *y, const float *b, unsigned n, unsigned c,
 
 // Column sums of one part of the rows: parts[part][c]. `lanes` threads stand side by side over channels. Where there is `y`, x
 // is first carried through the relu whose output that is, and written to `gx`.
-extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, float *parts, unsigned rows, unsigned c, int w, int lanes,
-                                       unsigned rows_of_part) {
+extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, float *parts, unsigned rows, unsigned c, int w,
+                                       int lanes, unsigned rows_of_part) {
     __shared__ float s[PACK * BLOCK];
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;

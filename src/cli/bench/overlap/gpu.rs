@@ -1,0 +1,135 @@
+//! `sideways bench overlap --device cuda`: modules that wait on the GPU, which is then nobody's bottleneck, and whose arrays
+//! travel as a run's do.
+
+use std::sync::Arc;
+
+use super::super::staged::{In, Out, record};
+use super::super::{OverlapArgs, show_bytes};
+use crate::cuda::gpu::failed;
+use crate::cuda::wait::Wait;
+use crate::cuda::{Gpu, peak};
+use crate::transport::{Endpoints, Kind, LinkSpec, World, hostname};
+use crate::{Error, Result};
+
+/// What one worker found: seconds of a tick by the GPU's clock, and of a wait by itself.
+#[derive(Clone, Copy)]
+pub(super) struct Found {
+    tick: f64,
+    alone: f64,
+}
+
+impl Found {
+    pub(super) fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.tick.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.alone.to_le_bytes());
+        bytes
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Vec<Found> {
+        let number = |b: &[u8]| f64::from_bits(b.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
+        bytes.chunks_exact(16).map(|b| Found { tick: number(&b[..8]), alone: number(&b[8..]) }).collect()
+    }
+}
+
+/// One module's stand-in.
+pub(super) struct Worker {
+    out: Vec<Out>,
+    inward: Vec<In>,
+    gpu: Arc<Gpu>,
+    wait: Wait,
+}
+
+impl Worker {
+    pub(super) fn take(ordinal: usize, endpoints: &mut Endpoints, links: &[LinkSpec], worker: usize) -> Result<Self> {
+        let gpu = Gpu::open(ordinal, false)?;
+        let missing = || Error::Run(format!("worker {worker} has no ends"));
+        let out = links.iter().filter(|link| link.from == worker);
+        let out = out.map(|link| Out::new(&gpu, link.clone(), endpoints.sender(link.id).ok_or_else(missing)?));
+        let out = out.collect::<Result<_>>()?;
+        let inward = links.iter().filter(|link| link.to == worker);
+        let inward = inward.map(|link| In::new(&gpu, link.clone(), endpoints.receiver(link.id).ok_or_else(missing)?));
+        let inward = inward.collect::<Result<_>>()?;
+        let wait = Wait::new(&gpu)?;
+        Ok(Worker { out, inward, gpu, wait })
+    }
+
+    pub(super) fn run(mut self, args: &OverlapArgs, workers: usize) -> Result<Found> {
+        self.gpu.bind()?;
+        let seconds = args.compute_ms / 1e3;
+        let alone = peak::fastest(&self.gpu, || self.wait.launch(&self.gpu, seconds))?;
+        let warm = 2 * workers as u64;
+        let end = warm + args.ticks;
+        let (from, to) = (self.gpu.clock()?, self.gpu.clock()?);
+        for tick in 0..end {
+            if tick == warm {
+                record(&from, &self.gpu.compute)?;
+            }
+            for kind in [Kind::Activation, Kind::Cotangent] {
+                self.receive(kind, tick)?;
+                self.wait.launch(&self.gpu, seconds)?;
+                self.inward.iter().filter(|end| end.link.kind == kind).try_for_each(|end| end.done(&self.gpu))?;
+                if tick + 1 < end {
+                    self.send(kind, tick)?;
+                }
+            }
+        }
+        record(&to, &self.gpu.compute)?;
+        self.out.iter_mut().try_for_each(|out| {
+            out.start(true)?;
+            out.sender.flush()
+        })?;
+        let ms = from.elapsed_ms(&to).map_err(|e| failed("reading a clock", &e))?;
+        // Streams are done with the links' buffers before those go.
+        self.gpu.outgoing.synchronize().map_err(|e| failed("waiting for copies", &e))?;
+        Ok(Found { tick: f64::from(ms) * 1e-3 / args.ticks as f64, alone })
+    }
+
+    /// The message of the tick before; while it is waited for, copies that arrive are sent.
+    fn receive(&mut self, kind: Kind, tick: u64) -> Result<()> {
+        let Some(k) = self.inward.iter().position(|end| end.link.kind == kind).filter(|_| tick > 0) else {
+            return Ok(());
+        };
+        while !self.inward[k].receiver.ready()? && self.out.iter().any(Out::is_pending) {
+            self.out.iter_mut().try_for_each(|out| out.start(false))?;
+            std::thread::yield_now();
+        }
+        let end = &mut self.inward[k];
+        let header = end.link.header(0, (tick - 1) as u32, [end.link.words as u32, 1, 1, 1]);
+        end.receive(&self.gpu, &header)
+    }
+
+    fn send(&mut self, kind: Kind, tick: u64) -> Result<()> {
+        let Some(out) = self.out.iter_mut().find(|out| out.link.kind == kind) else { return Ok(()) };
+        out.start(true)?;
+        let header = out.link.header(0, tick as u32, [out.link.words as u32, 1, 1, 1]).stamped(tick, 0);
+        out.copy(&self.gpu, &header)
+    }
+}
+
+pub(super) fn print(args: &OverlapArgs, world: &World, all: &[Found]) {
+    println!(
+        "{} workers on {} ranks of {}, arrays on a GPU, staged in host memory: {} down and {} up a tick, {} ticks, waits of {} \
+         ms twice",
+        all.len(),
+        world.size(),
+        hostname(),
+        show_bytes(args.bytes),
+        show_bytes(args.bytes),
+        args.ticks,
+        args.compute_ms
+    );
+    println!("ms a tick  {:>9} {:>13} {:>9} {:>10}", "tick", "waits alone", "exposed", "of a tick");
+    let exposed = |found: &Found| (found.tick - 2.0 * found.alone).max(0.0);
+    for (worker, found) in all.iter().enumerate() {
+        println!(
+            "worker {worker:<3} {:>9.3} {:>13.3} {:>9.3} {:>9.2}%",
+            1e3 * found.tick,
+            2e3 * found.alone,
+            1e3 * exposed(found),
+            100.0 * exposed(found) / found.tick
+        );
+    }
+    let worst = all.iter().map(|found| exposed(found) / found.tick).fold(0.0, f64::max);
+    println!("exposed communication: {:.2} % of the tick at most", 100.0 * worst);
+}

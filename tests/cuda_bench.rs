@@ -1,0 +1,161 @@
+//! Benchmarks and plans on a GPU, or on the emulator (tests/cuda-emulator): they run, add up, and say clearly what cannot be.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use common::mpirun::{mpirun, text};
+use serde_json::Value;
+
+/// As in tests/cuda.rs.
+fn program() -> String {
+    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_sideways").into())
+}
+
+/// The environment in which the program finds CUDA: the emulator's, but with `SIDEWAYS_TEST_GPU=1`.
+fn environment() -> Vec<(&'static str, String)> {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let mut all = vec![("SIDEWAYS_CACHE", "off".to_string())];
+    if !std::env::var("SIDEWAYS_TEST_GPU").is_ok_and(|value| value == "1") {
+        let folder = BUILT.get_or_init(|| {
+            let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+            let folder = root.join("target/cuda-emulator");
+            let built = Command::new(root.join("tests/cuda-emulator/build.sh")).arg(&folder).output().unwrap();
+            assert!(built.status.success(), "{}", text(&built));
+            folder
+        });
+        all.push(("LD_LIBRARY_PATH", folder.display().to_string()));
+    }
+    all
+}
+
+fn run(ranks: usize, args: &[&str], more: &[(&'static str, &str)]) -> Output {
+    let mut env = environment();
+    env.extend(more.iter().map(|&(name, value)| (name, value.to_string())));
+    if ranks == 0 {
+        return Command::new(program()).args(args).envs(env).output().unwrap();
+    }
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    mpirun(ranks, Path::new(&program()), args, &env, Duration::from_secs(60))
+}
+
+fn succeeds(ranks: usize, args: &[&str]) -> String {
+    let output = run(ranks, args, &[]);
+    assert!(output.status.success(), "{args:?}: {}", text(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&succeeds(0, args)).unwrap()
+}
+
+/// A small network in three modules.
+fn configuration() -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    let toml = "[data]\ncrop = 12\nframes = 6\nbatch = 2\n[model]\nclasses = 4\nmodules = 3\nlayers = [\
+        { kind = 'conv2d', out = 8, kernel = 3, padding = 1 }, { kind = 'group-norm', groups = 4 }, { kind = 'relu' }, \
+        { kind = 'residual', out = 8, groups = 4 }, { kind = 'max-pool', kernel = 2 }, { kind = 'conv2d', out = 8, kernel = 3 }, \
+        { kind = 'relu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]\n[run]\ndevice = 'cuda'\n";
+    std::fs::write(&path, toml).unwrap();
+    (dir, path.display().to_string())
+}
+
+/// All numbers of an array of JSON at `key` of its elements.
+fn numbers(rows: &Value, key: &str) -> Vec<f64> {
+    rows.as_array().unwrap().iter().map(|row| row[key].as_f64().unwrap()).collect()
+}
+
+/// Every layer has its times, launched and as a graph, and every module its tick and its memory, near what was predicted.
+#[test]
+fn layers_and_ticks() {
+    let (_dir, config) = configuration();
+    for precision in ["f32", "bf16"] {
+        let set = format!("run.precision={precision}");
+        let found = json(&["bench", "layers", &config, "--json", "--set", &set]);
+        assert_eq!(found["gpu"]["precision"], precision);
+        for peak in ["memory", "f32", "tf32", "bf16", "to_device", "to_host"] {
+            assert!(found["peaks"][peak].as_f64().unwrap() > 0.0, "{peak}: {found}");
+        }
+        for table in ["launches", "graphs"] {
+            let rows = found[table].as_array().unwrap();
+            // 9 layers and the two convolutions of the residual block.
+            assert_eq!(rows.len(), 11);
+            assert!(rows.iter().all(|row| row["forward"]["seconds"].as_f64().unwrap() > 0.0), "{found}");
+        }
+        assert_eq!(found["ticks"].as_array().unwrap().len(), 3);
+        for ((launches, graphs), (allocated, predicted)) in numbers(&found["ticks"], "launches")
+            .into_iter()
+            .zip(numbers(&found["ticks"], "graphs"))
+            .zip(numbers(&found["ticks"], "allocated").into_iter().zip(numbers(&found["ticks"], "predicted")))
+        {
+            assert!(launches > 0.0 && graphs > 0.0);
+            assert!(allocated > 0.3 * predicted, "{allocated} bytes allocated, {predicted} predicted");
+        }
+    }
+}
+
+/// A plan is made of times on the GPU, with the GPU's memory; without a GPU it says so.
+#[test]
+fn plans() {
+    let (_dir, config) = configuration();
+    let set = ["--set", "run.precision=bf16"];
+    let plan = json(&[&["plan", config.as_str(), "--json"], &set[..]].concat());
+    assert_eq!((&plan["gpu"]["precision"], &plan["busy"]), (&"bf16".into(), &1.into()));
+    assert!(plan["gpu"]["name"].as_str().is_some_and(|name| !name.is_empty()));
+    assert!(numbers(&plan["modules"], "forward").iter().all(|&seconds| seconds > 0.0));
+    let float = json(&["plan", &config, "--json"]);
+    let memory = |plan: &Value| numbers(&plan["modules"], "memory").iter().sum::<f64>();
+    assert!(memory(&plan) < memory(&float), "bfloat16 takes as much memory as float32");
+    // Where nothing says where to cut, the times do.
+    let open = std::fs::read_to_string(&config).unwrap().replace("modules = 3\n", "");
+    std::fs::write(&config, open).unwrap();
+    let open = json(&["plan", &config, "--json", "--ranks", "2"]);
+    assert_eq!((&open["origin"], open["modules"].as_array().unwrap().len()), (&"measured".into(), 2));
+    if environment().len() > 1 {
+        let none = run(0, &["plan", &config], &[("SIDEWAYS_EMULATOR_DEVICES", "0")]);
+        assert_eq!(none.status.code(), Some(2), "{}", text(&none));
+        assert!(text(&none).contains("has no GPU"), "{}", text(&none));
+    }
+}
+
+/// Training on made-up frames says on what, and how fast.
+#[test]
+fn training_on_made_up_frames() {
+    let (_dir, config) = configuration();
+    let found = json(&["bench", "train", &config, "--json", "--clips", "1", "--set", "model.skip={ spans = [2] }"]);
+    assert!(found["frames_per_second"].as_f64().unwrap() > 0.0 && found["gpu"]["name"].is_string(), "{found}");
+    assert!(found["predicted_tick_ms"].as_f64().unwrap() > 0.0);
+    assert!(succeeds(2, &["bench", "train", &config, "--clips", "1"]).contains("modules on "));
+}
+
+/// Device arrays over links between threads and ranks; modules that wait on the GPU take as long as they wait.
+#[test]
+fn links_and_overlap() {
+    for ranks in [0, 2] {
+        let link = succeeds(
+            ranks,
+            &["bench", "link", "--device", "cuda", "--from", "16KiB", "--to", "64KiB", "--repeat", "1"],
+        );
+        assert!(link.lines().filter(|line| line.contains("KiB |")).count() == 2, "{link}");
+        let workers: &[&str] = if ranks == 0 { &["--workers", "2"] } else { &[] };
+        let args = ["bench", "overlap", "--device", "cuda", "--compute-ms", "5", "--ticks", "10", "--bytes", "64KiB"];
+        let overlap = succeeds(ranks, &[&args[..], workers].concat());
+        let rows: Vec<Vec<f64>> = overlap
+            .lines()
+            .filter(|line| line.starts_with("worker "))
+            .map(|line| line.split_whitespace().skip(2).filter_map(|word| word.parse().ok()).collect())
+            .collect();
+        assert_eq!(rows.len(), 2, "{overlap}");
+        for row in rows {
+            // Two waits of 5 ms a tick, and no tick is shorter than them.
+            assert!(row[1] >= 10.0 && row[0] > 9.9, "{overlap}");
+        }
+    }
+    let busy = run(0, &["bench", "overlap", "--device", "cuda", "--busy", "--workers", "2"], &[]);
+    assert_eq!(busy.status.code(), Some(2), "{}", text(&busy));
+}
