@@ -136,6 +136,11 @@ fn without_peer_access() {
     assert_eq!(named.status.code(), Some(2), "{said}");
     assert!(said.contains("run.exchange = \"peer\" does not work on module ") && said.contains("\"auto\""), "{said}");
     assert!(place.train("alone", 0, &[PEER], &env).status.success());
+    let by_mpi = text(&place.train("aware", 2, &[AWARE], &[MPI]));
+    assert!(
+        by_mpi.contains("module 3 -> 4 (main): by MPI, from GPU to GPU") && by_mpi.contains("exit status: 0"),
+        "{by_mpi}"
+    );
     let without = place.train("mpi", 2, &[AWARE], &[("SIDEWAYS_MPI_CUDA", "0")]);
     assert_eq!(without.status.code(), Some(2), "{}", text(&without));
     assert!(text(&without).contains("does not say that it works on GPU memory"), "{}", text(&without));

@@ -195,7 +195,7 @@ impl Values {
     /// As [`Values::wait`].
     pub fn flush(&mut self) -> Result<()> {
         let Ring { session, link, slots, .. } = &self.ring;
-        let slots = slots.iter().filter(|_| self.sending);
-        slots.map(|(_, slot)| session.core.wait_for(slot, link, || link.send_timeout(None))).collect()
+        let mut sent = slots.iter().filter(|_| self.sending);
+        sent.try_for_each(|(_, slot)| session.core.wait_for(slot, link, || link.send_timeout(None)))
     }
 }
