@@ -65,6 +65,7 @@ fn nothing_is_overwritten_before_a_slow_receiver_has_read_it() {
     let run = place.at("run").display().to_string();
     let eval = |exchange: &str, ranks: usize| -> String {
         let args = format!("eval {run} --json --set {CUDA} --set {exchange} --set model.modules=5 2>/dev/null");
+        let program = program();
         let script = format!(
             "if [ $((OMPI_COMM_WORLD_RANK % 2)) = 1 ]; then export SIDEWAYS_EMULATOR_LAUNCH_DELAY_US=1000; fi; \
              exec {program} {args}"
@@ -132,6 +133,7 @@ fn a_killed_rank_ends_the_job() {
     for exchange in [STAGED, PEER] {
         let place = Place::new(&[SKIPS, CUDA, "train.clips=100000", exchange]);
         let (metrics, killed) = (place.dir.path().join("run/metrics.jsonl"), place.at("killed"));
+        let program = program();
         let script = format!(
             "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (until [ $(cat {} 2>/dev/null | wc -l) -ge 2 ]; do sleep 0.05; done; \
              touch {}; kill -9 $$) & fi; exec {program} train {}",
