@@ -380,6 +380,8 @@ pub enum Exchange {
     /// Copied by the GPU into the receiver's memory: between modules of one process, and of processes of one node whose GPUs
     /// have peer access.
     Peer,
+    /// By an MPI library that works on GPU memory, between processes; as peers within one.
+    CudaAware,
 }
 
 /// Number format of activations and cotangents in messages.

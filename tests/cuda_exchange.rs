@@ -16,9 +16,18 @@ const CUDA: &str = "run.device=cuda";
 const SKIPS: &str = "model.skip={ spans = [2, 3] }";
 const STAGED: &str = "run.exchange=staged";
 const PEER: &str = "run.exchange=peer";
+const AWARE: &str = "run.exchange=cuda-aware";
+/// Says that MPI works on GPU memory: on the emulator's, which is ordinary memory, every library does.
+const MPI: (&str, &str) = ("SIDEWAYS_MPI_CUDA", "1");
 const HALF: &str = "run.wire=bf16";
 /// Copies and kernels that take their time, each another.
-const LATE: [(&str, &str); 2] = [("SIDEWAYS_EMULATOR_COPY_DELAY_US", "200"), ("SIDEWAYS_EMULATOR_JITTER_US", "400")];
+const LATE: [(&str, &str); 3] =
+    [("SIDEWAYS_EMULATOR_COPY_DELAY_US", "200"), ("SIDEWAYS_EMULATOR_JITTER_US", "400"), MPI];
+
+/// The ways there are between ranks here.
+fn ways() -> &'static [&'static str] {
+    if real() { &[STAGED, PEER] } else { &[STAGED, PEER, AWARE] }
+}
 
 /// Skips with averaging, replicas, both wires, one process and several.
 #[test]
@@ -34,7 +43,7 @@ fn every_exchange_gives_the_same_bits() {
             assert!(place.trained(exchange, 0, &[exchange], &LATE) == staged, "{sets:?} {exchange} in one process");
         }
         for &ranks in ranks {
-            for exchange in [STAGED, PEER] {
+            for exchange in ways() {
                 let run = place.trained(&format!("{exchange}-{ranks}"), ranks, &[exchange], &LATE);
                 assert!(run == staged, "{sets:?} {exchange} on {ranks} ranks");
             }
@@ -50,8 +59,8 @@ fn large_messages_between_two_gpus() {
                   { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
     let place = Place::new(&[layers, "model.modules=2", "train.rule=sideways", "data.batch=8", "train.clips=1", CUDA]);
     let threads = place.trained("threads", 0, &[STAGED], &[]);
-    let env = [("SIDEWAYS_EMULATOR_DEVICES", "2"), ("SIDEWAYS_EMULATOR_JITTER_US", "500")];
-    for exchange in [STAGED, PEER] {
+    let env = [("SIDEWAYS_EMULATOR_DEVICES", "2"), ("SIDEWAYS_EMULATOR_JITTER_US", "500"), MPI];
+    for exchange in ways() {
         assert!(place.trained(exchange, 2, &[exchange], &env) == threads, "{exchange}");
     }
 }
@@ -65,12 +74,12 @@ fn nothing_is_overwritten_before_a_slow_receiver_has_read_it() {
     let run = place.at("run").display().to_string();
     let eval = |exchange: &str, ranks: usize| -> String {
         let args = format!("eval {run} --json --set {CUDA} --set {exchange} --set model.modules=5 2>/dev/null");
-        let program = program();
         let script = format!(
             "if [ $((OMPI_COMM_WORLD_RANK % 2)) = 1 ]; then export SIDEWAYS_EMULATOR_LAUNCH_DELAY_US=1000; fi; \
-             exec {program} {args}"
+             exec {} {args}",
+            program()
         );
-        let env = environment(&[]);
+        let env = environment(&[MPI]);
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         let output = mpirun(ranks, Path::new("sh"), &["-c", &script], &env, MINUTE);
         assert!(output.status.success(), "{exchange}: {}", text(&output));
@@ -78,8 +87,10 @@ fn nothing_is_overwritten_before_a_slow_receiver_has_read_it() {
         format!("{} {} {}", json["loss"], json["top1"], json["clips"])
     };
     let staged = eval(STAGED, 2);
-    assert_eq!(eval(PEER, 2), staged);
-    assert_eq!(eval(PEER, 5), staged);
+    for exchange in &ways()[1..] {
+        assert_eq!(eval(exchange, 2), staged, "{exchange}");
+        assert_eq!(eval(exchange, 5), staged, "{exchange}");
+    }
 }
 
 /// bfloat16 in messages: the loss is that of 32-bit floats to a per cent, and not its bits; where activations are bfloat16,
@@ -125,23 +136,26 @@ fn without_peer_access() {
     assert_eq!(named.status.code(), Some(2), "{said}");
     assert!(said.contains("run.exchange = \"peer\" does not work on module ") && said.contains("\"auto\""), "{said}");
     assert!(place.train("alone", 0, &[PEER], &env).status.success());
+    let without = place.train("mpi", 2, &[AWARE], &[("SIDEWAYS_MPI_CUDA", "0")]);
+    assert_eq!(without.status.code(), Some(2), "{}", text(&without));
+    assert!(text(&without).contains("does not say that it works on GPU memory"), "{}", text(&without));
 }
 
 /// A rank that is killed in the middle of it ends the job within seconds.
 #[test]
 fn a_killed_rank_ends_the_job() {
-    for exchange in [STAGED, PEER] {
+    for &exchange in ways() {
         let place = Place::new(&[SKIPS, CUDA, "train.clips=100000", exchange]);
         let (metrics, killed) = (place.dir.path().join("run/metrics.jsonl"), place.at("killed"));
-        let program = program();
         let script = format!(
             "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (until [ $(cat {} 2>/dev/null | wc -l) -ge 2 ]; do sleep 0.05; done; \
-             touch {}; kill -9 $$) & fi; exec {program} train {}",
+             touch {}; kill -9 $$) & fi; exec {} train {}",
             metrics.display(),
             killed.display(),
+            program(),
             place.config
         );
-        let env = environment(&[]);
+        let env = environment(&[MPI]);
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         let start = Instant::now();
         let output = mpirun(3, Path::new("sh"), &["-c", &script], &env, MINUTE);

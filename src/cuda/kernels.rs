@@ -89,8 +89,8 @@ pub fn load(context: &Arc<CudaContext>) -> Result<HashMap<(&'static str, Element
 
 /// The kernels for one type of activations, compiled once a process: its workers wait for the first.
 fn compiled(major: i32, minor: i32, element: Element) -> Result<Ptx> {
-    type Known = Vec<((i32, i32, Element), Ptx)>;
-    static DONE: Mutex<Known> = Mutex::new(Vec::new());
+    type Wanted = (i32, i32, Element);
+    static DONE: Mutex<Vec<(Wanted, Ptx)>> = Mutex::new(Vec::new());
     let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
     let wanted = (major, minor, element);
     if let Some((_, ptx)) = done.iter().find(|(made_for, _)| *made_for == wanted) {

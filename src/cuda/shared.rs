@@ -88,6 +88,15 @@ pub struct Ring {
 }
 
 impl Ring {
+    /// Memory for `places` messages of `bytes` each, of this process alone.
+    ///
+    /// # Errors
+    /// As [`Port::allocate`].
+    pub fn allocate(port: &Port, bytes: usize, places: usize) -> Result<Ring> {
+        let stride = aligned(bytes);
+        Ok(Ring { memory: port.allocate(places * stride, false)?, offset: 0, stride, places })
+    }
+
     /// The address at which message number `n` goes.
     pub fn place(&self, n: usize) -> u64 {
         self.memory.pointer() + (self.offset + n % self.places * self.stride) as u64
@@ -120,6 +129,16 @@ impl Port {
         let context = CudaContext::new(ordinal).map_err(|e| failed("opening the GPU", &e))?;
         let stream = context.new_stream().map_err(|e| failed("making a stream", &e))?;
         Ok(Port { context, stream, pinned: RefCell::default() })
+    }
+
+    /// What makes the GPU another thread's too.
+    pub fn binding(&self) -> impl Fn() + Send + Sync + 'static {
+        let context = self.context.clone();
+        move || {
+            if let Err(e) = context.bind_to_thread() {
+                log::warn!("binding the GPU to a thread: {e}");
+            }
+        }
     }
 
     /// Memory of `bytes`; for other processes too if `exported`.

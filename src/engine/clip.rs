@@ -144,6 +144,7 @@ impl Worker {
 
     /// Waits until everything sent has left.
     pub(super) fn flush(&mut self) -> Result<()> {
+        self.compute.flush()?;
         for edge in &mut self.outputs {
             edge.activations.flush()?;
         }

@@ -4,17 +4,25 @@
 //! Staged, a message's values travel in the link's buffers in host memory. As peers, the receiver owns a ring of places in its
 //! GPU's memory; the sender's GPU copies the values into the next one, and when the copy is complete a message of a header
 //! alone says so over the same link. The receiver gives the link's buffer back when its GPU has read the place, and
-//! [`LinkSpec::in_flight`] is the number of places with which none is overwritten before that.
+//! [`LinkSpec::in_flight`] is the number of places with which none is overwritten before that. With an MPI library that works
+//! on GPU memory, both ends have a ring of places; MPI moves the values from one to the other as messages of their own, and
+//! headers travel as between peers.
 
 #[cfg(feature = "cuda")]
 mod arena;
 #[cfg(feature = "cuda")]
+mod carried;
+#[cfg(feature = "cuda")]
 mod trial;
+
+use std::time::Duration;
 
 use super::gpus::Site;
 use super::setup::Setup;
 use crate::Result;
-use crate::transport::{LinkSpec, World};
+#[cfg(feature = "cuda")]
+use crate::transport::connect_outside;
+use crate::transport::{Endpoints, LinkSpec, World, connect};
 #[cfg(feature = "cuda")]
 pub use on::{Edge, Settled, settle};
 
@@ -46,7 +54,7 @@ impl Exchange {
                 let wiring = &setup.wiring;
                 let pairs = wiring.activations.iter().flatten().zip(wiring.cotangents.iter().flatten());
                 let edges: Vec<Edge> = pairs.map(|(&there, &back)| Edge { there, back }).collect();
-                let timeout = std::time::Duration::from_secs(setup.config.run.timeout);
+                let timeout = Duration::from_secs(setup.config.run.timeout);
                 let (choice, placement) = (setup.config.run.exchange, setup.grid.placement());
                 let settled = settle(world, &placement, &links, &edges, choice, ordinal, timeout)?;
                 Ok(Exchange { links: settled.links(&links, &placement), settled: Some(settled) })
@@ -54,10 +62,28 @@ impl Exchange {
         }
     }
 
+    /// Makes this rank's ends of the links, as [`crate::transport::connect`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn connect(&self, world: &World, placement: &[usize], timeout: Duration) -> Result<Endpoints> {
+        #[cfg(feature = "cuda")]
+        if let Some(settled) = &self.settled {
+            return connect_outside(world, placement, &self.links, timeout, &settled.outside());
+        }
+        connect(world, placement, &self.links, timeout)
+    }
+
     /// The places of link `id`'s messages in GPU memory; `None` where they are staged.
     #[cfg(feature = "cuda")]
     pub fn ring(&self, id: u32) -> Option<&crate::cuda::shared::Ring> {
         self.settled.as_ref().and_then(|settled| settled.ring(id))
+    }
+
+    /// Takes what moves link `id`'s values, where MPI does.
+    #[cfg(feature = "cuda")]
+    pub fn values(&self, id: u32, endpoints: &mut Endpoints) -> Option<crate::transport::Values> {
+        self.settled.as_ref().and_then(|settled| settled.values(id)).and_then(|id| endpoints.values(id))
     }
 
     /// Gives the memory back, when all workers of this rank are done. Collective; a run that failed drops this instead.
@@ -78,13 +104,15 @@ impl Exchange {
 mod on {
     //! With GPUs.
 
+    use std::collections::HashMap;
     use std::time::Duration;
 
     use super::arena::Arena;
+    use super::carried::Carried;
     use super::trial;
     use crate::config::Exchange as Choice;
     use crate::cuda::shared::{Port, Ring};
-    use crate::transport::{LinkSpec, World, hostname};
+    use crate::transport::{LinkSpec, Outside, World, hostname};
     use crate::{Error, Result};
 
     /// The two links between two modules: activations there, and where any is used cotangents back.
@@ -103,23 +131,38 @@ mod on {
     }
 
     /// What was settled.
+    #[derive(Default)]
     pub struct Settled {
         arena: Arena,
+        carried: Carried,
     }
 
     impl Settled {
         /// `links` as they are to be connected: those between peers carry headers only.
         pub fn links(&self, links: &[LinkSpec], placement: &[usize]) -> Vec<LinkSpec> {
-            let as_settled = |link: &LinkSpec| match self.arena.has(link.id) {
-                true => announcing(link, placement[link.from] == placement[link.to]),
-                false => link.clone(),
-            };
-            links.iter().map(as_settled).collect()
+            let as_settled =
+                |link: &LinkSpec| match self.arena.has(link.id) || self.carried.values.contains_key(&link.id) {
+                    true => announcing(link, placement[link.from] == placement[link.to]),
+                    false => link.clone(),
+                };
+            let mut values: Vec<LinkSpec> = self.carried.values.values().cloned().collect();
+            values.sort_by_key(|link| link.id);
+            links.iter().map(as_settled).chain(values).collect()
         }
 
         /// The places of link `id`'s messages.
         pub fn ring(&self, id: u32) -> Option<&Ring> {
-            self.arena.ring(id)
+            self.arena.ring(id).or_else(|| self.carried.rings.get(&id))
+        }
+
+        /// The link that carries the values of link `id`.
+        pub fn values(&self, id: u32) -> Option<u32> {
+            self.carried.values.get(&id).map(|link| link.id)
+        }
+
+        /// This rank's places for the links that carry values.
+        pub fn outside(&self) -> HashMap<u32, Vec<Outside>> {
+            self.carried.outside(|link| link.id)
         }
 
         /// As [`super::Exchange::close`].
@@ -153,7 +196,7 @@ mod on {
         timeout: Duration,
     ) -> Result<Settled> {
         if choice == Choice::Staged || edges.is_empty() {
-            return Ok(Settled { arena: Arena::default() });
+            return Ok(Settled::default());
         }
         let port = world.first_error(Port::open(ordinal))?;
         let hosts = world.gather(hostname().as_bytes())?;
@@ -165,13 +208,26 @@ mod on {
         };
 
         let (mut peers, mut others) = (Vec::new(), Vec::new());
+        let mut between = Vec::new();
         for edge in edges {
             let (a, b) = ranks(edge);
+            if a != b && choice == Choice::CudaAware {
+                between.push(*edge);
+                continue;
+            }
             match hosts[a] == hosts[b] {
                 true => peers.push(*edge),
                 false => others.push((*edge, format!("ranks {a} and {b} are on different nodes"))),
             }
         }
+        let carried = if between.is_empty() {
+            Carried::default()
+        } else {
+            let first = links.iter().map(|link| link.id + 1).max().unwrap_or(0);
+            check_mpi(world)?;
+            world.prepare_threads(port.binding());
+            world.first_error(Carried::open(&port, placement, world.rank(), &of(&between), first))?
+        };
         let (mut arena, failures) = Arena::open(world, &port, placement, &of(&peers))?;
         peers.retain(|edge| {
             let (a, b) = ranks(edge);
@@ -180,14 +236,19 @@ mod on {
             others.extend(trouble.map(|failure| (*edge, failure.text.clone())));
             trouble.is_none()
         });
+        let peers_only = peers.len();
+        peers.append(&mut between);
         let pairs: Vec<trial::Pair> = peers
             .iter()
             .filter_map(|edge| Some(trial::Pair { there: link(edge.there)?, back: edge.back.and_then(link) }))
             .collect();
-        let outcomes = trial::run(world, &port, placement, &pairs, &arena, timeout)?;
+        let outcomes = trial::run(world, &port, placement, &pairs, (&arena, &carried), timeout)?;
         let mut chosen = Vec::new();
-        for (edge, outcome) in peers.iter().zip(outcomes) {
+        for (place, (edge, outcome)) in peers.iter().zip(outcomes).enumerate() {
             match outcome {
+                Ok(times) if place >= peers_only => {
+                    say(world, &format!("{}: by MPI, from GPU to GPU ({times})", name(edge)))
+                }
                 Err(text) => others.push((*edge, text)),
                 Ok(times) if choice == Choice::Auto && times.staged < times.peer => {
                     others.push((*edge, times.to_string()));
@@ -199,8 +260,9 @@ mod on {
             }
         }
         for (edge, why) in &others {
-            if choice == Choice::Peer {
-                let text = format!("run.exchange = \"peer\" does not work on {}: {why}; use \"auto\"", name(edge));
+            if choice != Choice::Auto {
+                let named = if choice == Choice::Peer { "peer" } else { "cuda-aware" };
+                let text = format!("run.exchange = \"{named}\" does not work on {}: {why}; use \"auto\"", name(edge));
                 return world.first_error(Err(Error::input(text)));
             }
             say(world, &format!("{}: by way of host memory ({why})", name(edge)));
@@ -213,7 +275,21 @@ mod on {
             let refused = failures.first().map_or(Ok(()), |failure| Err(Error::Run(failure.text.clone())));
             world.first_error(refused)?;
         }
-        Ok(Settled { arena })
+        Ok(Settled { arena, carried })
+    }
+
+    /// Refuses MPI libraries that do not say that they work on GPU memory.
+    fn check_mpi(world: &World) -> Result<()> {
+        let all = world.gather(&[u8::from(world.takes_gpu_memory())])?;
+        let without = all.iter().position(|said| said[..] != [1]);
+        world.first_error(without.map_or(Ok(()), |rank| {
+            Err(Error::input(format!(
+                "run.exchange = \"cuda-aware\": the MPI library ({}) of rank {rank} does not say that it works on GPU memory. \
+                 Use one that is built for CUDA (with Open MPI, `ompi_info` says so), set SIDEWAYS_MPI_CUDA=1 where another \
+                 library can, or use \"auto\"",
+                world.mpi_library().unwrap_or_default()
+            )))
+        }))
     }
 
     fn say(world: &World, text: &str) {

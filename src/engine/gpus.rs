@@ -98,7 +98,7 @@ pub fn usable() -> (usize, String) {
 mod on {
     //! A worker's registers on a GPU.
 
-    use super::super::compute::{Compute, Device, Making, Rings};
+    use super::super::compute::{Compute, Device, Making, Routes};
     use super::super::footprint::{bytes, gpu_memory};
     use super::super::setup::Setup;
     use super::super::worker::Update;
@@ -125,7 +125,7 @@ mod on {
         /// Edges out.
         pub returns: Vec<bool>,
         /// Both.
-        pub rings: Rings<'a>,
+        pub routes: Routes<'a>,
     }
 
     /// Puts worker `w`'s module, as the host's `module` and `update` have it, on a GPU.
@@ -164,7 +164,7 @@ mod on {
         let spec = &setup.network.modules[i - 1];
         let mut inputs = vec![spec.main];
         inputs.extend(spec.skips.iter().map(|skip| skip.shape));
-        let Edges { mut returned, returns, rings } = edges;
+        let Edges { mut returned, returns, routes } = edges;
         returned.resize(inputs.len(), false);
         let outputs = setup.network.outputs(i).into_iter().zip(&returns);
         let making = Making {
@@ -175,12 +175,12 @@ mod on {
             batch,
             element,
             wire: if run.halves_messages() { Element::Bf16 } else { Element::F32 },
-            rings,
+            routes,
             loss: (i == setup.grid.modules).then_some(setup.ahead.is_some()),
             leaves_out: run.on_nonfinite == OnNonfinite::Skip,
             optimizer: update.map(|update| &update.optimizer),
         };
-        let device = Device::new(&gpu, on_gpu, &making)?;
+        let device = Device::new(&gpu, on_gpu, making)?;
         log::info!(
             "module {i} computes on GPU {} ({}) in {:?}: {} of its memory, {} predicted",
             place.ordinal,

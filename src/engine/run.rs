@@ -1,13 +1,15 @@
 //! Starting workers and seeing them through: the pipeline's side of training and evaluation.
 
+#[cfg(feature = "cuda")]
+use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use candle_core::{DType, Device};
 
-#[cfg(feature = "cuda")]
-use super::compute::Rings;
 use super::compute::{Compute, Host};
+#[cfg(feature = "cuda")]
+use super::compute::{Route, Routes};
 use super::console::{Console, Observer, Recorder, Totals, gather};
 use super::exchange::Exchange;
 use super::gpus::{self, Site};
@@ -28,8 +30,10 @@ use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
 use crate::plan::machine::at_once;
+#[cfg(feature = "cuda")]
+use crate::transport::Values;
 use crate::transport::average::ReplicaAverage;
-use crate::transport::{Endpoints, Receiver, Sender, World, connect};
+use crate::transport::{Endpoints, Receiver, Sender, World};
 use crate::{Error, Result};
 
 /// Which batches of clips a run goes through, and from what parameters.
@@ -156,7 +160,7 @@ fn run(
     let site = gpus::choose(world, setup.config.run.device)?;
     let timeout = Duration::from_secs(setup.config.run.timeout);
     let exchange = Exchange::of_run(setup, world, site)?;
-    let mut endpoints = connect(world, &grid.placement(), &exchange.links, timeout)?;
+    let mut endpoints = exchange.connect(world, &grid.placement(), timeout)?;
     let breaker = endpoints.breaker();
     let batch = setup.config.data.batch;
     let mut reports: Vec<(u32, Receiver)> = Vec::new();
@@ -173,7 +177,7 @@ fn run(
         let mut running = 0;
         for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
             let (i, r) = grid.module_and_replica(w);
-            let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints)?);
+            let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints, &exchange)?);
             let (turns, requests) = (turns.clone(), requests.clone());
             let threads = setup.config.run.threads;
             let exchange = &exchange;
@@ -294,6 +298,9 @@ struct Ends {
     average: Option<ReplicaAverage>,
     told: Option<(u32, Receiver)>,
     tells: Vec<(u32, Sender)>,
+    /// By link, what moves its values past it.
+    #[cfg(feature = "cuda")]
+    values: HashMap<u32, Values>,
 }
 
 fn take<T>(end: Option<T>, id: u32) -> Result<T> {
@@ -301,7 +308,8 @@ fn take<T>(end: Option<T>, id: u32) -> Result<T> {
 }
 
 /// Takes worker `w`'s ends.
-fn ends_of(setup: &Setup, w: usize, endpoints: &mut Endpoints) -> Result<Ends> {
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only values of GPUs travel past the links"))]
+fn ends_of(setup: &Setup, w: usize, endpoints: &mut Endpoints, exchange: &Exchange) -> Result<Ends> {
     let (i, r) = setup.grid.module_and_replica(w);
     let wiring = &setup.wiring;
     let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
@@ -341,7 +349,20 @@ fn ends_of(setup: &Setup, w: usize, endpoints: &mut Endpoints) -> Result<Ends> {
             tells.push((id, take(endpoints.sender(id), id)?));
         }
     }
-    Ok(Ends { inputs, outputs, truth_in, truth_out, console, average, told, tells })
+    Ok(Ends {
+        #[cfg(feature = "cuda")]
+        values: (setup.wiring.links.iter().filter(|l| l.from == w || l.to == w))
+            .filter_map(|l| Some((l.id, exchange.values(l.id, endpoints)?)))
+            .collect(),
+        inputs,
+        outputs,
+        truth_in,
+        truth_out,
+        console,
+        average,
+        told,
+        tells,
+    })
 }
 
 fn average_links(setup: &Setup, i: usize, first: u32) -> Vec<crate::transport::LinkSpec> {
@@ -405,7 +426,7 @@ fn build(
         let state = update.as_mut().filter(|_| *fit == Fit::Exact);
         restore(&mut module, state, checkpoint, *fit, &last_layer(setup))?;
     }
-    let compute = compute(setup, w, &mut module, update.as_ref(), &ends, place)?;
+    let compute = compute(setup, w, &mut module, update.as_ref(), &mut ends, place)?;
     let inputs = setup.network.inputs(i).into_iter().zip(ends.inputs);
     let outputs = setup.network.outputs(i).into_iter().zip(ends.outputs);
     let d = setup.grid.modules;
@@ -478,7 +499,7 @@ fn compute(
     w: usize,
     module: &mut Module,
     update: Option<&Update>,
-    ends: &Ends,
+    ends: &mut Ends,
     (site, exchange): (Site, &Exchange),
 ) -> Result<Compute> {
     let (i, _) = setup.grid.module_and_replica(w);
@@ -486,13 +507,17 @@ fn compute(
         Site::Cpu => Ok(Compute::Host(Host::new(setup.network.inputs(i).len()))),
         #[cfg(feature = "cuda")]
         Site::Gpu { ordinal, ranks } => {
-            let rings = |there: u32, back: Option<u32>| [exchange.ring(there), back.and_then(|id| exchange.ring(id))];
-            let inputs = ends.inputs.iter().map(|(id, _, back)| rings(*id, back.as_ref().map(|(id, _)| *id)));
-            let outputs = ends.outputs.iter().map(|(id, _, back)| rings(*id, back.as_ref().map(|(id, _)| *id)));
+            let mut values = std::mem::take(&mut ends.values);
+            let mut route = |id: u32| exchange.ring(id).map(|ring| Route { ring, values: values.remove(&id) });
+            let mut routes = |there: u32, back: Option<u32>| [route(there), back.and_then(&mut route)];
+            let back = |end: &Option<(u32, Sender)>| end.as_ref().map(|(id, _)| *id);
+            let inputs = ends.inputs.iter().map(|(id, _, end)| routes(*id, back(end))).collect();
+            let outputs =
+                ends.outputs.iter().map(|(id, _, end)| routes(*id, end.as_ref().map(|(id, _)| *id))).collect();
             let edges = super::gpus::Edges {
                 returned: ends.inputs.iter().map(|(.., back)| back.is_some()).collect(),
                 returns: ends.outputs.iter().map(|(.., back)| back.is_some()).collect(),
-                rings: Rings { inputs: inputs.collect(), outputs: outputs.collect() },
+                routes: Routes { inputs, outputs },
             };
             super::gpus::registers(setup, w, module, update, super::gpus::Place { ordinal, ranks }, edges)
         }

@@ -15,6 +15,7 @@
 //! (threads of one process), [`world`] (which ranks there are), `mpi` (between processes), [`average`]
 //! (replicas' gradients), [`share`] (tasks for whoever is free). Only the files of `mpi/` name the MPI library.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub mod world;
 pub use link::Breaker;
 pub use message::{HEADER_WORDS, Header, Kind};
 pub(crate) use mpi::Baseline;
+pub use mpi::Values;
 pub use world::{World, hostname};
 
 use link::Link;
@@ -75,8 +77,18 @@ impl LinkSpec {
     }
 }
 
+/// A place in memory that is not a link's own, such as a GPU's, from or to which MPI moves a message's values directly.
+#[derive(Clone)]
+pub struct Outside {
+    /// Where it starts; the MPI library must be able to work on it ([`World::takes_gpu_memory`]).
+    pub address: u64,
+    /// What it is part of, kept until MPI is done with it.
+    pub part_of: Arc<dyn std::any::Any + Send + Sync>,
+}
+
 /// The ends of links that belong to this rank's workers, to be handed out to them.
 pub struct Endpoints {
+    values: Vec<(u32, Values)>,
     senders: Vec<(u32, Sender)>,
     receivers: Vec<(u32, Receiver)>,
     breaker: Breaker,
@@ -93,6 +105,12 @@ impl Endpoints {
     pub fn receiver(&mut self, id: u32) -> Option<Receiver> {
         let place = self.receivers.iter().position(|(other, _)| *other == id)?;
         Some(self.receivers.swap_remove(place).1)
+    }
+
+    /// Takes this rank's end of link `id`, which has places outside, if there is one and it was not taken yet.
+    pub fn values(&mut self, id: u32) -> Option<Values> {
+        let place = self.values.iter().position(|(other, _)| *other == id)?;
+        Some(self.values.swap_remove(place).1)
     }
 
     /// The switch that stops all these links; a worker that fails trips it.
@@ -244,15 +262,36 @@ impl Receiver {
 /// [`Error::Input`] for a list that cannot work, or that is not the same on all ranks; [`Error::Transport`]
 /// when MPI refuses.
 pub fn connect(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
+    connect_outside(world, rank_of_worker, links, timeout, &HashMap::new())
+}
+
+/// As [`connect`], where some links between ranks carry values alone, in places outside: `depth` of each such link's end on
+/// this rank.
+///
+/// # Errors
+/// As [`connect`].
+pub fn connect_outside(
+    world: &World,
+    rank_of_worker: &[usize],
+    links: &[LinkSpec],
+    timeout: Duration,
+    outside: &HashMap<u32, Vec<Outside>>,
+) -> Result<Endpoints> {
     world.first_error(check(world, rank_of_worker, links, timeout))?;
     let list = format!("{links:?} {rank_of_worker:?} {timeout:?}");
     world.agree(xxhash_rust::xxh3::xxh3_64(list.as_bytes()), "the list of links between modules")?;
     // Doubles as a barrier: when it returns, every rank's receives are posted.
-    world.first_error(open(world, rank_of_worker, links, timeout))
+    world.first_error(open(world, rank_of_worker, links, timeout, outside))
 }
 
 /// Makes this rank's ends of the links.
-fn open(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
+fn open(
+    world: &World,
+    rank_of_worker: &[usize],
+    links: &[LinkSpec],
+    timeout: Duration,
+    outside: &HashMap<u32, Vec<Outside>>,
+) -> Result<Endpoints> {
     let opening = match world {
         World::Mpi(ranks) if ranks.session.size > 1 => {
             let computes = |w: &usize| links.iter().any(|l| l.kind != Kind::Report && (l.from == *w || l.to == *w));
@@ -262,7 +301,8 @@ fn open(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Du
         _ => None,
     };
     let breaker = Breaker::default();
-    let mut endpoints = Endpoints { senders: Vec::new(), receivers: Vec::new(), breaker: breaker.clone() };
+    let (senders, receivers, values) = (Vec::new(), Vec::new(), Vec::new());
+    let mut endpoints = Endpoints { values, senders, receivers, breaker: breaker.clone() };
     let here = world.rank();
     for spec in links {
         let (from_rank, to_rank) = (rank_of_worker[spec.from], rank_of_worker[spec.to]);
@@ -272,6 +312,9 @@ fn open(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Du
                 let (sender, receiver) = local::pair(&link);
                 endpoints.senders.push((spec.id, Sender::Local(sender)));
                 endpoints.receivers.push((spec.id, Receiver::Local(receiver)));
+            }
+            Some(opening) if outside.contains_key(&spec.id) => {
+                endpoints.values.push((spec.id, opening.values(&link, from_rank == here, &outside[&spec.id])?));
             }
             Some(opening) if from_rank == here => {
                 endpoints.senders.push((spec.id, Sender::Mpi(opening.sender(&link)?)));
@@ -302,7 +345,7 @@ fn check(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: D
             size - 1
         )));
     }
-    let mut ids = std::collections::HashMap::new();
+    let mut ids = HashMap::new();
     for link in links {
         let LinkSpec { id, from, to, words, depth, name, .. } = link;
         let fail = |text: String| Err(Error::input(format!("link {id} \"{name}\": {text}")));

@@ -81,6 +81,19 @@ impl World {
         }
     }
 
+    /// Whether this rank's MPI library takes addresses of GPU memory (see [`super::Outside`]).
+    pub fn takes_gpu_memory(&self) -> bool {
+        matches!(self, World::Mpi(_)) && super::mpi::takes_gpu_memory()
+    }
+
+    /// Has `prepare` called once in every thread before it lets MPI work: what a GPU's memory needs of a thread that
+    /// touches it. Only the first call counts.
+    pub fn prepare_threads(&self, prepare: impl Fn() + Send + Sync + 'static) {
+        if let World::Mpi(ranks) = self {
+            let _ = ranks.session.core.prepare.set(Box::new(prepare));
+        }
+    }
+
     /// How many processes the node has.
     pub fn local_size(&self) -> usize {
         match self {

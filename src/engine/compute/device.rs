@@ -27,11 +27,13 @@ use crate::kernels::Window;
 use crate::model::layers::Pass;
 use crate::model::module;
 use crate::transport::average::ReplicaAverage;
-use crate::transport::{Header, Receiver, Sender};
+use crate::transport::{Header, Receiver, Sender, Values};
 use crate::{Error, Result};
 
 /// What comes in messages: its place on the GPU, and when it arrived and was used.
 struct Incoming {
+    /// What fills the places, where MPI does. Dropped before them.
+    values: Option<Values>,
     /// One place, into which messages are copied; or those into which the sender puts them, in turn.
     places: Vec<Array>,
     /// Which one came last, and messages so far.
@@ -58,9 +60,11 @@ enum Ahead {
 
 /// A copy from the GPU to where its receiver finds it, and a message that starts when it is there.
 struct Outgoing {
+    /// What sends the places' values, where MPI does. Dropped before them.
+    values: Option<Values>,
     /// The values as they travel, where activations are of another type.
     wire: Option<Array>,
-    /// The receiver's places, used in turn; none: values travel in the message.
+    /// The receiver's places, or those from which MPI sends, used in turn; none: values travel in the message.
     places: Vec<Array>,
     /// Messages so far.
     sent: usize,
@@ -138,7 +142,7 @@ pub struct Making<'a> {
     /// The type of activations and cotangents in messages.
     pub wire: Element,
     /// Where messages are put.
-    pub rings: Rings<'a>,
+    pub routes: Routes<'a>,
     /// Module D: whether target frames are needed.
     pub loss: Option<bool>,
     /// Whether what is not finite is left out.
@@ -147,13 +151,21 @@ pub struct Making<'a> {
     pub optimizer: Option<&'a crate::optim::Optimizer>,
 }
 
-/// By edge, the places in GPU memory into which messages are put; `None` where they are staged.
+/// The places in GPU memory into which a link's messages are put, and what moves them there where MPI does.
+pub struct Route<'a> {
+    /// The places.
+    pub ring: &'a Ring,
+    /// What moves values.
+    pub values: Option<Values>,
+}
+
+/// Routes by edge; `None` where messages are staged.
 #[derive(Default)]
-pub struct Rings<'a> {
+pub struct Routes<'a> {
     /// Activations that come, and the cotangents sent back for them.
-    pub inputs: Vec<[Option<&'a Ring>; 2]>,
+    pub inputs: Vec<[Option<Route<'a>>; 2]>,
     /// Activations that are sent, and the cotangents that come back for them.
-    pub outputs: Vec<[Option<&'a Ring>; 2]>,
+    pub outputs: Vec<[Option<Route<'a>>; 2]>,
 }
 
 impl Device {
@@ -161,14 +173,15 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::Run`] if the GPU has no memory for them.
-    pub fn new(gpu: &Arc<Gpu>, mut module: Module, making: &Making) -> Result<Self> {
-        let Making { batch, element, wire, .. } = *making;
-        let rings = &making.rings;
+    pub fn new(gpu: &Arc<Gpu>, mut module: Module, making: Making) -> Result<Self> {
+        let Making { batch, element, wire, .. } = making;
+        let Routes { inputs: mut routes_in, outputs: mut routes_out } = making.routes;
+        let from_host = routes_in.is_empty();
         let size = |[h, w, c]: [usize; 3]| batch * h * w * c;
         let training = making.optimizer.is_some();
         let mut outputs = Vec::new();
         for (k, &(factors, shape, returns)) in making.outputs.iter().enumerate() {
-            let [there, back] = rings.outputs.get(k).copied().unwrap_or_default();
+            let [there, back] = routes_out.get_mut(k).map(std::mem::take).unwrap_or_default();
             let pooled = match factors {
                 (1, 1) => None,
                 _ => Some([gpu.array(size(shape), element)?, gpu.array(size(shape), element)?]),
@@ -183,9 +196,9 @@ impl Device {
         let mut cotangents = Vec::new();
         let mut inputs = Vec::new();
         for (k, (&returned, &shape)) in making.returned.iter().zip(&making.inputs).enumerate() {
-            let [there, back] = rings.inputs.get(k).copied().unwrap_or_default();
+            let [there, back] = routes_in.get_mut(k).map(std::mem::take).unwrap_or_default();
             // Frames come from the host and are never rounded.
-            let wire_in = if rings.inputs.is_empty() { Element::F32 } else { wire };
+            let wire_in = if from_host { Element::F32 } else { wire };
             inputs.push(Incoming::new(gpu, size(shape), wire_in, there)?);
             cotangents.push(returned.then(|| Outgoing::new(gpu, size(shape), [element, wire], back)).transpose()?);
         }
@@ -409,6 +422,16 @@ impl Device {
         (self.summed, self.came) = (false, None);
     }
 
+    /// Waits until all values that MPI sends have left.
+    ///
+    /// # Errors
+    /// As [`Values::flush`].
+    pub fn flush(&mut self) -> Result<()> {
+        let activations = self.outputs.iter_mut().map(|out| &mut out.activation);
+        let all = activations.chain(self.cotangents.iter_mut().flatten());
+        all.filter_map(|outgoing| outgoing.values.as_mut()).try_for_each(Values::flush)
+    }
+
     /// Gives the buffers of messages back whose values were put into this GPU's memory and have been used since; whether none
     /// is left. `receivers`: those of inputs, then those of the outputs' cotangents.
     ///
@@ -587,7 +610,8 @@ impl Device {
 }
 
 impl Incoming {
-    fn new(gpu: &Gpu, elements: usize, wire: Element, ring: Option<&Ring>) -> Result<Self> {
+    fn new(gpu: &Gpu, elements: usize, wire: Element, route: Option<Route>) -> Result<Self> {
+        let (ring, values) = route.map_or((None, None), |route| (Some(route.ring), route.values));
         let places = match ring {
             Some(ring) => ring.arrays(elements, wire)?,
             None => vec![gpu.array(elements, wire)?],
@@ -599,7 +623,7 @@ impl Incoming {
         let (arrived, used) = (gpu.event()?, gpu.event()?);
         let put = ring.is_some();
         let incoming =
-            Incoming { places, at: 0, came: 0, put, held: false, words, arrived, used, ahead: Ahead::Nothing };
+            Incoming { values, places, at: 0, came: 0, put, held: false, words, arrived, used, ahead: Ahead::Nothing };
         incoming.done(gpu)?;
         Ok(incoming)
     }
@@ -637,6 +661,9 @@ impl Incoming {
         if self.put {
             // The one before went back when its tick ended.
             let (flags, _) = receiver.wait_flagged(&due.carrying(0))?;
+            if let Some(values) = &mut self.values {
+                values.wait()?;
+            }
             (self.at, self.came, self.held) = (self.came % self.places.len(), self.came + 1, true);
             return Ok(flags);
         }
@@ -675,6 +702,7 @@ impl Incoming {
     /// Gives the message back if its values were used; whether none is held.
     fn give_back(&mut self, receiver: &mut Receiver) -> Result<bool> {
         if self.held && self.used.try_is_complete().map_err(|e| failed("asking for a use", &e))? {
+            self.values.as_mut().map_or(Ok(()), Values::start)?;
             receiver.release()?;
             self.held = false;
         }
@@ -689,11 +717,12 @@ impl Incoming {
 
 impl Outgoing {
     /// For values of the first type that travel as the second.
-    fn new(gpu: &Gpu, elements: usize, [element, wire]: [Element; 2], ring: Option<&Ring>) -> Result<Self> {
+    fn new(gpu: &Gpu, elements: usize, [element, wire]: [Element; 2], route: Option<Route>) -> Result<Self> {
+        let (ring, values) = route.map_or((None, None), |route| (Some(route.ring), route.values));
         let places = ring.map_or(Ok(Vec::new()), |ring| ring.arrays(elements, wire))?;
         let words = if ring.is_some() { 0 } else { (elements * wire.size()).div_ceil(4) as u32 };
         let wire = (element != wire).then(|| gpu.array(elements, wire)).transpose()?;
-        Ok(Outgoing { wire, places, sent: 0, words, made: gpu.event()?, arrived: gpu.event()?, unsent: None })
+        Ok(Outgoing { values, wire, places, sent: 0, words, made: gpu.event()?, arrived: gpu.event()?, unsent: None })
     }
 
     /// Copies `values`, as the compute stream has made them or will, to where the receiver finds them. They may be written
@@ -705,6 +734,9 @@ impl Outgoing {
         };
         // Once there is a buffer, the place that is next is free too: see `LinkSpec::in_flight`.
         let slot = sender.slot()?;
+        if let Some(values) = &mut self.values {
+            values.wait()?;
+        }
         record(&self.made, &gpu.compute)?;
         wait(&gpu.outgoing, &self.made)?;
         if self.places.is_empty() {
@@ -745,6 +777,7 @@ impl Outgoing {
             return Ok(false);
         }
         self.unsent = None;
+        self.values.as_mut().map_or(Ok(()), Values::start)?;
         sender.start(&header).map(|()| true)
     }
 }

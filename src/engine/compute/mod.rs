@@ -16,7 +16,7 @@ use crate::model::module::Module;
 use crate::transport::{Header, Receiver, Sender};
 
 #[cfg(feature = "cuda")]
-pub use device::{Device, Making, Rings};
+pub use device::{Device, Making, Route, Routes};
 pub use host::{Host, full};
 
 /// A module's registers and what computes on them. Edges in and out count from 0, main first, then growing span.
@@ -208,6 +208,18 @@ impl Compute {
     /// As [`Sender::send`].
     pub fn send_cotangent(&mut self, k: usize, sender: &mut Sender, header: &Header) -> Result<()> {
         each!(self, x => x.send_cotangent(k, sender, header))
+    }
+
+    /// Waits until what was sent past the links has left.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if a receiver is gone.
+    pub fn flush(&mut self) -> Result<()> {
+        match self {
+            Compute::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Compute::Device(x) => x.flush(),
+        }
     }
 
     /// Ends a tick: this step's activations are forgotten, and the frame.

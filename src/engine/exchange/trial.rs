@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::arena::Arena;
+use super::carried::Carried;
 use crate::cuda::shared::{Port, Ring, Shared};
-use crate::transport::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
+use crate::transport::{Endpoints, Kind, LinkSpec, Receiver, Sender, Values, World, connect_outside};
 use crate::{Error, Result};
 
 /// Messages of a test: the first two warm up, and the first one is checked.
@@ -57,7 +58,7 @@ struct Direction<'a> {
     specs: [&'a LinkSpec; 2],
 }
 
-/// Tests all edges, both ends of `arena`'s rings open; each edge's times or what went wrong, the same on all ranks.
+/// Tests all edges, both ends of their rings open; each edge's times or what went wrong, the same on all ranks.
 /// Collective.
 ///
 /// # Errors
@@ -67,7 +68,7 @@ pub fn run(
     port: &Port,
     placement: &[usize],
     edges: &[Pair],
-    arena: &Arena,
+    (arena, carried): (&Arena, &Carried),
     timeout: Duration,
 ) -> Result<Vec<std::result::Result<Times, String>>> {
     if edges.is_empty() {
@@ -84,7 +85,14 @@ pub fn run(
     let words = specs.iter().map(|spec| spec.words).max().unwrap_or(0);
     let memory = || port.allocate(4 * words, false);
     let memory = world.first_error(memory().and_then(|source| Ok([source, memory()?])))?;
-    let mut ends = connect(world, placement, &specs, timeout)?;
+    // Links that carry values have the same place behind the others as here.
+    let first = carried.values.values().map(|link| link.id).min().unwrap_or(0);
+    let number = |link: &LinkSpec| link.id - first + 2 * edges.len() as u32;
+    let mut values: Vec<LinkSpec> =
+        carried.values.values().map(|link| LinkSpec { id: number(link), ..link.clone() }).collect();
+    values.sort_by_key(|link| link.id);
+    let all = [&specs[..], &values[..]].concat();
+    let mut ends = connect_outside(world, placement, &all, timeout, &carried.outside(number))?;
     let mut found = String::new();
     for (e, edge) in edges.iter().enumerate() {
         let ids = [2 * e, 2 * e + 1];
@@ -93,9 +101,11 @@ pub fn run(
             let Some(link) = link else { continue };
             let pair = if turned { [&specs[ids[1]], &specs[ids[0]]] } else { [&specs[ids[0]], &specs[ids[1]]] };
             let (out, answers) = if turned { (&mut back, &mut there) } else { (&mut there, &mut back) };
-            let direction = Direction { port, link, ring: arena.ring(link.id), memory: &memory, specs: pair };
+            let ring = arena.ring(link.id).or_else(|| carried.rings.get(&link.id));
+            let mut values = carried.values.get(&link.id).and_then(|link| ends.values(number(link)));
+            let direction = Direction { port, link, ring, memory: &memory, specs: pair };
             for way in [Way::Staged, Way::Peer] {
-                let (seconds, trouble) = direction.measure(way, out, answers)?;
+                let (seconds, trouble) = direction.measure(way, out, answers, &mut values)?;
                 if let Some(trouble) = trouble {
                     found += &format!("{e}\tx\t{}\n", trouble.replace('\n', " "));
                 }
@@ -140,19 +150,38 @@ impl Ends {
 impl Direction<'_> {
     /// The seconds of the fastest message, known to the sender, and what went wrong. One rank may have both ends: whatever it
     /// waits for, it has started before.
-    fn measure(&self, way: Way, out: &mut Ends, answers: &mut Ends) -> Result<(Option<f64>, Option<String>)> {
+    fn measure(
+        &self,
+        way: Way,
+        out: &mut Ends,
+        answers: &mut Ends,
+        values: &mut Option<Values>,
+    ) -> Result<(Option<f64>, Option<String>)> {
+        let mut values = values.as_mut().filter(|_| way == Way::Peer);
         let (mut best, mut trouble) = (None, None);
         for round in 0..ROUNDS {
             let [header, answer] = self.specs.map(|spec| spec.header(0, round as u32, [0, 1, 1, 1]));
             let header = if way == Way::Staged { header.carrying(self.link.words as u32) } else { header };
             let mut start = Instant::now();
             if let Some(sender) = &mut out.sender {
+                if let Some(values) = &mut values {
+                    values.wait()?;
+                }
                 start = self.send(way, sender, round, &mut trouble)?;
+                if let Some(values) = &mut values {
+                    values.start()?;
+                }
                 sender.start(&header)?;
             }
             if let Some(receiver) = &mut out.receiver {
                 let came = receiver.wait(&header)?;
+                if let Some(values) = &mut values {
+                    values.wait()?;
+                }
                 self.arrive(way, came, round, &mut trouble)?;
+                if let Some(values) = &mut values {
+                    values.start()?;
+                }
                 receiver.release()?;
                 let sender = answers.sender.as_mut().ok_or_else(|| Error::Run("no way back".into()))?;
                 sender.start(&answer)?;

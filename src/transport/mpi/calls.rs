@@ -112,6 +112,19 @@ pub(in crate::transport) fn library() -> String {
     text.lines().next().unwrap_or_default().to_string()
 }
 
+/// Whether the MPI library says that it takes addresses of GPU memory: Open MPI's extension, looked up at run time.
+/// `SIDEWAYS_MPI_CUDA=1` or `0` says it for libraries that have no such function.
+pub(in crate::transport) fn takes_gpu_memory() -> bool {
+    if let Ok(value) = std::env::var("SIDEWAYS_MPI_CUDA") {
+        return value == "1";
+    }
+    // SAFETY: a look-up by name; the function takes nothing and returns an int in every library that has it.
+    unsafe {
+        let found = libc::dlsym(libc::RTLD_DEFAULT, c"MPIX_Query_cuda_support".as_ptr());
+        !found.is_null() && mem::transmute::<*mut c_void, extern "C" fn() -> c_int>(found)() == 1
+    }
+}
+
 impl Comm {
     /// A communicator of all ranks that shares no messages with any other. Collective.
     pub(super) fn duplicate_world() -> Result<Comm> {

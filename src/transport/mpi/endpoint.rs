@@ -151,3 +151,51 @@ impl Receiver {
         self.ring.start(HEADER_WORDS + self.ring.link.spec.words)
     }
 }
+
+/// One end of a link whose messages are values alone, without headers, in memory outside of the link.
+///
+/// Both ends have `depth` places, used in turn. A sender fills the one that [`Values::wait`] names and starts it; a receiver
+/// reads the one that it names and starts it again, which gives it back.
+pub struct Values {
+    ring: Ring,
+    sending: bool,
+}
+
+impl Values {
+    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(usize, Arc<Slot>)>, sending: bool) -> Self {
+        Values { ring: Ring { session, link, slots, next: 0, sequence: 0 }, sending }
+    }
+
+    /// Waits until the next place is free again, or filled; its number.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] when the other end is gone, the links were stopped, or the timeout passed.
+    pub fn wait(&mut self) -> Result<usize> {
+        let Ring { session, link, .. } = &self.ring;
+        let late = || if self.sending { link.send_timeout(None) } else { link.receive_timeout(None) };
+        session.core.wait_for(self.ring.slot(), link, late)?;
+        let (came, due) = (self.ring.slot().received.load(Ordering::Relaxed) as usize, link.spec.words);
+        if !self.sending && came != due {
+            return Err(link.error(link.to_rank, format!("{came} words of values came, {due} were due")));
+        }
+        Ok(self.ring.next)
+    }
+
+    /// Sends the place, or has it filled anew.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] when MPI refuses.
+    pub fn start(&mut self) -> Result<()> {
+        self.ring.start(self.ring.link.spec.words)
+    }
+
+    /// Waits until all that was sent has left.
+    ///
+    /// # Errors
+    /// As [`Values::wait`].
+    pub fn flush(&mut self) -> Result<()> {
+        let Ring { session, link, slots, .. } = &self.ring;
+        let slots = slots.iter().filter(|_| self.sending);
+        slots.map(|(_, slot)| session.core.wait_for(slot, link, || link.send_timeout(None))).collect()
+    }
+}

@@ -6,12 +6,13 @@
 //! all at once ([`Table::drive`]), so a waiting worker also moves its neighbours' messages, and when nobody waits
 //! a thread does it (see [`progress`]).
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::Outside;
 use super::link::Link;
 use super::message::{Buffer, HEADER_WORDS};
 use crate::{Error, Result};
@@ -21,9 +22,9 @@ mod endpoint;
 mod progress;
 mod raw;
 
-pub(super) use calls::library;
 use calls::{Comm, Completions, Place, Request, Tested};
-pub use endpoint::{Receiver, Sender};
+pub(super) use calls::{library, takes_gpu_memory};
+pub use endpoint::{Receiver, Sender, Values};
 pub(crate) use raw::Baseline;
 
 /// How long a dropped end waits for its messages still in flight before it leaves them behind.
@@ -69,6 +70,8 @@ struct Entry {
     words: usize,
     /// Its end was dropped: outcomes no longer matter.
     retired: bool,
+    /// What the buffer is part of, where it is not the slot's own.
+    _outside: Option<Outside>,
 }
 
 /// All requests of this rank. Exists once, inside the rank's lock.
@@ -144,6 +147,7 @@ impl Table {
                 self.requests[index].start()?;
             } else {
                 let (to, tag) = (entry.link.to_rank, entry.link.spec.id);
+                debug_assert!(entry._outside.is_none(), "values are sent whole");
                 let start = (*entry.slot.buffer.get()).start();
                 self.requests[index] = entry.comm.send(start, words, to, tag)?;
             }
@@ -175,6 +179,12 @@ pub(super) struct Core {
     /// A worker panicked or a request failed: the job must be aborted, not finalised.
     broken: AtomicBool,
     progress: OnceLock<std::thread::Thread>,
+    /// Called once in every thread before it lets MPI work.
+    pub(super) prepare: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+thread_local! {
+    static PREPARED: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Core {
@@ -183,8 +193,18 @@ impl Core {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Makes the calling thread ready for what MPI may do in it.
+    fn prepare_thread(&self) {
+        if let Some(prepare) = self.prepare.get()
+            && !PREPARED.replace(true)
+        {
+            prepare();
+        }
+    }
+
     /// Lets MPI work unless another thread is at it; `None` then.
     fn try_drive(&self) -> Result<Option<usize>> {
+        self.prepare_thread();
         let mut table = match self.table.try_lock() {
             Ok(table) => table,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -274,6 +294,7 @@ impl Session {
             workers: AtomicUsize::new(1),
             broken: AtomicBool::new(false),
             progress: OnceLock::new(),
+            prepare: OnceLock::new(),
         };
         Ok(Session { core: Arc::new(core), comm, rank, size, thread: Mutex::new(None) })
     }
@@ -365,12 +386,12 @@ pub(super) struct Opening {
 impl Opening {
     /// The sending end of a link to another rank.
     pub(super) fn sender(&self, link: &Arc<Link>) -> Result<Sender> {
-        Ok(Sender::new(self.session.clone(), link.clone(), self.ring(link, true)?))
+        Ok(Sender::new(self.session.clone(), link.clone(), self.ring(link, true, None)?))
     }
 
     /// The receiving end of a link from another rank; its receives are posted.
     pub(super) fn receiver(&self, link: &Arc<Link>) -> Result<Receiver> {
-        let ring = self.ring(link, false)?;
+        let ring = self.ring(link, false, None)?;
         let mut table = self.session.core.lock();
         for (index, _) in &ring {
             table.start(*index, HEADER_WORDS + link.spec.words)?;
@@ -379,16 +400,33 @@ impl Opening {
         Ok(Receiver::new(self.session.clone(), link.clone(), ring))
     }
 
+    /// One end of a link whose messages are values alone, in `outside`; its receives are posted.
+    pub(super) fn values(&self, link: &Arc<Link>, sending: bool, outside: &[Outside]) -> Result<Values> {
+        if outside.len() != link.spec.depth {
+            let text = format!("{} places for a depth of {}", outside.len(), link.spec.depth);
+            return Err(link.error(self.session.rank, text));
+        }
+        let ring = self.ring(link, sending, Some(outside))?;
+        if !sending {
+            let mut table = self.session.core.lock();
+            ring.iter().try_for_each(|(index, _)| table.start(*index, link.spec.words))?;
+        }
+        Ok(Values::new(self.session.clone(), link.clone(), ring, sending))
+    }
+
     /// A link's buffers on this side, each with its request.
-    fn ring(&self, link: &Arc<Link>, sending: bool) -> Result<Vec<(usize, Arc<Slot>)>> {
-        let words = HEADER_WORDS + link.spec.words;
+    fn ring(&self, link: &Arc<Link>, sending: bool, outside: Option<&[Outside]>) -> Result<Vec<(usize, Arc<Slot>)>> {
+        let words = link.spec.words + if outside.is_some() { 0 } else { HEADER_WORDS };
         let mut table = self.session.core.lock();
         let mut ring = Vec::with_capacity(link.spec.depth);
-        for _ in 0..link.spec.depth {
-            let slot = Arc::new(Slot::new(link.spec.words));
-            // SAFETY: the entry keeps the slot, so its memory, until the request is freed; see `Table::start`.
+        for place in 0..link.spec.depth {
+            let outside = outside.map(|places| places[place].clone());
+            let slot = Arc::new(Slot::new(if outside.is_some() { 0 } else { link.spec.words }));
+            // SAFETY: the entry keeps the slot, so its memory, or what is outside, until the request is freed; see
+            // `Table::start`.
             let persistent = unsafe {
-                let start = (*slot.buffer.get()).start();
+                let own = (*slot.buffer.get()).start();
+                let start = outside.as_ref().map_or(own, |outside| outside.address as *mut u32);
                 match sending {
                     // Headers alone are sent synchronously: see `LinkSpec::in_flight`.
                     true => self.comm.send_init(start, words, link.to_rank, link.spec.id, link.spec.words == 0),
@@ -396,7 +434,8 @@ impl Opening {
                 }
             }?;
             let (comm, link) = (self.comm, link.clone());
-            let entry = Entry { slot: slot.clone(), persistent, sending, comm, link, words, retired: false };
+            let (slot_, retired) = (slot.clone(), false);
+            let entry = Entry { slot: slot_, persistent, sending, comm, link, words, retired, _outside: outside };
             ring.push((table.add(entry), slot));
         }
         Ok(ring)

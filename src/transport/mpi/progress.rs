@@ -97,6 +97,7 @@ pub(super) fn spawn(core: Arc<Core>) -> Result<JoinHandle<()>> {
 fn run(core: &Core) {
     let mut interval = IDLE;
     while !core.stop.load(Ordering::Relaxed) {
+        core.prepare_thread();
         if core.waiting.load(Ordering::Relaxed) > 0 {
             interval = (interval * 2).clamp(ATTENDED, PATIENT);
             core.resting.store(false, Ordering::Relaxed);
