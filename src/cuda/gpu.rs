@@ -327,6 +327,20 @@ impl Gpu {
         }
     }
 
+    /// Locked host memory of zeros. Not for use in a tick.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if the driver refuses.
+    pub fn locked(&self, words: usize) -> Result<Locked> {
+        let bytes = words.max(1) * 4;
+        // SAFETY: no flags; it is freed when dropped.
+        let pointer = unsafe { cudarc::driver::result::malloc_host(bytes, 0) };
+        let pointer = pointer.map_err(|e| failed("locking host memory", &e))?;
+        // SAFETY: as long as allocated.
+        unsafe { pointer.cast::<u8>().write_bytes(0, bytes) };
+        Ok(Locked { pointer: pointer.cast(), words, context: self.context.clone() })
+    }
+
     fn out_of_memory(&self, bytes: usize, e: &DriverError) -> Error {
         let free = self.memory().map_or(0, |(free, _)| free);
         Error::Run(format!(
@@ -338,8 +352,33 @@ impl Gpu {
     }
 }
 
-/// Messages below this size travel as they are.
-const PINNED_FROM: usize = 1 << 16;
+/// Pieces of host memory from this many bytes on are locked where they lie; smaller ones may share pages with others, and are
+/// copied through [`Locked`] memory.
+pub const PINNED_FROM: usize = 1 << 16;
+
+/// A small piece of locked host memory, through which small messages go: a copy from or to ordinary memory would be waited for.
+pub struct Locked {
+    pointer: *mut f32,
+    words: usize,
+    context: Arc<CudaContext>,
+}
+
+impl Locked {
+    /// The whole of it.
+    pub fn words(&mut self) -> &mut [f32] {
+        // SAFETY: allocated with this many words, and zeroed; this borrow is the only one. Copies under way are the owner's to
+        // wait for.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer, self.words) }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated by `Gpu::locked`; freeing waits for copies under way.
+        let _ = unsafe { cudarc::driver::result::free_host(self.pointer.cast()) };
+    }
+}
 
 impl Drop for Gpu {
     fn drop(&mut self) {

@@ -18,7 +18,7 @@ impl Worker {
     pub(super) fn see_activations_off(&mut self, at: At) -> Result<()> {
         let Compute::Device(device) = &mut self.compute else { return Ok(()) };
         self.watch.enter(Phase::WaitCotangents);
-        while !device.see_off(self.outputs.iter_mut().map(|edge| &mut edge.activations), false)? {
+        while !device.see_off(self.outputs.iter_mut().map(|edge| &mut edge.activations))? {
             let mut all = true;
             for (edge, due) in self.outputs.iter().zip(&self.plan[at.step].cotangent) {
                 if let (Some(_), Some((_, receiver))) = (due, &edge.cotangents) {
@@ -34,15 +34,16 @@ impl Worker {
         Ok(())
     }
 
-    /// Ends a tick: everything made in it is on its way, and all that came is used and given back. While the GPU is at it, the next tick's activations are copied to it.
+    /// Ends a tick: everything made in it is on its way, and all that came is used and given back. While the GPU is at it, the
+    /// next tick's activations are copied to it.
     pub(super) fn end_tick(&mut self, at: At) -> Result<()> {
         if let Compute::Device(device) = &mut self.compute {
             self.watch.enter(Phase::Backward);
             let next = self.plan.get(at.step + 1);
             loop {
-                let off = device.see_off(self.outputs.iter_mut().map(|edge| &mut edge.activations), false)?;
+                let off = device.see_off(self.outputs.iter_mut().map(|edge| &mut edge.activations))?;
                 let senders = self.inputs.iter_mut().map(|edge| edge.cotangents.as_mut().map(|(_, sender)| sender));
-                let off = device.see_cotangents_off(senders, false)? && off;
+                let off = device.see_cotangents_off(senders)? && off;
                 let arrives = next.map_or(&[][..], |plan| &plan.receive);
                 for (k, (edge, sent_at)) in self.inputs.iter_mut().zip(arrives).enumerate() {
                     if let Some(sent_at) = *sent_at {
