@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::cuda::{MINUTE, Place, environment, program, real};
@@ -144,6 +145,38 @@ fn without_peer_access() {
     let without = place.train("mpi", 2, &[AWARE], &[("SIDEWAYS_MPI_CUDA", "0")]);
     assert_eq!(without.status.code(), Some(2), "{}", text(&without));
     assert!(text(&without).contains("does not say that it works on GPU memory"), "{}", text(&without));
+}
+
+/// Between hosts `auto` asks an MPI library that says it works on GPU memory, and takes the faster way; the bits are the same.
+/// Each rank gets a host name of its own here, where that may be done.
+#[test]
+fn auto_lets_mpi_move_values_between_hosts() {
+    let may = Command::new("unshare").args(["-u", "hostname", "elsewhere"]).output();
+    if real() || !may.is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: ranks cannot be given host names of their own here (unshare -u)");
+        return;
+    }
+    let place = Place::new(&[SKIPS, CUDA]);
+    let threads = place.trained("threads", 0, &[STAGED], &[]);
+    let train = |name: &str, env: &[(&str, &str)]| -> String {
+        let run = place.at(name);
+        let script = format!(
+            "exec unshare -u sh -c 'hostname host$OMPI_COMM_WORLD_RANK; exec {} train {} --set run.dir={}'",
+            program(),
+            place.config,
+            run.display()
+        );
+        let env = environment(env);
+        let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        let output = mpirun(3, Path::new("sh"), &["-c", &script], &env, MINUTE);
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(tensors(&run, 4) == threads, "{name}");
+        text(&output)
+    };
+    let by_mpi = train("mpi", &[MPI]);
+    assert!(by_mpi.contains("us from GPU to GPU and "), "no test was made: {by_mpi}");
+    let staged = train("staged", &[("SIDEWAYS_MPI_CUDA", "0")]);
+    assert!(staged.contains("are on different nodes") && !staged.contains("by MPI, from GPU"), "{staged}");
 }
 
 /// A rank that is killed in the middle of it ends the job within seconds.

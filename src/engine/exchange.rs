@@ -209,9 +209,11 @@ mod on {
 
         let (mut peers, mut others) = (Vec::new(), Vec::new());
         let mut between = Vec::new();
+        let by_mpi = mpi_works(world, choice)?;
         for edge in edges {
             let (a, b) = ranks(edge);
-            if a != b && choice == Choice::CudaAware {
+            let apart = if choice == Choice::CudaAware { a != b } else { hosts[a] != hosts[b] };
+            if apart && by_mpi {
                 between.push(*edge);
                 continue;
             }
@@ -220,14 +222,13 @@ mod on {
                 false => others.push((*edge, format!("ranks {a} and {b} are on different nodes"))),
             }
         }
-        let carried = if between.is_empty() {
-            Carried::default()
-        } else {
-            let first = links.iter().map(|link| link.id + 1).max().unwrap_or(0);
-            check_mpi(world)?;
+        let first = links.iter().map(|link| link.id + 1).max().unwrap_or(0);
+        let carry =
+            |edges: &[Edge]| world.first_error(Carried::open(&port, placement, world.rank(), &of(edges), first));
+        if !between.is_empty() {
             world.prepare_threads(port.binding());
-            world.first_error(Carried::open(&port, placement, world.rank(), &of(&between), first))?
-        };
+        }
+        let mut carried = carry(&between)?;
         let (mut arena, failures) = Arena::open(world, &port, placement, &of(&peers))?;
         peers.retain(|edge| {
             let (a, b) = ranks(edge);
@@ -237,21 +238,22 @@ mod on {
             trouble.is_none()
         });
         let peers_only = peers.len();
-        peers.append(&mut between);
+        peers.extend(&between);
         let pairs: Vec<trial::Pair> = peers
             .iter()
             .filter_map(|edge| Some(trial::Pair { there: link(edge.there)?, back: edge.back.and_then(link) }))
             .collect();
         let outcomes = trial::run(world, &port, placement, &pairs, (&arena, &carried), timeout)?;
-        let mut chosen = Vec::new();
+        let (mut chosen, mut by_mpi) = (Vec::new(), Vec::new());
         for (place, (edge, outcome)) in peers.iter().zip(outcomes).enumerate() {
             match outcome {
-                Ok(times) if place >= peers_only => {
-                    say(world, &format!("{}: by MPI, from GPU to GPU ({times})", name(edge)))
-                }
                 Err(text) => others.push((*edge, text)),
                 Ok(times) if choice == Choice::Auto && times.staged < times.peer => {
                     others.push((*edge, times.to_string()));
+                }
+                Ok(times) if place >= peers_only => {
+                    by_mpi.push(*edge);
+                    say(world, &format!("{}: by MPI, from GPU to GPU ({times})", name(edge)))
                 }
                 Ok(times) => {
                     chosen.push(*edge);
@@ -275,14 +277,24 @@ mod on {
             let refused = failures.first().map_or(Ok(()), |failure| Err(Error::Run(failure.text.clone())));
             world.first_error(refused)?;
         }
+        if by_mpi.len() < between.len() {
+            carried = carry(&by_mpi)?;
+        }
         Ok(Settled { arena, carried })
     }
 
-    /// Refuses MPI libraries that do not say that they work on GPU memory.
-    fn check_mpi(world: &World) -> Result<()> {
+    /// Whether MPI may be given GPU memory: where `auto` or `cuda-aware` asks for it and the library says on every rank that it
+    /// works on that. A name is refused where it does not.
+    fn mpi_works(world: &World, choice: Choice) -> Result<bool> {
+        if choice == Choice::Peer {
+            return Ok(false);
+        }
         let all = world.gather(&[u8::from(world.takes_gpu_memory())])?;
         let without = all.iter().position(|said| said[..] != [1]);
-        world.first_error(without.map_or(Ok(()), |rank| {
+        if choice == Choice::Auto {
+            return Ok(without.is_none());
+        }
+        world.first_error(without.map_or(Ok(true), |rank| {
             Err(Error::input(format!(
                 "run.exchange = \"cuda-aware\": the MPI library ({}) of rank {rank} does not say that it works on GPU memory. \
                  Use one that is built for CUDA (with Open MPI, `ompi_info` says so), set SIDEWAYS_MPI_CUDA=1 where another \
