@@ -363,6 +363,9 @@ pub struct Locked {
     context: Arc<CudaContext>,
 }
 
+// SAFETY: the memory belongs to whoever owns this, on whichever thread.
+unsafe impl Send for Locked {}
+
 impl Locked {
     /// The whole of it.
     pub fn words(&mut self) -> &mut [f32] {

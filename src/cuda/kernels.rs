@@ -61,7 +61,6 @@ const NAMES: &[&str] = &[
     "relu",
     "relu_vjp",
     "rmsprop",
-    "scale",
     "set_words",
     "sgd",
     "upsample",

@@ -8,6 +8,7 @@ pub mod bp;
 pub mod clip;
 pub mod compute;
 pub mod console;
+mod ends;
 pub mod environment;
 pub mod exchange;
 pub mod footprint;

@@ -1,7 +1,5 @@
 //! Starting workers and seeing them through: the pipeline's side of training and evaluation.
 
-#[cfg(feature = "cuda")]
-use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -11,6 +9,7 @@ use super::compute::{Compute, Host};
 #[cfg(feature = "cuda")]
 use super::compute::{Route, Routes};
 use super::console::{Console, Observer, Recorder, Totals, gather};
+use super::ends::{Ends, ends_of, take};
 use super::exchange::Exchange;
 use super::gpus::{self, Site};
 use super::head::Head;
@@ -30,10 +29,7 @@ use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
 use crate::plan::machine::at_once;
-#[cfg(feature = "cuda")]
-use crate::transport::Values;
-use crate::transport::average::ReplicaAverage;
-use crate::transport::{Endpoints, Receiver, Sender, World};
+use crate::transport::{Receiver, Sender, World};
 use crate::{Error, Result};
 
 /// Which batches of clips a run goes through, and from what parameters.
@@ -283,92 +279,6 @@ fn work(
     }
     worker.flush()?;
     Ok(end)
-}
-
-/// An edge's ends at one worker: its activations' and, where any is used, its cotangents'.
-type EdgeEnds<Forward, Back> = (u32, Forward, Option<(u32, Back)>);
-
-/// A worker's ends of links.
-struct Ends {
-    inputs: Vec<EdgeEnds<Receiver, Sender>>,
-    outputs: Vec<EdgeEnds<Sender, Receiver>>,
-    truth_in: Option<(u32, Receiver)>,
-    truth_out: Option<(u32, Sender)>,
-    console: (u32, Sender),
-    average: Option<ReplicaAverage>,
-    told: Option<(u32, Receiver)>,
-    tells: Vec<(u32, Sender)>,
-    /// By link, what moves its values past it.
-    #[cfg(feature = "cuda")]
-    values: HashMap<u32, Values>,
-}
-
-fn take<T>(end: Option<T>, id: u32) -> Result<T> {
-    end.ok_or_else(|| Error::Transport(format!("link {id} does not end here")))
-}
-
-/// Takes worker `w`'s ends.
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only values of GPUs travel past the links"))]
-fn ends_of(setup: &Setup, w: usize, endpoints: &mut Endpoints, exchange: &Exchange) -> Result<Ends> {
-    let (i, r) = setup.grid.module_and_replica(w);
-    let wiring = &setup.wiring;
-    let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
-    for (k, spec) in setup.network.edges.iter().enumerate() {
-        let (forward, backward) = (wiring.activations[r][k], wiring.cotangents[r][k]);
-        if spec.edge.to == i {
-            let back = backward.map(|id| Ok::<_, Error>((id, take(endpoints.sender(id), id)?))).transpose()?;
-            inputs.push((forward, take(endpoints.receiver(forward), forward)?, back));
-        }
-        if spec.edge.from == i {
-            let back = backward.map(|id| Ok::<_, Error>((id, take(endpoints.receiver(id), id)?))).transpose()?;
-            outputs.push((spec.edge.span(), forward, take(endpoints.sender(forward), forward)?, back));
-        }
-    }
-    outputs.sort_by_key(|(span, ..)| *span);
-    let outputs = outputs.into_iter().map(|(_, id, sender, back)| (id, sender, back)).collect();
-    let (mut truth_in, mut truth_out) = (None, None);
-    if let Some(id) = wiring.truth[r] {
-        if i == 1 {
-            truth_out = Some((id, take(endpoints.sender(id), id)?));
-        }
-        if i == setup.grid.modules {
-            truth_in = Some((id, take(endpoints.receiver(id), id)?));
-        }
-    }
-    let id = wiring.reports[w];
-    let console = (id, take(endpoints.sender(id), id)?);
-    let average = wiring.average[i - 1]
-        .map(|first| ReplicaAverage::new(endpoints, &average_links(setup, i, first), r))
-        .transpose()?;
-    let (mut told, mut tells) = (None, Vec::new());
-    if i == 1 {
-        if let Some(id) = wiring.control[r] {
-            told = Some((id, take(endpoints.receiver(id), id)?));
-        }
-        for &id in wiring.control.iter().flatten().filter(|_| r == 0) {
-            tells.push((id, take(endpoints.sender(id), id)?));
-        }
-    }
-    Ok(Ends {
-        #[cfg(feature = "cuda")]
-        values: (setup.wiring.links.iter().filter(|l| l.from == w || l.to == w))
-            .filter_map(|l| Some((l.id, exchange.values(l.id, endpoints)?)))
-            .collect(),
-        inputs,
-        outputs,
-        truth_in,
-        truth_out,
-        console,
-        average,
-        told,
-        tells,
-    })
-}
-
-fn average_links(setup: &Setup, i: usize, first: u32) -> Vec<crate::transport::LinkSpec> {
-    let workers: Vec<usize> = (0..setup.grid.replicas).map(|r| setup.grid.worker(i, r)).collect();
-    let words = setup.network.modules[i - 1].params as usize;
-    ReplicaAverage::links(first, &format!("module {i}"), &workers, words)
 }
 
 /// All modules of the network with their initial parameters (module numbers from 1), for use in one process.

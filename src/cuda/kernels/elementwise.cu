@@ -98,13 +98,6 @@ extern "C" __global__ void accumulate(const real *x, float *sum, count n) {
     put_floats(sum + i, w, s);
 }
 
-extern "C" __global__ void scale(real *x, count n, float factor) {
-    SOME(n);
-    take(x + i, w, v);
-    for (int k = 0; k < PACK; k++) v[k] *= factor;
-    put(x + i, w, v);
-}
-
 extern "C" __global__ void fill(real *x, count n, float value) {
     SOME(n);
     for (int k = 0; k < PACK; k++) v[k] = value;

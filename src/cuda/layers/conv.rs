@@ -14,6 +14,8 @@ pub struct Conv2d {
     product: Convolution,
     weight: Param,
     bias: Option<Param>,
+    /// Whether the relu that follows the bias is this layer's too.
+    relu: bool,
     out: usize,
 }
 
@@ -36,7 +38,12 @@ impl Conv2d {
             let rows = elements(builder.batch, [oh, ow, 1]);
             builder.needs.raise(Use::Partial, ops::bias_gradient_scratch(rows, out));
         }
-        Ok(Conv2d { product, weight, bias, out })
+        Ok(Conv2d { product, weight, bias, relu: false, out })
+    }
+
+    /// The same with the relu behind it, if `relu`; there is a bias then.
+    pub fn with_relu(self, relu: bool) -> Self {
+        Conv2d { relu, ..self }
     }
 }
 
@@ -44,6 +51,7 @@ impl Layer for Conv2d {
     fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
         self.product.forward(gpu, x, self.weight.operand(), y)?;
         match &self.bias {
+            Some(bias) if self.relu => ops::bias_relu(gpu, y, &bias.value, self.out),
             Some(bias) => ops::bias(gpu, y, &bias.value, self.out),
             None => Ok(()),
         }
@@ -51,6 +59,13 @@ impl Layer for Conv2d {
 
     fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
         let (x, gy, grad) = (arrays.x, arrays.gy, self.weight.gradient()?);
+        match &self.bias {
+            Some(bias) if self.relu => {
+                ops::bias_relu_vjp(gpu, arrays.y, gy, gy, bias.gradient()?, self.out, scratch.partial())?;
+            }
+            Some(bias) => ops::bias_gradient(gpu, gy, bias.gradient()?, self.out, scratch.partial())?,
+            None => {}
+        }
         match x.element() {
             Element::F32 => self.product.backward_filter(gpu, x, gy, grad, true)?,
             Element::Bf16 => {
@@ -58,9 +73,6 @@ impl Layer for Conv2d {
                 self.product.backward_filter(gpu, x, gy, &fresh, false)?;
                 ops::accumulate(gpu, &fresh, grad)?;
             }
-        }
-        if let Some(bias) = &self.bias {
-            ops::bias_gradient(gpu, gy, bias.gradient()?, self.out, scratch.partial())?;
         }
         match arrays.gx {
             Some(gx) => self.product.backward_data(gpu, self.weight.operand(), gy, gx),

@@ -24,7 +24,7 @@ pub struct Backward<'a> {
     pub x: &'a Array,
     /// Its output.
     pub y: &'a Array,
-    /// The output's cotangent.
+    /// The output's cotangent, which the layer may change.
     pub gy: &'a Array,
     /// Where the input's cotangent goes, if it is wanted; neither `x`, `y` nor `gy`.
     pub gx: Option<&'a Array>,
@@ -165,7 +165,7 @@ impl Builder<'_> {
             LayerSpec::Conv2d { out, groups, bias, .. } => {
                 let window = spec.window().unwrap_or(crate::kernels::Window::square(1, 1, 0));
                 let conv = crate::kernels::conv::Conv { window, groups: *groups };
-                Box::new(Conv2d::new(self, name, conv, input, *out, *bias)?)
+                Box::new(Conv2d::new(self, name, conv, input, *out, *bias)?.with_relu(relu))
             }
             LayerSpec::Linear { out, bias } => {
                 let conv = crate::kernels::conv::Conv::pointwise();
@@ -189,7 +189,7 @@ impl Builder<'_> {
 
 /// Whether a layer of this kind can do the relu behind it in the same pass.
 fn takes_relu(spec: &LayerSpec) -> bool {
-    matches!(spec, LayerSpec::GroupNorm { .. } | LayerSpec::BatchNorm { .. })
+    matches!(spec, LayerSpec::GroupNorm { .. } | LayerSpec::BatchNorm { .. } | LayerSpec::Conv2d { bias: true, .. })
 }
 
 /// Elements of a batch of activations.

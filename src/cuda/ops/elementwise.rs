@@ -124,15 +124,6 @@ pub fn accumulate(gpu: &Gpu, x: &Array, sum: &Array) -> Result<()> {
     launch(gpu, "accumulate", x.element(), grid, arguments![x, sum, x.len() as u64])
 }
 
-/// `x *= factor`.
-///
-/// # Errors
-/// [`Error::Run`] if the launch fails.
-pub fn scale(gpu: &Gpu, x: &Array, factor: f32) -> Result<()> {
-    let grid = each(x.len(), pack(x.element()));
-    launch(gpu, "scale", x.element(), grid, arguments![x, x.len() as u64, factor])
-}
-
 /// `x = value` everywhere.
 ///
 /// # Errors

@@ -18,7 +18,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, bias_relu_vjp, get_channels, put_channels};
 pub use elementwise::{
     accumulate, add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp,
-    scale, set_words, to_f32,
+    set_words, to_f32,
 };
 pub use loss::{cross_entropy, loss_scratch, pixel};
 pub use norm::{

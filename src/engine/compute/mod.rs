@@ -17,6 +17,8 @@ use crate::transport::{Header, Receiver, Sender};
 
 #[cfg(feature = "cuda")]
 pub use device::{Device, Making, Route, Routes};
+#[cfg(feature = "cuda")]
+pub(crate) use device::{Incoming, Outgoing};
 pub use host::{Host, full};
 
 /// A module's registers and what computes on them. Edges in and out count from 0, main first, then growing span.

@@ -149,7 +149,7 @@ impl Side {
     fn send(&mut self) -> Result<()> {
         let header = self.out.link.header(self.count, 0, [self.out.link.words as u32, 1, 1, 1]);
         self.out.copy(&self.gpu, &header)?;
-        self.out.start(true)
+        self.out.finish()
     }
 
     fn receive(&mut self) -> Result<()> {

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::super::staged::{In, Out, record};
+use cudarc::driver::CudaEvent;
+
+use super::super::staged::{In, Out};
 use super::super::{OverlapArgs, show_bytes};
 use crate::cuda::gpu::failed;
 use crate::cuda::wait::Wait;
@@ -70,7 +72,7 @@ impl Worker {
         let (from, to) = (self.gpu.clock()?, self.gpu.clock()?);
         for tick in 0..end {
             if tick == warm {
-                record(&from, &self.gpu.compute)?;
+                self.record(&from)?;
             }
             for kind in [Kind::Activation, Kind::Cotangent] {
                 self.receive(kind, tick)?;
@@ -81,9 +83,9 @@ impl Worker {
                 }
             }
         }
-        record(&to, &self.gpu.compute)?;
+        self.record(&to)?;
         self.out.iter_mut().try_for_each(|out| {
-            out.start(true)?;
+            out.finish()?;
             out.sender.flush()
         })?;
         let ms = from.elapsed_ms(&to).map_err(|e| failed("reading a clock", &e))?;
@@ -92,13 +94,17 @@ impl Worker {
         Ok(Found { tick: f64::from(ms) * 1e-3 / args.ticks as f64, alone })
     }
 
+    fn record(&self, clock: &CudaEvent) -> Result<()> {
+        clock.record(&self.gpu.compute).map_err(|e| failed("recording an event", &e))
+    }
+
     /// The message of the tick before; while it is waited for, copies that arrive are sent.
     fn receive(&mut self, kind: Kind, tick: u64) -> Result<()> {
         let Some(k) = self.inward.iter().position(|end| end.link.kind == kind).filter(|_| tick > 0) else {
             return Ok(());
         };
         while !self.inward[k].receiver.ready()? && self.out.iter().any(Out::is_pending) {
-            self.out.iter_mut().try_for_each(|out| out.start(false))?;
+            self.out.iter_mut().try_for_each(Out::start)?;
             std::thread::yield_now();
         }
         let end = &mut self.inward[k];
@@ -108,7 +114,7 @@ impl Worker {
 
     fn send(&mut self, kind: Kind, tick: u64) -> Result<()> {
         let Some(out) = self.out.iter_mut().find(|out| out.link.kind == kind) else { return Ok(()) };
-        out.start(true)?;
+        out.finish()?;
         let header = out.link.header(0, tick as u32, [out.link.words as u32, 1, 1, 1]).stamped(tick, 0);
         out.copy(&self.gpu, &header)
     }

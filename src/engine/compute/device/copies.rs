@@ -29,7 +29,7 @@ pub struct Routes<'a> {
 }
 
 /// What comes in messages: its place on the GPU, and when it arrived and was used.
-pub(super) struct Incoming {
+pub(crate) struct Incoming {
     /// What fills the places, where MPI does. Dropped before them.
     values: Option<Values>,
     /// One place, into which messages are copied; or those into which the sender puts them, in turn.
@@ -59,9 +59,9 @@ enum Ahead {
 }
 
 /// A copy from the GPU to where its receiver finds it, and a message that starts when it is there.
-pub(super) struct Outgoing {
+pub(crate) struct Outgoing {
     /// What sends the places' values, where MPI does. Dropped before them.
-    pub(super) values: Option<Values>,
+    pub(crate) values: Option<Values>,
     /// The values as they travel, where activations are of another type.
     wire: Option<Array>,
     /// The receiver's places, or those from which MPI sends, used in turn; none: values travel in the message.
@@ -78,7 +78,8 @@ pub(super) struct Outgoing {
 }
 
 impl Incoming {
-    pub(super) fn new(gpu: &Gpu, elements: usize, wire: Element, route: Option<Route>) -> Result<Self> {
+    /// For values that travel as `wire`.
+    pub(crate) fn new(gpu: &Gpu, elements: usize, wire: Element, route: Option<Route>) -> Result<Self> {
         let (ring, values) = route.map_or((None, None), |route| (Some(route.ring), route.values));
         let places = match ring {
             Some(ring) => ring.arrays(elements, wire)?,
@@ -99,12 +100,12 @@ impl Incoming {
     }
 
     /// The values of the message that came last.
-    pub(super) fn values(&self) -> &Array {
+    pub(crate) fn values(&self) -> &Array {
         &self.places[self.at]
     }
 
     /// Copies a payload behind the last use of the place; what comes next in the compute stream waits for it.
-    pub(super) fn copy(&mut self, gpu: &Gpu, payload: &[f32]) -> Result<()> {
+    pub(crate) fn copy(&mut self, gpu: &Gpu, payload: &[f32]) -> Result<()> {
         let place = &self.places[self.at];
         if payload.len() != place.bytes().div_ceil(4) {
             return Err(Error::Run(format!("{} words came for {} bytes", payload.len(), place.bytes())));
@@ -133,11 +134,12 @@ impl Incoming {
     }
 
     /// Waits until the values are on the GPU.
-    pub(super) fn wait(&self) -> Result<()> {
+    pub(crate) fn wait(&self) -> Result<()> {
         self.arrived.synchronize().map_err(|e| failed("waiting for a copy", &e))
     }
 
-    pub(super) fn receive(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<u32> {
+    /// Waits for the message that is `due` and takes its values to the GPU; its flags.
+    pub(crate) fn receive(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<u32> {
         if self.put {
             // The one before went back when its tick ended.
             let (flags, _) = receiver.wait_flagged(&due.carrying(0))?;
@@ -160,7 +162,8 @@ impl Incoming {
         Ok(flags)
     }
 
-    pub(super) fn prefetch(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<()> {
+    /// Starts that, if the message is there.
+    pub(crate) fn prefetch(&mut self, gpu: &Gpu, receiver: &mut Receiver, due: &Header) -> Result<()> {
         if self.put {
             return Ok(());
         }
@@ -180,7 +183,7 @@ impl Incoming {
     }
 
     /// Gives the message back if its values were used; whether none is held.
-    pub(super) fn give_back(&mut self, receiver: &mut Receiver) -> Result<bool> {
+    pub(crate) fn give_back(&mut self, receiver: &mut Receiver) -> Result<bool> {
         if self.held && self.used.try_is_complete().map_err(|e| failed("asking for a use", &e))? {
             self.values.as_mut().map_or(Ok(()), Values::start)?;
             receiver.release()?;
@@ -190,14 +193,14 @@ impl Incoming {
     }
 
     /// What was launched so far is the last to use the values.
-    pub(super) fn done(&self, gpu: &Gpu) -> Result<()> {
+    pub(crate) fn done(&self, gpu: &Gpu) -> Result<()> {
         record(&self.used, &gpu.compute)
     }
 }
 
 impl Outgoing {
     /// For values of the first type that travel as the second.
-    pub(super) fn new(gpu: &Gpu, elements: usize, [element, wire]: [Element; 2], route: Option<Route>) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu, elements: usize, [element, wire]: [Element; 2], route: Option<Route>) -> Result<Self> {
         let (ring, values) = route.map_or((None, None), |route| (Some(route.ring), route.values));
         let places = ring.map_or(Ok(Vec::new()), |ring| ring.arrays(elements, wire))?;
         let words = if ring.is_some() { 0 } else { (elements * wire.size()).div_ceil(4) as u32 };
@@ -208,7 +211,7 @@ impl Outgoing {
 
     /// Copies `values`, as the compute stream has made them or will, to where the receiver finds them. They may be written
     /// again when the message is off.
-    pub(super) fn copy(&mut self, gpu: &Gpu, values: &Array, sender: &mut Sender, header: &Header) -> Result<()> {
+    pub(crate) fn copy(&mut self, gpu: &Gpu, values: &Array, sender: &mut Sender, header: &Header) -> Result<()> {
         let values = match &self.wire {
             Some(wire) => cast(gpu, values, wire).map(|()| wire)?,
             None => values,
@@ -258,7 +261,7 @@ impl Outgoing {
     }
 
     /// Starts the message if its copy has arrived; whether it is off.
-    pub(super) fn start(&mut self, sender: &mut Sender) -> Result<bool> {
+    pub(crate) fn start(&mut self, sender: &mut Sender) -> Result<bool> {
         let Some(header) = self.unsent else { return Ok(true) };
         if !self.arrived.try_is_complete().map_err(|e| failed("asking for a copy", &e))? {
             return Ok(false);

@@ -16,7 +16,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use copies::{Incoming, Outgoing, cast};
+use copies::cast;
+pub(crate) use copies::{Incoming, Outgoing};
 pub use copies::{Route, Routes};
 
 use crate::cuda::module::Module;
