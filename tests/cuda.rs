@@ -142,8 +142,8 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
     if real() {
         return;
     }
-    let place = Place::new(&[SKIPS, "run.checkpoint_every=100", "train.boundary=cut", CUDA]);
-    let counts = |name: &str, clips: usize, frames: usize| -> HashMap<String, u64> {
+    let sets = [SKIPS, "run.checkpoint_every=100", "train.boundary=cut", CUDA];
+    let counts = |place: &Place, name: &str, clips: usize, frames: usize| -> HashMap<String, u64> {
         let file = place.at(name).with_extension("counts");
         let (clips, frames) = (format!("train.clips={clips}"), format!("data.frames={frames}"));
         let env = [("SIDEWAYS_EMULATOR_COUNTERS", file.to_str().unwrap())];
@@ -153,15 +153,24 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
         let words = text.lines().filter_map(|line| line.split_once(' '));
         words.map(|(name, value)| (name.to_string(), value.parse().unwrap())).collect()
     };
-    let (short, long) = (counts("short", 4, 14), counts("long", 12, 14));
+    let place = Place::new(&sets);
+    let (short, long) = (counts(&place, "short", 4, 14), counts(&place, "long", 12, 14));
     assert_eq!(short["alloc"], long["alloc"], "allocations grow with clips");
     assert_eq!(short["graph_instantiate"], long["graph_instantiate"]);
     assert!(long["graph_launch"] > short["graph_launch"] && short["graph_launch"] > 0);
-    let (few, many) = (counts("few", 12, 8), long);
+    let (few, many) = (counts(&place, "few", 12, 8), long);
     assert_eq!(few["alloc"], many["alloc"], "memory grows with frames");
     for wait in ["sync", "blocking_copy"] {
         assert_eq!(few[wait], many[wait], "ticks wait for the GPU: {wait}");
     }
+    // Frames of more than PINNED_FROM bytes: their memory comes and goes, and must not be locked where it lies.
+    let alone = ["model.modules=1", "train.rule=sideways", CUDA];
+    let place = Place::of_side(80, &alone);
+    let (few, many) = (counts(&place, "few", 2, 8), counts(&place, "many", 4, 14));
+    for counts in [&few, &many] {
+        assert!(counts["host_alloc"] == few["host_alloc"] && !counts.contains_key("host_register"), "{counts:?}");
+    }
+    assert_eq!(few["alloc"], many["alloc"]);
 }
 
 /// What cannot work is said before training, with exit code 2.

@@ -99,6 +99,27 @@ impl Array {
     }
 }
 
+/// A piece of host memory that was to be locked.
+struct Pinned {
+    start: usize,
+    end: usize,
+    /// Whether it was, by this worker: a buffer between two workers of one process may be the other's.
+    own: bool,
+}
+
+impl Pinned {
+    /// Undoes it.
+    ///
+    /// # Safety
+    /// No copy from or to the memory is under way.
+    unsafe fn undo(&self) {
+        if self.own {
+            // SAFETY: registered by `Gpu::pin`; the rest is the caller's promise.
+            let _ = unsafe { sys::cuMemHostUnregister(self.start as *mut _) };
+        }
+    }
+}
+
 /// One worker's GPU. Workers of one process share the context and have streams of their own.
 pub struct Gpu {
     // Dropped first: it works on the compute stream.
@@ -111,7 +132,7 @@ pub struct Gpu {
     /// Copies to the host.
     pub outgoing: Arc<CudaStream>,
     functions: HashMap<(&'static str, Element), CudaFunction>,
-    pinned: Mutex<Vec<(usize, usize)>>,
+    pinned: Mutex<Vec<Pinned>>,
     allocated: Mutex<usize>,
 }
 
@@ -289,42 +310,38 @@ impl Gpu {
         self.context.new_event(Some(flags)).map_err(|e| failed("making an event", &e))
     }
 
-    /// Undoes [`Gpu::pin`] for memory that ends before the GPU does. Waits for copies first.
+    /// Undoes [`Gpu::pin`], for memory that ends before the GPU does. Waits for all work first.
     ///
     /// # Errors
     /// [`Error::Run`] if work before failed.
     pub fn unpin(&self, memory: &[f32]) -> Result<()> {
-        self.incoming.synchronize().map_err(|e| failed("waiting for copies", &e))?;
-        self.outgoing.synchronize().map_err(|e| failed("waiting for copies", &e))?;
-        self.synchronize()?;
+        self.context.synchronize().map_err(|e| failed("waiting for the GPU", &e))?;
         let start = memory.as_ptr() as usize;
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(k) = pinned.iter().position(|&(from, _)| from == start) {
-            pinned.swap_remove(k);
-            // SAFETY: registered by `pin` (or refused, which this refuses too); no copy is under way.
-            let _ = unsafe { sys::cuMemHostUnregister(start as *mut _) };
+        if let Some(k) = pinned.iter().position(|piece| piece.start == start) {
+            // SAFETY: everything was waited for.
+            unsafe { pinned.swap_remove(k).undo() };
         }
         Ok(())
     }
 
-    /// Locks a piece of host memory into RAM, so that copies from and to it run beside computation; once a piece. Where
-    /// the driver refuses, copies still work, and are slower.
+    /// Locks a piece of host memory into RAM, so that copies from and to it run beside computation; once a piece. It must
+    /// outlive this, or be given to [`Gpu::unpin`]: a copy to other memory at its address would go astray. Where the driver
+    /// refuses, copies still work, and are slower.
     pub fn pin(&self, memory: &[f32]) {
         let (start, bytes) = (memory.as_ptr() as usize, std::mem::size_of_val(memory));
+        let end = start + bytes;
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes < PINNED_FROM || pinned.iter().any(|&(from, to)| from <= start && start + bytes <= to) {
+        if bytes < PINNED_FROM || pinned.iter().any(|piece| piece.start <= start && end <= piece.end) {
             return;
         }
         // SAFETY: the memory exists; registering changes none of it, and it is undone when this is dropped.
         let refused = unsafe { sys::cuMemHostRegister_v2(start as *mut _, bytes, 0) }.result().err();
-        match refused {
-            None => pinned.push((start, start + bytes)),
-            Some(e) => {
-                log::debug!("{bytes} bytes of host memory could not be locked: {e}");
-                // Not to be tried again.
-                pinned.push((start, start + bytes));
-            }
+        if let Some(e) = refused {
+            log::debug!("{bytes} bytes of host memory could not be locked: {e}");
         }
+        // Not to be tried again either way.
+        pinned.push(Pinned { start, end, own: refused.is_none() });
     }
 
     /// Locked host memory of zeros. Not for use in a tick.
@@ -386,12 +403,11 @@ impl Drop for Locked {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
-        let _ = self.compute.synchronize();
-        let _ = self.incoming.synchronize();
-        let _ = self.outgoing.synchronize();
-        for &(start, _) in self.pinned.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // SAFETY: registered above (or refused, which this refuses too); no copy is under way.
-            let _ = unsafe { sys::cuMemHostUnregister(start as *mut _) };
+        // Of all workers' streams: one may still copy from a buffer that this one locked.
+        let _ = self.context.synchronize();
+        for piece in self.pinned.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // SAFETY: everything was waited for.
+            unsafe { piece.undo() };
         }
     }
 }

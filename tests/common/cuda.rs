@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::mpirun::{mpirun, text};
-use super::runs::{config, shard, tensors};
+use super::runs::{SIDE, config, shard_of_side, tensors};
 
 pub const MINUTE: Duration = Duration::from_secs(60);
 
@@ -51,8 +51,13 @@ pub struct Place {
 
 impl Place {
     pub fn new(sets: &[&str]) -> Self {
+        Place::of_side(SIDE, sets)
+    }
+
+    /// With frames of `side` x `side`.
+    pub fn of_side(side: usize, sets: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        shard(&dir.path().join("train.h5"), 12, 14, false);
+        shard_of_side(&dir.path().join("train.h5"), 12, 14, false, side);
         let path = dir.path().join("config.toml");
         std::fs::write(&path, config(dir.path(), sets).to_toml().unwrap()).unwrap();
         let config = path.display().to_string();

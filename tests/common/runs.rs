@@ -19,11 +19,16 @@ pub const SIDE: usize = 8;
 /// Writes a shard of `videos` videos of `frames` frames and 4 classes; pixel values are a closed formula of their place.
 /// With `still`, all frames of a video are its first.
 pub fn shard(path: &Path, videos: usize, frames: usize, still: bool) {
+    shard_of_side(path, videos, frames, still, SIDE);
+}
+
+/// The same with frames of `side` x `side`.
+pub fn shard_of_side(path: &Path, videos: usize, frames: usize, still: bool, side: usize) {
     let header = ShardHeader {
         encoding: Encoding::Raw,
         fps: 25.0,
-        height: SIDE,
-        width: SIDE,
+        height: side,
+        width: side,
         dataset: "test".into(),
         split: "train".into(),
         class_names: (0..4).map(|k| format!("class {k}")).collect(),
@@ -33,7 +38,7 @@ pub fn shard(path: &Path, videos: usize, frames: usize, still: bool) {
         let frame = |t: usize| -> Vec<u8> {
             let t = if still { 0 } else { t };
             let pixel = |n: usize| (128.0 + 100.0 * ((n * (v + 3)) as f64 * 0.37 + t as f64 * 0.9).sin()) as u8;
-            (0..SIDE * SIDE * 3).map(pixel).collect()
+            (0..side * side * 3).map(pixel).collect()
         };
         writer.append(&format!("video {v}"), (v % 4) as i32, (0..frames).map(frame)).unwrap();
     }

@@ -65,6 +65,7 @@ EXPORT CUresult cuMemHostRegister_v2(void* pointer, size_t bytes, unsigned) {
     if (pinned_range(pointer, 1)) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
     std::lock_guard<std::mutex> lock(mutex());
     pinned()[(uint64_t)pointer] = {bytes, false};
+    count("host_register");
     return CUDA_SUCCESS;
 }
 EXPORT CUresult cuMemHostUnregister(void* pointer) {

@@ -114,8 +114,9 @@ pub fn run(
                 }
             }
         }
+        // Before the buffers go: whatever lies at their addresses next would be taken for locked.
+        port.unpin();
     }
-    port.unpin();
     drop(ends);
     let mut outcomes = vec![Ok(Times::default()); edges.len()];
     for said in world.gather(found.as_bytes())? {

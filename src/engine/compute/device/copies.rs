@@ -38,7 +38,7 @@ pub(crate) struct Incoming {
     at: usize,
     came: usize,
     put: bool,
-    /// Where small messages are copied from.
+    /// Where small messages, and frames, are copied from.
     locked: Option<Locked>,
     /// Whether the message that came last was not given back yet (those that were put only).
     held: bool,
@@ -78,6 +78,12 @@ pub(crate) struct Outgoing {
 }
 
 impl Incoming {
+    /// For frames, which may also come as tensors of the host, whose memory comes and goes.
+    pub(crate) fn of_frames(gpu: &Gpu, elements: usize) -> Result<Self> {
+        let locked = Some(gpu.locked(elements)?);
+        Ok(Incoming { locked, ..Incoming::new(gpu, elements, Element::F32, None)? })
+    }
+
     /// For values that travel as `wire`.
     pub(crate) fn new(gpu: &Gpu, elements: usize, wire: Element, route: Option<Route>) -> Result<Self> {
         let (ring, values) = route.map_or((None, None), |route| (Some(route.ring), route.values));
@@ -111,8 +117,9 @@ impl Incoming {
             return Err(Error::Run(format!("{} words came for {} bytes", payload.len(), place.bytes())));
         }
         let payload = match &mut self.locked {
-            // The copy before has arrived: its message was given back.
             Some(locked) => {
+                // Of a message, the copy before has: it was given back.
+                self.arrived.synchronize().map_err(|e| failed("waiting for a copy", &e))?;
                 locked.words().copy_from_slice(payload);
                 locked.words()
             }
@@ -122,8 +129,8 @@ impl Incoming {
             }
         };
         wait(&gpu.incoming, &self.used)?;
-        // SAFETY: the place is as large as the bytes, and they as the payload, which stays where it is until `wait` has
-        // returned.
+        // SAFETY: the place is as large as the bytes, and they as the payload, which stays what it is until `arrived`: a
+        // message is given back behind `wait`, and locked memory is written behind the wait above.
         unsafe {
             let bytes = std::slice::from_raw_parts(payload.as_ptr().cast::<u8>(), place.bytes());
             cudarc::driver::result::memcpy_htod_async(place.pointer(), bytes, gpu.incoming.cu_stream())

@@ -135,9 +135,11 @@ impl Device {
         let mut inputs = Vec::new();
         for (k, (&returned, &shape)) in making.returned.iter().zip(&making.inputs).enumerate() {
             let [there, back] = routes_in.get_mut(k).map(std::mem::take).unwrap_or_default();
-            // Frames come from the host and are never rounded.
-            let wire_in = if from_host { Element::F32 } else { wire };
-            inputs.push(Incoming::new(gpu, size(shape), wire_in, there)?);
+            inputs.push(match from_host {
+                // Never rounded.
+                true => Incoming::of_frames(gpu, size(shape))?,
+                false => Incoming::new(gpu, size(shape), wire, there)?,
+            });
             cotangents.push(returned.then(|| Outgoing::new(gpu, size(shape), [element, wire], back)).transpose()?);
         }
         let output = size(making.output);
@@ -147,7 +149,7 @@ impl Device {
                 labels: gpu.zeros(batch, Element::F32)?,
                 logits: gpu.zeros(if target { 0 } else { output }, Element::F32)?,
                 sums: gpu.zeros(2, Element::F32)?,
-                target: target.then(|| Incoming::new(gpu, output, Element::F32, None)).transpose()?,
+                target: target.then(|| Incoming::of_frames(gpu, output)).transpose()?,
                 steps: 0,
             }),
         };
@@ -191,10 +193,7 @@ impl Device {
 
     pub(super) fn set_input(&mut self, k: usize, tensor: &Tensor) -> Result<()> {
         let Device { gpu, inputs, module, .. } = self;
-        with_host_values(tensor, |values| {
-            inputs[k].copy(gpu, values)?;
-            inputs[k].wait()
-        })?;
+        with_host_values(tensor, |values| inputs[k].copy(gpu, values))?;
         cast(gpu, inputs[k].values(), module.input(k))?;
         inputs[k].done(gpu)
     }
@@ -291,10 +290,7 @@ impl Device {
 
     pub(super) fn set_target(&mut self, tensor: &Tensor) -> Result<()> {
         let Some(target) = self.loss.as_mut().and_then(|loss| loss.target.as_mut()) else { return Ok(()) };
-        with_host_values(tensor, |values| {
-            target.copy(&self.gpu, values)?;
-            target.wait()
-        })
+        with_host_values(tensor, |values| target.copy(&self.gpu, values))
     }
 
     pub(super) fn receive_target(&mut self, receiver: &mut Receiver, due: &Header) -> Result<()> {
