@@ -173,6 +173,17 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
     assert_eq!(few["alloc"], many["alloc"]);
 }
 
+/// A worker whose part is done gives its GPU back while others of its process still capture their graphs.
+#[test]
+fn workers_may_end_while_others_capture() {
+    let place = Place::new(&[SKIPS, "train.clips=2", CUDA]);
+    let whole = place.trained("whole", 0, &["run.graphs=false"], &[]);
+    for n in 0..5 {
+        let slow = [("SIDEWAYS_EMULATOR_CAPTURE_DELAY_US", "5000")];
+        assert!(place.trained(&format!("run {n}"), 0, &[], &slow) == whole);
+    }
+}
+
 /// What cannot work is said before training, with exit code 2.
 #[test]
 fn clear_errors() {

@@ -240,6 +240,15 @@ fn graphs_replay_what_was_captured() {
         beside.join(stream).unwrap();
         launch(&beside, &y);
         assert_eq!(end().err().unwrap().0, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
+        // So does another thread's wait for the whole context.
+        begin();
+        launch(stream, &x);
+        std::thread::scope(|scope| {
+            let waits = || gpu.context.bind_to_thread().and_then(|()| gpu.context.synchronize());
+            let waited = scope.spawn(waits).join().unwrap();
+            assert_eq!(driver(waited), Some(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
+        });
+        assert!(end().is_err());
         stream.synchronize().unwrap();
     });
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cudnn::{CudnnError, result, sys};
 use cudarc::driver::CudaStream;
 
+use super::capture;
 use super::gpu::{Array, Element, Gpu};
 use crate::kernels::conv::Conv;
 use crate::{Error, Result};
@@ -48,6 +49,8 @@ impl Dnn {
 
 impl Drop for Dnn {
     fn drop(&mut self) {
+        // Waits for the whole context.
+        let _alone = capture::alone();
         // SAFETY: made above, and not used any more.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream
 
 use super::dnn::Dnn;
 use super::shared::Shared;
-use super::{kernels, libraries};
+use super::{capture, kernels, libraries};
 use crate::{Error, Result};
 
 /// The type of elements of activations in device memory. Parameters, gradients and statistics are always `F32`.
@@ -315,6 +315,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Run`] if work before failed.
     pub fn unpin(&self, memory: &[f32]) -> Result<()> {
+        let _alone = capture::alone();
         self.context.synchronize().map_err(|e| failed("waiting for the GPU", &e))?;
         let start = memory.as_ptr() as usize;
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -395,6 +396,7 @@ impl Locked {
 impl Drop for Locked {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
+        let _alone = capture::alone();
         // SAFETY: allocated by `Gpu::locked`; freeing waits for copies under way.
         let _ = unsafe { cudarc::driver::result::free_host(self.pointer.cast()) };
     }
@@ -403,6 +405,7 @@ impl Drop for Locked {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
+        let _alone = capture::alone();
         // Of all workers' streams: one may still copy from a buffer that this one locked.
         let _ = self.context.synchronize();
         for piece in self.pinned.lock().unwrap_or_else(PoisonError::into_inner).iter() {

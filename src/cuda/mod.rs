@@ -5,9 +5,10 @@
 //! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`shared`] (memory that other processes write into), `kernels` and
-//! [`ops`] (one function a kernel), `dnn` (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), [`optim`];
+//! [`ops`] (one function a kernel), `dnn` (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`];
 //! [`peak`], [`wait`] (for benchmarks).
 
+mod capture;
 mod dnn;
 pub mod gpu;
 mod kernels;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
+use super::capture;
 use super::gpu::{Array, Element, Gpu, failed};
 use super::layers::{Backward, Builder, Conv2d, Layer, Needs, Scratch, Sequence, Use};
 use super::ops;
@@ -263,6 +264,7 @@ impl Captured {
         match self {
             Captured::New => launch().map(|()| if graphs { Captured::Warm } else { Captured::New }),
             Captured::Warm => {
+                let _capturing = capture::capturing();
                 let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
                 gpu.compute.begin_capture(mode).map_err(|e| failed("capturing a graph", &e))?;
                 let launched = launch();

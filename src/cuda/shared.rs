@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUipcMem_flags, CUipcMemHandle};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::capture;
 use super::gpu::{Array, Element, check_ordinal, failed};
 use crate::{Error, Result};
 
@@ -61,6 +62,7 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
+        let _alone = capture::alone();
         // SAFETY: allocated or opened once; nobody holds an address in it any more.
         let done: std::result::Result<(), DriverError> = unsafe {
             match self.opened {
@@ -181,6 +183,7 @@ impl Port {
 
     /// Unlocks what was locked; before that memory goes.
     pub fn unpin(&self) {
+        let _alone = capture::alone();
         for start in self.pinned.borrow_mut().drain(..) {
             // SAFETY: registered above, or this is refused too; all copies were waited for.
             let _ = unsafe { sys::cuMemHostUnregister(start as *mut _) };

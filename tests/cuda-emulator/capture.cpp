@@ -23,7 +23,12 @@ static std::vector<std::weak_ptr<Capture>>& active() {
 static thread_local int thread_mode = CU_CAPTURE_GLOBAL;
 
 bool captured(const std::shared_ptr<Stream>& stream, Operation& operation, CUresult* result) {
-    std::lock_guard<std::mutex> lock(capture_mutex());
+    std::unique_lock<std::mutex> lock(capture_mutex());
+    if (stream->capture && knobs().capture_delay_us) {
+        lock.unlock();
+        std::this_thread::sleep_for(std::chrono::microseconds(knobs().capture_delay_us));
+        lock.lock();
+    }
     auto& capture = stream->capture;
     if (!capture) return false;
     if (capture->invalid) {
@@ -54,6 +59,18 @@ CUresult forbid_while_capturing(Stream* stream) {
             forbidden = true;
         }
     if (forbidden) complain("an allocation, free or synchronisation while a stream is captured");
+    return forbidden ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
+}
+
+CUresult forbid_beside_captures() {
+    std::lock_guard<std::mutex> lock(capture_mutex());
+    bool forbidden = false;
+    for (auto& weak : active())
+        if (auto capture = weak.lock()) {
+            capture->invalid = true;
+            forbidden = true;
+        }
+    if (forbidden) complain("a wait for the whole context while one of its streams is captured");
     return forbidden ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
 }
 

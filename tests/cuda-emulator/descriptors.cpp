@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <cstring>
 
+extern "C" int cuCtxSynchronize(void);
+
 static thread_local std::string last_error;
 Status refuse(Status status, const std::string& why) {
     last_error = why;
@@ -48,6 +50,7 @@ API cudnnCreate(Handle** handle) {
     return SUCCESS;
 }
 API cudnnDestroy(Handle* handle) {
+    cuCtxSynchronize();  // as the documentation has it
     delete handle;
     return SUCCESS;
 }

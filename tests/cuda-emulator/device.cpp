@@ -287,13 +287,14 @@ EXPORT CUresult cuCtxGetDevice_v2(CUdevice* device, CUcontext context) {
 }
 EXPORT CUresult cuCtxSynchronize(void) {
     ENTER(context);
-    if (CUresult error = forbid_while_capturing(nullptr)) return error;
+    if (CUresult error = forbid_beside_captures()) return error;
     count("sync");
     wait_all_streams(context->device);
     return (CUresult)context->sticky.load();
 }
 EXPORT CUresult cuCtxSynchronize_v2(CUcontext context) {
     if (!context) return cuCtxSynchronize();
+    if (CUresult error = forbid_beside_captures()) return error;
     count("sync");
     wait_all_streams(context->device);
     return (CUresult)context->sticky.load();

@@ -21,6 +21,7 @@ struct Knobs {
     size_t memory;              // SIDEWAYS_EMULATOR_MEMORY, bytes per device and process
     unsigned copy_delay_us;     // SIDEWAYS_EMULATOR_COPY_DELAY_US
     unsigned launch_delay_us;   // SIDEWAYS_EMULATOR_LAUNCH_DELAY_US
+    unsigned capture_delay_us;  // SIDEWAYS_EMULATOR_CAPTURE_DELAY_US
     unsigned jitter_us;         // SIDEWAYS_EMULATOR_JITTER_US
     bool peer;                  // SIDEWAYS_EMULATOR_PEER
     bool shuffle_graphs;        // SIDEWAYS_EMULATOR_GRAPH_ORDER=shuffled
@@ -131,3 +132,5 @@ bool captured(const std::shared_ptr<Stream>& stream, Operation& operation, CUres
 // An error for calls that a capture forbids: `stream` (may be null) is being captured, or this thread must not make
 // unsafe calls now. The captures concerned are invalidated.
 CUresult forbid_while_capturing(Stream* stream);
+// What waits for a whole context ends every capture of its streams, whichever thread calls and whatever the mode.
+CUresult forbid_beside_captures();

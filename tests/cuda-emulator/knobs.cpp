@@ -21,6 +21,7 @@ const Knobs& knobs() {
         k->memory = number("SIDEWAYS_EMULATOR_MEMORY", 8ull << 30);
         k->copy_delay_us = (unsigned)number("SIDEWAYS_EMULATOR_COPY_DELAY_US", 0);
         k->launch_delay_us = (unsigned)number("SIDEWAYS_EMULATOR_LAUNCH_DELAY_US", 0);
+        k->capture_delay_us = (unsigned)number("SIDEWAYS_EMULATOR_CAPTURE_DELAY_US", 0);
         k->jitter_us = (unsigned)number("SIDEWAYS_EMULATOR_JITTER_US", 0);
         k->peer = number("SIDEWAYS_EMULATOR_PEER", 1) != 0;
         const char* order = getenv("SIDEWAYS_EMULATOR_GRAPH_ORDER");
