@@ -1,14 +1,14 @@
 //! Two-dimensional convolution of NHWC tensors and its gradients.
 //!
 //! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A layer
-//! holds a [`Convolution`], which chooses among four ways by the shape alone and keeps what it made ready:
-//! `winograd` for 3x3 kernels of stride 1, `unpacked` where weights outweigh activations, oneDNN where the program was built
-//! with it, else `patches`.
+//! holds a [`Convolution`], which chooses among five ways by the shape alone and keeps what it made ready:
+//! `winograd` for 3x3 kernels of stride 1, `unpacked` where weights outweigh activations, `few` for an image's colours, oneDNN where
+//! the program was built with it, else `patches`.
 
 use candle_core::{Tensor, TensorId, WithDType};
 
 use super::im2col::{Shape, add};
-use super::{Host, Real, Window, by_dtype, host, overwritten, patches, reduce, tensor, unpacked, winograd};
+use super::{Host, Real, Window, by_dtype, few, host, overwritten, patches, reduce, tensor, unpacked, winograd};
 #[cfg(onednn)]
 use super::{onednn, threads};
 use crate::{Error, Result};
@@ -28,7 +28,7 @@ impl Conv {
         Conv { window: Window::square(1, 1, 0), groups: 1 }
     }
 
-    fn shape(&self, x: &[usize], w: &[usize]) -> Result<Shape> {
+    pub(crate) fn shape(&self, x: &[usize], w: &[usize]) -> Result<Shape> {
         let (&[b, h, width, c], &[o, cg, kh, kw]) = (x, w) else {
             return Err(Error::Run(format!(
                 "convolution of {x:?} (want [B, H, W, C]) with {w:?} (want [O, C/g, kH, kW])"
@@ -53,6 +53,8 @@ pub enum Algorithm {
     Winograd,
     /// Patches, and products with the weights as they lie.
     Unpacked,
+    /// Products straight from the image, where its channels are few.
+    Few,
     /// oneDNN's direct convolution.
     OneDnn,
     /// Patches laid out as matrix rows, and a matrix product.
@@ -64,6 +66,8 @@ fn choose(s: &Shape, f32: bool) -> Algorithm {
         Algorithm::Winograd
     } else if unpacked::suits(s) {
         Algorithm::Unpacked
+    } else if f32 && few::suits(s) {
+        Algorithm::Few
     } else if cfg!(onednn) && f32 {
         Algorithm::OneDnn
     } else {
@@ -162,6 +166,13 @@ impl Convolution {
                     unpacked::forward(&s, input, w, bias, &mut y);
                     x.clone()
                 }
+                Algorithm::Few => {
+                    let packed = keep(&mut ready.forward, || patches::pack(&s, w))?;
+                    let bias = bias.map(floats).transpose()?;
+                    let y = T::as_f32_mut(&mut y).ok_or_else(mistaken)?;
+                    few::forward(&s, floats(input)?, Host::of(&packed)?.slice()?, bias, y);
+                    x.clone()
+                }
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
                     let bias = bias.map(floats).transpose()?;
@@ -220,6 +231,14 @@ impl Convolution {
                     host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
                     if need_input {
                         unpacked::input_gradient(&s, cotangent, w, &mut gx);
+                    }
+                }
+                Algorithm::Few => {
+                    let gw = patches::unpack(&s, &few::weight_gradient(&s, floats(kept)?, floats(cotangent)?));
+                    host::update::<f32>(&sum, |sum| add(sum, &gw))?;
+                    if need_input {
+                        let packed = keep(&mut ready.backward, || patches::pack_backward(&s, w))?;
+                        patches::input_gradient(&s, cotangent, Host::of(&packed)?.slice()?, &mut gx);
                     }
                 }
                 #[cfg(onednn)]
@@ -412,12 +431,10 @@ impl Failed {
     }
 }
 
-#[cfg(onednn)]
 fn floats<T: Real>(values: &[T]) -> Result<&[f32]> {
     T::as_f32(values).ok_or_else(mistaken)
 }
 
-#[cfg(onednn)]
 fn mistaken() -> Error {
-    Error::Run("oneDNN was chosen for a product that it does not compute here (a bug)".into())
+    Error::Run("oneDNN or a kernel for f32 was chosen for a product that it does not compute here (a bug)".into())
 }

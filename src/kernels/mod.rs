@@ -10,6 +10,7 @@
 pub mod activation;
 pub mod batch_norm;
 pub mod conv;
+mod few;
 mod host;
 mod im2col;
 mod matmul;
@@ -24,6 +25,7 @@ mod real;
 mod reduce;
 pub mod resample;
 mod simd;
+pub mod stem;
 pub mod threads;
 mod unpacked;
 mod winograd;

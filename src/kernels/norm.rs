@@ -125,6 +125,35 @@ pub(crate) fn group_statistics<T: Real>(x: &[T], c: usize, epsilon: f64, statist
     }
 }
 
+/// What is known of some pixels of a sample, by channel: a value near their mean, the sums of the differences from it and of
+/// their squares, `[3][C]`; and how many pixels.
+pub(crate) type Moments<'a, T> = (&'a [T], usize);
+
+/// Mean and inverse deviation of each group of a sample that `parts` make up.
+pub(crate) fn statistics_of_parts<'a, T: Real>(
+    parts: impl Iterator<Item = Moments<'a, T>> + Clone,
+    epsilon: f64,
+    statistics: &mut [T],
+) {
+    let groups = statistics.len() / 2;
+    for (g, s) in statistics.chunks_exact_mut(2).enumerate() {
+        // Count, mean and sum of squared differences from it, of one part's channel.
+        let each = parts.clone().flat_map(|(sums, pixels)| {
+            let c = sums.len() / 3;
+            (g * c / groups..(g + 1) * c / groups).map(move |k| {
+                let [centre, plain, squares] = [sums[k], sums[c + k], sums[2 * c + k]].map(|v| v.to_f64());
+                let n = pixels as f64;
+                (n, centre + plain / n, squares - plain * plain / n)
+            })
+        });
+        let (n, sum) = each.clone().fold((0.0, 0.0), |(n, sum), (m, mean, _)| (n + m, sum + m * mean));
+        let mean = sum / n;
+        let square: f64 = each.map(|(m, of_part, square)| square + m * (of_part - mean) * (of_part - mean)).sum();
+        s[0] = T::of(mean);
+        s[1] = T::of(1.0 / (square / n + epsilon).sqrt());
+    }
+}
+
 /// Normalisation as one multiplication and one addition a channel.
 pub(crate) fn scale_and_shift<T: Real>(weight: &[T], bias: &[T], statistics: &[T]) -> (Vec<T>, Vec<T>) {
     let cg = weight.len() / (statistics.len() / 2);

@@ -1,13 +1,17 @@
 //! Group normalisation, relu and max pooling of NHWC tensors in the same passes: what the norm writes, four times and more of
 //! what is left behind the pool, never is in memory, nor is its cotangent.
 //!
-//! Forward results are those of the three apart, to the bit. Gradients are the same sums over windows instead of pixels.
+//! Of inputs normalised, the largest is the largest (or where the norm's weight is negative, the smallest) input, so windows need
+//! no statistics: these and the winners come of one pass, and what is left to do is as small as the output. Gradients are sums
+//! over windows instead of pixels.
+
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
 use super::im2col::Shape;
 use super::norm::{self, GroupNorm};
-use super::{Host, Real, Window, by_dtype, overwritten, pool, reduce, simd, tensor, threads};
+use super::{Host, Real, Window, by_dtype, few, overwritten, pool, reduce, simd, tensor, threads};
 use crate::Result;
 
 /// What [`vjp`] needs of [`forward`].
@@ -34,87 +38,196 @@ pub fn forward(
     let s = pool::shape(window, x.dims())?;
     norm::check(s.c, norm.groups, weight)?;
     let x = x.contiguous()?;
-    let (sample, pooled) = (s.h * s.w * s.c, s.oh * s.ow * s.c);
     by_dtype!(x, T => {
         let (x, weight, bias) = (Host::of(&x)?, Host::of(weight)?, Host::of(bias)?);
         let (x, weight, bias) = (x.slice::<T>()?, weight.slice::<T>()?, bias.slice::<T>()?);
-        let mut statistics = vec![T::ZERO; s.b * norm.groups * 2];
-        threads::chunks(&mut statistics, norm.groups * 2, || (), |(), i, statistics| {
-            norm::group_statistics(&x[i * sample..][..sample], s.c, norm.epsilon, statistics);
-        });
-        let affine: Vec<_> = statistics.chunks_exact(norm.groups * 2).map(|of| norm::scale_and_shift(weight, bias, of)).collect();
-        let (line, size) = (s.ow * s.c, s.b * pooled);
-        let (mut y, mut inputs, mut winners) = (overwritten::<T>(size), overwritten::<T>(size), vec![0u8; size]);
-        threads::chunks3((&mut y, line), (&mut inputs, line), (&mut winners, line), |i, y, inputs, winners| {
-            let (x, (scale, shift)) = (&x[i / s.oh * sample..][..sample], &affine[i / s.oh]);
-            simd::vectorized(#[inline(always)] || max_line(&s, i % s.oh, x, [scale, shift], y, inputs, winners));
-        });
-        let dims = (s.b, s.oh, s.ow, s.c);
-        let kept = Kept {
-            statistics: tensor(statistics, (s.b, norm.groups, 2))?,
-            inputs: tensor(inputs, dims)?,
-            winners: Tensor::from_vec(winners, dims, &Device::Cpu)?,
-        };
-        Ok((tensor(y, dims)?, kept))
+        let order = order(weight);
+        pieces(&s, norm, [weight, bias], || (), |(), piece| {
+            let x = &x[piece.sample * s.h * s.w * s.c..][..s.h * s.w * s.c];
+            for k in 0..piece.lines {
+                let oy = piece.first + k;
+                piece.add_moments(&x[s.w * s.c * line_of(&s, oy)..s.w * s.c * line_of(&s, oy + 1)]);
+                let (inputs, winners) = piece.line(&s, k);
+                simd::vectorized(#[inline(always)] || max_line(&s, oy, x, &order, inputs, winners));
+            }
+        })
     })
 }
 
-/// The maxima of output line `oy`, and the inputs there.
-#[inline(always)]
-fn max_line<T: Real>(
+/// The first input line that no window above output line `oy` begins with: from there to the next one's are this one's.
+fn line_of(s: &Shape, oy: usize) -> usize {
+    if oy == s.oh { s.h } else { (oy * s.window.stride[0]).saturating_sub(s.window.padding[0]).min(s.h) }
+}
+
+/// Some output lines of one sample, in the making.
+pub(crate) struct Piece<'a, T> {
+    pub sample: usize,
+    /// The first of its output lines, and their number.
+    pub first: usize,
+    pub lines: usize,
+    sums: &'a mut [T],
+    pixels: usize,
+    inputs: &'a mut [T],
+    winners: &'a mut [u8],
+}
+
+impl<T: Real> Piece<'_, T> {
+    /// Takes whole pixels of the norm's input into its statistics, each of which must come once.
+    pub(crate) fn add_moments(&mut self, x: &[T]) {
+        let (centre, sums) = self.sums.split_at_mut(self.sums.len() / 3);
+        if self.pixels == 0 && !x.is_empty() {
+            centre.copy_from_slice(&x[..centre.len()]);
+        }
+        self.pixels += x.len() / centre.len();
+        let (plain, squares) = sums.split_at_mut(centre.len());
+        reduce::add_shifted_moments(x, centre, [plain, squares]);
+    }
+
+    /// Inputs and winners of its `k`th line, to be written.
+    pub(crate) fn line(&mut self, s: &Shape, k: usize) -> (&mut [T], &mut [u8]) {
+        let line = s.ow * s.c;
+        (&mut self.inputs[k * line..][..line], &mut self.winners[k * line..][..line])
+    }
+}
+
+/// The whole of a forward pass for which `make` does each piece: its statistics, and each window's winner.
+pub(crate) fn pieces<T: Real, S>(
     s: &Shape,
-    oy: usize,
-    x: &[T],
-    affine: [&[T]; 2],
-    y: &mut [T],
-    inputs: &mut [T],
-    winners: &mut [u8],
-) {
-    let [kh, kw] = s.window.kernel;
-    for (ox, y) in y.chunks_exact_mut(s.c).enumerate() {
-        let inputs = &mut inputs[ox * s.c..][..s.c];
-        let winners = &mut winners[ox * s.c..][..s.c];
-        let (lo, hi, ix) = s.input_columns(ox);
-        let mut started = false;
-        for ky in 0..kh {
-            let Some(iy) = s.input_line(oy, ky) else { continue };
-            for kx in lo..hi {
-                let x = &x[(iy * s.w + ix + kx - lo) * s.c..][..s.c];
-                let tap = (ky * kw + kx) as u8;
-                if started {
-                    meet(x, affine, tap, inputs, winners);
-                } else {
-                    inputs.copy_from_slice(x);
-                    winners.fill(tap);
-                    started = true;
-                }
+    norm: &GroupNorm,
+    [weight, bias]: [&[T]; 2],
+    scratch: impl Fn() -> S + Sync,
+    make: impl Fn(&mut S, &mut Piece<T>) + Sync,
+) -> Result<(Tensor, Kept)> {
+    let (lines, line, size) = (few::piece(s.oh), s.ow * s.c, s.b * s.oh * s.ow * s.c);
+    let count = s.oh / lines;
+    let (mut inputs, mut winners) = (overwritten::<T>(size), vec![0u8; size]);
+    let mut sums = vec![T::ZERO; s.b * count * 3 * s.c];
+    threads::chunks3(
+        (&mut inputs, lines * line),
+        (&mut winners, lines * line),
+        (&mut sums, 3 * s.c),
+        scratch,
+        |scratch, i, inputs, winners, sums| {
+            let (sample, first) = (i / count, i % count * lines);
+            make(scratch, &mut Piece { sample, first, lines, sums, pixels: 0, inputs, winners });
+        },
+    );
+    let mut statistics = vec![T::ZERO; s.b * norm.groups * 2];
+    for (sums, statistics) in sums.chunks_exact(count * 3 * s.c).zip(statistics.chunks_exact_mut(norm.groups * 2)) {
+        let pixels = |n: usize| s.w * (line_of(s, (n + 1) * lines) - line_of(s, n * lines));
+        let parts = sums.chunks_exact(3 * s.c).enumerate().map(|(n, sums)| (sums, pixels(n)));
+        norm::statistics_of_parts(parts, norm.epsilon, statistics);
+    }
+    let affine: Vec<_> =
+        statistics.chunks_exact(norm.groups * 2).map(|of| norm::scale_and_shift(weight, bias, of)).collect();
+    let mut y = overwritten::<T>(size);
+    threads::chunks(
+        &mut y,
+        lines * line,
+        || (),
+        |(), i, y| {
+            let (x, (scale, shift)) = (&inputs[i * lines * line..][..y.len()], &affine[i / count]);
+            simd::vectorized(
+                #[inline(always)]
+                || {
+                    norm::affine(
+                        x,
+                        scale,
+                        shift,
+                        y,
+                        #[inline(always)]
+                        |v| if v < T::ZERO { T::ZERO } else { v },
+                    )
+                },
+            );
+        },
+    );
+    let dims = (s.b, s.oh, s.ow, s.c);
+    let kept = Kept {
+        statistics: tensor(statistics, (s.b, norm.groups, 2))?,
+        inputs: tensor(inputs, dims)?,
+        winners: Tensor::from_vec(winners, dims, &Device::Cpu)?,
+    };
+    Ok((tensor(y, dims)?, kept))
+}
+
+/// By channel, 1 where a larger input is a larger output, -1 where it is a smaller one, 0 where it makes no difference.
+pub(crate) fn order<T: Real>(weight: &[T]) -> Vec<T> {
+    weight
+        .iter()
+        .map(|&w| {
+            if w > T::ZERO {
+                T::ONE
+            } else if w < T::ZERO {
+                -T::ONE
+            } else {
+                w * T::ZERO
             }
+        })
+        .collect()
+}
+
+/// The inputs that make the maxima of output line `oy`, and which of their windows' they are.
+#[inline(always)]
+pub(crate) fn max_line<T: Real>(s: &Shape, oy: usize, x: &[T], order: &[T], inputs: &mut [T], winners: &mut [u8]) {
+    let (c, kw) = (s.c, s.window.kernel[1]);
+    let whole = c - c % LANES;
+    let inside = taps(s, oy, 0..kw);
+    for ox in 0..s.ow {
+        let (inputs, winners) = (&mut inputs[ox * c..][..c], &mut winners[ox * c..][..c]);
+        let (lo, hi, ix) = s.input_columns(ox);
+        let x = &x[ix * c..];
+        let at_border;
+        let of_window = if hi - lo == kw {
+            &inside
+        } else {
+            at_border = taps(s, oy, lo..hi);
+            &at_border
+        };
+        for first in (0..whole).step_by(LANES) {
+            max::<T, LANES>(of_window, &x[first..], &order[first..], &mut inputs[first..], &mut winners[first..]);
         }
-        let [scale, shift] = affine;
-        for (((y, &x), &scale), &shift) in y.iter_mut().zip(&*inputs).zip(scale).zip(shift) {
-            *y = relu(x * scale + shift);
+        for first in whole..c {
+            max::<T, 1>(of_window, &x[first..], &order[first..], &mut inputs[first..], &mut winners[first..]);
         }
     }
 }
 
-#[inline(always)]
-fn relu<T: Real>(v: T) -> T {
-    if v < T::ZERO { T::ZERO } else { v }
+/// Where the elements of a window's `columns` lie inside the input, from the first of them on, and which they are.
+#[inline(never)]
+fn taps(s: &Shape, oy: usize, columns: Range<usize>) -> Vec<(usize, u32)> {
+    let [kh, kw] = s.window.kernel;
+    let rows = (0..kh).filter_map(|ky| s.input_line(oy, ky).map(|iy| (ky, iy)));
+    rows.flat_map(|(ky, iy)| {
+        let start = columns.start;
+        columns.clone().map(move |kx| ((iy * s.w + kx - start) * s.c, (ky * kw + kx) as u32))
+    })
+    .collect()
 }
 
-/// Puts the inputs of `tap` in the place of those of smaller values. (The values so far are computed anew: with one slice more
-/// to be written, the compiler would have too many to compare for overlaps, and make no vectors of the loop.)
+/// Channels that are treated at once.
+const LANES: usize = 16;
+
+/// `N` channels, the first ones of those given, of an output pixel, whose window's elements are at `taps`.
 #[inline(always)]
-fn meet<T: Real>(x: &[T], [scale, shift]: [&[T]; 2], tap: u8, inputs: &mut [T], winners: &mut [u8]) {
-    let each = x.iter().zip(scale).zip(shift).zip(inputs).zip(winners);
-    for ((((&x, &scale), &shift), input), winner) in each {
-        let (v, best) = (relu(x * scale + shift), relu(*input * scale + shift));
-        // As in `pool`: a value that is not a number wins, and no branches.
-        #[allow(clippy::eq_op)]
-        let wins = (v > best) | (v != v);
-        *input = if wins { x } else { *input };
-        *winner = if wins { tap } else { *winner };
+fn max<T: Real, const N: usize>(taps: &[(usize, u32)], x: &[T], order: &[T], inputs: &mut [T], winners: &mut [u8]) {
+    let Some((&(at, tap), others)) = taps.split_first() else { return };
+    // Of a length known here and in places nobody else has: they stay in registers.
+    let (mut best, mut winner, mut signs) = ([T::ZERO; N], [tap; N], [T::ZERO; N]);
+    best.copy_from_slice(&x[at..][..N]);
+    signs.copy_from_slice(&order[..N]);
+    for &(at, tap) in others {
+        let v = &x[at..][..N];
+        for n in 0..N {
+            // As in `pool`: a value that is not a number wins, and no branches.
+            #[allow(clippy::eq_op)]
+            let wins = (v[n] * signs[n] > best[n] * signs[n]) | (v[n] != v[n]);
+            best[n] = if wins { v[n] } else { best[n] };
+            winner[n] = if wins { tap } else { winner[n] };
+        }
     }
+    inputs[..N].copy_from_slice(&best);
+    winners[..N].iter_mut().zip(winner).for_each(|(to, tap)| *to = tap as u8);
 }
 
 /// `(gx, gweight, gbias)` from the output's cotangent `gy`; `gx` only where `need_input`.
@@ -141,29 +254,51 @@ pub fn vjp(
         let (x, gy, statistics) = (x.slice::<T>()?, gy.slice::<T>()?, statistics.slice::<T>()?);
         let (weight, bias) = (weight.slice::<T>()?, bias.slice::<T>()?);
         let (inputs, winners) = (inputs.slice::<T>()?, winners.slice::<u8>()?);
+        let sums = parameter_sums(&s, [weight, bias], statistics, inputs, gy);
         let mut gx = overwritten::<T>(if need_input { x.len() } else { 0 });
-        let mut sums = vec![T::ZERO; s.b * 2 * c];
-        let each = |i: usize, sums: &mut [T], gx: Option<&mut [T]>| {
+        threads::chunks(&mut gx, sample, || (), |(), i, gx| {
             let (gy, winners) = (&gy[i * pooled..][..pooled], &winners[i * pooled..][..pooled]);
             let statistics = &statistics[i * norm.groups * 2..][..norm.groups * 2];
-            let affine = norm::scale_and_shift(weight, bias, statistics);
-            norm::parameter_sums(&inputs[i * pooled..][..pooled], gy, statistics, &affine, sums, through);
-            if let Some(gx) = gx {
-                let k = norm::coefficients(weight, statistics, sums, s.h * s.w);
-                let by_channel = [&*k[0], &k[1], &k[2], &affine.0, &affine.1];
-                let x = &x[i * sample..][..sample];
-                simd::vectorized(#[inline(always)] || input_cotangent(&s, x, gy, winners, by_channel, gx));
-            }
-        };
-        if need_input {
-            threads::chunks2(&mut sums, 2 * c, &mut gx, sample, |i, sums, gx| each(i, sums, Some(gx)));
-        } else {
-            threads::chunks(&mut sums, 2 * c, || (), |(), i, sums| each(i, sums, None));
-        }
+            let (scale, shift) = norm::scale_and_shift(weight, bias, statistics);
+            let k = norm::coefficients(weight, statistics, &sums[i * 2 * c..][..2 * c], s.h * s.w);
+            let by_channel = [&*k[0], &k[1], &k[2], &scale, &shift];
+            let x = &x[i * sample..][..sample];
+            simd::vectorized(#[inline(always)] || input_cotangent(&s, x, gy, winners, by_channel, gx));
+        });
         let total = reduce::column_sums(&sums, 2 * c);
         let gx = if need_input { Some(tensor(gx, (s.b, s.h, s.w, c))?) } else { None };
         Ok((gx, tensor(total[c..].to_vec(), c)?, tensor(total[..c].to_vec(), c)?))
     })
+}
+
+/// Each sample's [`norm::parameter_sums`], over windows.
+pub(crate) fn parameter_sums<T: Real>(
+    s: &Shape,
+    [weight, bias]: [&[T]; 2],
+    statistics: &[T],
+    inputs: &[T],
+    gy: &[T],
+) -> Vec<T> {
+    let (pooled, groups) = (s.oh * s.ow * s.c, statistics.len() / s.b);
+    let mut sums = vec![T::ZERO; s.b * 2 * s.c];
+    threads::chunks(
+        &mut sums,
+        2 * s.c,
+        || (),
+        |(), i, sums| {
+            let statistics = &statistics[i * groups..][..groups];
+            let affine = norm::scale_and_shift(weight, bias, statistics);
+            norm::parameter_sums(
+                &inputs[i * pooled..][..pooled],
+                &gy[i * pooled..][..pooled],
+                statistics,
+                &affine,
+                sums,
+                through,
+            );
+        },
+    );
+    sums
 }
 
 /// The relu's cotangent.

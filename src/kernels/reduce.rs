@@ -85,6 +85,40 @@ pub(crate) fn shifted_moments<T: Real>(x: &[T], centre: &[T]) -> Vec<T> {
     )
 }
 
+/// Adds the sums over rows of `x - centre`, then those of its square, to `plain` and `squares`.
+pub(crate) fn add_shifted_moments<T: Real>(x: &[T], centre: &[T], [plain, squares]: [&mut [T]; 2]) {
+    const LANES: usize = 32;
+    let channels = centre.len();
+    simd::vectorized(
+        #[inline(always)]
+        || {
+            for first in (0..channels).step_by(LANES) {
+                let n = LANES.min(channels - first);
+                // Copies of a known length, which stay in registers.
+                let [mut p, mut s, mut c] = [[T::ZERO; LANES]; 3];
+                c[..n].copy_from_slice(&centre[first..][..n]);
+                for row in x.chunks_exact(channels) {
+                    if let Some(row) = row[first..].first_chunk::<LANES>() {
+                        for k in 0..LANES {
+                            let d = row[k] - c[k];
+                            p[k] += d;
+                            s[k] += d * d;
+                        }
+                    } else {
+                        for (k, &v) in row[first..].iter().enumerate() {
+                            let d = v - c[k];
+                            p[k] += d;
+                            s[k] += d * d;
+                        }
+                    }
+                }
+                plain[first..][..n].iter_mut().zip(p).for_each(|(sum, v)| *sum += v);
+                squares[first..][..n].iter_mut().zip(s).for_each(|(sum, v)| *sum += v);
+            }
+        },
+    );
+}
+
 /// The sums over rows of `g`, then of `g * (x - centre)`, for `g = through(scale x + shift, gy)`: `2 * channels` elements.
 /// `centre`, `scale` and `shift` are by channel.
 pub(crate) fn moments<T: Real>(

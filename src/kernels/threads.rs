@@ -91,12 +91,13 @@ pub(crate) fn chunks2<T: Send, U: Send>(
     }
 }
 
-/// As [`chunks2`] on three slices.
-pub(crate) fn chunks3<T: Send, U: Send, V: Send>(
+/// As [`chunks`] on three slices cut in step.
+pub(crate) fn chunks3<T: Send, U: Send, V: Send, S>(
     (a, size_a): (&mut [T], usize),
     (b, size_b): (&mut [U], usize),
     (c, size_c): (&mut [V], usize),
-    f: impl Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync,
+    scratch: impl Fn() -> S + Sync,
+    f: impl Fn(&mut S, usize, &mut [T], &mut [U], &mut [V]) + Sync,
 ) {
     if a.is_empty() {
         return;
@@ -104,11 +105,12 @@ pub(crate) fn chunks3<T: Send, U: Send, V: Send>(
     match pool() {
         Some(pool) if a.len() > size_a => pool.install(|| {
             let all = a.par_chunks_mut(size_a).zip(b.par_chunks_mut(size_b)).zip(c.par_chunks_mut(size_c));
-            all.enumerate().for_each(|(i, ((x, y), z))| f(i, x, y, z));
+            all.enumerate().for_each_init(&scratch, |s, (i, ((x, y), z))| f(s, i, x, y, z));
         }),
         _ => {
+            let mut s = scratch();
             let all = a.chunks_mut(size_a).zip(b.chunks_mut(size_b)).zip(c.chunks_mut(size_c));
-            all.enumerate().for_each(|(i, ((x, y), z))| f(i, x, y, z));
+            all.enumerate().for_each(|(i, ((x, y), z))| f(&mut s, i, x, y, z));
         }
     }
 }

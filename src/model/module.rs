@@ -78,7 +78,8 @@ impl Module {
         let mut output = fused_shape(main, &skip_shapes, fuse);
         let mut learned = adapters.iter().any(Option::is_some);
         let (mut built, mut learned_before) = (Vec::new(), Vec::new());
-        for (n, spec) in layers {
+        let mut rest = layers.iter();
+        while let Some((n, spec)) = rest.next() {
             let place = |e: Error| match e {
                 Error::Input(text) => Error::Input(format!("layer {n} (module {index}): {text}")),
                 other => other,
@@ -86,7 +87,14 @@ impl Module {
             let absorbed = built.last_mut().is_some_and(|layer: &mut Box<dyn Layer>| layer.absorb(spec));
             if !absorbed {
                 learned_before.push(learned);
-                built.push(spec.build(*n, output, init).map_err(place)?);
+                built.push(match spec.build_stem(*n, output, rest.clone().next(), init).map_err(place)? {
+                    // The norm's shapes are its input's.
+                    Some(stem) => {
+                        rest.next();
+                        stem
+                    }
+                    None => spec.build(*n, output, init).map_err(place)?,
+                });
             }
             learned |= spec.params(output) > 0;
             output = spec.output_shape(output).map_err(place)?;
