@@ -60,6 +60,11 @@ impl Padded {
         }
     }
 
+    /// Elements from one line to the next.
+    pub(crate) fn length(&self) -> usize {
+        self.length
+    }
+
     /// What was taken in from the first pixel of line `k` on.
     pub(crate) fn from(&self, k: usize) -> &[f32] {
         &self.data[k * self.length + self.before..]
@@ -93,7 +98,7 @@ pub(crate) fn weight_gradient(s: &Shape, x: &[f32], gy: &[f32]) -> Vec<f32> {
         let (b, oy) = (i * lines / s.oh, i * lines % s.oh);
         padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], oy * s.window.stride[0]);
         for (k, gy) in gy[i * lines * s.ow * s.o..].chunks_exact(s.ow * s.o).take(lines).enumerate() {
-            add_line_gradient(s, padded, k, gy, part);
+            add_line_gradient(s, padded, [k, 0], gy, part);
         }
     });
     sum_of(&parts, size)
@@ -111,13 +116,13 @@ pub(crate) fn line(s: &Shape, padded: &Padded, k: usize, packed: &[f32], bias: O
     simd::dispatch(Line { s, padded, k, packed, bias, y });
 }
 
-/// Adds to `part` (packed) the weight's gradient of that line, from its output's cotangent.
-pub(crate) fn add_line_gradient(s: &Shape, padded: &Padded, k: usize, gy: &[f32], part: &mut [f32]) {
-    let [kh, kw] = s.window.kernel;
-    let (taps, first) = (kw * s.c, k * s.window.stride[0]);
+/// Adds to `part` (packed) the weight's gradient of pixels of line `k` from `column` on, from their output's cotangent.
+pub(crate) fn add_line_gradient(s: &Shape, padded: &Padded, [k, column]: [usize; 2], gy: &[f32], part: &mut [f32]) {
+    let Window { kernel: [kh, kw], stride, .. } = s.window;
+    let (taps, step) = (kw * s.c, stride[1] * s.c);
     for (ky, part) in part.chunks_exact_mut(taps * s.o).enumerate().take(kh) {
-        let x = Steps { data: padded.from(first + ky), step: s.window.stride[1] * s.c };
-        add_outer(0..s.ow, taps, x, Steps { data: gy, step: s.o }, s.o, part);
+        let x = Steps { data: &padded.from(k * stride[0] + ky)[column * step..], step };
+        add_outer(0..gy.len() / s.o, taps, x, Steps { data: gy, step: s.o }, s.o, part);
     }
 }
 
@@ -254,26 +259,63 @@ impl Outer<'_> {
 
     #[inline(always)]
     fn sums<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, column: &mut usize) {
+        // Few sums would wait for one another: then those of even and of odd places apart.
+        if R * V < 6 {
+            self.sums_apart::<S, R, V, 2>(simd, row, *column);
+        } else {
+            self.sums_apart::<S, R, V, 1>(simd, row, *column);
+        }
+        *column += V * S::F32_LANES;
+    }
+
+    #[inline(always)]
+    fn sums_apart<S: Simd, const R: usize, const V: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        column: usize,
+    ) {
         let width = V * S::F32_LANES;
-        let mut sums = [[simd.splat_f32s(0.0); V]; R];
-        for n in self.at.clone() {
-            let x = &self.x.data[n * self.x.step + row..][..R];
-            let y = S::as_simd_f32s(&self.y.data[n * self.y.step + *column..][..width]).0;
-            let mut columns = [simd.splat_f32s(0.0); V];
-            columns.copy_from_slice(y);
-            for r in 0..R {
-                let x = simd.splat_f32s(x[r]);
-                for v in 0..V {
-                    sums[r][v] = simd.mul_add_f32s(x, columns[v], sums[r][v]);
+        let mut sums = [[[simd.splat_f32s(0.0); V]; R]; N];
+        let mut at = self.at.start;
+        while at + N <= self.at.end {
+            for sums in &mut sums {
+                self.add::<S, R, V>(simd, at, row, column, sums);
+                at += 1;
+            }
+        }
+        while at < self.at.end {
+            self.add::<S, R, V>(simd, at, row, column, &mut sums[0]);
+            at += 1;
+        }
+        for r in 0..R {
+            let out = &mut self.out[(row + r) * self.columns + column..][..width];
+            for (v, out) in S::as_mut_simd_f32s(out).0.iter_mut().enumerate() {
+                for sums in &sums {
+                    *out = simd.add_f32s(*out, sums[r][v]);
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            let out = &mut self.out[(row + r) * self.columns + *column..][..width];
-            for (out, &sum) in S::as_mut_simd_f32s(out).0.iter_mut().zip(sums) {
-                *out = simd.add_f32s(*out, sum);
+    }
+
+    #[inline(always)]
+    fn add<S: Simd, const R: usize, const V: usize>(
+        &self,
+        simd: S,
+        at: usize,
+        row: usize,
+        column: usize,
+        sums: &mut [[S::f32s; V]; R],
+    ) {
+        let x = &self.x.data[at * self.x.step + row..][..R];
+        let y = &self.y.data[at * self.y.step + column..][..V * S::F32_LANES];
+        let mut columns = [simd.splat_f32s(0.0); V];
+        columns.copy_from_slice(S::as_simd_f32s(y).0);
+        for r in 0..R {
+            let x = simd.splat_f32s(x[r]);
+            for v in 0..V {
+                sums[r][v] = simd.mul_add_f32s(x, columns[v], sums[r][v]);
             }
         }
-        *column += width;
     }
 }

@@ -52,6 +52,13 @@ pub(crate) fn overwritten<T: Real>(n: usize) -> Vec<T> {
     unsafe { memory.assume_init() }.into_vec()
 }
 
+/// As [`overwritten`], of bytes.
+pub(crate) fn overwritten_bytes(n: usize) -> Vec<u8> {
+    let memory = Box::<[u8]>::new_uninit_slice(n);
+    // SAFETY: every bit pattern is a byte; callers write every one before they read it.
+    unsafe { memory.assume_init() }.into_vec()
+}
+
 /// Changes a contiguous CPU tensor's elements in place. Whoever shares the tensor sees the change.
 pub(crate) fn update<T: Real>(tensor: &Tensor, f: impl Fn(&mut [T])) -> Result<()> {
     struct Update<F, T>(F, std::marker::PhantomData<fn(T)>);

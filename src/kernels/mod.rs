@@ -30,7 +30,7 @@ pub mod threads;
 mod unpacked;
 mod winograd;
 
-pub(crate) use host::{Host, by_dtype, overwritten, tensor, update_together};
+pub(crate) use host::{Host, by_dtype, overwritten, overwritten_bytes, tensor, update_together};
 pub use memory::Recycling;
 pub use real::Real;
 pub(crate) use simd::vectorized;

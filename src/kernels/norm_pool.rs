@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 
 use super::im2col::Shape;
 use super::norm::{self, GroupNorm};
-use super::{Host, Real, Window, by_dtype, few, overwritten, pool, reduce, simd, tensor, threads};
+use super::{Host, Real, Window, by_dtype, few, overwritten, overwritten_bytes, pool, reduce, simd, tensor, threads};
 use crate::Result;
 
 /// What [`vjp`] needs of [`forward`].
@@ -99,49 +99,50 @@ pub(crate) fn pieces<T: Real, S>(
     make: impl Fn(&mut S, &mut Piece<T>) + Sync,
 ) -> Result<(Tensor, Kept)> {
     let (lines, line, size) = (few::piece(s.oh), s.ow * s.c, s.b * s.oh * s.ow * s.c);
-    let count = s.oh / lines;
-    let (mut inputs, mut winners) = (overwritten::<T>(size), vec![0u8; size]);
-    let mut sums = vec![T::ZERO; s.b * count * 3 * s.c];
-    threads::chunks3(
-        (&mut inputs, lines * line),
-        (&mut winners, lines * line),
-        (&mut sums, 3 * s.c),
-        scratch,
-        |scratch, i, inputs, winners, sums| {
-            let (sample, first) = (i / count, i % count * lines);
-            make(scratch, &mut Piece { sample, first, lines, sums, pixels: 0, inputs, winners });
-        },
-    );
+    let (count, pooled) = (s.oh / lines, s.oh * line);
+    let (mut inputs, mut winners, mut y) = (overwritten::<T>(size), overwritten_bytes(size), overwritten::<T>(size));
     let mut statistics = vec![T::ZERO; s.b * norm.groups * 2];
-    for (sums, statistics) in sums.chunks_exact(count * 3 * s.c).zip(statistics.chunks_exact_mut(norm.groups * 2)) {
-        let pixels = |n: usize| s.w * (line_of(s, (n + 1) * lines) - line_of(s, n * lines));
+    let mut sums = vec![T::ZERO; count * 3 * s.c];
+    let pixels = |n: usize| s.w * (line_of(s, (n + 1) * lines) - line_of(s, n * lines));
+    // Sample by sample: what one leaves in the caches, it finds there.
+    for (sample, statistics) in statistics.chunks_exact_mut(norm.groups * 2).enumerate() {
+        let of_sample = sample * pooled..(sample + 1) * pooled;
+        let (inputs, winners) = (&mut inputs[of_sample.clone()], &mut winners[of_sample.clone()]);
+        sums.fill(T::ZERO);
+        threads::chunks3(
+            (inputs, lines * line),
+            (winners, lines * line),
+            (&mut sums, 3 * s.c),
+            &scratch,
+            |scratch, i, inputs, winners, sums| {
+                make(scratch, &mut Piece { sample, first: i * lines, lines, sums, pixels: 0, inputs, winners });
+            },
+        );
         let parts = sums.chunks_exact(3 * s.c).enumerate().map(|(n, sums)| (sums, pixels(n)));
         norm::statistics_of_parts(parts, norm.epsilon, statistics);
+        let (scale, shift) = norm::scale_and_shift(weight, bias, statistics);
+        threads::chunks(
+            &mut y[of_sample],
+            lines * line,
+            || (),
+            |(), i, y| {
+                let x = &inputs[i * lines * line..][..y.len()];
+                simd::vectorized(
+                    #[inline(always)]
+                    || {
+                        norm::affine(
+                            x,
+                            &scale,
+                            &shift,
+                            y,
+                            #[inline(always)]
+                            |v| if v < T::ZERO { T::ZERO } else { v },
+                        );
+                    },
+                );
+            },
+        );
     }
-    let affine: Vec<_> =
-        statistics.chunks_exact(norm.groups * 2).map(|of| norm::scale_and_shift(weight, bias, of)).collect();
-    let mut y = overwritten::<T>(size);
-    threads::chunks(
-        &mut y,
-        lines * line,
-        || (),
-        |(), i, y| {
-            let (x, (scale, shift)) = (&inputs[i * lines * line..][..y.len()], &affine[i / count]);
-            simd::vectorized(
-                #[inline(always)]
-                || {
-                    norm::affine(
-                        x,
-                        scale,
-                        shift,
-                        y,
-                        #[inline(always)]
-                        |v| if v < T::ZERO { T::ZERO } else { v },
-                    )
-                },
-            );
-        },
-    );
     let dims = (s.b, s.oh, s.ow, s.c);
     let kept = Kept {
         statistics: tensor(statistics, (s.b, norm.groups, 2))?,
@@ -216,13 +217,18 @@ fn max<T: Real, const N: usize>(taps: &[(usize, u32)], x: &[T], order: &[T], inp
     let (mut best, mut winner, mut signs) = ([T::ZERO; N], [tap; N], [T::ZERO; N]);
     best.copy_from_slice(&x[at..][..N]);
     signs.copy_from_slice(&order[..N]);
+    let mut largest = [T::ZERO; N];
+    for n in 0..N {
+        largest[n] = best[n] * signs[n];
+    }
     for &(at, tap) in others {
-        let v = &x[at..][..N];
+        let x = &x[at..][..N];
         for n in 0..N {
-            // As in `pool`: a value that is not a number wins, and no branches.
-            #[allow(clippy::eq_op)]
-            let wins = (v[n] * signs[n] > best[n] * signs[n]) | (v[n] != v[n]);
-            best[n] = if wins { v[n] } else { best[n] };
+            // What is no number need not win here to be noticed: the norm's statistics are none then either.
+            let v = x[n] * signs[n];
+            let wins = v > largest[n];
+            largest[n] = if wins { v } else { largest[n] };
+            best[n] = if wins { x[n] } else { best[n] };
             winner[n] = if wins { tap } else { winner[n] };
         }
     }
@@ -303,7 +309,7 @@ pub(crate) fn parameter_sums<T: Real>(
 
 /// The relu's cotangent.
 #[inline(always)]
-fn through<T: Real>(y: T, g: T) -> T {
+pub(crate) fn through<T: Real>(y: T, g: T) -> T {
     if y > T::ZERO { g } else { T::ZERO }
 }
 

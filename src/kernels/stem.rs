@@ -6,6 +6,8 @@
 //! patches. G is small, and since neighbouring patches share most of their elements it costs a fraction of one product, so y is
 //! not needed again.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
 use super::conv::Conv;
@@ -13,8 +15,11 @@ use super::few::{self, Padded, Steps};
 use super::im2col::Shape;
 use super::norm::{self, GroupNorm};
 use super::norm_pool::{self, Kept, Piece};
-use super::{Host, Window, host, overwritten, patches, pool, reduce, simd, tensor, threads};
+use super::{Host, Window, host, overwritten, patches, pool, simd, tensor, threads};
 use crate::Result;
+
+/// Elements of a cotangent that are made before they are used: they stay in a first-level cache.
+const AT_ONCE: usize = 6144;
 
 /// The four layers, with their parameters.
 pub struct Stem<'a> {
@@ -96,8 +101,8 @@ impl Stem<'_> {
             for k in 0..piece.lines {
                 for (row, y) in y.chunks_exact_mut(line).enumerate() {
                     few::line(s, padded, k * rows + row, &packed, bias, y);
+                    piece.add_moments(y);
                 }
-                piece.add_moments(y);
                 let (inputs, winners) = piece.line(p, k);
                 simd::vectorized(
                     #[inline(always)]
@@ -131,40 +136,6 @@ impl Stem<'_> {
         let (statistics, inputs) = (statistics.slice::<f32>()?, inputs.slice::<f32>()?);
         let winners = winners.slice::<u8>()?;
 
-        let sums = norm_pool::parameter_sums(p, [scale, shift], statistics, inputs, gy);
-        let samples: Vec<Sample> = (0..s.b)
-            .map(|b| {
-                let statistics = &statistics[b * groups * 2..][..groups * 2];
-                let (scale_here, shift_here) = norm::scale_and_shift(scale, shift, statistics);
-                let k = norm::coefficients(scale, statistics, &sums[b * 2 * s.o..][..2 * s.o], s.oh * s.ow);
-                Sample { k, scale: scale_here, shift: shift_here }
-            })
-            .collect();
-
-        // The part of the pool's cotangent.
-        let (lines, rows, line, size) = (few::piece(p.oh), p.window.kernel[0], s.ow * s.o, s.patch() * s.o);
-        let mut parts = vec![0f32; p.lines() / lines * size];
-        let scratch =
-            || (Padded::new(s, lines * rows), overwritten::<f32>(rows * line), overwritten::<f32>(p.ow * p.c));
-        threads::chunks(&mut parts, size, scratch, |(padded, routed, g), i, part| {
-            let (b, oy) = (i * lines / p.oh, i * lines % p.oh);
-            padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], oy * rows);
-            for k in 0..lines {
-                let at = (i * lines + k) * p.ow * p.c..(i * lines + k + 1) * p.ow * p.c;
-                let (inputs, gy, winners) = (&inputs[at.clone()], &gy[at.clone()], &winners[at]);
-                simd::vectorized(
-                    #[inline(always)]
-                    || {
-                        samples[b].through(inputs, gy, g);
-                        route(p, g, winners, routed);
-                    },
-                );
-                for (row, gy) in routed.chunks_exact(line).enumerate() {
-                    few::add_line_gradient(s, padded, k * rows + row, gy, part);
-                }
-            }
-        });
-        // The parts of the convolution's output, and of a constant.
         let mut moments = vec![0f64; s.b * PatchMoments::len(s)];
         threads::chunks(
             &mut moments,
@@ -175,35 +146,55 @@ impl Stem<'_> {
                 patch_moments(s, padded, moments);
             },
         );
-        let mut total: Vec<f64> = few::sum_of(&parts, size).into_iter().map(f64::from).collect();
-        let pixels = (s.oh * s.ow) as f64;
-        let mut of_bias: Vec<f64> = vec![0.0; s.o];
-        for (b, (sample, moments)) in samples.iter().zip(moments.chunks_exact(PatchMoments::len(s))).enumerate() {
-            let [k0, k1, k2] = &sample.k;
-            let (sums_of_patches, products) = moments.split_at(s.patch());
-            for (row, total) in total.chunks_exact_mut(s.o).enumerate() {
-                // By channel, the sum over pixels of this element of the patch times the convolution's output.
-                let mut with_output: Vec<f64> =
-                    (0..s.o).map(|o| bias.map_or(0.0, |bias| f64::from(bias[o]) * sums_of_patches[row])).collect();
-                for (weights, &product) in packed.chunks_exact(s.o).zip(&products[row * s.patch()..]) {
-                    with_output.iter_mut().zip(weights).for_each(|(sum, &w)| *sum += f64::from(w) * product);
+        let (lines, [rows, columns], size) = (few::piece(p.oh), p.window.kernel, s.patch() * s.o);
+        let at_once = (AT_ONCE / (rows * columns * s.o)).clamp(1, p.ow);
+        let mut parts = vec![0f32; p.oh / lines * size];
+        let (mut total, mut of_bias, mut of_norm) = (vec![0f64; size], vec![0f64; s.o], vec![0f32; 2 * s.o]);
+        // Sample by sample: what the sums leave in the caches, the products find there.
+        for (b, moments) in moments.chunks_exact(PatchMoments::len(s)).enumerate() {
+            let of_sample = b * p.oh * p.ow * p.c..(b + 1) * p.oh * p.ow * p.c;
+            let (inputs, gy, winners) = (&inputs[of_sample.clone()], &gy[of_sample.clone()], &winners[of_sample]);
+            let statistics = &statistics[b * groups * 2..][..groups * 2];
+            let affine = norm::scale_and_shift(scale, shift, statistics);
+            let mut sums = vec![0f32; 2 * s.o];
+            norm::parameter_sums(inputs, gy, statistics, &affine, &mut sums, norm_pool::through);
+            let k = norm::coefficients(scale, statistics, &sums, s.oh * s.ow);
+
+            // The part of the pool's cotangent.
+            parts.fill(0.0);
+            let scratch = || (Padded::new(s, lines * rows), overwritten::<f32>(at_once * rows * columns * s.o));
+            threads::chunks(&mut parts, size, scratch, |(padded, routed), i, part| {
+                padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], i * lines * rows);
+                for line in 0..lines {
+                    let at = (i * lines + line) * p.ow * p.c..(i * lines + line + 1) * p.ow * p.c;
+                    let (inputs, gy, winners) = (&inputs[at.clone()], &gy[at.clone()], &winners[at]);
+                    let of = Cotangent { inputs, gy, winners, k0: &k[0], affine: &affine };
+                    for first in (0..p.ow).step_by(at_once) {
+                        let pixels = first..(first + at_once).min(p.ow);
+                        let width = pixels.len() * columns * s.o;
+                        let routed = &mut routed[..rows * width];
+                        simd::vectorized(
+                            #[inline(always)]
+                            || of.route(p, pixels, routed),
+                        );
+                        for (row, gy) in routed.chunks_exact(width).enumerate() {
+                            few::add_line_gradient(s, padded, [line * rows + row, first * columns], gy, part);
+                        }
+                    }
                 }
-                for (o, total) in total.iter_mut().enumerate() {
-                    *total += f64::from(k1[o]) * with_output[o] + f64::from(k2[o]) * sums_of_patches[row];
-                }
+            });
+            total.iter_mut().zip(few::sum_of(&parts, size)).for_each(|(total, part)| *total += f64::from(part));
+            // Those of the convolution's output, and of a constant.
+            let of_output = Output { s, k: [&k[1], &k[2]], packed: &packed, bias, moments };
+            of_output.add_weight_gradient(&mut total);
+            if bias.is_some() {
+                of_output.add_bias_gradient(&k[0], &sums, &mut of_bias);
             }
-            for (o, of_bias) in of_bias.iter_mut().enumerate() {
-                let through = packed.iter().skip(o).step_by(s.o).zip(sums_of_patches);
-                let output: f64 = through.map(|(&w, &sum)| f64::from(w) * sum).sum();
-                let output = output + bias.map_or(0.0, |bias| f64::from(bias[o]) * pixels);
-                let g = f64::from(sums[b * 2 * s.o + o]);
-                *of_bias += f64::from(k0[o]) * g + f64::from(k1[o]) * output + f64::from(k2[o]) * pixels;
-            }
+            super::im2col::add(&mut of_norm, &sums);
         }
         let total: Vec<f32> = total.into_iter().map(|v| v as f32).collect();
         let gradient = patches::unpack(s, &total);
         host::update::<f32>(&sum, |sum| super::im2col::add(sum, &gradient))?;
-        let of_norm = reduce::column_sums(&sums, 2 * s.o);
         let of_bias = self.bias.map(|_| tensor(of_bias.into_iter().map(|v| v as f32).collect::<Vec<_>>(), s.o));
         Ok(Gradients {
             weight: sum,
@@ -213,37 +204,88 @@ impl Stem<'_> {
     }
 }
 
-/// What one sample's cotangents are made of, by channel.
-struct Sample {
-    /// The norm's input cotangent is `k0 g + k1 y + k2`.
-    k: [Vec<f32>; 3],
-    /// The norm is `scale y + shift`.
-    scale: Vec<f32>,
-    shift: Vec<f32>,
+/// What the convolution's output, and a constant, add to one sample's gradients: `k1 y + k2` in place of the cotangent.
+struct Output<'a> {
+    s: &'a Shape,
+    k: [&'a [f32]; 2],
+    packed: &'a [f32],
+    bias: Option<&'a [f32]>,
+    moments: &'a [f64],
 }
 
-impl Sample {
-    /// `k0 g` behind the relu, where the pool's maxima come from `inputs`.
-    #[inline(always)]
-    fn through(&self, inputs: &[f32], gy: &[f32], g: &mut [f32]) {
-        let c = self.scale.len();
-        let (k0, scale, shift) = (&self.k[0][..c], &self.scale[..c], &self.shift[..c]);
-        for ((g, gy), x) in g.chunks_exact_mut(c).zip(gy.chunks_exact(c)).zip(inputs.chunks_exact(c)) {
-            for n in 0..c {
-                g[n] = if x[n] * scale[n] + shift[n] > 0.0 { k0[n] * gy[n] } else { 0.0 };
+impl Output<'_> {
+    /// Adds the weight's, packed, to `total`.
+    fn add_weight_gradient(&self, total: &mut [f64]) {
+        let (s, [k1, k2]) = (self.s, self.k);
+        let (sums, products) = self.moments.split_at(s.patch());
+        for ((total, &sum), products) in total.chunks_exact_mut(s.o).zip(sums).zip(products.chunks_exact(s.patch())) {
+            // By channel, the sum over pixels of this element of the patch times the convolution's output.
+            let mut with_output: Vec<f64> = match self.bias {
+                Some(bias) => bias.iter().map(|&bias| f64::from(bias) * sum).collect(),
+                None => vec![0.0; s.o],
+            };
+            for (weights, &product) in self.packed.chunks_exact(s.o).zip(products) {
+                with_output.iter_mut().zip(weights).for_each(|(sum, &w)| *sum += f64::from(w) * product);
             }
+            for (((total, with_output), &k1), &k2) in total.iter_mut().zip(with_output).zip(k1).zip(k2) {
+                *total += f64::from(k1) * with_output + f64::from(k2) * sum;
+            }
+        }
+    }
+
+    /// Adds the bias', with that of the pool's cotangent, whose sums by channel are `sums` and which comes times `k0`.
+    fn add_bias_gradient(&self, k0: &[f32], sums: &[f32], total: &mut [f64]) {
+        let (s, [k1, k2], pixels) = (self.s, self.k, (self.s.oh * self.s.ow) as f64);
+        for (o, total) in total.iter_mut().enumerate() {
+            let through = self.packed.iter().skip(o).step_by(s.o).zip(self.moments);
+            let output: f64 = through.map(|(&w, &sum)| f64::from(w) * sum).sum();
+            let output = output + self.bias.map_or(0.0, |bias| f64::from(bias[o]) * pixels);
+            *total += f64::from(k0[o] * sums[o]) + f64::from(k1[o]) * output + f64::from(k2[o]) * pixels;
         }
     }
 }
 
-/// A pooled line's cotangent at its windows' winners, zeros elsewhere: the lines under it.
-#[inline(always)]
-fn route(p: &Shape, g: &[f32], winners: &[u8], routed: &mut [f32]) {
-    let ([kh, kw], c) = (p.window.kernel, p.c);
-    for (ox, (g, winners)) in g.chunks_exact(c).zip(winners.chunks_exact(c)).enumerate() {
-        for (ky, kx) in (0..kh).flat_map(|ky| (0..kw).map(move |kx| (ky, kx))) {
-            let (routed, tap) = (&mut routed[(ky * p.w + ox * kw + kx) * c..][..c], (ky * kw + kx) as u8);
-            routed.iter_mut().zip(g).zip(winners).for_each(|((to, &g), &k)| *to = if k == tap { g } else { 0.0 });
+/// A line of the pool's output cotangent, with what its forward pass kept.
+struct Cotangent<'a> {
+    inputs: &'a [f32],
+    gy: &'a [f32],
+    winners: &'a [u8],
+    k0: &'a [f32],
+    /// The norm is `scale y + shift`.
+    affine: &'a (Vec<f32>, Vec<f32>),
+}
+
+impl Cotangent<'_> {
+    /// `k0 g` at the winners of the windows of `pixels`, zeros elsewhere: the lines under them.
+    #[inline(always)]
+    fn route(&self, p: &Shape, pixels: Range<usize>, routed: &mut [f32]) {
+        const LANES: usize = few::LANES;
+        let ([kh, kw], c) = (p.window.kernel, p.c);
+        let taps: Vec<usize> = (0..kh * kw).map(|tap| (tap / kw * pixels.len() * kw + tap % kw) * c).collect();
+        let start = pixels.start;
+        for ox in pixels {
+            for first in (0..c).step_by(LANES) {
+                let at = ox * c + first..ox * c + first + LANES;
+                let (x, gy, winners) = (&self.inputs[at.clone()], &self.gy[at.clone()], &self.winners[at]);
+                let of_channel = first..first + LANES;
+                let (scale, shift) = (&self.affine.0[of_channel.clone()], &self.affine.1[of_channel.clone()]);
+                let k0 = &self.k0[of_channel];
+                // Copies of a known length, which stay in registers.
+                let (mut g, mut winner) = ([0f32; LANES], [0u32; LANES]);
+                for n in 0..LANES {
+                    let through = k0[n] * gy[n];
+                    g[n] = if x[n] * scale[n] + shift[n] > 0.0 { through } else { 0.0 };
+                    winner[n] = u32::from(winners[n]);
+                }
+                let routed = &mut routed[(ox - start) * kw * c + first..];
+                for (tap, &at) in (0u32..).zip(&taps) {
+                    let mut here = [0f32; LANES];
+                    for n in 0..LANES {
+                        here[n] = if winner[n] == tap { g[n] } else { 0.0 };
+                    }
+                    routed[at..][..LANES].copy_from_slice(&here);
+                }
+            }
         }
     }
 }
@@ -264,33 +306,49 @@ impl PatchMoments {
 /// of the kernel. Element ky of a column of the kernel meets zones `ky..ky + kh`.
 fn patch_moments(s: &Shape, padded: &Padded, moments: &mut [f64]) {
     let (c, [kh, kw]) = (s.c, s.window.kernel);
-    let (lines, columns) = (s.oh + kh - 1, s.ow + kw - 1);
+    let lines = s.oh + kh - 1;
     let width = ((2 * kw - 1) * c).next_multiple_of(few::LANES);
     let (zones, before) = ([2 * kh - 1, 2 * kw - 1], (kw - 1) * c);
     let (cell, plane) = (c * width, zones[1] * c * width);
     // [zone of lines][distance of lines][zone of columns][channel][distance of columns, channel], and without distances.
     let mut products = vec![0f64; zones[0] * kh * plane];
     let mut plain = vec![0f64; zones[0] * zones[1] * c];
-    let mut sums = vec![0f32; cell];
     for line in 0..lines {
         let zone = zone_of(line, kh, s.oh);
-        for column in 0..columns {
-            let to = &mut plain[(zone * zones[1] + zone_of(column, kw, s.ow)) * c..][..c];
-            to.iter_mut().zip(&padded.from(line)[column * c..]).for_each(|(to, &x)| *to += f64::from(x));
+        let mut column = padded.from(line).chunks_exact(c);
+        for z in 0..zones[1] {
+            let mut sums = [0f32; 4];
+            for pixel in column.by_ref().take(range_of(z, kw, s.ow).len()) {
+                sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += x);
+            }
+            let to = plain[(zone * zones[1] + z) * c..][..c].iter_mut();
+            to.zip(sums).for_each(|(to, sum)| *to += f64::from(sum));
         }
-        for distance in 0..kh.min(lines - line) {
-            let x = Steps { data: padded.from(line), step: c };
-            let y = Steps { data: padded.from_before(line + distance, before), step: c };
-            for z in 0..zones[1] {
-                let at = match z {
-                    z if z < kw - 1 => z..z + 1,
-                    z if z == kw - 1 => z..s.ow,
-                    z => z + s.ow - kw..z + s.ow - kw + 1,
-                };
-                sums.fill(0.0);
-                few::add_outer(at, c, x, y, width, &mut sums);
-                let to = &mut products[(zone * kh + distance) * plane + z * cell..][..cell];
-                to.iter_mut().zip(&sums).for_each(|(to, &sum)| *to += f64::from(sum));
+    }
+    let mut sums = vec![0f32; cell];
+    let mut sum = |to: &mut [f64], at: Range<usize>, x: Steps, y: Steps| {
+        sums.fill(0.0);
+        few::add_outer(at, c, x, y, width, &mut sums);
+        to.iter_mut().zip(&sums).for_each(|(to, &sum)| *to += f64::from(sum));
+    };
+    let between = kw - 1..s.ow;
+    for distance in 0..kh {
+        for line in 0..lines - distance {
+            let (x, y) = (padded.from(line), padded.from_before(line + distance, before));
+            let to = (zone_of(line, kh, s.oh) * kh + distance) * plane + (kw - 1) * cell;
+            let of_pixels = |data| Steps { data, step: c };
+            sum(&mut products[to..][..cell], between.clone(), of_pixels(x), of_pixels(y));
+        }
+        // Single columns go down the lines.
+        for z in (0..zones[1]).filter(|&z| z != kw - 1) {
+            let column = range_of(z, kw, s.ow).start * c;
+            for zone in 0..zones[0] {
+                let lines = range_of(zone, kh, s.oh);
+                let lines = lines.start..lines.end.min(lines.start.max(s.oh + kh - 1 - distance));
+                let of_lines = |data| Steps { data, step: padded.length() };
+                let (x, y) = (&padded.from(0)[column..], &padded.from_before(distance, before)[column..]);
+                let to = (zone * kh + distance) * plane + z * cell;
+                sum(&mut products[to..][..cell], lines, of_lines(x), of_lines(y));
             }
         }
     }
@@ -324,5 +382,14 @@ fn zone_of(n: usize, kernel: usize, outputs: usize) -> usize {
         kernel - 1
     } else {
         n + kernel - outputs
+    }
+}
+
+/// The lines of a zone.
+fn range_of(zone: usize, kernel: usize, outputs: usize) -> Range<usize> {
+    match zone {
+        z if z < kernel - 1 => z..z + 1,
+        z if z == kernel - 1 => z..outputs,
+        z => z + outputs - kernel..z + outputs - kernel + 1,
     }
 }
