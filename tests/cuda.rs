@@ -70,6 +70,19 @@ fn the_result_does_not_depend_on_where_modules_run() {
     }
 }
 
+/// Frames of 150 KB, each in memory of its own that is gone soon after, arrive as what they are.
+#[test]
+fn large_frames_arrive_whole() {
+    let layers = "model.layers=[{ kind = 'conv2d', out = 8, kernel = 5, stride = 4, padding = 2 }, { kind = 'relu' }, \
+                  { kind = 'conv2d', out = 8, kernel = 3, stride = 2, padding = 1 }, { kind = 'relu' }, \
+                  { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+    let sets = [layers, "model.modules=2", "train.rule=sideways", "train.clips=8", "run.checkpoint_every=8"];
+    let place = Place::of_side(80, &sets);
+    let cpu = place.trained("cpu", 0, &[CPU], &[]);
+    assert_close(&cpu, &place.trained("gpu", 0, &[CUDA], &[]), 1e-3, "large frames");
+    assert_close(&cpu, &place.trained("ranks", 2, &[CUDA, "run.exchange=staged"], &[]), 1e-3, "on two ranks");
+}
+
 /// Messages beyond MPI's eager limit, which wait for their receivers.
 #[test]
 fn large_messages_between_ranks_on_a_gpu() {
