@@ -387,7 +387,6 @@ fn build(
         loss,
         update,
         saver,
-        before: None,
         failure: None,
         requests,
         decider,
