@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::footprint::{bytes, memory};
 use super::setup::Setup;
 use crate::config::DeviceChoice;
-use crate::plan::machine::{own_processors, program_hash};
+use crate::machine::{own_processors, program_hash};
 use crate::transport::{World, hostname};
 use crate::{Error, Result};
 

@@ -10,13 +10,13 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::kernels;
+use crate::machine::{processor_name, program_hash};
 use crate::model::layers::{Pass, Tape};
 use crate::model::module::{Fuse, Module, SkipInput};
 use crate::model::param::Init;
 use crate::model::spec::{LayerSpec, Shape};
 use crate::optim::{Optimizer, OptimizerSpec};
 use crate::plan::gpu::{self, OnGpu};
-use crate::plan::machine::{processor_name, program_hash};
 use crate::{Error, Result};
 
 /// A module to be timed.
