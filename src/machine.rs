@@ -1,6 +1,7 @@
-//! The processors of this machine, and the program that runs on them.
+//! This machine: its processors, memory and disks, and the program that runs on it.
 
 use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -46,4 +47,55 @@ pub fn processor_name() -> String {
     };
     let rest = ["cpu family", "model", "stepping"].map(|key| field(key).unwrap_or_default()).join("/");
     format!("{} ({}, {rest})", field("model name").unwrap_or_else(|| "unknown".into()), std::env::consts::ARCH)
+}
+
+/// Bytes of memory still to be had, and the most there may ever be: the host's, or a control group's if that is less.
+pub fn memory() -> (u64, u64) {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let field = |key: &str| -> Option<u64> {
+        let line = info.lines().find(|line| line.starts_with(key))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? << 10)
+    };
+    let mut memory = (field("MemAvailable:").unwrap_or(u64::MAX), field("MemTotal:").unwrap_or(u64::MAX));
+    let number = |path: PathBuf| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    for line in groups.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(group)) = (parts.next(), parts.next(), parts.next()) else { continue };
+        let (root, limit, used) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max", "memory.current"),
+            c if c.split(',').any(|c| c == "memory") => {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            }
+            _ => continue,
+        };
+        for group in Path::new(group.trim_start_matches('/')).ancestors() {
+            let dir = Path::new(root).join(group);
+            let Some(most) = number(dir.join(limit)) else { continue };
+            let left = most.saturating_sub(number(dir.join(used)).unwrap_or(0));
+            memory = (memory.0.min(left), memory.1.min(most));
+        }
+    }
+    memory
+}
+
+/// Bytes free for this user on the file system of `path`.
+pub fn free_space(path: &Path) -> Option<u64> {
+    let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
+    // SAFETY: the path ends with a zero, the buffer is filled in on success.
+    unsafe {
+        let mut status: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &mut status) == 0).then(|| status.f_bavail as u64 * status.f_frsize as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_has_memory() {
+        let (available, limit) = memory();
+        assert!(available > 0 && available <= limit && limit < 1 << 50, "{available} of {limit}");
+    }
 }
