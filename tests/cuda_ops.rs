@@ -147,7 +147,7 @@ fn integers(gpu: &Gpu, values: &[i32]) -> Result<Array> {
 fn elementwise() -> Result<()> {
     On::each(|on| {
         let gpu = &*on.gpu;
-        for n in [1, 7, 8, 255, 2048, 5003] {
+        for n in [1, 7, 8, 255, 2048, 5003, 9001] {
             let (a, b) = (on.random(n, 1), on.random(n, 2));
             let (x, z) = (on.up(&a)?, on.up(&b)?);
             let (ta, tb) = (tensor(&a, &[n])?, tensor(&b, &[n])?);
@@ -166,8 +166,12 @@ fn elementwise() -> Result<()> {
             ops::gelu_vjp(gpu, &x, &z, &y)?;
             on.same("gelu_vjp", &y, &activation::gelu_vjp(&ta, &tb)?);
             let sum = gpu.upload(&random(n, 3))?;
-            ops::accumulate(gpu, &x, &sum)?;
-            on.sums("accumulate", &sum, &(tensor(&random(n, 3), &[n])? + &ta)?);
+            let other = on.floats(3)?;
+            gpu.write(&other, &[1.0, 2.0, 3.0])?;
+            let pairs = [(x.clone(), sum.clone()), (on.up(&[0.5, 0.5, 0.5])?, other.clone())];
+            ops::Accumulation::new(gpu, &pairs)?.launch(gpu)?;
+            on.sums("accumulated", &sum, &(tensor(&random(n, 3), &[n])? + &ta)?);
+            assert_eq!(on.down(&other)?, [1.5, 2.5, 3.5]);
             // In place.
             ops::add_to(gpu, &x, &z)?;
             on.same("add_to", &z, &(&ta + &tb)?);
@@ -758,7 +762,7 @@ fn sizes_that_do_not_fit_are_refused() -> Result<()> {
             ops::add(gpu, &a, &b, &a).unwrap_err(),
             ops::add_to(gpu, &b, &a).unwrap_err(),
             ops::from_f32(gpu, &c, &a).unwrap_err(),
-            ops::accumulate(gpu, &a, &c).unwrap_err(),
+            ops::Accumulation::new(gpu, &[(a.clone(), c.clone())]).unwrap_err(),
             ops::bias(gpu, &b, &c, 3).unwrap_err(),
             ops::bias(gpu, &a, &c, 4).unwrap_err(),
             ops::group_norm(gpu, &shape, &kind, &a, &c, &c, &a, &c, &scratch).unwrap_err(),

@@ -1,7 +1,7 @@
 //! Group and batch normalisation with their gradients; a relu behind the norm costs nothing.
 //!
 //! Three launches each way: sums by channel over parts of the rows, their totals as coefficients of channels, and these
-//! applied; one launch, and one for the parameters' gradients, where a block can hold its share ([`Small`]). Batch norm is
+//! applied; one launch, and for several samples one for the parameters' gradients, where a block can hold its share ([`Small`]). Batch norm is
 //! group norm of one sample with a group a channel.
 
 use super::{
@@ -367,8 +367,11 @@ impl Job {
         if let Some(Small { lanes, tiles }) = Small::new(self, element) {
             let (lanes, relu) = (signed(lanes)?, self.relu);
             let arguments =
-                arguments![x, gy, weight, bias, statistics, scratch, gx, r, c, lanes, of_group, relu, constant];
+                arguments![x, gy, weight, bias, statistics, scratch, gw, gb, gx, r, c, lanes, of_group, relu, constant];
             launch(gpu, "norm_vjp_small", element, [tiles, samples, 1], arguments)?;
+            if samples == 1 {
+                return Ok(());
+            }
             let none = 0u64;
             let arguments =
                 arguments![x, gy, none, scratch, none, gw, gb, n, sample, c, 1i32, relu, 0u32, signed(samples)?];
