@@ -13,7 +13,7 @@ use crate::transport::{World, hostname};
 /// Collective.
 ///
 /// # Errors
-/// [`Error::Transport`] when MPI fails.
+/// [`crate::Error::Transport`] when MPI fails.
 pub fn check_run_folder(world: &World, setup: &Setup) -> Result<Check> {
     const WHAT: &str = "run folder";
     let dir = &setup.config.run.dir;
