@@ -183,7 +183,8 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
     if real() {
         return;
     }
-    let sets = [SKIPS, "run.checkpoint_every=100", "train.boundary=cut", CUDA];
+    // Left open, the exchange of an edge is settled by times, and staged messages take other memory than put ones.
+    let sets = [SKIPS, "run.checkpoint_every=100", "train.boundary=cut", "run.exchange=peer", CUDA];
     let counts = |place: &Place, name: &str, clips: usize, frames: usize| -> HashMap<String, u64> {
         let file = place.at(name).with_extension("counts");
         let (clips, frames) = (format!("train.clips={clips}"), format!("data.frames={frames}"));

@@ -6,7 +6,6 @@
 pub mod blocks;
 pub mod cut;
 pub mod gpu;
-pub mod machine;
 pub mod measure;
 pub mod partition;
 pub mod predict;

@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::measure::measure;
 use crate::kernels;
+use crate::machine::{processor_name, program_hash};
 use crate::model::module::Fuse;
 use crate::model::spec::{LayerSpec, Shape};
 use crate::optim::OptimizerSpec;
 use crate::plan::gpu::OnGpu;
-use crate::plan::machine::{processor_name, program_hash};
 use crate::{Error, Result};
 
 /// A module to be timed.
