@@ -10,6 +10,7 @@ pub mod engine;
 pub mod error;
 pub mod graph;
 pub mod kernels;
+pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod network;

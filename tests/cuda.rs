@@ -70,6 +70,19 @@ fn the_result_does_not_depend_on_where_modules_run() {
     }
 }
 
+/// Frames of 150 KB, each in memory of its own that is gone soon after, arrive as what they are.
+#[test]
+fn large_frames_arrive_whole() {
+    let layers = "model.layers=[{ kind = 'conv2d', out = 8, kernel = 5, stride = 4, padding = 2 }, { kind = 'relu' }, \
+                  { kind = 'conv2d', out = 8, kernel = 3, stride = 2, padding = 1 }, { kind = 'relu' }, \
+                  { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+    let sets = [layers, "model.modules=2", "train.rule=sideways", "train.clips=8", "run.checkpoint_every=8"];
+    let place = Place::of_side(80, &sets);
+    let cpu = place.trained("cpu", 0, &[CPU], &[]);
+    assert_close(&cpu, &place.trained("gpu", 0, &[CUDA], &[]), 1e-3, "large frames");
+    assert_close(&cpu, &place.trained("ranks", 2, &[CUDA, "run.exchange=staged"], &[]), 1e-3, "on two ranks");
+}
+
 /// Messages beyond MPI's eager limit, which wait for their receivers.
 #[test]
 fn large_messages_between_ranks_on_a_gpu() {
@@ -118,6 +131,34 @@ fn bfloat16_learns_the_same() {
     assert!((float - half).abs() < 0.05 * float, "{float} {half}");
 }
 
+/// One update in each of the smaller number formats is that of 32-bit floats, every parameter's to a few per cent of its norm:
+/// of a first convolution of 3 channels, which tensor cores take filled up, of others, and of norms. Nothing in the network
+/// has a kink, at which rounding would decide.
+#[test]
+fn an_update_is_the_same_in_every_precision() {
+    let layers = "model.layers=[{ kind = 'conv2d', out = 8, kernel = 3, padding = 1 }, { kind = 'gelu' }, \
+        { kind = 'conv2d', out = 12, kernel = 3, stride = 2, padding = 1, bias = false }, { kind = 'batch-norm' }, \
+        { kind = 'gelu' }, { kind = 'conv2d', out = 16, kernel = 3, groups = 2, padding = 1 }, { kind = 'group-norm', groups = 4 }, \
+        { kind = 'gelu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+    let one = "train.optimizer={ kind = 'sgd', lr = 0.1, momentum = 0.0 }";
+    let place = Place::new(&[layers, "model.modules=3", "train.rule=sideways", one, "train.clips=1", CUDA]);
+    let change = |precision: &str| {
+        let after = place.trained(precision, 0, &[&format!("run.precision={precision}")], &[]);
+        let before = tensors(&place.at(precision), 0);
+        let change = |(name, values): (String, Vec<f64>)| {
+            let moved = values.iter().zip(&before[&name]).map(|(a, b)| a - b).collect();
+            (name, moved)
+        };
+        after.into_iter().filter(|(name, _)| name.starts_with("layers.")).map(change).collect::<HashMap<_, Vec<f64>>>()
+    };
+    let exact = change("f32");
+    let moved = exact.iter().filter(|(_, v)| v.iter().any(|&x| x != 0.0)).count();
+    assert!(moved >= 11, "{moved} of {:?}", exact.keys());
+    for (precision, tolerance) in [("tf32", 0.01), ("bf16", 0.08)] {
+        assert_close(&exact, &change(precision), tolerance, precision);
+    }
+}
+
 /// Evaluation says what the CPU's does.
 #[test]
 fn evaluation_agrees() {
@@ -142,7 +183,8 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
     if real() {
         return;
     }
-    let sets = [SKIPS, "run.checkpoint_every=100", "train.boundary=cut", CUDA];
+    // Left open, the exchange of an edge is settled by times, and staged messages take other memory than put ones.
+    let sets = [SKIPS, "run.checkpoint_every=100", "train.boundary=cut", "run.exchange=peer", CUDA];
     let counts = |place: &Place, name: &str, clips: usize, frames: usize| -> HashMap<String, u64> {
         let file = place.at(name).with_extension("counts");
         let (clips, frames) = (format!("train.clips={clips}"), format!("data.frames={frames}"));

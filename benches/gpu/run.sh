@@ -25,13 +25,13 @@ if [ ! -d "$tree" ]; then
 fi
 rm -rf "$logs" && mkdir -p "$logs"
 
-# CUDA's libraries: given ones, the system's, and those that PyTorch or nvidia-* packages brought along.
+# CUDA's libraries: given ones, those that PyTorch or nvidia-* packages brought along, so that both sides have the same, the system's.
 folders() {
     printf '%s\n' "${SIDEWAYS_CUDA:-}" "${LD_LIBRARY_PATH:-}" | tr ':' '\n'
-    printf '%s\n' /usr/local/nvidia/lib64 /usr/local/nvidia/lib /usr/local/cuda/lib64 /usr/lib/x86_64-linux-gnu /usr/lib64
     "$python" -c 'import glob, site, sys
 for path in dict.fromkeys(sys.path + site.getsitepackages()):
     if path: print(*glob.glob(path + "/nvidia/*/lib"), sep="\n")' 2>/dev/null
+    printf '%s\n' /usr/local/nvidia/lib64 /usr/local/nvidia/lib /usr/local/cuda/lib64 /usr/lib/x86_64-linux-gnu /usr/lib64
 }
 cuda=
 if [ -n "$emulated" ]; then
@@ -59,7 +59,7 @@ export SIDEWAYS_TEST_PROGRAM=$sideways SIDEWAYS_CACHE=off
 export PATH=$tree/openmpi/bin:$PATH OPAL_PREFIX=$tree/openmpi OPAL_BINDIR=$tree/openmpi/bin OPAL_LIBDIR=$tree/lib
 export OPAL_PKGLIBDIR=$tree/openmpi/plugins OPAL_PKGDATADIR=$tree/openmpi/share PMIX_LIBDIR=$tree/lib
 export PMIX_PKGLIBDIR=$tree/pmix/plugins OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-export PMIX_MCA_pcompress_base_silence_warning=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
+export PMIX_MCA_pcompress_base_silence_warning=1 PMIX_MCA_mca_base_component_show_load_errors=0 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 
 rows=()
 failed=0

@@ -45,6 +45,11 @@ impl Dnn {
             .map_err(|e| failed("setting the stream", &e))?;
         Ok(Dnn { handle, tf32, workspace: Mutex::default() })
     }
+
+    /// Whether products of 32-bit floats are in TF32.
+    pub fn tf32(&self) -> bool {
+        self.tf32
+    }
 }
 
 impl Drop for Dnn {

@@ -155,6 +155,11 @@ impl Gpu {
         Ok(Arc::new(Gpu { dnn, context, compute, incoming, outgoing, functions, pinned, allocated }))
     }
 
+    /// Whether products of 32-bit floats are in TF32.
+    pub(super) fn tf32(&self) -> bool {
+        self.dnn.tf32()
+    }
+
     /// Its name, for a log.
     pub fn name(&self) -> String {
         self.context.name().unwrap_or_else(|_| "a GPU".into())

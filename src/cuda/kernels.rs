@@ -47,6 +47,7 @@ const NAMES: &[&str] = &[
     "loss_total",
     "max_pool",
     "max_pool_vjp",
+    "max_pool_vjp_tiles",
     "narrow",
     "norm_apply",
     "norm_running",

@@ -5,7 +5,7 @@
 //! hand. Nothing of CUDA is needed to build: the libraries are loaded when a GPU is asked for.
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`shared`] (memory that other processes write into), `kernels` and
-//! [`ops`] (one function a kernel), `dnn` (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`];
+//! [`ops`] (one function a kernel), `dnn` and `product` (convolutions), [`param`], `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`];
 //! [`peak`], [`wait`] (for benchmarks).
 
 mod capture;
@@ -19,6 +19,7 @@ pub mod ops;
 pub mod optim;
 pub mod param;
 pub mod peak;
+mod product;
 pub mod shared;
 pub mod wait;
 

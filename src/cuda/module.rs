@@ -9,7 +9,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use super::capture;
 use super::gpu::{Array, Element, Gpu, failed};
 use super::layers::{Backward, Builder, Conv2d, Layer, Needs, Scratch, Sequence, Use};
-use super::ops;
+use super::ops::{self, Accumulation};
 use super::param::{HostParams, Param};
 use crate::kernels::conv::Conv;
 use crate::model::layers::Pass;
@@ -66,6 +66,7 @@ pub struct Module {
     sequence: Sequence,
     gy: Option<Array>,
     scratch: Scratch,
+    accumulation: Option<Accumulation>,
     forward: Captured,
     backward: HashMap<Vec<bool>, Captured>,
 }
@@ -106,7 +107,7 @@ impl Module {
     pub fn planned(gpu: &Arc<Gpu>, plan: &Plan, module: &mut module::Module, placing: Placing) -> Result<Self> {
         let Placing { batch, element, training, .. } = placing;
         let &Plan { index, main, fuse, .. } = plan;
-        let params = HostParams::of(module, element)?;
+        let params = HostParams::of(module, element, training)?;
         let mut builder = Builder { gpu, batch, element, training, params, needs: Needs::default() };
         let array = |[h, w, c]: [usize; 3]| gpu.array(batch * h * w * c, element);
         let mut inputs = vec![Input { x: array(main)?, channels: main[2], adapter: None, gx: None }];
@@ -134,7 +135,7 @@ impl Module {
         builder.params.all_taken()?;
         let scratch = builder.needs.meet(gpu, element)?;
         let fused = if several { array(input)? } else { inputs[0].x.clone() };
-        Ok(Module {
+        let mut module = Module {
             gpu: gpu.clone(),
             placing,
             fuse,
@@ -144,9 +145,17 @@ impl Module {
             fused,
             sequence,
             scratch,
+            accumulation: None,
             forward: Captured::New,
             backward: HashMap::new(),
-        })
+        };
+        let mut pairs = Vec::new();
+        module.visit(&mut |p| {
+            pairs.extend(p.fresh.clone().zip(p.grad.clone()));
+            Ok(())
+        })?;
+        module.accumulation = (!pairs.is_empty()).then(|| Accumulation::new(gpu, &pairs)).transpose()?;
+        Ok(module)
     }
 
     /// Where input `k` is to be written: main, then skips in growing span.
@@ -243,7 +252,7 @@ impl Module {
             }
             first += input.channels;
         }
-        Ok(())
+        self.accumulation.as_ref().map_or(Ok(()), |accumulation| accumulation.launch(gpu))
     }
 
     /// Calls `f` on every parameter and buffer, in the order of the host's module.

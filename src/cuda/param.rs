@@ -21,6 +21,8 @@ pub struct Param {
     pub grad: Option<Array>,
     /// The value in the type of the activations, where that is another.
     pub rounded: Option<Array>,
+    /// The gradient of one backward pass in that type, which the module adds to the sum.
+    pub fresh: Option<Array>,
 }
 
 impl Param {
@@ -77,20 +79,21 @@ impl Param {
 pub struct HostParams {
     values: HashMap<String, (Tensor, bool)>,
     element: Element,
+    training: bool,
 }
 
 impl HostParams {
-    /// Those of `module`, for activations of `element`.
+    /// Those of `module`, for activations of `element`; with gradients if there is `training`.
     ///
     /// # Errors
     /// None of its own.
-    pub fn of(module: &mut Module, element: Element) -> Result<Self> {
+    pub fn of(module: &mut Module, element: Element, training: bool) -> Result<Self> {
         let mut values = HashMap::new();
         module.visit(&mut |p| {
             values.insert(p.name.clone(), (p.value.clone(), p.trainable));
             Ok(())
         })?;
-        Ok(HostParams { values, element })
+        Ok(HostParams { values, element, training })
     }
 
     /// Moves `name` to the device.
@@ -112,13 +115,14 @@ impl HostParams {
     fn taken(&mut self, gpu: &Gpu, name: &str, rounded: bool) -> Result<Param> {
         let (value, trainable) =
             self.values.remove(name).ok_or_else(|| Error::Run(format!("there is no parameter {name}")))?;
-        let elements = value.elem_count();
+        let (elements, learns) = (value.elem_count(), trainable && self.training);
         let param = Param {
             name: name.into(),
             dims: value.dims().to_vec(),
             value: gpu.array(elements, Element::F32)?,
-            grad: trainable.then(|| gpu.zeros(elements, Element::F32)).transpose()?,
+            grad: learns.then(|| gpu.zeros(elements, Element::F32)).transpose()?,
             rounded: rounded.then(|| gpu.array(elements, self.element)).transpose()?,
+            fresh: (rounded && learns).then(|| gpu.array(elements, self.element)).transpose()?,
         };
         param.write(gpu, &value, &param.value)?;
         param.changed(gpu)?;

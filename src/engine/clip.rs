@@ -27,7 +27,7 @@ impl Worker {
         self.compute.begin();
         (self.decision, self.skipped) = (0, 0);
         if self.saver.is_some() {
-            self.remember()?;
+            self.compute.mark(&mut self.module, self.update.as_ref(), self.index)?;
         }
         if self.source.is_some() {
             self.watch.enter(Phase::Data);
@@ -94,7 +94,7 @@ impl Worker {
             let saved = self.save_before(clip)?;
             return self.send_report(clip, &Report { saved, ..Report::default() });
         }
-        self.before = None;
+        self.compute.unmark();
         let backward_steps = self.plan.iter().filter(|s| s.backward).count() as f32;
         if let Some(update) = &self.update
             && matches!(update.every, UpdateEvery::Named(_))

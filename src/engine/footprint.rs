@@ -45,7 +45,8 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let batch = setup.config.data.batch as u64;
     let training = setup.purpose == Purpose::Train;
     let copies = if training { 2 * (2 + setup.config.train.optimizer.buffers().len() as u64) } else { 1 };
-    let rounded = if element < 4 { element } else { 0 };
+    // Weights and, in training, one pass's gradients in the type of activations.
+    let rounded = if element < 4 { element * (1 + u64::from(training)) } else { 0 };
     let elements = |[h, w, c]: [usize; 3]| batch * (h * w * c) as u64;
     let (mut shape, mut outputs, mut largest) = (module.main, elements(module.main), elements(module.main));
     for (_, layer) in setup.network.layers_of(i) {

@@ -24,11 +24,11 @@ use crate::checkpoint::{self, Checkpoint, Manifest};
 use crate::config::Config;
 use crate::data::FrameStream;
 use crate::kernels;
+use crate::machine::at_once;
 use crate::metrics::Stopwatch;
 use crate::model::module::Module;
 use crate::model::param::Init;
 use crate::optim::Optimizer;
-use crate::plan::machine::at_once;
 use crate::transport::{Receiver, Sender, World};
 use crate::{Error, Result};
 
@@ -387,7 +387,6 @@ fn build(
         loss,
         update,
         saver,
-        before: None,
         failure: None,
         requests,
         decider,

@@ -4,8 +4,6 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 
-#[cfg(feature = "cuda")]
-use super::compute::Compute;
 use super::stop::ENDS;
 use super::worker::{Update, Worker, left_out};
 use super::writer::Writer;
@@ -46,11 +44,7 @@ impl Worker {
     pub(super) fn apply_update(&mut self, clip: u64, step: usize) -> Result<()> {
         self.watch.enter(Phase::Optimizer);
         let Some(update) = &mut self.update else { return Ok(()) };
-        #[cfg(feature = "cuda")]
-        if let Compute::Device(device) = &mut self.compute {
-            return device.update(update, clip, step);
-        }
-        match update.apply(&mut self.module, clip, step) {
+        match self.compute.update(&mut self.module, update, clip, step) {
             Err(e @ Error::NonFinite(_)) => {
                 left_out(self.on_nonfinite, &mut self.skipped, e, || update.forget(&mut self.module))
             }
@@ -83,7 +77,7 @@ impl Worker {
 
     /// Undoes `clip`: writes the module as it was before it, if no checkpoint of that was written yet.
     pub(super) fn save_before(&mut self, clip: u64) -> Result<Option<u64>> {
-        let before = self.remembered()?;
+        let before = self.compute.rewind(&mut self.module, self.update.as_mut(), self.index)?;
         let (Some(saver), Some(before)) = (&mut self.saver, before) else { return Ok(None) };
         if saver.writer.wait()? != Some(clip) {
             saver.writer.begin(clip, before)?;
@@ -107,45 +101,15 @@ impl Worker {
 
     /// The module as it is.
     fn snapshot(&mut self) -> Result<Vec<(String, Tensor)>> {
-        #[cfg(feature = "cuda")]
-        if let Compute::Device(device) = &mut self.compute {
-            device.download(&mut self.module, self.update.as_mut())?;
-        }
-        snapshot(&mut self.module, self.update.as_ref(), self.index)
-    }
-
-    /// Remembers the module as it is before a clip.
-    pub(super) fn remember(&mut self) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if let Compute::Device(device) = &mut self.compute {
-            return device.mark(self.update.as_ref().map_or(0, |update| update.steps));
-        }
-        self.before = Some(snapshot(&mut self.module, self.update.as_ref(), self.index)?);
-        Ok(())
-    }
-
-    /// The module as it was before the clip.
-    fn remembered(&mut self) -> Result<Option<Vec<(String, Tensor)>>> {
-        #[cfg(feature = "cuda")]
-        if let Compute::Device(device) = &mut self.compute {
-            let steps = device.rewind()?;
-            if let Some(update) = &mut self.update {
-                update.steps = steps;
-            }
-            return self.snapshot().map(Some);
-        }
-        Ok(self.before.take())
+        self.compute.snapshot(&mut self.module, self.update.as_mut(), self.index)
     }
 
     /// At a clip's end, what a GPU has counted in it: losses, and what was not finite.
     pub(super) fn tally(&mut self) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if let Compute::Device(device) = &mut self.compute {
-            self.watch.enter(Phase::Backward);
-            let head = self.loss.as_mut().map(|end| &mut end.head);
-            for error in device.tally(head, self.update.as_mut())? {
-                left_out(self.on_nonfinite, &mut self.skipped, error, || Ok(()))?;
-            }
+        self.watch.enter(Phase::Backward);
+        let head = self.loss.as_mut().map(|end| &mut end.head);
+        for error in self.compute.tally(head, self.update.as_mut())? {
+            left_out(self.on_nonfinite, &mut self.skipped, error, || Ok(()))?;
         }
         Ok(())
     }

@@ -172,9 +172,6 @@ pub struct Worker {
     pub update: Option<Update>,
     /// Training, replica 0 only.
     pub saver: Option<Saver>,
-    /// With a saver: the module as it was before this clip. Values are replaced and not changed, so until an update
-    /// replaces them this takes no memory.
-    pub before: Option<Vec<(String, Tensor)>>,
     /// Training, module 1 of replica 0 only: why this clip's frames cannot be read. The rest of it is worked through
     /// without frames, so that all modules are told in time, and undone.
     pub failure: Option<String>,

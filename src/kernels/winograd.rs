@@ -3,10 +3,16 @@
 //!
 //! The input's tiles of 6x6, overlapping by 2, become V = Bᵀ x B; weights U = G w Gᵀ; 36 matrix products M = V U, one for
 //! each element of a tile, over channels; output tiles of 4x4 are y = Aᵀ M A. Gradients are the exact transposes of this:
-//! with Z = A gy Aᵀ, the weights' is Gᵀ (Vᵀ Z) G, the input's is B (Z Uᵀ) Bᵀ, overlaps added. The points of the polynomial
-//! behind it are 0, ±5/8, ±3/2 and infinity, exact in binary and kinder to rounding than the usual 0, ±1, ±2, infinity.
+//! with Z = A gy Aᵀ, the weights' is Gᵀ (Vᵀ Z) G, the input's is B (Z Uᵀ) Bᵀ, overlaps added. The matrices are in
+//! `points`, what they do to a tile in `tile`.
 //!
 //! Layouts: V `[tile][36][C]`, Z `[tile][36][O]`, U `[36][C][O]`, products `[36][tile][C or O]`.
+
+mod points;
+mod tile;
+
+use points::Points;
+use tile::{Plane, add_input_tile, cotangent_tile, input_tile, output_tile, weight_taps, weight_tile};
 
 use super::im2col::Shape;
 use super::matmul::{Matrix, multiply};
@@ -23,9 +29,6 @@ const LANES: usize = 16;
 const GROUP: usize = 1024;
 /// Input channels whose weights' gradients are transformed back at once, within the first-level cache.
 const ROWS: usize = 16;
-
-const P: f64 = 0.625;
-const Q: f64 = 1.5;
 
 type Lanes<T> = [T; LANES];
 
@@ -87,21 +90,7 @@ pub(crate) fn transform_weight<T: Real>(s: &Shape, weight: &[T]) -> Vec<T> {
         |(), channel, out| {
             simd::vectorized(
                 #[inline(always)]
-                || {
-                    for first in (0..o).step_by(LANES) {
-                        let mut w = [[[T::ZERO; LANES]; 3]; 3];
-                        for l in 0..LANES {
-                            let kernel = &weight[((first + l) * c + channel) * 9..][..9];
-                            kernel.iter().enumerate().for_each(|(t, &v)| w[t / 3][t % 3][l] = v);
-                        }
-                        let rows: [[Lanes<T>; 3]; IN] = columns(&w, |v| k.g(v));
-                        for (i, row) in rows.iter().enumerate() {
-                            for (j, u) in k.g(row).iter().enumerate() {
-                                out[(i * IN + j) * o + first..][..LANES].copy_from_slice(u);
-                            }
-                        }
-                    }
-                },
+                || weight_tile(&k, weight, [c, o], channel, out),
             );
         },
     );
@@ -277,277 +266,4 @@ pub(crate) fn add_weight_gradient<T: Real>(s: &Shape, v: &[T], z: &[T], sum: &mu
             }
         }
     });
-}
-
-/// Element (i, j) of transformed tiles: `step` elements from one to the next, channels side by side.
-struct Plane<'a, T> {
-    data: &'a [T],
-    step: usize,
-}
-
-#[inline(always)]
-fn load<T: Real>(from: &[T]) -> Lanes<T> {
-    let mut to = [T::ZERO; LANES];
-    to.copy_from_slice(&from[..LANES]);
-    to
-}
-
-/// Applies a one-dimensional transform down every column. (Loops, not closures over arrays: the compiler keeps those
-/// apart, out of the reach of wide vectors.)
-#[inline(always)]
-fn columns<T: Real, const N: usize, const M: usize, const W: usize>(
-    m: &[[Lanes<T>; W]; N],
-    f: impl Fn(&[Lanes<T>; N]) -> [Lanes<T>; M],
-) -> [[Lanes<T>; W]; M] {
-    let mut out = [[[T::ZERO; LANES]; W]; M];
-    for x in 0..W {
-        let mut column = [[T::ZERO; LANES]; N];
-        for y in 0..N {
-            column[y] = m[y][x];
-        }
-        let column = f(&column);
-        for y in 0..M {
-            out[y][x] = column[y];
-        }
-    }
-    out
-}
-
-/// A transformed tile's elements.
-#[inline(always)]
-fn gathered<T: Real>(plane: &Plane<T>, first: usize) -> [[Lanes<T>; IN]; IN] {
-    let mut tile = [[[T::ZERO; LANES]; IN]; IN];
-    for (i, row) in tile.iter_mut().enumerate() {
-        for (j, value) in row.iter_mut().enumerate() {
-            *value = load(&plane.data[(i * IN + j) * plane.step + first..]);
-        }
-    }
-    tile
-}
-
-#[inline(always)]
-fn input_tile<T: Real>(k: &Points<T>, x: &[T], [h, w, c]: [usize; 3], [top, left]: [isize; 2], v: &mut [T]) {
-    let inside = |at: isize, size: usize| usize::try_from(at).ok().filter(|&at| at < size);
-    for first in (0..c).step_by(LANES) {
-        let mut d = [[[T::ZERO; LANES]; IN]; IN];
-        for (i, row) in d.iter_mut().enumerate() {
-            let Some(y) = inside(top + i as isize, h) else { continue };
-            for (j, d) in row.iter_mut().enumerate() {
-                if let Some(column) = inside(left + j as isize, w) {
-                    *d = load(&x[(y * w + column) * c + first..]);
-                }
-            }
-        }
-        let rows: [[Lanes<T>; IN]; IN] = columns(&d, |v| k.bt(v));
-        for (i, row) in rows.iter().enumerate() {
-            for (j, value) in k.bt(row).iter().enumerate() {
-                v[(i * IN + j) * c + first..][..LANES].copy_from_slice(value);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn output_tile<T: Real>(
-    k: &Points<T>,
-    m: &Plane<T>,
-    bias: Option<&[T]>,
-    [h, w, o]: [usize; 3],
-    [top, left]: [usize; 2],
-    y: &mut [T],
-) {
-    for first in (0..o).step_by(LANES) {
-        let tile = gathered(m, first);
-        let rows: [[Lanes<T>; IN]; OUT] = columns(&tile, |v| k.at(v));
-        let bias = bias.map_or([T::ZERO; LANES], |b| load(&b[first..]));
-        for (i, row) in rows.iter().enumerate().take(h - top) {
-            for (j, value) in k.at(row).iter().enumerate().take(w - left) {
-                let out = &mut y[((top + i) * w + left + j) * o + first..][..LANES];
-                out.iter_mut().zip(value).zip(&bias).for_each(|((out, &v), &b)| *out = v + b);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn cotangent_tile<T: Real>(k: &Points<T>, gy: &[T], [h, w, o]: [usize; 3], [top, left]: [usize; 2], z: &mut [T]) {
-    for first in (0..o).step_by(LANES) {
-        let mut g = [[[T::ZERO; LANES]; OUT]; OUT];
-        for (i, row) in g.iter_mut().enumerate().take(h - top) {
-            for (j, g) in row.iter_mut().enumerate().take(w - left) {
-                *g = load(&gy[((top + i) * w + left + j) * o + first..]);
-            }
-        }
-        let rows: [[Lanes<T>; OUT]; IN] = columns(&g, |v| k.a(v));
-        for (i, row) in rows.iter().enumerate() {
-            for (j, value) in k.a(row).iter().enumerate() {
-                z[(i * IN + j) * o + first..][..LANES].copy_from_slice(value);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn add_input_tile<T: Real>(k: &Points<T>, m: &Plane<T>, [h, w, c]: [usize; 3], [top, left]: [isize; 2], gx: &mut [T]) {
-    let inside = |at: isize, size: usize| usize::try_from(at).ok().filter(|&at| at < size);
-    for first in (0..c).step_by(LANES) {
-        let tile = gathered(m, first);
-        let rows: [[Lanes<T>; IN]; IN] = columns(&tile, |v| k.b(v));
-        for (i, row) in rows.iter().enumerate() {
-            let Some(y) = inside(top + i as isize, h) else { continue };
-            for (j, value) in k.b(row).iter().enumerate() {
-                if let Some(x) = inside(left + j as isize, w) {
-                    let out = &mut gx[(y * w + x) * c + first..][..LANES];
-                    out.iter_mut().zip(value).for_each(|(out, &v)| *out += v);
-                }
-            }
-        }
-    }
-}
-
-/// The nine elements of kernels at [`LANES`] outputs.
-#[inline(always)]
-fn weight_taps<T: Real>(k: &Points<T>, u: &Plane<T>, taps: &mut [Lanes<T>]) {
-    let tile = gathered(u, 0);
-    let rows: [[Lanes<T>; IN]; 3] = columns(&tile, |v| k.gt(v));
-    for (row, taps) in rows.iter().zip(taps.chunks_exact_mut(3)) {
-        taps.copy_from_slice(&k.gt(row));
-    }
-}
-
-/// The points p and q and what is made of them; the one-dimensional transforms.
-struct Points<T> {
-    p: T,
-    q: T,
-    p2: T,
-    q2: T,
-    p3: T,
-    q3: T,
-    /// p² q², p² + q², p q², q p².
-    pq: T,
-    sum: T,
-    pqq: T,
-    qpp: T,
-    /// 1 / p²q², and 1 over the products of differences at ±p and ±q.
-    n0: T,
-    np: T,
-    nq: T,
-}
-
-impl<T: Real> Points<T> {
-    fn new() -> Self {
-        let (p2, q2) = (P * P, Q * Q);
-        Points {
-            p: T::of(P),
-            q: T::of(Q),
-            p2: T::of(p2),
-            q2: T::of(q2),
-            p3: T::of(P * p2),
-            q3: T::of(Q * q2),
-            pq: T::of(p2 * q2),
-            sum: T::of(p2 + q2),
-            pqq: T::of(P * q2),
-            qpp: T::of(Q * p2),
-            n0: T::of(1.0 / (p2 * q2)),
-            np: T::of(1.0 / (2.0 * p2 * (p2 - q2))),
-            nq: T::of(1.0 / (2.0 * q2 * (q2 - p2))),
-        }
-    }
-
-    /// Bᵀ d.
-    #[inline(always)]
-    fn bt(&self, d: &[Lanes<T>; IN]) -> [Lanes<T>; IN] {
-        let mut r = [[T::ZERO; LANES]; IN];
-        for l in 0..LANES {
-            let (even_p, odd_p) = (d[4][l] - self.q2 * d[2][l], d[3][l] - self.q2 * d[1][l]);
-            let (even_q, odd_q) = (d[4][l] - self.p2 * d[2][l], d[3][l] - self.p2 * d[1][l]);
-            r[0][l] = self.pq * d[0][l] - self.sum * d[2][l] + d[4][l];
-            r[1][l] = even_p + self.p * odd_p;
-            r[2][l] = even_p - self.p * odd_p;
-            r[3][l] = even_q + self.q * odd_q;
-            r[4][l] = even_q - self.q * odd_q;
-            r[5][l] = self.pq * d[1][l] - self.sum * d[3][l] + d[5][l];
-        }
-        r
-    }
-
-    /// B r.
-    #[inline(always)]
-    fn b(&self, r: &[Lanes<T>; IN]) -> [Lanes<T>; IN] {
-        let mut d = [[T::ZERO; LANES]; IN];
-        for l in 0..LANES {
-            let (sum_p, difference_p) = (r[1][l] + r[2][l], r[1][l] - r[2][l]);
-            let (sum_q, difference_q) = (r[3][l] + r[4][l], r[3][l] - r[4][l]);
-            d[0][l] = self.pq * r[0][l];
-            d[1][l] = self.pq * r[5][l] - self.pqq * difference_p - self.qpp * difference_q;
-            d[2][l] = -(self.sum * r[0][l]) - self.q2 * sum_p - self.p2 * sum_q;
-            d[3][l] = self.p * difference_p + self.q * difference_q - self.sum * r[5][l];
-            d[4][l] = r[0][l] + sum_p + sum_q;
-            d[5][l] = r[5][l];
-        }
-        d
-    }
-
-    /// Aᵀ m.
-    #[inline(always)]
-    fn at(&self, m: &[Lanes<T>; IN]) -> [Lanes<T>; OUT] {
-        let mut y = [[T::ZERO; LANES]; OUT];
-        for l in 0..LANES {
-            let (sum_p, difference_p) = (m[1][l] + m[2][l], m[1][l] - m[2][l]);
-            let (sum_q, difference_q) = (m[3][l] + m[4][l], m[3][l] - m[4][l]);
-            y[0][l] = m[0][l] + sum_p + sum_q;
-            y[1][l] = self.p * difference_p + self.q * difference_q;
-            y[2][l] = self.p2 * sum_p + self.q2 * sum_q;
-            y[3][l] = self.p3 * difference_p + self.q3 * difference_q + m[5][l];
-        }
-        y
-    }
-
-    /// A g.
-    #[inline(always)]
-    fn a(&self, g: &[Lanes<T>; OUT]) -> [Lanes<T>; IN] {
-        let mut z = [[T::ZERO; LANES]; IN];
-        for l in 0..LANES {
-            let (even_p, odd_p) = (g[0][l] + self.p2 * g[2][l], self.p * g[1][l] + self.p3 * g[3][l]);
-            let (even_q, odd_q) = (g[0][l] + self.q2 * g[2][l], self.q * g[1][l] + self.q3 * g[3][l]);
-            z[0][l] = g[0][l];
-            z[1][l] = even_p + odd_p;
-            z[2][l] = even_p - odd_p;
-            z[3][l] = even_q + odd_q;
-            z[4][l] = even_q - odd_q;
-            z[5][l] = g[3][l];
-        }
-        z
-    }
-
-    /// G w.
-    #[inline(always)]
-    fn g(&self, w: &[Lanes<T>; 3]) -> [Lanes<T>; IN] {
-        let mut u = [[T::ZERO; LANES]; IN];
-        for l in 0..LANES {
-            let (even_p, odd_p) = (w[0][l] + self.p2 * w[2][l], self.p * w[1][l]);
-            let (even_q, odd_q) = (w[0][l] + self.q2 * w[2][l], self.q * w[1][l]);
-            u[0][l] = self.n0 * w[0][l];
-            u[1][l] = self.np * (even_p + odd_p);
-            u[2][l] = self.np * (even_p - odd_p);
-            u[3][l] = self.nq * (even_q + odd_q);
-            u[4][l] = self.nq * (even_q - odd_q);
-            u[5][l] = w[2][l];
-        }
-        u
-    }
-
-    /// Gᵀ u.
-    #[inline(always)]
-    fn gt(&self, u: &[Lanes<T>; IN]) -> [Lanes<T>; 3] {
-        let mut w = [[T::ZERO; LANES]; 3];
-        for l in 0..LANES {
-            let (sum_p, difference_p) = (self.np * (u[1][l] + u[2][l]), self.np * (u[1][l] - u[2][l]));
-            let (sum_q, difference_q) = (self.nq * (u[3][l] + u[4][l]), self.nq * (u[3][l] - u[4][l]));
-            w[0][l] = self.n0 * u[0][l] + sum_p + sum_q;
-            w[1][l] = self.p * difference_p + self.q * difference_q;
-            w[2][l] = self.p2 * sum_p + self.q2 * sum_q + u[5][l];
-        }
-        w
-    }
 }

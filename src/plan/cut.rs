@@ -6,7 +6,7 @@ use super::profile::Profile;
 use crate::checkpoint;
 use crate::config::Config;
 use crate::engine::setup::Setup;
-use crate::plan::machine::{at_once, own_processors};
+use crate::machine::{at_once, own_processors};
 use crate::transport::{World, hostname};
 use crate::{Error, Result};
 

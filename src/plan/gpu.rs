@@ -170,7 +170,7 @@ mod on {
         }
     }
 
-    /// As [`crate::plan::profile::measure`]: a part's passes and updates on the GPU. The second value is the bytes a second of
+    /// As [`crate::plan::measure::measure`]: a part's passes and updates on the GPU. The second value is the bytes a second of
     /// copies between GPU and host, the slower way.
     ///
     /// # Errors

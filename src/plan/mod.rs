@@ -1,12 +1,12 @@
 //! Planning before a run: where to cut the network, and how fast the pipeline will be.
 //!
-//! [`blocks`] says where cuts may be, [`partition`] finds the best ones for given costs, [`profile`] measures what layers cost
-//! here ([`gpu`] on a GPU), [`simulate`] plays a schedule with such costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
+//! [`blocks`] says where cuts may be, [`partition`] finds the best ones for given costs, [`mod@measure`] times layers here
+//! ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
 pub mod blocks;
 pub mod cut;
 pub mod gpu;
-pub mod machine;
+pub mod measure;
 pub mod partition;
 pub mod predict;
 pub mod profile;

@@ -1,4 +1,4 @@
-// Kernels of tests/cuda_emulator.rs.
+// Kernels of the emulator's own tests.
 #define KERNELS(T, name) \
 extern "C" __global__ void __launch_bounds__(1024) scale_##name(T *__restrict__ y, const T *__restrict__ x, float a, int n) { \
     int i = blockIdx.x * blockDim.x + threadIdx.x; \

@@ -13,11 +13,12 @@ use super::peak::Peak;
 use crate::config::{Config, Task};
 use crate::engine::setup::Setup;
 use crate::kernels;
+use crate::machine::{own_processors, processor_name};
 use crate::model::spec::{LayerSpec, Shape};
 use crate::plan::blocks::Blocks;
-use crate::plan::machine::{own_processors, processor_name};
+use crate::plan::measure::measure;
 use crate::plan::predict::{Parts, block_parts, conditions, module_parts};
-use crate::plan::profile::{Conditions, Part, Times, measure};
+use crate::plan::profile::{Conditions, Part, Times};
 use crate::{Error, Result};
 
 #[cfg_attr(not(feature = "cuda"), path = "layers/no_gpu.rs")]

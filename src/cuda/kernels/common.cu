@@ -84,22 +84,32 @@ static __device__ __forceinline__ void put_floats(float *y, int w, const float *
 
 static __device__ __forceinline__ bool is_finite(float v) { return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u; }
 
-// Sums each of the `sums` rows of `s` [sums][BLOCK], a place a thread, over threads that are equal modulo `lanes` (a power
-// of 2), in a fixed order; the first `lanes` places hold the result for all threads to read. Called by every thread.
-static __device__ __forceinline__ void fold(float *s, int lanes, int sums) {
-    for (int half = BLOCK / 2; half >= lanes; half /= 2) {
-        __syncthreads();
-        if ((int)threadIdx.x < half) {
-            for (int k = 0; k < sums; k++) s[k * BLOCK + threadIdx.x] += s[k * BLOCK + threadIdx.x + half];
-        }
+// Sums each of `v` over the block's threads that are equal modulo `lanes` (a power of 2, at most 32), in a fixed order: number
+// k over threads equal to `lane` is in s[k * BLOCK + lane] afterwards, for all threads to read. Called by every thread.
+template <int N> static __device__ __forceinline__ void fold(const float (&v)[N], float *s, int lanes) {
+    float sum[N];
+    for (int k = 0; k < N; k++) sum[k] = v[k];
+    for (int half = 16; half >= lanes; half /= 2) {
+        for (int k = 0; k < N; k++) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], half);
+    }
+    // Whoever read `s` before is through.
+    __syncthreads();
+    if ((int)threadIdx.x % 32 < lanes) {
+        for (int k = 0; k < N; k++) s[k * BLOCK + threadIdx.x / 32 * lanes + threadIdx.x % 32] = sum[k];
+    }
+    __syncthreads();
+    // The warps' sums; each place is one thread's.
+    for (int t = threadIdx.x; t < N * lanes; t += BLOCK) {
+        float *first = s + t / lanes * BLOCK + t % lanes, all = first[0];
+        for (int warp = 1; warp < BLOCK / 32; warp++) all += first[warp * lanes];
+        first[0] = all;
     }
     __syncthreads();
 }
 
 // The sum of `v` over a block's threads, for all of them.
 static __device__ __forceinline__ float block_sum(float v, float *s) {
-    __syncthreads();
-    s[threadIdx.x] = v;
-    fold(s, 1, 1);
+    float all[1] = {v};
+    fold(all, s, 1);
     return s[0];
 }

@@ -89,15 +89,6 @@ extern "C" __global__ void narrow(const float *x, real *y, count n) {
     put(y + i, w, v);
 }
 
-extern "C" __global__ void accumulate(const real *x, float *sum, count n) {
-    SOME(n);
-    float s[PACK];
-    take(x + i, w, v);
-    take_floats(sum + i, w, s);
-    for (int k = 0; k < PACK; k++) s[k] += v[k];
-    put_floats(sum + i, w, s);
-}
-
 extern "C" __global__ void fill(real *x, count n, float value) {
     SOME(n);
     for (int k = 0; k < PACK; k++) v[k] = value;

@@ -9,8 +9,8 @@ extern "C" __global__ void norm_sums(const real *x, float *parts, unsigned rows,
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;
     const real *sample = x + (count)blockIdx.z * rows * c;
-    float plain[PACK], squares[PACK], centre[PACK];
-    for (int k = 0; k < PACK; k++) plain[k] = squares[k] = centre[k] = 0.0f;
+    float sums[2 * PACK], centre[PACK];
+    for (int k = 0; k < PACK; k++) sums[k] = sums[PACK + k] = centre[k] = 0.0f;
     if (ch < c) {
         LANES centre[k] = load(sample[(ch + k) / of_group * of_group]);
         BATCHES {
@@ -18,16 +18,12 @@ extern "C" __global__ void norm_sums(const real *x, float *parts, unsigned rows,
             BATCH p[j] = fetch(sample + (count)ROW_OF_BATCH * c + ch, w);
             BATCH for (int k = 0; k < PACK; k++) {
                 float d = load(p[j].v[k]) - centre[k];
-                plain[k] += d;
-                squares[k] += d * d;
+                sums[k] += d;
+                sums[PACK + k] += d * d;
             }
         }
     }
-    for (int k = 0; k < PACK; k++) {
-        s[k * BLOCK + threadIdx.x] = plain[k];
-        s[(PACK + k) * BLOCK + threadIdx.x] = squares[k];
-    }
-    fold(s, lanes, 2 * PACK);
+    fold(sums, s, lanes);
     if ((int)threadIdx.x < lanes && ch < c) {
         float *to = parts + ((count)blockIdx.z * gridDim.y + blockIdx.y) * 2 * c + ch;
         LANES {
@@ -56,9 +52,8 @@ extern "C" __global__ void norm_statistics(const real *x, const float *parts, in
             squares += from[((count)p * 2 + 1) * c + j];
         }
     }
-    s[threadIdx.x] = plain;
-    s[BLOCK + threadIdx.x] = squares;
-    fold(s, 32, 2);
+    float sums[2] = {plain, squares};
+    fold(sums, s, 32);
     unsigned mine = group + threadIdx.x;
     if (threadIdx.x < at_once && mine < groups) {
         unsigned columns = of_group < 32 ? of_group : 32;
@@ -127,8 +122,8 @@ norm_vjp_sums(const real *x, const real *gy, const float *weight, const float *b
     unsigned ch = (blockIdx.x * lanes + threadIdx.x % lanes) * w;
     unsigned row = blockIdx.y * rows_of_part, end = row + rows_of_part < rows ? row + rows_of_part : rows;
     count sample = (count)blockIdx.z * rows * c;
-    float plain[PACK], times[PACK], mean[PACK], scale[PACK], shift[PACK];
-    for (int k = 0; k < PACK; k++) plain[k] = times[k] = mean[k] = scale[k] = shift[k] = 0.0f;
+    float sums[2 * PACK], mean[PACK], scale[PACK], shift[PACK];
+    for (int k = 0; k < PACK; k++) sums[k] = sums[PACK + k] = mean[k] = scale[k] = shift[k] = 0.0f;
     if (ch < c) {
         const float *of_sample = statistics + (count)blockIdx.z * (c / of_group) * 2;
         LANES {
@@ -146,16 +141,12 @@ norm_vjp_sums(const real *x, const real *gy, const float *weight, const float *b
             BATCH for (int k = 0; k < PACK; k++) {
                 float v = load(p[j].v[k]), g = load(q[j].v[k]);
                 if (relu && !(v * scale[k] + shift[k] > 0.0f)) g = 0.0f;
-                plain[k] += g;
-                times[k] += g * (v - mean[k]);
+                sums[k] += g;
+                sums[PACK + k] += g * (v - mean[k]);
             }
         }
     }
-    for (int k = 0; k < PACK; k++) {
-        s[k * BLOCK + threadIdx.x] = plain[k];
-        s[(PACK + k) * BLOCK + threadIdx.x] = times[k];
-    }
-    fold(s, lanes, 2 * PACK);
+    fold(sums, s, lanes);
     if ((int)threadIdx.x < lanes && ch < c) {
         float *to = parts + ((count)blockIdx.z * gridDim.y + blockIdx.y) * 2 * c + ch;
         LANES {
@@ -190,9 +181,8 @@ extern "C" __global__ void norm_vjp_coefficients(const float *parts, int number,
                 times += from[((count)p * 2 + 1) * c + j];
             }
         }
-        s[threadIdx.x] = plain;
-        s[BLOCK + threadIdx.x] = times;
-        fold(s, 32, 2);
+        float both[2] = {plain, times};
+        fold(both, s, 32);
         if (threadIdx.x < 32 && j < width) {
             plain = s[tx];
             times = s[BLOCK + tx] * of_sample[(first + j) / of_group * 2 + 1];

@@ -21,6 +21,21 @@
     gradient[i] = 0.0f;                                                                \
     if (rounded) rounded[i] = store(p)
 
+// sum += x for each row of a table of three words: the addresses of x and sum, and the length.
+extern "C" __global__ void accumulate(const count *table, const count *pieces) {
+    const count *row = table + pieces[2 * blockIdx.x] * 3;
+    const real *x = (const real *)row[0];
+    float *sum = (float *)row[1], v[PACK], s[PACK];
+    count start = pieces[2 * blockIdx.x + 1], end = start + PIECE < row[2] ? start + PIECE : row[2];
+    for (count i = start + threadIdx.x * PACK; i < end; i += BLOCK * PACK) {
+        int w = end - i < PACK ? (int)(end - i) : PACK;
+        take(x + i, w, v);
+        take_floats(sum + i, w, s);
+        for (int k = 0; k < PACK; k++) s[k] += v[k];
+        put_floats(sum + i, w, s);
+    }
+}
+
 extern "C" __global__ void gradient_squares(const count *table, const count *pieces, double *squares) {
     __shared__ double s[BLOCK];
     const count *row = table + pieces[2 * blockIdx.x] * 6;

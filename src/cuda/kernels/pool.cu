@@ -73,6 +73,29 @@ extern "C" __global__ void max_pool_vjp(const unsigned char *winners, const real
     put(gx + i, w, sum);
 }
 
+// The same where windows cover the input once and leave nothing: a thread takes a window.
+extern "C" __global__ void max_pool_vjp_tiles(const unsigned char *winners, const real *gy, real *gx, unsigned n, unsigned c,
+                                              int lanes, int ih, int iw, int oh, int ow, int kh, int kw, int sh, int sw,
+                                              int ph, int pw) {
+    PIXEL(oh, ow);
+    float g[PACK], v[PACK];
+    int tap[PACK];
+    take(gy + i, w, g);
+    if (w == PACK) {
+        bytes b = *(const bytes *)(winners + i);
+        for (int k = 0; k < PACK; k++) tap[k] = b.v[k];
+    } else {
+        for (int k = 0; k < PACK; k++) tap[k] = k < w ? winners[i + k] : 0;
+    }
+    real *to = gx + ((sample * ih + py * kh) * iw + px * kw) * c + ch;
+    for (int ky = 0; ky < kh; ky++) {
+        for (int kx = 0; kx < kw; kx++) {
+            for (int k = 0; k < PACK; k++) v[k] = tap[k] == ky * kw + kx ? g[k] : 0.0f;
+            put(to + ((count)ky * iw + kx) * c, w, v);
+        }
+    }
+}
+
 extern "C" __global__ void average_pool(const real *x, real *y, unsigned n, unsigned c, int lanes, int ih, int iw, int oh,
                                         int ow, int kh, int kw, int sh, int sw, int ph, int pw, float scale) {
     PIXEL(oh, ow);
@@ -125,8 +148,7 @@ extern "C" __global__ void global_average(const real *x, real *y, unsigned rows,
             BATCH for (int k = 0; k < PACK; k++) sum[k] += load(p[j].v[k]);
         }
     }
-    for (int k = 0; k < PACK; k++) s[k * BLOCK + threadIdx.x] = sum[k];
-    fold(s, lanes, w);
+    fold(sum, s, lanes);
     if ((int)threadIdx.x < lanes && ch < c) {
         LANES v[k] = s[k * BLOCK + threadIdx.x] * scale;
         put(y + (count)blockIdx.y * c + ch, w, v);

@@ -36,8 +36,7 @@ extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, f
             }
         }
     }
-    for (int k = 0; k < PACK; k++) s[k * BLOCK + threadIdx.x] = sum[k];
-    fold(s, lanes, w);
+    fold(sum, s, lanes);
     if ((int)threadIdx.x < lanes && ch < c) {
         LANES parts[(count)blockIdx.y * c + ch + k] = s[k * BLOCK + threadIdx.x];
     }
@@ -47,12 +46,11 @@ extern "C" __global__ void column_sums(const real *x, const real *y, real *gx, f
 extern "C" __global__ void column_total(const float *parts, int number, unsigned c, float *sum) {
     __shared__ float s[BLOCK];
     unsigned ch = blockIdx.x * 32 + threadIdx.x % 32;
-    float v = 0.0f;
+    float v[1] = {0.0f};
     if (ch < c) {
-        for (int p = threadIdx.x / 32; p < number; p += BLOCK / 32) v += parts[(count)p * c + ch];
+        for (int p = threadIdx.x / 32; p < number; p += BLOCK / 32) v[0] += parts[(count)p * c + ch];
     }
-    s[threadIdx.x] = v;
-    fold(s, 32, 1);
+    fold(v, s, 32);
     if (threadIdx.x < 32 && ch < c) sum[ch] += s[threadIdx.x];
 }
 

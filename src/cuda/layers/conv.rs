@@ -2,16 +2,16 @@
 
 use super::{Backward, Builder, Layer, Scratch, Use, elements};
 use crate::Result;
-use crate::cuda::dnn::Convolution;
-use crate::cuda::gpu::{Array, Element, Gpu};
+use crate::cuda::gpu::{Array, Gpu};
 use crate::cuda::ops;
 use crate::cuda::param::Param;
+use crate::cuda::product::Product;
 use crate::kernels::conv::Conv;
 use crate::model::spec::Shape;
 
 /// A convolution with or without a bias, `[B, H, W, C]` to `[B, H', W', O]`.
 pub struct Conv2d {
-    product: Convolution,
+    product: Product,
     weight: Param,
     bias: Option<Param>,
     /// Whether the relu that follows the bias is this layer's too.
@@ -27,12 +27,9 @@ impl Conv2d {
     pub fn new(builder: &mut Builder, name: &str, conv: Conv, input: Shape, out: usize, bias: bool) -> Result<Self> {
         let [h, w, c] = input;
         let gpu = builder.gpu;
-        let product = Convolution::new(gpu, &conv, [builder.batch, h, w, c], out, builder.element)?;
+        let product = Product::new(gpu, &conv, [builder.batch, h, w, c], out, builder.element)?;
         let weight = builder.params.take_operand(gpu, &format!("{name}.weight"))?;
         let bias = if bias { Some(builder.params.take(gpu, &format!("{name}.bias"))?) } else { None };
-        if builder.element != Element::F32 {
-            builder.needs.raise(Use::Gradient, weight.value.len());
-        }
         if bias.is_some() {
             let [oh, ow] = conv.window.output(h, w)?;
             let rows = elements(builder.batch, [oh, ow, 1]);
@@ -66,13 +63,9 @@ impl Layer for Conv2d {
             Some(bias) => ops::bias_gradient(gpu, gy, bias.gradient()?, self.out, scratch.partial())?,
             None => {}
         }
-        match x.element() {
-            Element::F32 => self.product.backward_filter(gpu, x, gy, grad, true)?,
-            Element::Bf16 => {
-                let fresh = scratch.get(Use::Gradient, grad.len())?;
-                self.product.backward_filter(gpu, x, gy, &fresh, false)?;
-                ops::accumulate(gpu, &fresh, grad)?;
-            }
+        match &self.weight.fresh {
+            None => self.product.backward_filter(gpu, x, gy, grad, true)?,
+            Some(fresh) => self.product.backward_filter(gpu, x, gy, fresh, false)?,
         }
         match arrays.gx {
             Some(gx) => self.product.backward_data(gpu, self.weight.operand(), gy, gx),

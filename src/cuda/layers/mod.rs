@@ -79,13 +79,11 @@ pub enum Use {
     Sum,
     /// The cotangent that comes through a residual block's shortcut.
     Shortcut,
-    /// A gradient in the type of the activations, before it is added to its sum.
-    Gradient,
     /// Partial sums of reductions (32-bit floats).
     Partial,
 }
 
-const USES: usize = 8;
+const USES: usize = 7;
 
 impl Use {
     fn place(self) -> usize {
@@ -94,8 +92,7 @@ impl Use {
             Use::Inner(k) => 2 + k % 2,
             Use::Sum => 4,
             Use::Shortcut => 5,
-            Use::Gradient => 6,
-            Use::Partial => 7,
+            Use::Partial => 6,
         }
     }
 }

@@ -114,16 +114,6 @@ pub fn to_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
     }
 }
 
-/// `sum += x`, `sum` of 32-bit floats and `x` of either type.
-///
-/// # Errors
-/// As [`relu`].
-pub fn accumulate(gpu: &Gpu, x: &Array, sum: &Array) -> Result<()> {
-    expect("a sum", sum, x.len(), Element::F32)?;
-    let grid = each(x.len(), pack(x.element()));
-    launch(gpu, "accumulate", x.element(), grid, arguments![x, sum, x.len() as u64])
-}
-
 /// `x = value` everywhere.
 ///
 /// # Errors

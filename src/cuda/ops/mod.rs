@@ -17,15 +17,12 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 
 pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, bias_relu_vjp, get_channels, put_channels};
 pub use elementwise::{
-    accumulate, add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp,
-    set_words, to_f32,
+    add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp, set_words,
+    to_f32,
 };
 pub use loss::{cross_entropy, loss_scratch, pixel};
-pub use norm::{
-    BatchNorm, NormShape, batch_norm, batch_norm_vjp, group_norm, group_norm_vjp, norm_scratch, running_norm,
-    running_norm_vjp,
-};
-pub use optimizer::{Parameter, Parameters};
+pub use norm::{Norm, NormShape, Over, norm_scratch};
+pub use optimizer::{Accumulation, Parameter, Parameters};
 pub use pool::{
     average_pool, average_pool_vjp, global_average, global_average_vjp, max_pool, max_pool_vjp, upsample, upsample_vjp,
 };

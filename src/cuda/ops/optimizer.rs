@@ -1,4 +1,5 @@
-//! Updates of all parameters of a module at once: two launches for the norm of their gradients, one for the step.
+//! Updates of all parameters of a module at once: one launch for gradients that come in another type, two for the norm of all,
+//! one for the step.
 //!
 //! The step reads the norm in device memory, so the host waits for nothing. Learning rate and step count are arguments:
 //! not for a graph.
@@ -126,6 +127,43 @@ impl Parameters {
         };
         // Compiled for bfloat16: the type of rounded copies.
         launch(gpu, name, Element::Bf16, [self.blocks, 1, 1], &arguments)
+    }
+}
+
+/// Gradients in the type of activations, on their way into sums of 32-bit floats, all at once. Their arrays must outlive it: it
+/// keeps their addresses.
+#[derive(Debug)]
+pub struct Accumulation {
+    table: Array,
+    pieces: Array,
+    blocks: usize,
+    element: Element,
+}
+
+impl Accumulation {
+    /// Tables in device memory for pairs of what comes, all of one type, and the sum it is added to. Not for use in a tick.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if sizes or types do not fit, or memory is short.
+    pub fn new(gpu: &Gpu, pairs: &[(Array, Array)]) -> Result<Accumulation> {
+        let (mut table, mut pieces) = (Vec::new(), Vec::new());
+        let element = pairs.first().map_or(Element::F32, |(x, _)| x.element());
+        for (i, (x, sum)) in pairs.iter().enumerate() {
+            expect("a gradient", x, sum.len(), element)?;
+            expect("a sum of gradients", sum, sum.len(), Element::F32)?;
+            table.extend([x.pointer(), sum.pointer(), x.len() as u64]);
+            pieces.extend((0..x.len()).step_by(PIECE).flat_map(|start| [i as u64, start as u64]));
+        }
+        let blocks = pieces.len() / 2;
+        Ok(Accumulation { table: words(gpu, &table)?, pieces: words(gpu, &pieces)?, blocks, element })
+    }
+
+    /// `sum += x` for every pair.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if the launch fails.
+    pub fn launch(&self, gpu: &Gpu) -> Result<()> {
+        launch(gpu, "accumulate", self.element, [self.blocks, 1, 1], arguments![&self.table, &self.pieces])
     }
 }
 

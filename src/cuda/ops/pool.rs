@@ -31,7 +31,11 @@ pub fn max_pool_vjp(
     let pool = Pool::new(shape, window)?;
     pool.check(gx, gy)?;
     pool.check_winners(gy, winners)?;
-    pool.launch(gpu, "max_pool_vjp", gy.element(), arguments![winners, gy, gx], gx.len(), None)
+    let arrays = arguments![winners, gy, gx];
+    if pool.tiles() {
+        return pool.launch(gpu, "max_pool_vjp_tiles", gy.element(), arrays, gy.len(), None);
+    }
+    pool.launch(gpu, "max_pool_vjp", gy.element(), arrays, gx.len(), None)
 }
 
 /// Each window's mean of `x` `[B, H, W, C]` into `y` `[B, H', W', C]`; borders count as zeros.
@@ -150,6 +154,13 @@ impl Pool {
         Ok(Pool { input, output, window: *window })
     }
 
+    /// Whether windows cover the input once and leave nothing.
+    fn tiles(&self) -> bool {
+        let Window { kernel, stride, padding } = self.window;
+        let covered = [self.output[0] * kernel[0], self.output[1] * kernel[1]];
+        kernel == stride && padding == [0, 0] && covered == [self.input[1], self.input[2]]
+    }
+
     fn scale(&self) -> f32 {
         (1.0 / (self.window.kernel[0] * self.window.kernel[1]) as f64) as f32
     }
@@ -169,7 +180,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Launches a kernel that writes `n` elements: its `arrays`, then the shapes, then `scale`.
+    /// Launches a kernel whose threads share `n` elements: its `arrays`, then the shapes, then `scale`.
     fn launch(
         &self,
         gpu: &Gpu,

@@ -3,7 +3,8 @@
 use candle_core::{Device, Tensor};
 
 use crate::engine::head::Head;
-use crate::engine::worker::{receive, send};
+use crate::engine::state;
+use crate::engine::worker::{Update, receive, send};
 use crate::kernels::activation;
 use crate::model::layers::{Pass, Tape};
 use crate::model::module::{Module, pool_for_edge, pool_for_edge_vjp};
@@ -29,6 +30,9 @@ pub struct Host {
     target: Option<Tensor>,
     /// Module 1: inputs are frames, which are never held.
     frames: bool,
+    /// The module as it was at the last mark. Values are replaced and not changed, so until an update replaces them this takes
+    /// no memory.
+    marked: Option<Vec<(String, Tensor)>>,
 }
 
 impl Host {
@@ -145,6 +149,41 @@ impl Host {
         if self.frames {
             self.held.fill(None);
         }
+    }
+
+    pub(super) fn update(&self, module: &mut Module, update: &mut Update, clip: u64, step: usize) -> Result<()> {
+        update.apply(module, clip, step)
+    }
+
+    pub(super) fn tally(&self, _: Option<&mut Head>, _: Option<&mut Update>) -> Result<Vec<Error>> {
+        Ok(Vec::new())
+    }
+
+    pub(super) fn snapshot(
+        &self,
+        module: &mut Module,
+        update: Option<&mut Update>,
+        index: usize,
+    ) -> Result<Vec<(String, Tensor)>> {
+        state::snapshot(module, update.as_deref(), index)
+    }
+
+    pub(super) fn mark(&mut self, module: &mut Module, update: Option<&Update>, index: usize) -> Result<()> {
+        self.marked = Some(state::snapshot(module, update, index)?);
+        Ok(())
+    }
+
+    pub(super) fn unmark(&mut self) {
+        self.marked = None;
+    }
+
+    pub(super) fn rewind(
+        &mut self,
+        _: &mut Module,
+        _: Option<&mut Update>,
+        _: usize,
+    ) -> Result<Option<Vec<(String, Tensor)>>> {
+        Ok(self.marked.take())
     }
 }
 

@@ -1,7 +1,8 @@
 //! Where a module's tensors live and its passes run: in host memory, or on a GPU.
 //!
-//! A tick names what is to be done with a module's registers (its inputs, output, and cotangents); which memory they are in
-//! only these functions know. On a GPU they launch and return: nothing is waited for but messages.
+//! A tick names what is to be done with a module's registers (its inputs, output, and cotangents), a clip's end what with
+//! its parameters; which memory they are in only these functions know. On a GPU they launch and return: nothing is waited for
+//! but messages, and what a clip has counted.
 
 #[cfg(feature = "cuda")]
 mod device;
@@ -10,10 +11,11 @@ mod host;
 use candle_core::Tensor;
 
 use super::head::Head;
-use crate::Result;
+use super::worker::Update;
 use crate::model::layers::Pass;
 use crate::model::module::Module;
 use crate::transport::{Header, Receiver, Sender};
+use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 pub use device::{Device, Making, Route, Routes};
@@ -50,7 +52,7 @@ impl Compute {
     /// The clip's labels (`[B]`, −1 for padding), where the loss is.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if they cannot be copied.
+    /// [`Error::Run`] if they cannot be copied.
     pub fn set_labels(&mut self, head: &mut Head, labels: &[i32]) -> Result<()> {
         head.begin(labels);
         match self {
@@ -63,7 +65,7 @@ impl Compute {
     /// Takes input `k` from the host: module 1's frame.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if it cannot be copied.
+    /// [`Error::Run`] if it cannot be copied.
     pub fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()> {
         match self {
             Compute::Host(x) => {
@@ -78,7 +80,7 @@ impl Compute {
     /// Waits for input `k`; the message's flags.
     ///
     /// # Errors
-    /// [`crate::Error::Transport`] if it does not come.
+    /// [`Error::Transport`] if it does not come.
     pub fn receive_input(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
         each!(self, x => x.receive_input(k, receiver, due))
     }
@@ -86,7 +88,7 @@ impl Compute {
     /// y = H(inputs).
     ///
     /// # Errors
-    /// As [`Module::forward`]; [`crate::Error::Run`] where an input never came.
+    /// As [`Module::forward`]; [`Error::Run`] where an input never came.
     pub fn forward(&mut self, module: &mut Module, pass: &Pass) -> Result<()> {
         each!(self, x => x.forward(module, pass))
     }
@@ -110,7 +112,7 @@ impl Compute {
     /// Waits for the cotangent of edge out `k`; the message's flags.
     ///
     /// # Errors
-    /// [`crate::Error::Transport`] if it does not come.
+    /// [`Error::Transport`] if it does not come.
     pub fn receive_cotangent(&mut self, k: usize, receiver: &mut Receiver, due: &Header) -> Result<u32> {
         each!(self, x => x.receive_cotangent(k, receiver, due))
     }
@@ -119,7 +121,7 @@ impl Compute {
     /// leaves them out itself where that is asked for.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if it cannot be looked at.
+    /// [`Error::Run`] if it cannot be looked at.
     pub fn cotangent_is_finite(&mut self) -> Result<bool> {
         match self {
             Compute::Host(x) => x.cotangent_is_finite(),
@@ -131,7 +133,7 @@ impl Compute {
     /// Zeros in place of the cotangent that has come.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if none has.
+    /// [`Error::Run`] if none has.
     pub fn clear_cotangent(&mut self) -> Result<()> {
         match self {
             Compute::Host(x) => x.clear_cotangent(),
@@ -143,7 +145,7 @@ impl Compute {
     /// Adds the cotangent that has come to g, spread over the pixels that were averaged.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if none has come.
+    /// [`Error::Run`] if none has come.
     pub fn add_cotangent(&mut self, factors: (usize, usize)) -> Result<()> {
         each!(self, x => x.add_cotangent(factors))
     }
@@ -156,7 +158,7 @@ impl Compute {
     /// Takes the step's target frame from the host.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if it cannot be copied.
+    /// [`Error::Run`] if it cannot be copied.
     pub fn set_target(&mut self, target: Tensor) -> Result<()> {
         match self {
             Compute::Host(x) => {
@@ -171,7 +173,7 @@ impl Compute {
     /// Waits for the step's target frame.
     ///
     /// # Errors
-    /// [`crate::Error::Transport`] if it does not come.
+    /// [`Error::Transport`] if it does not come.
     pub fn receive_target(&mut self, receiver: &mut Receiver, due: &Header) -> Result<()> {
         each!(self, x => x.receive_target(receiver, due))
     }
@@ -187,7 +189,7 @@ impl Compute {
     /// Zeros in place of a loss's gradient.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if there is no output.
+    /// [`Error::Run`] if there is no output.
     pub fn leave_loss_out(&mut self) -> Result<()> {
         match self {
             Compute::Host(x) => x.leave_loss_out(),
@@ -215,7 +217,7 @@ impl Compute {
     /// Waits until what was sent past the links has left.
     ///
     /// # Errors
-    /// [`crate::Error::Transport`] if a receiver is gone.
+    /// [`Error::Transport`] if a receiver is gone.
     pub fn flush(&mut self) -> Result<()> {
         match self {
             Compute::Host(_) => Ok(()),
@@ -227,5 +229,67 @@ impl Compute {
     /// Ends a tick: this step's activations are forgotten, and the frame.
     pub fn end_tick(&mut self) {
         each!(self, x => x.end_tick());
+    }
+
+    /// One update of the parameters by the mean of the gradients since the last one, at the learning rate of `clip`. Whether
+    /// the gradient was finite a GPU says when the clip ends, and leaves the update out if it was not.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if the gradient is not finite; [`Error::Transport`] if a replica is gone.
+    pub fn update(&mut self, module: &mut Module, update: &mut Update, clip: u64, step: usize) -> Result<()> {
+        each!(self, x => x.update(module, update, clip, step))
+    }
+
+    /// At a clip's end, what a GPU has counted in it: the loss goes to `head`, the gradient's norm to `update`. The errors
+    /// about values that are not finite which only then show.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if anything launched before failed.
+    pub fn tally(&mut self, head: Option<&mut Head>, update: Option<&mut Update>) -> Result<Vec<Error>> {
+        each!(self, x => x.tally(head, update))
+    }
+
+    /// The module, number `index`, as it is: what a checkpoint holds of it (see [`super::state::snapshot`]).
+    ///
+    /// # Errors
+    /// [`Error::Run`] if it cannot be copied.
+    pub fn snapshot(
+        &mut self,
+        module: &mut Module,
+        update: Option<&mut Update>,
+        index: usize,
+    ) -> Result<Vec<(String, Tensor)>> {
+        each!(self, x => x.snapshot(module, update, index))
+    }
+
+    /// Remembers the module as it is, to go back to it.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if there is no memory for it.
+    pub fn mark(&mut self, module: &mut Module, update: Option<&Update>, index: usize) -> Result<()> {
+        each!(self, x => x.mark(module, update, index))
+    }
+
+    /// Forgets what was remembered.
+    pub fn unmark(&mut self) {
+        match self {
+            Compute::Host(x) => x.unmark(),
+            // The memory is kept for the next mark.
+            #[cfg(feature = "cuda")]
+            Compute::Device(_) => {}
+        }
+    }
+
+    /// The module as it was at the last [`Compute::mark`], if that was not forgotten. What becomes of `module` is left open.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if it cannot be copied.
+    pub fn rewind(
+        &mut self,
+        module: &mut Module,
+        update: Option<&mut Update>,
+        index: usize,
+    ) -> Result<Option<Vec<(String, Tensor)>>> {
+        each!(self, x => x.rewind(module, update, index))
     }
 }

@@ -2,21 +2,26 @@
 
 use std::collections::HashMap;
 
+use candle_core::Tensor;
+
 use super::Device;
 use crate::cuda::Element;
 use crate::cuda::optim::Optimizer;
 use crate::engine::head::Head;
+use crate::engine::state;
 use crate::engine::worker::Update;
 use crate::model::module;
 use crate::transport::average::ReplicaAverage;
 use crate::{Error, Result};
 
 impl Device {
-    /// Launches an update by the mean of the gradients, at `scale` times the learning rate.
-    ///
-    /// # Errors
-    /// [`Error::Run`] if a launch fails; [`Error::Transport`] if a replica is gone.
-    pub fn update(&mut self, update: &mut Update, clip: u64, step: usize) -> Result<()> {
+    pub(in crate::engine::compute) fn update(
+        &mut self,
+        _: &mut module::Module,
+        update: &mut Update,
+        clip: u64,
+        step: usize,
+    ) -> Result<()> {
         if let Some(average) = &mut update.average {
             self.average_gradients(average, clip, step)?;
         }
@@ -48,12 +53,13 @@ impl Device {
         })
     }
 
-    /// Waits for the clip's last launch: what the GPU has counted. The loss goes to `head`, the gradient's norm to `update`.
-    /// Errors about values that are not finite are told apart by what they are about, all of them.
-    ///
-    /// # Errors
-    /// [`Error::Run`] if anything launched before failed.
-    pub fn tally(&mut self, head: Option<&mut Head>, update: Option<&mut Update>) -> Result<Vec<Error>> {
+    /// Waits for the clip's last launch. Errors about values that are not finite are told apart by what they are about, all of
+    /// them.
+    pub(in crate::engine::compute) fn tally(
+        &mut self,
+        head: Option<&mut Head>,
+        update: Option<&mut Update>,
+    ) -> Result<Vec<Error>> {
         let mut errors = Vec::new();
         let flagged = self.gpu.download(&self.flags)?[0];
         if flagged > 0.0 {
@@ -95,10 +101,7 @@ impl Device {
 
     /// Copies parameters and the optimiser's memory to the host's `module` and `update`, gradients too where an update is
     /// not due yet. Waits.
-    ///
-    /// # Errors
-    /// [`Error::Run`] if a copy fails.
-    pub fn download(&mut self, module: &mut module::Module, update: Option<&mut Update>) -> Result<()> {
+    fn download(&mut self, module: &mut module::Module, update: Option<&mut Update>) -> Result<()> {
         let gpu = &self.gpu;
         let unfinished = update.as_ref().is_some_and(|update| update.steps > 0);
         let (mut values, mut gradients) = (HashMap::new(), HashMap::new());
@@ -123,11 +126,23 @@ impl Device {
         Ok(())
     }
 
-    /// Remembers the module as it is, in device memory, to go back to it: nothing is waited for.
-    ///
-    /// # Errors
-    /// [`Error::Run`] if there is no memory for it.
-    pub fn mark(&mut self, steps: u64) -> Result<()> {
+    pub(in crate::engine::compute) fn snapshot(
+        &mut self,
+        module: &mut module::Module,
+        mut update: Option<&mut Update>,
+        index: usize,
+    ) -> Result<Vec<(String, Tensor)>> {
+        self.download(module, update.as_deref_mut())?;
+        state::snapshot(module, update.as_deref(), index)
+    }
+
+    /// In device memory: nothing is waited for.
+    pub(in crate::engine::compute) fn mark(
+        &mut self,
+        _: &mut module::Module,
+        update: Option<&Update>,
+        _: usize,
+    ) -> Result<()> {
         let mut own = Vec::new();
         self.module.visit(&mut |p| {
             own.extend([Some(p.value.clone()), p.grad.clone()].into_iter().flatten());
@@ -140,21 +155,27 @@ impl Device {
             }
         }
         self.marked.iter().try_for_each(|(array, copy)| self.gpu.copy(array, copy))?;
+        let steps = update.map_or(0, |update| update.steps);
         self.marked_steps = (steps, self.optimizer.as_ref().map_or(0, Optimizer::steps));
         Ok(())
     }
 
-    /// Goes back to the module as it was at the last [`Device::mark`], whose `steps` it gives back.
-    ///
-    /// # Errors
-    /// [`Error::Run`] if a launch fails.
-    pub fn rewind(&mut self) -> Result<u64> {
+    /// Goes back to the module as it was at the last [`Device::mark`].
+    pub(in crate::engine::compute) fn rewind(
+        &mut self,
+        module: &mut module::Module,
+        mut update: Option<&mut Update>,
+        index: usize,
+    ) -> Result<Option<Vec<(String, Tensor)>>> {
         self.marked.iter().try_for_each(|(array, copy)| self.gpu.copy(copy, array))?;
         let gpu = &self.gpu;
         self.module.visit(&mut |p| p.changed(gpu))?;
         if let Some(optimizer) = &mut self.optimizer {
             optimizer.set_steps(self.marked_steps.1);
         }
-        Ok(self.marked_steps.0)
+        if let Some(update) = &mut update {
+            update.steps = self.marked_steps.0;
+        }
+        self.snapshot(module, update, index).map(Some)
     }
 }

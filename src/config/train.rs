@@ -1,0 +1,88 @@
+//! `[train]`: how gradients are made, and what becomes of them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::optim::{OptimizerSpec, ScheduleSpec};
+use crate::schedule::Boundary;
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// How gradients are made.
+    pub rule: Rule,
+    /// How modules cross from one clip to the next.
+    pub boundary: Boundary,
+    /// Passes over the training videos (unless `clips` is given).
+    pub epochs: u64,
+    /// Stop after so many batches of clips instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clips: Option<u64>,
+    /// The optimiser and its settings.
+    pub optimizer: OptimizerSpec,
+    /// The learning rate over the run, in batches of clips.
+    pub schedule: ScheduleSpec,
+    /// Scale a module's gradient down to this Euclidean norm; absent: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_norm: Option<f64>,
+    /// When the optimiser is applied.
+    pub update_every: UpdateEvery,
+    /// R, pipelines side by side whose gradients are averaged.
+    pub replicas: usize,
+    /// Seed of initial values, order, augmentation and dropout.
+    pub seed: u64,
+    /// A checkpoint to take initial weights from; a head of another size starts anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        TrainConfig {
+            rule: Rule::default(),
+            boundary: Boundary::default(),
+            epochs: 10,
+            clips: None,
+            optimizer: OptimizerSpec::default(),
+            schedule: ScheduleSpec::default(),
+            clip_norm: None,
+            update_every: UpdateEvery::Named(ClipWord::Clip),
+            replicas: 1,
+            seed: 1,
+            init: None,
+        }
+    }
+}
+
+/// How gradients are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rule {
+    /// Pseudo-gradients, main path only (Malinowski et al., CVPR 2020).
+    Sideways,
+    /// Pseudo-gradients with skips (Malinowski et al., CVPR 2021).
+    #[default]
+    SkipSideways,
+    /// Exact back-propagation through the same unrolled graph; blocking, in one process.
+    Bp,
+}
+
+/// When the optimiser is applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum UpdateEvery {
+    /// After so many steps with backward work, clips notwithstanding.
+    Steps(u64),
+    /// `"clip"`: at the end of a module's window.
+    Named(ClipWord),
+}
+
+/// The one named update period.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClipWord {
+    /// Once a clip.
+    Clip,
+}
