@@ -182,8 +182,7 @@ fn a_norm_takes_over_the_relu_behind_it() -> Result<()> {
     close("norm", &normal, &norm::group(&exact, &scale, &shift, &apart)?.0.flatten_all()?.to_vec1()?, 1e-4)
 }
 
-/// A relu and a max pool done in the norm's passes give what the three give apart: values to the bit, gradients but for the order
-/// of their sums. Windows side by side, windows that leave a border out, and windows that overlap.
+/// A relu and a max pool done in the norm's passes give what the three give apart but for the order of their sums. Windows side by side, windows that leave a border out, and windows that overlap.
 #[test]
 fn a_norm_takes_over_the_pool_behind_its_relu() -> Result<()> {
     let x = random(&[3, 8, 10, 24], 1)?;
@@ -196,8 +195,13 @@ fn a_norm_takes_over_the_pool_behind_its_relu() -> Result<()> {
         let g = pool::max_vjp(x.dims(), &window, &winners, &gy)?;
         let (gx, gw, gb) = norm::group_vjp(&x, &scale, &shift, &statistics, &g, &norm, true)?;
         let (found, kept) = norm_pool::forward(&x, &scale, &shift, &norm, &window)?;
-        assert_eq!(values(&found)?, values(&y)?, "{window:?}");
-        assert_eq!(kept.winners.flatten_all()?.to_vec1::<u8>()?, winners.flatten_all()?.to_vec1::<u8>()?);
+        close("y", &found, &y.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?, 1e-6)?;
+        // Where the relu leaves nothing, all are equal.
+        let both =
+            kept.winners.flatten_all()?.to_vec1::<u8>()?.into_iter().zip(winners.flatten_all()?.to_vec1::<u8>()?);
+        for ((found, expected), y) in both.zip(values(&y)?) {
+            assert!(found == expected || y == 0.0, "{window:?}: {found} where the pool alone gives {expected}");
+        }
         let vjp = |need_input| norm_pool::vjp(&x, [&scale, &shift], &kept, &gy, &norm, &window, need_input);
         let (found_gx, found_gw, found_gb) = vjp(true)?;
         for (name, found, expected) in

@@ -2,7 +2,7 @@
 //! image, a line at a time.
 //!
 //! What oneDNN and [`patches`](super::patches) have to copy first, here only is padded. Lines are independent but for sums,
-//! so `first` can do the layers behind a convolution while its line is in a cache.
+//! so [`stem`](super::stem) can do the layers behind a convolution while its line is in a cache.
 
 use std::ops::Range;
 
@@ -71,7 +71,7 @@ impl Padded {
     }
 
     /// The same from `before` elements earlier on, where there are zeros for as many as a kernel's row has.
-    pub(crate) fn from_before(&self, k: usize, before: usize) -> &[f32] {
+    pub(crate) fn reaching_before(&self, k: usize, before: usize) -> &[f32] {
         &self.data[k * self.length + self.before - before..]
     }
 }
@@ -98,7 +98,7 @@ pub(crate) fn weight_gradient(s: &Shape, x: &[f32], gy: &[f32]) -> Vec<f32> {
         let (b, oy) = (i * lines / s.oh, i * lines % s.oh);
         padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], oy * s.window.stride[0]);
         for (k, gy) in gy[i * lines * s.ow * s.o..].chunks_exact(s.ow * s.o).take(lines).enumerate() {
-            add_line_gradient(s, padded, [k, 0], gy, part);
+            add_line_gradient(s, padded, k, gy, part);
         }
     });
     sum_of(&parts, size)
@@ -116,13 +116,13 @@ pub(crate) fn line(s: &Shape, padded: &Padded, k: usize, packed: &[f32], bias: O
     simd::dispatch(Line { s, padded, k, packed, bias, y });
 }
 
-/// Adds to `part` (packed) the weight's gradient of pixels of line `k` from `column` on, from their output's cotangent.
-pub(crate) fn add_line_gradient(s: &Shape, padded: &Padded, [k, column]: [usize; 2], gy: &[f32], part: &mut [f32]) {
+/// Adds to `part` (packed) the weight's gradient of that line, from its output's cotangent.
+pub(crate) fn add_line_gradient(s: &Shape, padded: &Padded, k: usize, gy: &[f32], part: &mut [f32]) {
     let Window { kernel: [kh, kw], stride, .. } = s.window;
     let (taps, step) = (kw * s.c, stride[1] * s.c);
     for (ky, part) in part.chunks_exact_mut(taps * s.o).enumerate().take(kh) {
-        let x = Steps { data: &padded.from(k * stride[0] + ky)[column * step..], step };
-        add_outer(0..gy.len() / s.o, taps, x, Steps { data: gy, step: s.o }, s.o, part);
+        let x = Steps { data: padded.from(k * stride[0] + ky), step };
+        add_outer(0..s.ow, taps, x, Steps { data: gy, step: s.o }, s.o, part);
     }
 }
 

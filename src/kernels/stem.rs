@@ -18,9 +18,6 @@ use super::norm_pool::{self, Kept, Piece};
 use super::{Host, Window, host, overwritten, patches, pool, simd, tensor, threads};
 use crate::Result;
 
-/// Elements of a cotangent that are made before they are used: they stay in a first-level cache.
-const AT_ONCE: usize = 6144;
-
 /// The four layers, with their parameters.
 pub struct Stem<'a> {
     /// The convolution's geometry.
@@ -146,8 +143,7 @@ impl Stem<'_> {
                 patch_moments(s, padded, moments);
             },
         );
-        let (lines, [rows, columns], size) = (few::piece(p.oh), p.window.kernel, s.patch() * s.o);
-        let at_once = (AT_ONCE / (rows * columns * s.o)).clamp(1, p.ow);
+        let (lines, rows, width, size) = (few::piece(p.oh), p.window.kernel[0], s.ow * s.o, s.patch() * s.o);
         let mut parts = vec![0f32; p.oh / lines * size];
         let (mut total, mut of_bias, mut of_norm) = (vec![0f64; size], vec![0f64; s.o], vec![0f32; 2 * s.o]);
         // Sample by sample: what the sums leave in the caches, the products find there.
@@ -162,24 +158,19 @@ impl Stem<'_> {
 
             // The part of the pool's cotangent.
             parts.fill(0.0);
-            let scratch = || (Padded::new(s, lines * rows), overwritten::<f32>(at_once * rows * columns * s.o));
+            let scratch = || (Padded::new(s, lines * rows), overwritten::<f32>(rows * width));
             threads::chunks(&mut parts, size, scratch, |(padded, routed), i, part| {
                 padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], i * lines * rows);
                 for line in 0..lines {
                     let at = (i * lines + line) * p.ow * p.c..(i * lines + line + 1) * p.ow * p.c;
                     let (inputs, gy, winners) = (&inputs[at.clone()], &gy[at.clone()], &winners[at]);
                     let of = Cotangent { inputs, gy, winners, k0: &k[0], affine: &affine };
-                    for first in (0..p.ow).step_by(at_once) {
-                        let pixels = first..(first + at_once).min(p.ow);
-                        let width = pixels.len() * columns * s.o;
-                        let routed = &mut routed[..rows * width];
-                        simd::vectorized(
-                            #[inline(always)]
-                            || of.route(p, pixels, routed),
-                        );
-                        for (row, gy) in routed.chunks_exact(width).enumerate() {
-                            few::add_line_gradient(s, padded, [line * rows + row, first * columns], gy, part);
-                        }
+                    simd::vectorized(
+                        #[inline(always)]
+                        || of.route(p, routed),
+                    );
+                    for (row, gy) in routed.chunks_exact(width).enumerate() {
+                        few::add_line_gradient(s, padded, line * rows + row, gy, part);
                     }
                 }
             });
@@ -256,14 +247,13 @@ struct Cotangent<'a> {
 }
 
 impl Cotangent<'_> {
-    /// `k0 g` at the winners of the windows of `pixels`, zeros elsewhere: the lines under them.
+    /// `k0 g` at its windows' winners, zeros elsewhere: the lines under it.
     #[inline(always)]
-    fn route(&self, p: &Shape, pixels: Range<usize>, routed: &mut [f32]) {
+    fn route(&self, p: &Shape, routed: &mut [f32]) {
         const LANES: usize = few::LANES;
         let ([kh, kw], c) = (p.window.kernel, p.c);
-        let taps: Vec<usize> = (0..kh * kw).map(|tap| (tap / kw * pixels.len() * kw + tap % kw) * c).collect();
-        let start = pixels.start;
-        for ox in pixels {
+        let taps: Vec<usize> = (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * c).collect();
+        for ox in 0..p.ow {
             for first in (0..c).step_by(LANES) {
                 let at = ox * c + first..ox * c + first + LANES;
                 let (x, gy, winners) = (&self.inputs[at.clone()], &self.gy[at.clone()], &self.winners[at]);
@@ -277,7 +267,7 @@ impl Cotangent<'_> {
                     g[n] = if x[n] * scale[n] + shift[n] > 0.0 { through } else { 0.0 };
                     winner[n] = u32::from(winners[n]);
                 }
-                let routed = &mut routed[(ox - start) * kw * c + first..];
+                let routed = &mut routed[ox * kw * c + first..];
                 for (tap, &at) in (0u32..).zip(&taps) {
                     let mut here = [0f32; LANES];
                     for n in 0..LANES {
@@ -334,7 +324,7 @@ fn patch_moments(s: &Shape, padded: &Padded, moments: &mut [f64]) {
     let between = kw - 1..s.ow;
     for distance in 0..kh {
         for line in 0..lines - distance {
-            let (x, y) = (padded.from(line), padded.from_before(line + distance, before));
+            let (x, y) = (padded.from(line), padded.reaching_before(line + distance, before));
             let to = (zone_of(line, kh, s.oh) * kh + distance) * plane + (kw - 1) * cell;
             let of_pixels = |data| Steps { data, step: c };
             sum(&mut products[to..][..cell], between.clone(), of_pixels(x), of_pixels(y));
@@ -346,7 +336,7 @@ fn patch_moments(s: &Shape, padded: &Padded, moments: &mut [f64]) {
                 let lines = range_of(zone, kh, s.oh);
                 let lines = lines.start..lines.end.min(lines.start.max(s.oh + kh - 1 - distance));
                 let of_lines = |data| Steps { data, step: padded.length() };
-                let (x, y) = (&padded.from(0)[column..], &padded.from_before(distance, before)[column..]);
+                let (x, y) = (&padded.from(0)[column..], &padded.reaching_before(distance, before)[column..]);
                 let to = (zone * kh + distance) * plane + z * cell;
                 sum(&mut products[to..][..cell], lines, of_lines(x), of_lines(y));
             }
