@@ -6,10 +6,9 @@
 use std::time::Instant;
 
 use sideways::Result;
-use sideways::cuda::ops::{self, NormShape, Parameter, Parameters};
+use sideways::cuda::ops::{self, Norm, NormShape, Over, Parameter, Parameters};
 use sideways::cuda::{Array, Element, Gpu};
 use sideways::kernels::Window;
-use sideways::kernels::norm::GroupNorm;
 use sideways::optim::OptimizerSpec;
 
 /// Seconds of one call: the best of some batches of 20 in a row.
@@ -43,20 +42,25 @@ fn shape(gpu: &Gpu, element: Element, [b, h, w, c]: [usize; 4]) -> Result<()> {
     };
     let (x, y, gy, gx) = (array()?, array()?, array()?, array()?);
     let floats = |n| gpu.zeros(n, Element::F32);
-    let (shape, norm) =
-        (NormShape { samples: b, rows: h * w, channels: c }, GroupNorm { groups: 32, epsilon: 1e-5, relu: true });
+    let shape = NormShape { samples: b, rows: h * w, channels: c };
     let rows = b * h * w;
     let scratch = floats(ops::norm_scratch(&shape).max(ops::bias_gradient_scratch(rows, c)))?;
     let (weight, bias, statistics) = (floats(c)?, floats(c)?, floats(b * 32 * 2)?);
     let (gw, gb) = (floats(c)?, floats(c)?);
+    let norm = Norm {
+        shape,
+        over: Over::Groups(32),
+        epsilon: 1e-5,
+        relu: true,
+        weight: &weight,
+        bias: &bias,
+        statistics: &statistics,
+        scratch: &scratch,
+    };
     line(gpu, "relu", &x, &gx, 2.0, &|| ops::relu(gpu, &x, &y))?;
     line(gpu, "add_relu", &x, &gx, 3.0, &|| ops::add_relu(gpu, &x, &gy, &y))?;
-    line(gpu, "group norm, relu", &x, &gx, 2.0, &|| {
-        ops::group_norm(gpu, &shape, &norm, &x, &weight, &bias, &y, &statistics, &scratch)
-    })?;
-    line(gpu, "its vjp", &x, &gx, 3.0, &|| {
-        ops::group_norm_vjp(gpu, &shape, &norm, &x, &weight, &bias, &statistics, &gy, Some(&gx), &gw, &gb, &scratch)
-    })?;
+    line(gpu, "group norm, relu", &x, &gx, 2.0, &|| norm.forward(gpu, &x, &y))?;
+    line(gpu, "its vjp", &x, &gx, 3.0, &|| norm.vjp(gpu, &x, &gy, Some(&gx), [&gw, &gb]))?;
     line(gpu, "bias, relu", &x, &gx, 2.0, &|| ops::bias_relu(gpu, &y, &bias, c))?;
     line(gpu, "its vjp", &x, &gx, 3.0, &|| ops::bias_relu_vjp(gpu, &y, &gy, &gx, &gb, c, &scratch))?;
     let (window, dims) = (Window::square(2, 2, 0), [b, h, w, c]);

@@ -198,10 +198,13 @@ impl Tmpfs {
         Some(Tmpfs(at.to_path_buf()))
     }
 
-    /// Uses up all but a few kilobytes.
+    /// Uses up all there is: what a large write leaves, smaller ones take.
     fn fill(&self) -> PathBuf {
         let path = self.0.join("filler");
-        let _ = std::fs::write(&path, vec![0; 64 << 20]);
+        let mut file = std::fs::File::create(&path).unwrap();
+        for piece in [1 << 20, 1 << 16, 1 << 12] {
+            while std::io::Write::write(&mut file, &vec![0; piece]).is_ok_and(|written| written > 0) {}
+        }
         path
     }
 }
@@ -269,9 +272,10 @@ fn values_that_are_not_finite_are_caught_and_counted() {
 /// A slow rank is named in the report at the end.
 #[test]
 fn a_straggler_is_named() {
-    // Much work a module and small messages, which wait for nobody: a slow rank's time is its work's.
+    // Much work a module and few small messages, which wait for nobody: a slow rank's time is its work's, also where each
+    // message costs a turn of other processes.
     let conv = |out: usize| format!("{{ kind = 'conv2d', out = {out}, kernel = 3, padding = 1 }}, {{ kind = 'relu' }}");
-    let module = format!("{}, {}, {}", conv(64), conv(64), conv(4));
+    let module = format!("{}, {}, {}", conv(96), conv(96), conv(4));
     let layers = format!(
         "model.layers=[{module}, {module}, {module}, {{ kind = 'global-avg-pool' }}, {{ kind = 'linear', out = 4 }}]"
     );
@@ -281,7 +285,7 @@ fn a_straggler_is_named() {
     // Rank 1, whose module is no larger than rank 2's, is stopped four fifths of the time.
     let script = format!(
         "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then p=$$; (while kill -0 $p 2>/dev/null; do kill -STOP $p; sleep 0.08; \
-         kill -CONT $p; sleep 0.02; done) & fi; exec {PROGRAM} train {} --stop-after 20",
+         kill -CONT $p; sleep 0.02; done) & fi; exec {PROGRAM} train {} --stop-after 10",
         run.config
     );
     let output = mpirun(3, Path::new("sh"), &["-c", &script], &[], MINUTE);

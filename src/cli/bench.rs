@@ -10,12 +10,12 @@ use crate::transport::World;
 use crate::{Error, Result};
 
 mod data;
+#[cfg(feature = "cuda")]
+mod device_link;
 mod layers;
 mod link;
 mod overlap;
 mod peak;
-#[cfg(feature = "cuda")]
-mod staged;
 mod train;
 mod videos;
 

@@ -2,10 +2,10 @@
 
 use candle_core::Tensor;
 use sideways::Result;
-use sideways::cuda::ops::{self, BatchNorm, NormShape};
+use sideways::cuda::ops::{self, Norm, NormShape, Over};
 use sideways::cuda::{Array, Element};
 use sideways::kernels::norm::GroupNorm;
-use sideways::kernels::{activation, batch_norm, norm};
+use sideways::kernels::{activation, batch_norm, norm as host};
 
 use crate::{EPSILON, On, SHAPES, bits, random, tensor};
 
@@ -27,6 +27,17 @@ impl NormCase {
         let x = on.rounded(random(n, 10).into_iter().map(|v| 10.0 + 2.0 * v).collect());
         let shape = NormShape { samples: b, rows: h * w, channels: c };
         NormCase { shape, x, gy: on.random(n, 11), weight: random(c, 12), bias: random(c, 13), dims }
+    }
+
+    fn norm<'a>(
+        &self,
+        over: Over<'a>,
+        relu: bool,
+        [weight, bias]: [&'a Array; 2],
+        statistics: &'a Array,
+        scratch: &'a Array,
+    ) -> Norm<'a> {
+        Norm { shape: self.shape, over, epsilon: EPSILON, relu, weight, bias, statistics, scratch }
     }
 
     fn tensors(&self) -> Result<[Tensor; 4]> {
@@ -71,15 +82,15 @@ fn group_norm_of(on: &On, dims: [usize; 4], groups: usize, relus: &[bool]) -> Re
         let (dw, db) = (gpu.upload(&case.weight)?, gpu.upload(&case.bias)?);
         let (y, statistics) = (on.empty(case.x.len())?, on.floats(b * groups * 2)?);
         let scratch = on.floats(ops::norm_scratch(&case.shape))?;
-        ops::group_norm(gpu, &case.shape, &kind, &dx, &dw, &db, &y, &statistics, &scratch)?;
-        let (expected, stats) = norm::group(&x, &weight, &bias, &kind)?;
+        let norm = case.norm(Over::Groups(groups), relu, [&dw, &db], &statistics, &scratch);
+        norm.forward(gpu, &dx, &y)?;
+        let (expected, stats) = host::group(&x, &weight, &bias, &kind)?;
         on.same(&what, &y, &expected);
         on.sums(&what, &statistics, &stats);
-        let (gx, gw, gb) = norm::group_vjp(&x, &weight, &bias, &stats, &gy, &kind, true)?;
+        let (gx, gw, gb) = host::group_vjp(&x, &weight, &bias, &stats, &gy, &kind, true)?;
         let backward = |gx: Option<&Array>| -> Result<[Array; 2]> {
             let sums = [gpu.upload(&random(c, 14))?, gpu.upload(&random(c, 15))?];
-            let [w, b] = &sums;
-            ops::group_norm_vjp(gpu, &case.shape, &kind, &dx, &dw, &db, &statistics, &dg, gx, w, b, &scratch)?;
+            norm.vjp(gpu, &dx, &dg, gx, sums.each_ref())?;
             Ok(sums)
         };
         let without = backward(None)?;
@@ -105,7 +116,6 @@ fn batch_norm_in_training_and_evaluation() -> Result<()> {
                 let case = NormCase::new(on, dims);
                 let [x, gy, weight, bias] = case.tensors()?;
                 let c = dims[3];
-                let kind = BatchNorm { epsilon: EPSILON, momentum: 0.1, relu };
                 let what = format!("batch norm of {dims:?}, relu {relu}");
                 let (dx, dw, db) = (on.up(&case.x)?, gpu.upload(&case.weight)?, gpu.upload(&case.bias)?);
                 let (y, statistics) = (on.empty(case.x.len())?, on.floats(2 * c)?);
@@ -113,7 +123,9 @@ fn batch_norm_in_training_and_evaluation() -> Result<()> {
                 let old = [random(c, 16), random(c, 17).into_iter().map(|v| v * v + 0.5).collect()];
                 let running = [gpu.upload(&old[0])?, gpu.upload(&old[1])?];
                 let [mean, variance] = &running;
-                ops::batch_norm(gpu, &case.shape, &kind, &dx, &dw, &db, mean, variance, &y, &statistics, &scratch)?;
+                let over = Over::Batch { running: [mean, variance], momentum: 0.1 };
+                let of_batch = case.norm(over, relu, [&dw, &db], &statistics, &scratch);
+                of_batch.forward(gpu, &dx, &y)?;
                 let stats = batch_norm::statistics(&x)?;
                 let plain = batch_norm::apply(&x, &weight, &bias, &stats, EPSILON)?;
                 let rectified = |y: &Tensor| if relu { activation::relu(y) } else { Ok(y.clone()) };
@@ -134,53 +146,28 @@ fn batch_norm_in_training_and_evaluation() -> Result<()> {
                 };
                 let zeros = || Result::Ok([gpu.zeros(c, Element::F32)?, gpu.zeros(c, Element::F32)?]);
                 let (gx, sums) = (on.up(&case.gy)?, zeros()?);
-                let [w, b] = &sums;
-                ops::batch_norm_vjp(
-                    gpu,
-                    &case.shape,
-                    &kind,
-                    &dx,
-                    &dw,
-                    &db,
-                    &statistics,
-                    &gx,
-                    Some(&gx),
-                    w,
-                    b,
-                    &scratch,
-                )?;
+                of_batch.vjp(gpu, &dx, &gx, Some(&gx), sums.each_ref())?;
                 check(&what, &gx, &sums, &stats, &plain, true)?;
 
                 let what = format!("{what}, by running statistics");
                 let found = [gpu.download(mean)?, gpu.download(variance)?];
-                ops::running_norm(gpu, &case.shape, &kind, &dx, &dw, &db, mean, variance, &y, &statistics, &scratch)?;
+                let by_running = Norm { over: Over::Running([mean, variance]), ..of_batch };
+                by_running.forward(gpu, &dx, &y)?;
                 assert_eq!(bits(&gpu.download(mean)?), bits(&found[0]));
                 let stats = tensor(&found.concat(), &[2, c])?;
                 let plain = batch_norm::apply(&x, &weight, &bias, &stats, EPSILON)?;
                 on.same(&what, &y, &rectified(&plain)?);
                 let (gx, sums) = (on.up(&case.gy)?, zeros()?);
-                let [w, b] = &sums;
-                ops::running_norm_vjp(
-                    gpu,
-                    &case.shape,
-                    &kind,
-                    &dx,
-                    &dw,
-                    &db,
-                    &statistics,
-                    &gx,
-                    Some(&gx),
-                    w,
-                    b,
-                    &scratch,
-                )?;
+                by_running.vjp(gpu, &dx, &gx, Some(&gx), sums.each_ref())?;
                 check(&what, &gx, &sums, &stats, &plain, false)?;
             }
         }
         let one = NormShape { samples: 1, rows: 1, channels: 4 };
-        let (x, c) = (on.empty(4)?, on.floats(8)?);
-        let kind = BatchNorm { epsilon: EPSILON, momentum: 0.1, relu: false };
-        let error = ops::batch_norm(gpu, &one, &kind, &x, &c, &c, &c, &c, &x, &c, &c).unwrap_err();
+        let case = NormCase::new(on, [1, 1, 1, 4]);
+        let (x, c, statistics) = (on.empty(4)?, on.floats(4)?, on.floats(8)?);
+        let scratch = on.floats(ops::norm_scratch(&one))?;
+        let over = Over::Batch { running: [&c, &c], momentum: 0.1 };
+        let error = case.norm(over, false, [&c, &c], &statistics, &scratch).forward(gpu, &x, &x).unwrap_err();
         assert!(error.to_string().contains("more than one value"), "{error}");
         Ok(())
     })

@@ -1,9 +1,8 @@
 //! Arrays that do not fit one another.
 
 use sideways::Result;
-use sideways::cuda::ops::{self, NormShape};
+use sideways::cuda::ops::{self, Norm, NormShape, Over};
 use sideways::kernels::Window;
-use sideways::kernels::norm::GroupNorm;
 
 use crate::{EPSILON, On};
 
@@ -14,8 +13,17 @@ fn sizes_that_do_not_fit_are_refused() -> Result<()> {
         let (a, b, c) = (on.empty(12)?, on.empty(11)?, on.floats(3)?);
         let scratch = on.floats(1)?;
         let dims = [1, 2, 2, 3];
-        let shape = NormShape { samples: 1, rows: 4, channels: 3 };
-        let kind = GroupNorm { groups: 2, epsilon: EPSILON, relu: false };
+        let norm = Norm {
+            shape: NormShape { samples: 1, rows: 4, channels: 3 },
+            over: Over::Groups(2),
+            epsilon: EPSILON,
+            relu: false,
+            weight: &c,
+            bias: &c,
+            statistics: &c,
+            scratch: &scratch,
+        };
+        let short = Norm { over: Over::Groups(3), ..norm };
         let errors = [
             ops::relu(gpu, &a, &b).unwrap_err(),
             ops::add(gpu, &a, &b, &a).unwrap_err(),
@@ -24,7 +32,8 @@ fn sizes_that_do_not_fit_are_refused() -> Result<()> {
             ops::Accumulation::new(gpu, &[(a.clone(), c.clone())]).unwrap_err(),
             ops::bias(gpu, &b, &c, 3).unwrap_err(),
             ops::bias(gpu, &a, &c, 4).unwrap_err(),
-            ops::group_norm(gpu, &shape, &kind, &a, &c, &c, &a, &c, &scratch).unwrap_err(),
+            norm.forward(gpu, &a, &a).unwrap_err(),
+            short.forward(gpu, &a, &a).unwrap_err(),
             ops::max_pool(gpu, dims, &Window::square(3, 1, 0), &a, &b, &c).unwrap_err(),
             ops::average_pool(gpu, dims, &Window::square(2, 1, 0), &a, &b).unwrap_err(),
             ops::global_average(gpu, dims, &a, &b).unwrap_err(),

@@ -3,9 +3,8 @@
 use super::{Backward, Builder, Layer, Scratch, Use};
 use crate::Result;
 use crate::cuda::gpu::{Array, Element, Gpu};
-use crate::cuda::ops::{self, NormShape};
+use crate::cuda::ops::{self, Norm, NormShape, Over};
 use crate::cuda::param::Param;
-use crate::kernels::norm;
 use crate::model::spec::Shape;
 
 /// Added to the variance, as the host's layers do.
@@ -14,7 +13,8 @@ const EPSILON: f64 = 1e-5;
 /// See [`crate::model::layers::GroupNorm`].
 pub struct GroupNorm {
     shape: NormShape,
-    norm: norm::GroupNorm,
+    groups: usize,
+    relu: bool,
     weight: Param,
     bias: Param,
     statistics: Array,
@@ -29,35 +29,36 @@ impl GroupNorm {
         let shape = shape_of(builder, input);
         Ok(GroupNorm {
             shape,
-            norm: norm::GroupNorm { groups, epsilon: EPSILON, relu },
+            groups,
+            relu,
             weight: builder.params.take(builder.gpu, &format!("{name}.weight"))?,
             bias: builder.params.take(builder.gpu, &format!("{name}.bias"))?,
             statistics: builder.gpu.array(shape.samples * groups * 2, Element::F32)?,
         })
     }
+
+    fn norm<'a>(&'a self, scratch: &'a Scratch) -> Norm<'a> {
+        Norm {
+            shape: self.shape,
+            over: Over::Groups(self.groups),
+            epsilon: EPSILON,
+            relu: self.relu,
+            weight: &self.weight.value,
+            bias: &self.bias.value,
+            statistics: &self.statistics,
+            scratch: scratch.partial(),
+        }
+    }
 }
 
 impl Layer for GroupNorm {
     fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, scratch: &Scratch) -> Result<()> {
-        let (weight, bias) = (&self.weight.value, &self.bias.value);
-        ops::group_norm(gpu, &self.shape, &self.norm, x, weight, bias, y, &self.statistics, scratch.partial())
+        self.norm(scratch).forward(gpu, x, y)
     }
 
     fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
-        ops::group_norm_vjp(
-            gpu,
-            &self.shape,
-            &self.norm,
-            arrays.x,
-            &self.weight.value,
-            &self.bias.value,
-            &self.statistics,
-            arrays.gy,
-            arrays.gx,
-            self.weight.gradient()?,
-            self.bias.gradient()?,
-            scratch.partial(),
-        )
+        let gradients = [self.weight.gradient()?, self.bias.gradient()?];
+        self.norm(scratch).vjp(gpu, arrays.x, arrays.gy, arrays.gx, gradients)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
@@ -69,7 +70,8 @@ impl Layer for GroupNorm {
 /// See [`crate::model::layers::BatchNorm`].
 pub struct BatchNorm {
     shape: NormShape,
-    norm: ops::BatchNorm,
+    momentum: f64,
+    relu: bool,
     training: bool,
     weight: Param,
     bias: Param,
@@ -89,7 +91,8 @@ impl BatchNorm {
         let mut take = |part: &str| params.take(gpu, &format!("{name}.{part}"));
         Ok(BatchNorm {
             shape,
-            norm: ops::BatchNorm { epsilon: EPSILON, momentum, relu },
+            momentum,
+            relu,
             training: builder.training,
             weight: take("weight")?,
             bias: take("bias")?,
@@ -98,33 +101,33 @@ impl BatchNorm {
             statistics: gpu.array(input[2] * 2, Element::F32)?,
         })
     }
+
+    fn norm<'a>(&'a self, scratch: &'a Scratch) -> Norm<'a> {
+        let running = [&self.mean.value, &self.variance.value];
+        Norm {
+            shape: self.shape,
+            over: match self.training {
+                true => Over::Batch { running, momentum: self.momentum },
+                false => Over::Running(running),
+            },
+            epsilon: EPSILON,
+            relu: self.relu,
+            weight: &self.weight.value,
+            bias: &self.bias.value,
+            statistics: &self.statistics,
+            scratch: scratch.partial(),
+        }
+    }
 }
 
 impl Layer for BatchNorm {
     fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, scratch: &Scratch) -> Result<()> {
-        let norm = if self.training { ops::batch_norm } else { ops::running_norm };
-        let (weight, bias, mean, variance) =
-            (&self.weight.value, &self.bias.value, &self.mean.value, &self.variance.value);
-        let partial = scratch.partial();
-        norm(gpu, &self.shape, &self.norm, x, weight, bias, mean, variance, y, &self.statistics, partial)
+        self.norm(scratch).forward(gpu, x, y)
     }
 
     fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
-        let vjp = if self.training { ops::batch_norm_vjp } else { ops::running_norm_vjp };
-        vjp(
-            gpu,
-            &self.shape,
-            &self.norm,
-            arrays.x,
-            &self.weight.value,
-            &self.bias.value,
-            &self.statistics,
-            arrays.gy,
-            arrays.gx,
-            self.weight.gradient()?,
-            self.bias.gradient()?,
-            scratch.partial(),
-        )
+        let gradients = [self.weight.gradient()?, self.bias.gradient()?];
+        self.norm(scratch).vjp(gpu, arrays.x, arrays.gy, arrays.gx, gradients)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

@@ -21,10 +21,7 @@ pub use elementwise::{
     to_f32,
 };
 pub use loss::{cross_entropy, loss_scratch, pixel};
-pub use norm::{
-    BatchNorm, NormShape, batch_norm, batch_norm_vjp, group_norm, group_norm_vjp, norm_scratch, running_norm,
-    running_norm_vjp,
-};
+pub use norm::{Norm, NormShape, Over, norm_scratch};
 pub use optimizer::{Accumulation, Parameter, Parameters};
 pub use pool::{
     average_pool, average_pool_vjp, global_average, global_average_vjp, max_pool, max_pool_vjp, upsample, upsample_vjp,

@@ -1,25 +1,30 @@
-//! `sideways bench link --device cuda`: device arrays over a link through host memory, beside the parts of that way alone.
+//! `sideways bench link --device cuda`: device arrays over a link in each of the ways a run has, and beside the one through host
+//! memory its parts alone.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::staged::{In, Out};
+use super::super::device_link::{In, Out};
 use super::super::{LinkArgs, TIMEOUT, show_bytes};
 use super::{BATCH, LEAST, Times};
+use crate::config::Exchange as Choice;
 use crate::cuda::gpu::failed;
 use crate::cuda::{Gpu, peak};
-use crate::transport::{Endpoints, Kind, LinkSpec, World, connect};
+use crate::engine::compute::Route;
+use crate::engine::exchange::{Edge, Settled, settle};
+use crate::transport::{Endpoints, Kind, LinkSpec, World, connect_outside};
 use crate::{Error, Result};
 
-/// Messages a batch has at most: each copy costs some microseconds besides.
-const MOST: usize = 200;
+/// Messages a batch has at most: there are three ways, and every message is waited for.
+const MOST: usize = 50;
 
-/// Seconds of a payload's way, and of its parts.
-#[derive(Clone, Copy)]
+/// A payload's times: staged, the copies at both ends of that alone, and the other ways where they work.
 struct Found {
     staged: Times,
     to_host: f64,
     to_device: f64,
+    peer: Option<Times>,
+    by_mpi: Option<Times>,
 }
 
 /// Measures all sizes and prints on rank 0; `message` gives a link's times alone.
@@ -34,11 +39,26 @@ pub(super) fn run(
 ) -> Result<()> {
     if world.rank() == 0 {
         println!(
-            "Arrays on a GPU: copied to host memory, sent, copied to the GPU. \"parts\": the three one after the other.\n"
+            "Arrays on a GPU, one way in us. \"staged\": copied to host memory, sent, copied to the GPU; \"parts\": the three one after \
+             the other. \"peer\": into the receiver's GPU memory. \"by MPI\": by an MPI library that takes GPU memory. -: does not \
+             work here.\n"
         );
         println!(
-            "{:>9} | {:>10} | {:>9} {:>10} {:>10} {:>9} {:>7} | {:>10} {:>10}",
-            "payload", "one way us", "to host", "message", "to device", "parts", "ratio", "MiB/s", "both MiB/s"
+            "{:>9} | {:>9} {:>10} {:>10} {:>9} | {:>10} {:>7} {:>8} {:>10} | {:>10} {:>8} {:>10} | {:>10} {:>8}",
+            "payload",
+            "to host",
+            "message",
+            "to device",
+            "parts",
+            "staged",
+            "ratio",
+            "MiB/s",
+            "both MiB/s",
+            "peer",
+            "MiB/s",
+            "both MiB/s",
+            "by MPI",
+            "MiB/s"
         );
     }
     let mut bytes = args.from;
@@ -46,42 +66,79 @@ pub(super) fn run(
         let found = measure(args, world, ordinal, bytes)?;
         let alone = message(bytes)?;
         if world.rank() == 0 {
-            let speed = |seconds: f64| bytes as f64 / seconds / 1_048_576.0;
-            let parts = found.to_host + alone.one + found.to_device;
-            println!(
-                "{:>9} | {:>10.2} | {:>9.2} {:>10.2} {:>10.2} {:>9.2} {:>7.3} | {:>10.0} {:>10.0}",
-                show_bytes(bytes),
-                1e6 * found.staged.one,
-                1e6 * found.to_host,
-                1e6 * alone.one,
-                1e6 * found.to_device,
-                1e6 * parts,
-                found.staged.one / parts,
-                speed(found.staged.one),
-                speed(found.staged.both)
-            );
+            print_row(bytes, &found, alone.one);
         }
         bytes = bytes.saturating_mul(4);
     }
     Ok(())
 }
 
+fn print_row(bytes: usize, found: &Found, message: f64) {
+    let speed = |seconds: f64| format!("{:.0}", bytes as f64 / seconds / 1_048_576.0);
+    let us = |seconds: f64| format!("{:.2}", 1e6 * seconds);
+    let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+    let parts = found.to_host + message + found.to_device;
+    let (staged, peer, by_mpi) = (found.staged, found.peer, found.by_mpi);
+    println!(
+        "{:>9} | {:>9} {:>10} {:>10} {:>9} | {:>10} {:>7.3} {:>8} {:>10} | {:>10} {:>8} {:>10} | {:>10} {:>8}",
+        show_bytes(bytes),
+        us(found.to_host),
+        us(message),
+        us(found.to_device),
+        us(parts),
+        us(staged.one),
+        staged.one / parts,
+        speed(staged.one),
+        speed(staged.both),
+        or_none(peer.map(|times| us(times.one))),
+        or_none(peer.map(|times| speed(times.one))),
+        or_none(peer.map(|times| speed(times.both))),
+        or_none(by_mpi.map(|times| us(times.one))),
+        or_none(by_mpi.map(|times| speed(times.one)))
+    );
+}
+
 fn measure(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize) -> Result<Found> {
+    let way = |choice| over(args, world, ordinal, bytes, choice);
+    let ((staged, copies), peer) = (way(Choice::Staged)?, where_it_works(way(Choice::Peer))?);
+    // Within a process MPI carries nothing.
+    let by_mpi = if world.size() == 2 { where_it_works(way(Choice::CudaAware))? } else { None };
+    let [to_host, to_device] = copies;
+    Ok(Found { staged, to_host, to_device, peer: peer.map(|found| found.0), by_mpi: by_mpi.map(|found| found.0) })
+}
+
+/// What is refused, on all ranks alike, does not work here.
+fn where_it_works<T>(found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Err(Error::Input(text)) => {
+            log::debug!("{text}");
+            Ok(None)
+        }
+        found => found.map(Some),
+    }
+}
+
+/// Times of `choice`'s way, and seconds of copies to the host and from it alone.
+fn over(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize, choice: Choice) -> Result<(Times, [f64; 2])> {
     let words = bytes / 4;
     let link = |id: u32, from, to| {
         let name = format!("worker {from} -> {to}");
         LinkSpec { id, kind: Kind::Activation, from, to, words, depth: 2, name }
     };
     let links = [link(0, 0, 1), link(1, 1, 0)];
-    let mut endpoints = connect(world, &[0, world.size() - 1], &links, TIMEOUT)?;
+    let placement = [0, world.size() - 1];
+    let edges = [Edge { there: 0, back: Some(1) }];
+    let settled = settle(world, &placement, &links, &edges, choice, ordinal, TIMEOUT)?;
+    let all = settled.links(&links, &placement);
+    let mut endpoints = connect_outside(world, &placement, &all, TIMEOUT, &settled.outside())?;
     let rounds = (BATCH / bytes).clamp(LEAST, MOST);
     let repeat = args.repeat.max(1);
     let mine: Vec<usize> = if world.size() == 2 { vec![world.rank()] } else { vec![0, 1] };
-    let sides = mine.iter().map(|&worker| Side::take(ordinal, &mut endpoints, &links, worker)).collect();
+    let sides = mine.iter().map(|&worker| Side::take(ordinal, &mut endpoints, &settled, &links, worker)).collect();
     let mut sides: Vec<Side> = world.first_error(sides)?;
-    let (to_host, to_device) = sides[0].copies()?;
+    let copies = sides[0].copies()?;
     let breaker = endpoints.breaker();
-    let staged: Result<Times> = std::thread::scope(|scope| {
+    let times: Result<Times> = std::thread::scope(|scope| {
         let run = |side: Side| {
             let breaker = breaker.clone();
             scope.spawn(move || side.run(repeat, rounds).inspect_err(|error| breaker.trip(error.to_string())))
@@ -94,10 +151,12 @@ fn measure(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize) -> Resu
         }
         Ok(times)
     });
-    let staged = staged?;
+    let times = times?;
     // Both sides are done before either drops its ends.
     world.agree(rounds as u64, "the number of messages")?;
-    Ok(Found { staged, to_host, to_device })
+    drop(endpoints);
+    settled.close(world)?;
+    Ok((times, copies))
 }
 
 /// One worker with its two ends.
@@ -110,18 +169,29 @@ struct Side {
 }
 
 impl Side {
-    fn take(ordinal: usize, endpoints: &mut Endpoints, links: &[LinkSpec; 2], worker: usize) -> Result<Side> {
+    fn take(
+        ordinal: usize,
+        endpoints: &mut Endpoints,
+        settled: &Settled,
+        links: &[LinkSpec; 2],
+        worker: usize,
+    ) -> Result<Side> {
         let gpu = Gpu::open(ordinal, false)?;
         let missing = || Error::Run(format!("worker {worker} has no ends"));
         let (out, inward) = (links[worker].clone(), links[1 - worker].clone());
         let (sender, receiver) = (endpoints.sender(out.id), endpoints.receiver(inward.id));
-        let out = Out::new(&gpu, out, sender.ok_or_else(missing)?)?;
-        let inward = In::new(&gpu, inward, receiver.ok_or_else(missing)?)?;
+        let mut route = |link: &LinkSpec| {
+            let values = settled.values(link.id).and_then(|id| endpoints.values(id));
+            settled.ring(link.id).map(|ring| Route { ring, values })
+        };
+        let (there, here) = (route(&out), route(&inward));
+        let out = Out::new(&gpu, out, sender.ok_or_else(missing)?, there)?;
+        let inward = In::new(&gpu, inward, receiver.ok_or_else(missing)?, here)?;
         Ok(Side { worker, out, inward, gpu, count: 0 })
     }
 
     /// Seconds of the copies alone, to page-locked host memory and from it, by the GPU's clock.
-    fn copies(&mut self) -> Result<(f64, f64)> {
+    fn copies(&mut self) -> Result<[f64; 2]> {
         let mut host = vec![0.0f32; self.out.array.len()];
         self.gpu.pin(&host);
         let (stream, pointer) = (self.gpu.compute.cu_stream(), self.out.array.pointer());
@@ -136,13 +206,13 @@ impl Side {
                 .map_err(|e| failed("copying to the GPU", &e))
         });
         self.gpu.unpin(&host)?;
-        Ok((to_host?, to_device?))
+        Ok([to_host?, to_device?])
     }
 
     fn run(mut self, repeat: usize, rounds: usize) -> Result<Times> {
         self.gpu.bind()?;
         let times = (0..=repeat).try_fold(Times::NONE, |best, _| Ok(best.best(self.batch(rounds)?)));
-        self.out.sender.flush()?;
+        self.out.flush()?;
         times
     }
 
@@ -155,7 +225,8 @@ impl Side {
     fn receive(&mut self) -> Result<()> {
         let header = self.inward.link.header(self.count, 0, [self.inward.link.words as u32, 1, 1, 1]);
         self.inward.receive(&self.gpu, &header)?;
-        self.inward.done(&self.gpu)
+        self.inward.done(&self.gpu)?;
+        self.inward.give_back()
     }
 
     fn batch(&mut self, rounds: usize) -> Result<Times> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaEvent;
 
-use super::super::staged::{In, Out};
+use super::super::device_link::{In, Out};
 use super::super::{OverlapArgs, show_bytes};
 use crate::cuda::gpu::failed;
 use crate::cuda::wait::Wait;
@@ -54,10 +54,11 @@ impl Worker {
         let gpu = Gpu::open(ordinal, false)?;
         let missing = || Error::Run(format!("worker {worker} has no ends"));
         let out = links.iter().filter(|link| link.from == worker);
-        let out = out.map(|link| Out::new(&gpu, link.clone(), endpoints.sender(link.id).ok_or_else(missing)?));
+        let out = out.map(|link| Out::new(&gpu, link.clone(), endpoints.sender(link.id).ok_or_else(missing)?, None));
         let out = out.collect::<Result<_>>()?;
         let inward = links.iter().filter(|link| link.to == worker);
-        let inward = inward.map(|link| In::new(&gpu, link.clone(), endpoints.receiver(link.id).ok_or_else(missing)?));
+        let inward =
+            inward.map(|link| In::new(&gpu, link.clone(), endpoints.receiver(link.id).ok_or_else(missing)?, None));
         let inward = inward.collect::<Result<_>>()?;
         let wait = if alone { Wait::Host } else { Wait::kernel(&gpu)? };
         Ok(Worker { out, inward, gpu, wait })
@@ -86,7 +87,7 @@ impl Worker {
         self.record(&to)?;
         self.out.iter_mut().try_for_each(|out| {
             out.finish()?;
-            out.sender.flush()
+            out.flush()
         })?;
         let ms = from.elapsed_ms(&to).map_err(|e| failed("reading a clock", &e))?;
         // Streams are done with the links' buffers before those go.

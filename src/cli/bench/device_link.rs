@@ -1,9 +1,9 @@
-//! A device array's way over a link, as a run's modules do it, without their work.
+//! A device array's way over a link, by way of host memory or not, as a run's modules do it, without their work.
 
 use crate::Result;
 use crate::cuda::{Array, Element, Gpu};
-use crate::engine::compute::{Incoming, Outgoing};
-use crate::transport::{Header, LinkSpec, Receiver, Sender};
+use crate::engine::compute::{Incoming, Outgoing, Route};
+use crate::transport::{Header, LinkSpec, Receiver, Sender, Values};
 
 /// The end that sends.
 pub(super) struct Out {
@@ -16,9 +16,10 @@ pub(super) struct Out {
 }
 
 impl Out {
-    pub fn new(gpu: &Gpu, link: LinkSpec, sender: Sender) -> Result<Self> {
+    /// For messages as long as `link` says, staged if there is no `route`.
+    pub fn new(gpu: &Gpu, link: LinkSpec, sender: Sender, route: Option<Route>) -> Result<Self> {
         let array = gpu.zeros(link.words, Element::F32)?;
-        let outgoing = Outgoing::new(gpu, link.words, [Element::F32; 2], None)?;
+        let outgoing = Outgoing::new(gpu, link.words, [Element::F32; 2], route)?;
         Ok(Out { array, link, outgoing, sender, pending: false })
     }
 
@@ -37,6 +38,12 @@ impl Out {
     pub fn start(&mut self) -> Result<()> {
         self.pending = !self.outgoing.start(&mut self.sender)?;
         Ok(())
+    }
+
+    /// Waits until every message has left.
+    pub fn flush(&mut self) -> Result<()> {
+        self.outgoing.values.as_mut().map_or(Ok(()), Values::flush)?;
+        self.sender.flush()
     }
 
     /// Starts the message when its copy has arrived.
@@ -58,8 +65,9 @@ pub(super) struct In {
 }
 
 impl In {
-    pub fn new(gpu: &Gpu, link: LinkSpec, receiver: Receiver) -> Result<Self> {
-        let incoming = Incoming::new(gpu, link.words, Element::F32, None)?;
+    /// As [`Out::new`].
+    pub fn new(gpu: &Gpu, link: LinkSpec, receiver: Receiver, route: Option<Route>) -> Result<Self> {
+        let incoming = Incoming::new(gpu, link.words, Element::F32, route)?;
         Ok(In { link, incoming, receiver })
     }
 
@@ -71,5 +79,13 @@ impl In {
     /// What was launched so far is the last to use the values.
     pub fn done(&self, gpu: &Gpu) -> Result<()> {
         self.incoming.done(gpu)
+    }
+
+    /// Waits until a message that was put into the GPU's memory is used, and gives it back.
+    pub fn give_back(&mut self) -> Result<()> {
+        while !self.incoming.give_back(&mut self.receiver)? {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 }
