@@ -230,7 +230,11 @@ pub fn newest_manifest(dir: &Path) -> Result<Option<Manifest>> {
 fn read_manifest(path: &Path) -> Result<Manifest> {
     let at = path.join(MANIFEST);
     let text = fs::read(&at).map_err(|e| {
-        Error::input(format!("{}: not a checkpoint (a step-NNNNNNNN or run folder): {e}", at.display()))
+        let wanted = "name a checkpoint (a folder step-NNNNNNNN) or a run folder that holds one";
+        match path.exists() {
+            true => Error::input(format!("{}: not a checkpoint: {e}; {wanted}", at.display())),
+            false => Error::input(format!("{}: there is no such folder; {wanted}", path.display())),
+        }
     })?;
     let manifest: Manifest = serde_json::from_slice(&text)
         .map_err(|e| Error::input(format!("{}: damaged checkpoint manifest: {e}", at.display())))?;
@@ -375,5 +379,7 @@ mod tests {
         write_module(dir.path(), 5, 1, vec![("a".into(), tensor(0.0))]).unwrap();
         assert!(latest(dir.path()).unwrap().is_none());
         assert!(Checkpoint::open(dir.path()).unwrap_err().to_string().contains("not a checkpoint"));
+        let nowhere = Checkpoint::open(&dir.path().join("step-00000009")).unwrap_err();
+        assert!(nowhere.exit_code() == 2 && nowhere.to_string().contains("no such folder"), "{nowhere}");
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use data_support::{CLASSES, header, pixels, shard};
 use sideways::data::inspect::{contact_sheet, find, inspect};
-use sideways::data::{Dataset, Encoding, ShardHeader, ShardReader, ShardWriter, jpeg};
+use sideways::data::{Dataset, Encoding, ShardHeader, ShardReader, ShardWriter, jpeg, missing_shards};
 
 #[test]
 fn what_is_written_comes_back() {
@@ -258,6 +258,17 @@ fn inspect_counts_what_is_sound_and_names_what_is_damaged() {
     assert!(bad[1].contains("b.h5") && bad[1].contains("video-4"), "{bad:?}");
     assert!(bad[2].contains("c.h5") && bad[3].contains("d.h5"), "{bad:?}");
     assert!(find(&[format!("{}/none", dir.path().display())]).is_ok(), "a path is the reader's to refuse");
+
+    // A shard that is not there, though a later one is.
+    std::fs::create_dir(at("part")).unwrap();
+    for number in [0, 1, 3] {
+        shard(&at(&format!("part/train-{number:05}.h5")), Encoding::Raw, [8, 8], 10 * number, &[1]);
+    }
+    let files = find(&[at("part").display().to_string()]).unwrap();
+    let part = inspect(&files, &|_| {});
+    assert!(part.damage.is_empty() && part.missing == [at("part/train-00002.h5")], "{:?}", part.missing);
+    assert!(missing_shards(&files[..2]).is_empty() && missing_shards(&files[2..]) == part.missing);
+
     let empty = tempfile::tempdir().unwrap();
     assert!(find(&[empty.path().display().to_string()]).unwrap_err().to_string().contains("no file matches"));
 }

@@ -144,6 +144,32 @@ fn damaged_videos_are_skipped_and_counted() {
     }
 }
 
+/// What a user may not have meant is said when training starts: videos shorter than a clip, a shard lost from a copy, settings
+/// that are not the checkpoint's.
+#[test]
+fn doubtful_data_and_changed_settings_are_named_at_the_start() {
+    let run = Run::new(&["data.frames=15", "train.clips=9"]);
+    let lost = run.dir.path().join("part-00000.h5");
+    shard(&run.dir.path().join("part-00001.h5"), 4, 20, false);
+    let start = |sets: &[&str]| {
+        let glob = format!("data.train=['{0}/train.h5', '{0}/part-*.h5']", run.dir.path().display());
+        let sets = [&[glob.as_str()], sets].concat();
+        let sets = sets.into_iter().flat_map(|set| ["--set", set]);
+        let output =
+            Command::new(PROGRAM).args(["train", &run.config, "--stop-after", "1"]).args(sets).output().unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+        text(&output)
+    };
+    let first = start(&[]);
+    assert!(first.contains("videos have fewer than the 15 frames of a clip (data.frames = 15"), "{first}");
+    assert!(first.contains(&format!("the first is {}: was a part", lost.display())), "{first}");
+    assert!(!first.contains("other settings"), "{first}");
+    let second = start(&["data.flip=true", "train.epochs=3"]);
+    for part in ["data.flip was false, is true", "train.clips was 9, is not set", "train.epochs was 10, is 3"] {
+        assert!(second.contains(part), "{part:?} is not in {second}");
+    }
+}
+
 /// Training ends with the same bits however frames are read, and on however many ranks.
 #[test]
 fn decode_threads_reading_ahead_and_ranks_change_nothing() {

@@ -71,6 +71,25 @@ fn a_second_signal_stops_at_once() {
     assert!(code == Some(128 + libc::SIGTERM) || code == Some(75), "{code:?}");
 }
 
+/// A second run in the folder of one at work is refused with exit code 2 and touches nothing; when the first has ended, it goes on.
+#[test]
+fn one_run_at_a_time_in_a_folder() {
+    let run = Run::new(&[]);
+    let mut job = Job::alone(&run, &[]);
+    wait_for("three clips", || run.lines_of_metrics().len() >= 3);
+    let second = Command::new(PROGRAM).args(["train", &run.config]).output().unwrap();
+    assert_eq!(second.status.code(), Some(2), "{}", text(&second));
+    let holder = format!("another run is at work there (process {} on ", job.0.id());
+    assert!(text(&second).contains(&holder), "{}", text(&second));
+    job.signal(libc::SIGTERM);
+    assert_eq!(job.exit_code(), Some(75));
+    let clips = run.newest();
+    assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>());
+    let third = Command::new(PROGRAM).args(["train", &run.config, "--stop-after", "1"]).output().unwrap();
+    assert_eq!(third.status.code(), Some(75), "{}", text(&third));
+    assert_eq!(run.newest(), clips + 1);
+}
+
 #[test]
 fn files_in_the_run_folder_ask_for_a_checkpoint_and_an_end() {
     let run = Run::new(&[]);

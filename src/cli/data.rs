@@ -183,8 +183,15 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
     if let Some(first) = found.repeated.first() {
         println!("\n{} ids occur more than once, the first is {first}", found.repeated.len());
     }
+    if let Some(first) = found.missing.first() {
+        println!(
+            "\n{} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
+            found.missing.len(),
+            first.display()
+        );
+    }
     if found.damage.is_empty() {
-        println!("\nall sound");
+        println!("\nall {}sound", if found.missing.is_empty() { "" } else { "that are there " });
         return Ok(());
     }
     Err(Error::input(format!("{} damaged:\n  {}", found.damage.len(), found.damage.join("\n  "))))

@@ -101,6 +101,12 @@ pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Re
     Ok(config)
 }
 
+/// Some of many names.
+fn classes(names: &[String]) -> String {
+    let first = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
+    format!("{} classes ({first}{})", names.len(), if names.len() > 8 { ", …" } else { "" })
+}
+
 /// Runs it.
 ///
 /// # Errors
@@ -110,10 +116,10 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
         let setup = Setup::new(&config_of(&checkpoint, &args.set, &args.data)?, world.size(), Purpose::Evaluate)?;
         if setup.class_names != checkpoint.manifest().class_names {
             return Err(Error::input(format!(
-                "the shards have the classes {:?}, but {} was trained on {:?}",
-                setup.class_names,
+                "the shards have {}, but {} was trained on {}: give shards of the same dataset (--data)",
+                classes(&setup.class_names),
                 checkpoint.path().display(),
-                checkpoint.manifest().class_names
+                classes(&checkpoint.manifest().class_names)
             )));
         }
         let total = setup.total_clips()?;

@@ -39,7 +39,7 @@ pub enum Command {
     Predict(predict::PredictArgs),
     /// Show how the network is cut, and who does what at which tick.
     Plan(plan::PlanArgs),
-    /// Measure links on the machine at hand.
+    /// Measure layers, training, the loader and links on the machine at hand.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     /// Measure layers for another process of this program.

@@ -1,6 +1,7 @@
 //! `sideways train`: alone, under mpirun, or under srun.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 
@@ -72,8 +73,10 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
     });
     let setup = cut(world.first_error(planned)?, world)?;
     environment::require(world, &setup)?;
-    let span = Span::of_training(&setup, world, args.stop_after)?;
     let chief = world.rank() == 0;
+    let hold = || environment::hold_run_folder(&setup.config.run.dir, patience());
+    let _held = world.first_error(chief.then(hold).transpose())?;
+    let span = Span::of_training(&setup, world, args.stop_after)?;
     if chief {
         logging::also_to(&setup.config.run.dir.join("log.txt"))?;
         announce(&setup, world, &span);
@@ -113,6 +116,11 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
         _ if span.end < span.total => Err(stop::stopped("--stop-after")),
         _ => Ok(()),
     }
+}
+
+/// How long to wait for a run folder that another run holds: NFS gives the locks of a dead host back after 90 s.
+fn patience() -> Duration {
+    Duration::from_secs(if std::env::var_os("SLURM_JOB_ID").is_some() { 120 } else { 0 })
 }
 
 fn announce(setup: &Setup, world: &World, span: &Span) {

@@ -1,6 +1,6 @@
 //! Many shards seen as one list of videos.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::shard::{Encoding, ShardReader};
@@ -122,6 +122,27 @@ fn agree<T: PartialEq + std::fmt::Debug>(first: &Path, second: &Path, what: &str
         first.display(),
         second.display()
     )))
+}
+
+/// Shards that are not on disk though later ones of their split are: `train-00002.h5` beside `train-00003.h5`. A copy may have
+/// lost them.
+pub fn missing_shards(shards: &[PathBuf]) -> Vec<PathBuf> {
+    let mut splits: BTreeMap<PathBuf, usize> = BTreeMap::new();
+    for path in shards {
+        let name = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.rsplit_once('-'));
+        if let Some((split, digits)) = name
+            && digits.len() == 5
+            && let Ok(number) = digits.parse()
+        {
+            let last = splits.entry(path.with_file_name(split)).or_insert(number);
+            *last = number.max(*last);
+        }
+    }
+    let before = |(split, last): (PathBuf, usize)| {
+        let split = split.display().to_string();
+        (0..last).map(move |number| PathBuf::from(format!("{split}-{number:05}.h5")))
+    };
+    splits.into_iter().flat_map(before).filter(|path| !path.exists()).collect()
 }
 
 /// The files `patterns` stand for: each pattern's in sorted order, none twice.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-use super::dataset::{Dataset, expand};
+use super::dataset::{Dataset, expand, missing_shards};
 use super::jpeg;
 use super::shard::{Encoding, ShardReader};
 use crate::{Error, Result};
@@ -24,6 +24,8 @@ pub struct Inspection {
     pub size: (usize, usize),
     /// Ids that more than one video has: the same clip in two splits, or a shard that is there twice.
     pub repeated: Vec<String>,
+    /// Shards that are not there though later ones of their split are.
+    pub missing: Vec<PathBuf>,
     /// What is wrong, an entry an error: damaged videos, unreadable or disagreeing shards.
     pub damage: Vec<String>,
 }
@@ -73,7 +75,7 @@ pub fn find(patterns: &[String]) -> Result<Vec<PathBuf>> {
 /// Reads every byte of the shards and checks it. Damage does not end the inspection, it is collected. `progress` is
 /// called with the number of bytes' worth of shards done since the last call.
 pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
-    let mut found = Inspection { frames: (u64::MAX, 0, 0), ..Inspection::default() };
+    let mut found = Inspection { frames: (u64::MAX, 0, 0), missing: missing_shards(files), ..Inspection::default() };
     let mut sound: Option<PathBuf> = None;
     let mut ids: HashMap<String, u32> = HashMap::new();
     for path in files {

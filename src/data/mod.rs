@@ -28,7 +28,7 @@ pub mod shard;
 pub mod synth;
 
 pub use augment::Augmentation;
-pub use dataset::{Dataset, Video};
+pub use dataset::{Dataset, Video, missing_shards};
 pub use loader::{Clip, FrameStream, StreamOptions};
 pub use sampler::{Sampler, SamplerOptions, VideoWindow};
 pub use shard::{Encoding, ShardHeader, ShardReader, ShardWriter};

@@ -1,7 +1,7 @@
 //! What the hosts of a run offer, and what of it will not do: checked when training starts, shown by `sideways doctor`.
 //!
 //! `place` is what each rank finds where it runs, `checks` what is said about that, `run_folder` the check of the folder that
-//! all must see.
+//! all must see and one run holds.
 
 mod checks;
 mod place;
@@ -13,7 +13,7 @@ use crate::{Error, Result};
 
 pub use checks::check;
 pub use place::{Place, places};
-pub use run_folder::check_run_folder;
+pub use run_folder::{check_run_folder, hold_run_folder};
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! Starting workers and seeing them through: the pipeline's side of training and evaluation.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -98,12 +99,35 @@ fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
             now.run.dir
         )));
     }
-    if before.data != now.data || before.train != now.train || before.model.skip != now.model.skip {
+    let changed = changed(&before, now)?;
+    if !changed.is_empty() {
         log::warn!(
-            "{path} was written under other settings of [data], [train] or model.skip: the run goes on with the present ones"
+            "{path} was written under other settings, the run goes on with the present ones: {}",
+            changed.join("; ")
         );
     }
     Ok(())
+}
+
+/// What differs in `[data]`, `[train]` and `model.skip`, a key an entry.
+fn changed(before: &Config, now: &Config) -> Result<Vec<String>> {
+    let read = |config: &Config| -> Result<toml::Table> {
+        config.to_toml()?.parse().map_err(|e| Error::Run(format!("reading a configuration again: {e}")))
+    };
+    let (before, now) = (read(before)?, read(now)?);
+    let mut changed = Vec::new();
+    for section in ["data", "model", "train"] {
+        let [before, now] = [&before, &now].map(|all| all.get(section).and_then(toml::Value::as_table));
+        let keys: BTreeSet<&String> = before.into_iter().chain(now).flat_map(toml::Table::keys).collect();
+        for key in keys.into_iter().filter(|key| section != "model" || *key == "skip") {
+            let [old, new] = [before, now].map(|table| table.and_then(|table| table.get(key)));
+            if old != new {
+                let [old, new] = [old, new].map(|v| v.map_or("not set".into(), toml::Value::to_string));
+                changed.push(format!("{section}.{key} was {old}, is {new}"));
+            }
+        }
+    }
+    Ok(changed)
 }
 
 /// Trains with Sideways or Skip-Sideways over all workers; every rank calls it. Totals are rank 0's, but for the decision

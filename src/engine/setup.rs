@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::grid::{Grid, Truth, Wiring};
 use super::report::Report;
 use crate::config::{Config, Rule, Task};
-use crate::data::{Dataset, Sampler, StreamOptions};
+use crate::data::{Dataset, Sampler, StreamOptions, missing_shards};
 use crate::network::Network;
 use crate::schedule::{LossAt, Schedule};
 use crate::{Error, Result};
@@ -156,6 +156,34 @@ impl Setup {
             && self.config.model.skip.is_none()
         {
             warnings.push("train.rule = \"skip-sideways\" without model.skip is plain Sideways".into());
+        }
+        if let (Purpose::Train, Some(dataset)) = (self.purpose, &self.dataset) {
+            warnings.extend(self.data_warnings(dataset));
+        }
+        warnings
+    }
+
+    fn data_warnings(&self, dataset: &Dataset) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let data = &self.config.data;
+        let wanted = (data.frames as u64 - 1) * data.stride as u64 + 1;
+        let short = dataset.videos.iter().filter(|video| video.frames < wanted).count();
+        if short > 0 {
+            warnings.push(format!(
+                "{short} of {} videos have fewer than the {wanted} frames of a clip (data.frames = {}, data.stride = {}): \
+                 their last frame is repeated",
+                dataset.videos.len(),
+                data.frames,
+                data.stride
+            ));
+        }
+        let missing = missing_shards(&dataset.shards);
+        if let Some(first) = missing.first() {
+            warnings.push(format!(
+                "data.train: {} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
+                missing.len(),
+                first.display()
+            ));
         }
         warnings
     }

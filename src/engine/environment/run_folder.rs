@@ -1,13 +1,16 @@
 //! The folder that all ranks must see.
 
-use std::time::Duration;
+use std::fs::{File, TryLockError};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::Check;
-use crate::Result;
 use crate::engine::footprint::bytes;
 use crate::engine::setup::Setup;
 use crate::machine::free_space;
 use crate::transport::{World, hostname};
+use crate::{Error, Result};
 
 /// Does every rank see the run folder, and has it room for the checkpoints that it will hold? Rank 0 makes the folder.
 /// Collective.
@@ -68,6 +71,50 @@ pub fn check_run_folder(world: &World, setup: &Setup) -> Result<Check> {
         ),
         false => Check::fine(WHAT, found),
     })
+}
+
+/// Keeps other runs out of the run folder as long as the file returned lives: two would mix their metrics and overwrite each
+/// other's checkpoints. Called on rank 0, before the newest checkpoint is looked for. A batch job that was requeued may find
+/// the job before it still ending, or its lock not yet given back by the file server: it waits up to `patience`. (A file
+/// system without locks lets all in.)
+///
+/// # Errors
+/// [`Error::Input`] when the folder cannot be written or another run is at work in it.
+pub fn hold_run_folder(dir: &Path, patience: Duration) -> Result<File> {
+    let path = dir.join(".lock");
+    let mut file = File::options()
+        .create(true)
+        .read(true)
+        .append(true)
+        .open(&path)
+        .map_err(|e| Error::input(format!("{}: {e}; choose a run.dir that can be written to", path.display())))?;
+    let start = Instant::now();
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if start.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(250));
+            }
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = file.read_to_string(&mut holder);
+                return Err(Error::input(format!(
+                    "run.dir = {dir:?}: another run is at work there ({}): wait for its end (a file STOP in that folder asks \
+                     for it), or choose another run.dir",
+                    holder.trim_end()
+                )));
+            }
+            Err(TryLockError::Error(e)) => {
+                log::debug!("{}: no lock: {e}", path.display());
+                break;
+            }
+            Ok(()) => break,
+        }
+    }
+    let holder = format!("process {} on {}\n", std::process::id(), hostname());
+    if let Err(e) = file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())) {
+        log::debug!("{}: {e}", path.display());
+    }
+    Ok(file)
 }
 
 /// Network file systems may show a new file some seconds late.

@@ -16,7 +16,7 @@ use crate::transport::{Endpoints, Kind, LinkSpec, World, connect_outside};
 use crate::{Error, Result};
 
 /// Messages a batch has at most: there are three ways, and every message is waited for.
-const MOST: usize = 50;
+const MOST: usize = 20;
 
 /// A payload's times: staged, the copies at both ends of that alone, and the other ways where they work.
 struct Found {
