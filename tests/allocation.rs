@@ -15,6 +15,7 @@ static HEAP: Recycling = Recycling::new();
 /// Every kind of convolution, norm and pool, in four modules with skips; activations of 0.5 MiB and more.
 const LAYERS: &str = "[
     { kind = 'conv2d', out = 32, kernel = 3, padding = 1, bias = false }, { kind = 'group-norm', groups = 4 }, { kind = 'relu' },
+    { kind = 'max-pool', kernel = 2 }, { kind = 'upsample', factor = 2 },
     { kind = 'conv2d', out = 32, kernel = 3, padding = 1, bias = false }, { kind = 'batch-norm' }, { kind = 'gelu' },
     { kind = 'max-pool', kernel = 2 }, { kind = 'upsample', factor = 2 }, { kind = 'dropout', rate = 0.1 },
     { kind = 'residual', out = 32, groups = 4 }, { kind = 'avg-pool', kernel = 2 },
