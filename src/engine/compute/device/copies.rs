@@ -5,7 +5,8 @@
 
 use cudarc::driver::{CudaEvent, CudaStream};
 
-use crate::cuda::gpu::{Locked, PINNED_FROM, failed};
+use crate::cuda::gpu::failed;
+use crate::cuda::host_memory::{Locked, PINNED_FROM};
 use crate::cuda::shared::Ring;
 use crate::cuda::{Array, Element, Gpu, ops};
 use crate::transport::{Header, Receiver, Sender, Values};
