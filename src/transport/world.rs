@@ -187,10 +187,10 @@ impl World {
                     self.abort(code);
                 }
                 if self.rank() == 0 {
-                    log::error!("{error}");
+                    say(&error);
                 }
             }
-            _ => log::error!("{error}"),
+            _ => say(&error),
         }
         code
     }
@@ -215,6 +215,14 @@ impl World {
         if let World::Mpi(ranks) = self {
             ranks.shared_error.store(true, Ordering::Relaxed);
         }
+    }
+}
+
+/// Logs how a command ended. A run that stopped with a checkpoint has done what it was asked to.
+fn say(error: &Error) {
+    match error {
+        Error::Stopped(_) => log::info!("{error}"),
+        _ => log::error!("{error}"),
     }
 }
 
