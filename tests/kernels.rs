@@ -182,7 +182,8 @@ fn a_norm_takes_over_the_relu_behind_it() -> Result<()> {
     close("norm", &normal, &norm::group(&exact, &scale, &shift, &apart)?.0.flatten_all()?.to_vec1()?, 1e-4)
 }
 
-/// A relu and a max pool done in the norm's passes give what the three give apart but for the order of their sums. Windows side by side, windows that leave a border out, and windows that overlap.
+/// A relu and a max pool done in the norm's passes give what the three give apart but for the order of their sums. Windows side
+/// by side, windows that leave a border out, and windows that overlap.
 #[test]
 fn a_norm_takes_over_the_pool_behind_its_relu() -> Result<()> {
     let x = random(&[3, 8, 10, 24], 1)?;

@@ -84,7 +84,7 @@ impl Gpu {
     }
 }
 
-/// A small piece of locked host memory, through which small messages go: a copy from or to ordinary memory would be waited for.
+/// Locked host memory through which small messages and frames go: a copy from or to ordinary memory would be waited for.
 pub struct Locked {
     pointer: *mut f32,
     words: usize,

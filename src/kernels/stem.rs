@@ -144,6 +144,8 @@ impl Stem<'_> {
             },
         );
         let (lines, rows, width, size) = (few::piece(p.oh), p.window.kernel[0], s.ow * s.o, s.patch() * s.o);
+        let [kh, kw] = p.window.kernel;
+        let taps: Vec<usize> = (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * p.c).collect();
         let mut parts = vec![0f32; p.oh / lines * size];
         let (mut total, mut of_bias, mut of_norm) = (vec![0f64; size], vec![0f64; s.o], vec![0f32; 2 * s.o]);
         // Sample by sample: what the sums leave in the caches, the products find there.
@@ -164,7 +166,7 @@ impl Stem<'_> {
                 for line in 0..lines {
                     let at = (i * lines + line) * p.ow * p.c..(i * lines + line + 1) * p.ow * p.c;
                     let (inputs, gy, winners) = (&inputs[at.clone()], &gy[at.clone()], &winners[at]);
-                    let of = Cotangent { inputs, gy, winners, k0: &k[0], affine: &affine };
+                    let of = Cotangent { inputs, gy, winners, k0: &k[0], affine: &affine, taps: &taps };
                     simd::vectorized(
                         #[inline(always)]
                         || of.route(p, routed),
@@ -244,6 +246,8 @@ struct Cotangent<'a> {
     k0: &'a [f32],
     /// The norm is `scale y + shift`.
     affine: &'a (Vec<f32>, Vec<f32>),
+    /// Where a window's elements lie behind its first.
+    taps: &'a [usize],
 }
 
 impl Cotangent<'_> {
@@ -251,8 +255,7 @@ impl Cotangent<'_> {
     #[inline(always)]
     fn route(&self, p: &Shape, routed: &mut [f32]) {
         const LANES: usize = few::LANES;
-        let ([kh, kw], c) = (p.window.kernel, p.c);
-        let taps: Vec<usize> = (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * c).collect();
+        let ([_, kw], c) = (p.window.kernel, p.c);
         for ox in 0..p.ow {
             for first in (0..c).step_by(LANES) {
                 let at = ox * c + first..ox * c + first + LANES;
@@ -268,7 +271,7 @@ impl Cotangent<'_> {
                     winner[n] = u32::from(winners[n]);
                 }
                 let routed = &mut routed[ox * kw * c + first..];
-                for (tap, &at) in (0u32..).zip(&taps) {
+                for (tap, &at) in (0u32..).zip(self.taps) {
                     let mut here = [0f32; LANES];
                     for n in 0..LANES {
                         here[n] = if winner[n] == tap { g[n] } else { 0.0 };

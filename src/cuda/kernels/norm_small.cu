@@ -85,7 +85,8 @@ norm_small(const real *x, const float *weight, const float *bias, real *y, float
 // norm_vjp_coefficients has them.
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 norm_vjp_small(const real *x, const real *gy, const float *weight, const float *bias, const float *statistics, float *sums,
-               float *gweight, float *gbias, real *gx, unsigned rows, unsigned c, int lanes, unsigned of_group, int relu, int constant) {
+               float *gweight, float *gbias, real *gx, unsigned rows, unsigned c, int lanes, unsigned of_group, int relu,
+               int constant) {
     __shared__ float s[2 * PACK * BLOCK];
     __shared__ float found[2 * 32 * PACK];
     unsigned first = blockIdx.x * lanes * PACK, mine = threadIdx.x % lanes * PACK, ch = first + mine;

@@ -105,8 +105,9 @@ impl Norm<'_> {
         }
     }
 
-    /// From `gy`, the cotangent of [`Norm::forward`]'s output for `x`: adds the gradients of weight and bias to `gw` and `gb`, and
-    /// writes the input's cotangent to `gx` if there is one; `gx` may be `gy` or `x`. Running statistics are constants.
+    /// From `gy`, the cotangent of [`Norm::forward`]'s output for `x`: adds the gradients of weight and bias to `gw` and
+    /// `gb`, and writes the input's cotangent to `gx` if there is one; `gx` may be `gy` or `x`. Running statistics are
+    /// constants.
     ///
     /// # Errors
     /// As [`Norm::forward`].

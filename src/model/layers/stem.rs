@@ -3,11 +3,11 @@
 use candle_core::Tensor;
 
 use super::{Conv2d, GroupNorm, Layer, Pass, Tape};
-use crate::Result;
 use crate::kernels::norm_pool::{self, Kept};
 use crate::kernels::stem;
 use crate::model::param::Param;
 use crate::model::spec::LayerSpec;
+use crate::{Error, Result};
 
 /// Channels of an image, up to which the two may be computed together.
 const FEW: usize = 4;
@@ -77,16 +77,15 @@ impl Layer for Stem {
         let (winners, inputs, statistics, x) = (tape.pop()?, tape.pop()?, tape.pop()?, tape.pop()?);
         let kept = Kept { statistics, inputs, winners };
         let sum = self.conv.weight.grad.take();
-        if let Some(kernel) = self.kernel() {
-            let gradients = kernel.vjp(&x, &kept, gy, sum)?;
-            self.conv.weight.grad = Some(gradients.weight);
-            if let (Some(bias), Some(gradient)) = (&mut self.conv.bias, gradients.bias) {
-                bias.accumulate(gradient)?;
-            }
-            let [weight, bias] = gradients.affine;
-            self.norm.weight.accumulate(weight)?;
-            self.norm.bias.accumulate(bias)?;
+        let Some(kernel) = self.kernel() else { return Err(Error::Run("a stem without its pool".into())) };
+        let gradients = kernel.vjp(&x, &kept, gy, sum)?;
+        self.conv.weight.grad = Some(gradients.weight);
+        if let (Some(bias), Some(gradient)) = (&mut self.conv.bias, gradients.bias) {
+            bias.accumulate(gradient)?;
         }
+        let [weight, bias] = gradients.affine;
+        self.norm.weight.accumulate(weight)?;
+        self.norm.bias.accumulate(bias)?;
         if need_input { self.input_cotangent(&x, &kept, gy, pass) } else { Ok(None) }
     }
 

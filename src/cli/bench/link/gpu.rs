@@ -39,9 +39,9 @@ pub(super) fn run(
 ) -> Result<()> {
     if world.rank() == 0 {
         println!(
-            "Arrays on a GPU, one way in us. \"staged\": copied to host memory, sent, copied to the GPU; \"parts\": the three one after \
-             the other. \"peer\": into the receiver's GPU memory. \"by MPI\": by an MPI library that takes GPU memory. -: does not \
-             work here.\n"
+            "Arrays on a GPU, one way in us. \"staged\": copied to host memory, sent, copied to the GPU; \"parts\": the three \
+             one after the other. \"peer\": into the receiver's GPU memory. \"by MPI\": by an MPI library that takes GPU \
+             memory. -: does not work here.\n"
         );
         println!(
             "{:>9} | {:>9} {:>10} {:>10} {:>9} | {:>10} {:>7} {:>8} {:>10} | {:>10} {:>8} {:>10} | {:>10} {:>8}",

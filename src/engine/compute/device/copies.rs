@@ -81,8 +81,11 @@ pub(crate) struct Outgoing {
 impl Incoming {
     /// For frames, which may also come as tensors of the host, whose memory comes and goes.
     pub(crate) fn of_frames(gpu: &Gpu, elements: usize) -> Result<Self> {
-        let locked = Some(gpu.locked(elements)?);
-        Ok(Incoming { locked, ..Incoming::new(gpu, elements, Element::F32, None)? })
+        let mut incoming = Incoming::new(gpu, elements, Element::F32, None)?;
+        if incoming.locked.is_none() {
+            incoming.locked = Some(gpu.locked(elements)?);
+        }
+        Ok(incoming)
     }
 
     /// For values that travel as `wire`.
