@@ -31,6 +31,18 @@ pub fn own_processors() -> Vec<usize> {
     if own.is_empty() { (0..std::thread::available_parallelism().map_or(1, usize::from)).collect() } else { own }
 }
 
+/// Keeps the calling thread to one of them. Where the system refuses it stays free to move.
+pub fn keep_to(processor: usize) {
+    // SAFETY: the set is plain bits, its size is given, and a number that it has no room for is left out.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if processor < libc::CPU_SETSIZE as usize {
+            libc::CPU_SET(processor, &mut set);
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+        }
+    }
+}
+
 /// How many modules of `threads` threads can compute at once on them.
 pub fn at_once(threads: usize) -> usize {
     // A container's share may be smaller than its set.

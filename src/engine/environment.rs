@@ -12,7 +12,7 @@ use crate::transport::World;
 use crate::{Error, Result};
 
 pub use checks::check;
-pub use place::{Place, places};
+pub use place::{Neighbours, Place, places};
 pub use run_folder::{check_run_folder, hold_run_folder};
 
 /// How a check ended.

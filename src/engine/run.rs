@@ -1,7 +1,7 @@
 //! Starting workers and seeing them through: the pipeline's side of training and evaluation.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use candle_core::{DType, Device};
@@ -11,6 +11,7 @@ use super::compute::{Compute, Host};
 use super::compute::{Route, Routes};
 use super::console::{Console, Observer, Recorder, Totals, gather};
 use super::ends::{Ends, ends_of, take};
+use super::environment::Neighbours;
 use super::exchange::Exchange;
 use super::gpus::{self, Site};
 use super::head::Head;
@@ -18,14 +19,14 @@ use super::report::{DECIDED, Report};
 use super::setup::{Purpose, Setup};
 use super::state::{Due, Fit, Saver, restore};
 use super::stop::{Decider, ENDS, Files, Requests, UNDO};
-use super::turns::Turns;
+use super::turns::{self, Seat};
 use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Waits, Worker};
 use super::writer::Writer;
 use crate::checkpoint::{self, Checkpoint, Manifest};
 use crate::config::Config;
 use crate::data::FrameStream;
 use crate::kernels;
-use crate::machine::at_once;
+use crate::machine::{at_once, own_processors};
 use crate::metrics::Stopwatch;
 use crate::model::module::Module;
 use crate::model::param::Init;
@@ -191,19 +192,20 @@ fn run(
     }
     let frames_a_batch = (grid.replicas * batch * setup.config.data.frames) as u64;
     let mut console = Console::new(grid, span.total, frames_a_batch, recorder, observer);
-    let turns = Arc::new(Turns::for_processors(at_once(setup.config.run.threads)));
+    let own: Vec<usize> = (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()).collect();
+    let seats = turns::seats(own.len(), at_once(setup.config.run.threads), &processors_of_own(world, setup, site)?);
     let (done, finished) = mpsc::channel();
     let end = std::thread::scope(|scope| {
         let mut running = 0;
-        for w in (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()) {
+        for (w, seat) in own.into_iter().zip(seats) {
             let (i, r) = grid.module_and_replica(w);
             let (done, ends) = (done.clone(), ends_of(setup, w, &mut endpoints, &exchange)?);
-            let (turns, requests) = (turns.clone(), requests.clone());
+            let requests = requests.clone();
             let threads = setup.config.run.threads;
             let exchange = &exchange;
             let body = move || {
                 let work = || {
-                    kernels::with_threads(threads, || work(setup, w, ends, span, turns, requests, (site, exchange)))
+                    kernels::with_threads(threads, || work(setup, w, ends, span, seat, requests, (site, exchange)))
                         .and_then(|done| done)
                 };
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
@@ -244,6 +246,13 @@ fn run(
     })?;
     exchange.close(world)?;
     Ok(Totals { decision: end.decision, failure: end.failure, ..console.totals() })
+}
+
+/// The processors that nobody but this rank's workers computes on, one of them each; none if there are others, or if these need
+/// several or have a GPU. Collective.
+fn processors_of_own(world: &World, setup: &Setup, site: Site) -> Result<Vec<usize>> {
+    let apart = Neighbours::of(world)?.apart;
+    Ok(if apart && site == Site::Cpu && setup.config.run.threads == 1 { own_processors() } else { Vec::new() })
 }
 
 /// How a thread of a run came to its end.
@@ -287,11 +296,11 @@ fn work(
     w: usize,
     ends: Ends,
     span: &Span,
-    turns: Arc<Turns>,
+    seat: Seat,
     requests: Requests,
     place: (Site, &Exchange),
 ) -> Result<End> {
-    let mut worker = build(setup, w, ends, span, turns, requests, place)?;
+    let mut worker = build(setup, w, ends, span, seat, requests, place)?;
     worker.start(span.first)?;
     let mut end = End::default();
     for clip in span.first..span.end {
@@ -347,7 +356,7 @@ fn build(
     w: usize,
     mut ends: Ends,
     span: &Span,
-    turns: Arc<Turns>,
+    seat: Seat,
     requests: Requests,
     place: (Site, &Exchange),
 ) -> Result<Worker> {
@@ -421,7 +430,7 @@ fn build(
         console: ends.console,
         report_logits: !training && i == d && setup.ahead.is_none(),
         watch: Stopwatch::default(),
-        turns,
+        seat,
     })
 }
 

@@ -61,7 +61,7 @@ impl Worker {
     fn forward(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Turn);
         let pass = self.pass(at);
-        let _turn = self.turns.take();
+        let _turn = self.seat.take();
         self.watch.enter(Phase::Forward);
         self.compute.forward(&mut self.module, &pass)
     }
@@ -72,7 +72,7 @@ impl Worker {
         for (k, (edge, _)) in edges.filter(|(_, (_, used))| **used) {
             if edge.spec.pool != (1, 1) {
                 self.watch.enter(Phase::Turn);
-                let _turn = self.turns.take();
+                let _turn = self.seat.take();
                 self.watch.enter(Phase::Forward);
                 self.compute.pool(k, edge.spec.pool)?;
             }
@@ -106,7 +106,7 @@ impl Worker {
             let computes = self.compute.has_sum() || edge.spec.pool != (1, 1);
             let _turn = computes.then(|| {
                 self.watch.enter(Phase::Turn);
-                self.turns.take()
+                self.seat.take()
             });
             self.watch.enter(Phase::Backward);
             self.compute.add_cotangent(edge.spec.pool)?;
@@ -117,7 +117,7 @@ impl Worker {
     fn vjp(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Turn);
         let pass = self.pass(at);
-        let _turn = self.turns.take();
+        let _turn = self.seat.take();
         self.watch.enter(Phase::Backward);
         // Frames need no gradient.
         let wanted = if self.source.is_some() { &[false][..] } else { &self.plan[at.step].wanted };

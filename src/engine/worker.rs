@@ -1,6 +1,5 @@
 //! One module of one replica with everything it works on: parameters, schedule, links, frames, loss, optimiser.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
@@ -9,7 +8,7 @@ use super::compute::Compute;
 use super::head::Head;
 use super::state::Saver;
 use super::stop::{Decider, Requests};
-use super::turns::Turns;
+use super::turns::Seat;
 use crate::config::{OnNonfinite, UpdateEvery};
 use crate::data::loader::FrameStream;
 use crate::metrics::Stopwatch;
@@ -194,7 +193,7 @@ pub struct Worker {
     /// Time account.
     pub watch: Stopwatch,
     /// When it may compute.
-    pub turns: Arc<Turns>,
+    pub seat: Seat,
 }
 
 impl Worker {

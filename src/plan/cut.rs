@@ -5,9 +5,10 @@ use super::predict::{Parts, best_cuts, conditions};
 use super::profile::Profile;
 use crate::checkpoint;
 use crate::config::Config;
+use crate::engine::environment::Neighbours;
 use crate::engine::setup::Setup;
-use crate::machine::{at_once, own_processors};
-use crate::transport::{World, hostname};
+use crate::machine::at_once;
+use crate::transport::World;
 use crate::{Error, Result};
 
 /// Takes the cut of the run's newest checkpoint where `config` leaves it open: where skips go depends on it, so a run keeps
@@ -83,23 +84,11 @@ pub fn times_of(setup: &Setup, parts: Parts, modules: usize, fresh: bool) -> Res
 /// # Errors
 /// Rank 0's error on every rank.
 pub fn times_together(world: &World, setup: &Setup, parts: Parts, fresh: bool) -> Result<Option<Profile>> {
-    let own = own_processors();
-    let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
-    let places: Vec<Vec<String>> = world
-        .gather(mine.as_bytes())?
-        .iter()
-        .map(|place| String::from_utf8_lossy(place).split(' ').map(String::from).collect())
-        .collect();
-    // The ranks of rank 0's node, and the processors they may use: as many different ones as all of them together count?
-    let node: Vec<&Vec<String>> = places.iter().filter(|place| place[0] == places[0][0]).collect();
-    let mut all: Vec<&String> = node.iter().flat_map(|place| &place[1..]).collect();
-    let count = all.len();
-    all.sort();
-    all.dedup();
-    let apart = all.len() == count;
+    let node = Neighbours::of(world)?;
+    let apart = node.apart;
     let a_rank = setup.grid.workers().div_ceil(world.size());
-    let copies = (if apart { a_rank } else { a_rank * node.len() }).clamp(1, at_once(setup.config.run.threads));
-    let busy = if apart { copies * node.len() } else { copies };
+    let copies = (if apart { a_rank } else { a_rank * node.ranks }).clamp(1, at_once(setup.config.run.threads));
+    let busy = if apart { copies * node.ranks } else { copies };
     let wanted = world.first_error(conditions(setup, busy, parts))?;
     // On a GPU a module is timed with the GPU to itself.
     let apart = apart && wanted.gpu.is_none();
@@ -110,7 +99,7 @@ pub fn times_together(world: &World, setup: &Setup, parts: Parts, fresh: bool) -
     if !measures {
         return Ok(known);
     }
-    let measured = match (chief, apart && places[world.rank()][0] == places[0][0]) {
+    let measured = match (chief, apart && node.chief) {
         (true, _) => Profile::measure(wanted, copies).map(Some),
         // To keep rank 0 company: what these find is not used.
         (false, true) => Profile::measure(wanted, copies).map(|_| None),
