@@ -9,7 +9,8 @@ use candle_core::Tensor;
 
 use super::compute::full;
 use super::stop::UNDO;
-use super::worker::{At, Worker, header, left_out, not_finite, send};
+use super::turns::Turn;
+use super::worker::{At, LossEnd, Worker, header, left_out, not_finite, send};
 use crate::config::UpdateEvery;
 use crate::metrics::Phase;
 use crate::transport::Kind;
@@ -20,10 +21,11 @@ impl Worker {
     /// present parameters, with the cotangent that has just arrived. Nothing is kept for later.
     pub(super) fn tick(&mut self, at: At) -> Result<()> {
         self.wait_for_activations(at)?;
-        self.forward(at)?;
+        let turn = self.forward(at)?;
         self.send_activations(at)?;
         if self.cotangent(at)? {
             self.vjp(at)?;
+            drop(turn);
             self.send_cotangents(at)?;
             self.count_backward_step(at)?;
         }
@@ -58,12 +60,32 @@ impl Worker {
         Ok(())
     }
 
-    fn forward(&mut self, at: At) -> Result<()> {
+    /// The turn goes on if nothing has to be waited for: what the backward pass needs then is in the caches still.
+    fn forward(&mut self, at: At) -> Result<Option<Turn>> {
         self.watch.enter(Phase::Turn);
         let pass = self.pass(at);
-        let _turn = self.seat.take();
+        let turn = self.seat.take();
         self.watch.enter(Phase::Forward);
-        self.compute.forward(&mut self.module, &pass)
+        self.compute.forward(&mut self.module, &pass)?;
+        Ok(self.waits_for_nothing(at)?.then_some(turn))
+    }
+
+    /// Whether y can be sent and the step's cotangents have come. A GPU's passes are launched and then waited for.
+    fn waits_for_nothing(&self, at: At) -> Result<bool> {
+        let plan = &self.plan[at.step];
+        let mut ready = self.compute.is_host();
+        for (edge, (used, due)) in self.outputs.iter().zip(plan.send.iter().zip(&plan.cotangent)) {
+            ready = ready && (!used || edge.activations.ready()?);
+            if let (Some(_), Some((_, receiver))) = (due, &edge.cotangents) {
+                ready = ready && receiver.ready()?;
+            }
+        }
+        match &self.loss {
+            Some(LossEnd { head, truth: Some((_, receiver)), .. }) if plan.loss && !head.needs_labels() => {
+                Ok(ready && receiver.ready()?)
+            }
+            _ => Ok(ready),
+        }
     }
 
     /// Sends y, averaged down to the receiver's height and width, along the edges on which it is ever used.

@@ -3,10 +3,11 @@
 //! Left to the operating system, workers that share a core take turns every few milliseconds, and each finds the caches full
 //! of another's tensors. Here a forward pass, or a vector–Jacobian product, runs to its end, and whose turn is next on a
 //! processor computed there before, if there is such a one: some of what it needs is in that processor's caches. Otherwise who
-//! asked first comes, so no processor is idle while anyone waits for one. Nobody waits for a message while it is its turn.
+//! asked first comes, so no processor is idle while anyone waits for one. Nobody waits for a message while it is its turn: a
+//! turn goes on from one pass to the next only where nothing has to be waited for.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::machine::keep_to;
 
@@ -36,11 +37,18 @@ struct State {
 pub struct Seat {
     turns: Arc<Turns>,
     worker: usize,
+    /// The turn it has.
+    held: Weak<Held>,
 }
 
-/// A turn, until it is dropped.
-pub struct Turn<'a> {
-    turns: &'a Turns,
+/// A turn, until all that there are of it are dropped.
+#[must_use]
+pub struct Turn {
+    _held: Arc<Held>,
+}
+
+struct Held {
+    turns: Arc<Turns>,
     place: usize,
 }
 
@@ -64,7 +72,7 @@ pub fn seats(workers: usize, at_once: usize, own: &[usize]) -> Vec<Seat> {
     };
     let given = (0..workers).map(|_| Condvar::new()).collect();
     let turns = Arc::new(Turns { state: Mutex::new(state), given, processors });
-    (0..workers).map(|worker| Seat { turns: turns.clone(), worker }).collect()
+    (0..workers).map(|worker| Seat { turns: turns.clone(), worker, held: Weak::new() }).collect()
 }
 
 impl Turns {
@@ -74,9 +82,15 @@ impl Turns {
 }
 
 impl Seat {
-    /// Waits for a turn.
-    pub fn take(&self) -> Turn<'_> {
-        let (turns, worker) = (&*self.turns, self.worker);
+    /// Waits for a turn, or goes on with the one that it has.
+    pub fn take(&mut self) -> Turn {
+        let _held = self.held.upgrade().unwrap_or_else(|| Arc::new(self.wait()));
+        self.held = Arc::downgrade(&_held);
+        Turn { _held }
+    }
+
+    fn wait(&self) -> Held {
+        let (turns, worker) = (&self.turns, self.worker);
         let mut state = turns.state();
         let last = state.last[worker];
         let free = state.free.iter().position(|&place| place == last).or(state.free.len().checked_sub(1));
@@ -93,18 +107,18 @@ impl Seat {
             }
         };
         state.last[worker] = place;
-        let turn = Turn { turns, place };
+        let held = Held { turns: turns.clone(), place };
         if let Some(&processor) = turns.processors.get(place)
             && state.kept[worker].replace(processor) != Some(processor)
         {
             drop(state);
             keep_to(processor);
         }
-        turn
+        held
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         let mut state = self.turns.state();
         let before = state.waiting.iter().position(|&worker| state.last[worker] == self.place);
@@ -130,7 +144,7 @@ mod tests {
         let (now, most, all) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
         // The operating system chooses among two, so three may.
         std::thread::scope(|scope| {
-            for seat in seats(6, 2, &[]) {
+            for mut seat in seats(6, 2, &[]) {
                 let (now, most, all) = (&now, &most, &all);
                 scope.spawn(move || {
                     for _ in 0..200 {
@@ -150,21 +164,19 @@ mod tests {
 
     #[test]
     fn who_computed_on_a_processor_before_comes_first_there_and_otherwise_who_asked_first() {
-        let turns = seats(4, 2, &[10, 11]);
-        let all = &turns[0].turns;
+        let seats = seats(4, 2, &[10, 11]);
+        let all = seats[0].turns.clone();
         // Workers 0 and 1 begin at place 0, 2 and 3 at place 1.
-        let (zero, two) = (Turn { turns: all, place: 0 }, Turn { turns: all, place: 1 });
+        let [zero, one] = [0, 1].map(|place| Held { turns: all.clone(), place });
         all.state().free.clear();
+        let mut seats: Vec<Option<Seat>> = seats.into_iter().map(Some).collect();
         let (tell, told) = channel();
         std::thread::scope(|scope| {
             for (waiting, worker) in [3, 1, 2].into_iter().enumerate() {
-                let (seat, tell) = (&turns[worker], tell.clone());
+                let (mut seat, tell) = (seats[worker].take().unwrap(), tell.clone());
                 scope.spawn(move || {
-                    // Without its thread being moved: there may be no such processors here.
-                    seat.turns.state().kept[worker] = Some([10, 11][usize::from(worker != 1)]);
                     let turn = seat.take();
-                    tell.send((worker, turn.place)).unwrap();
-                    turn
+                    tell.send((worker, turn._held.place)).unwrap();
                 });
                 while all.state().waiting.len() <= waiting {
                     std::thread::yield_now();
@@ -172,7 +184,7 @@ mod tests {
             }
             drop(zero);
             assert_eq!(told.recv().unwrap(), (1, 0), "3 asked first, but computed elsewhere");
-            drop(two);
+            drop(one);
             assert_eq!(told.recv().unwrap(), (3, 1));
             assert_eq!(told.recv().unwrap().0, 2);
         });
@@ -185,13 +197,13 @@ mod tests {
     fn workers_that_share_processors_of_their_own_are_kept_to_them_while_they_compute() {
         let own = own_processors();
         std::thread::scope(|scope| {
-            for seat in seats(own.len() + 2, own.len(), &own) {
+            for mut seat in seats(own.len() + 2, own.len(), &own) {
                 let own = &own;
                 scope.spawn(move || {
                     for _ in 0..20 {
                         let turn = seat.take();
                         let here = own_processors();
-                        let all = if own.len() > 1 { vec![own[turn.place]] } else { own.clone() };
+                        let all = if own.len() > 1 { vec![own[turn._held.place]] } else { own.clone() };
                         assert_eq!(here, all);
                     }
                 });
@@ -203,8 +215,20 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_goes_on_while_any_of_it_is_there() {
+        let mut seats = seats(2, 1, &[]);
+        let turn = seats[0].take();
+        let more = seats[0].take();
+        drop(turn);
+        assert!(seats[0].turns.state().free.is_empty());
+        drop(more);
+        assert_eq!(seats[0].turns.state().free, [0]);
+        drop(seats[1].take());
+    }
+
+    #[test]
     fn a_panic_gives_the_turn_back() {
-        let seats = seats(2, 1, &[]);
+        let mut seats = seats(2, 1, &[]);
         let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _turn = seats[0].take();
             panic!("while computing");

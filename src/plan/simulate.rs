@@ -56,6 +56,8 @@ struct Need {
 struct Segment {
     seconds: f64,
     needs: Vec<Need>,
+    /// It keeps its processor where it need not wait for anything: a backward pass behind its forward pass.
+    goes_on: bool,
 }
 
 /// Plays `setup`'s schedule with `costs` (one a worker) until it is steady.
@@ -119,7 +121,8 @@ fn segments(setup: &Setup, w: usize, cost: &StepCost, clips: usize) -> Vec<Segme
                 (true, true) => cost.backward,
                 (true, false) => cost.backward_leaf,
             };
-            list.extend([cost.forward, 0.0, backward, 0.0].map(|seconds| Segment { seconds, needs: Vec::new() }));
+            let parts = [cost.forward, 0.0, backward, 0.0].into_iter().enumerate();
+            list.extend(parts.map(|(n, seconds)| Segment { seconds, needs: Vec::new(), goes_on: n == BACKWARD }));
         }
         // Replicas update together.
         let last = steps.len() - 1;
@@ -128,7 +131,7 @@ fn segments(setup: &Setup, w: usize, cost: &StepCost, clips: usize) -> Vec<Segme
             segment: clip * length(i) + last * STEP + STEP - 1,
             at_end: true,
         });
-        list.push(Segment { seconds: cost.update, needs: others.collect() });
+        list.push(Segment { seconds: cost.update, needs: others.collect(), goes_on: false });
     }
     // `mine`: the segment that takes; `theirs`: the one that made; a sender waits for the message `depth` before its own.
     let mut link = |pairs: &[(usize, usize)], sender: bool, other: usize, parts: [usize; 2], depth: usize| {
@@ -163,7 +166,8 @@ fn place(edges: &[&crate::network::EdgeSpec], of: &crate::network::EdgeSpec) -> 
     edges.iter().position(|e| e.edge == of.edge).unwrap_or(0)
 }
 
-/// Goes through all segments in the order of time; returns when each ends. Those that are ready first get a processor first.
+/// Goes through all segments in the order of time; returns when each ends. Those that are ready first get a processor first, but
+/// for those that go on.
 fn play(workers: &[Vec<Segment>], pool_of: impl Fn(usize) -> usize, slots: &[usize]) -> Vec<Vec<f64>> {
     let mut begins: Vec<Vec<f64>> = workers.iter().map(|list| Vec::with_capacity(list.len())).collect();
     let mut ends = begins.clone();
@@ -185,9 +189,14 @@ fn play(workers: &[Vec<Segment>], pool_of: impl Fn(usize) -> usize, slots: &[usi
             }
         }
         let computes = workers.iter().enumerate().filter_map(|(w, list)| {
-            let ready = ready(list.get(ends[w].len())?, w, &begins, &ends)?;
+            let segment = list.get(ends[w].len())?;
+            let mut ready = ready(segment, w, &begins, &ends)?;
             let processor = free[pool_of(w)].iter().copied().fold(f64::INFINITY, f64::min);
-            Some((ready.max(processor), ready, w))
+            let begin = ready.max(processor);
+            if segment.goes_on && ends[w].last() == Some(&ready) {
+                ready = 0.0;
+            }
+            Some((begin, ready, w))
         });
         let first = computes.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
         // Only used messages are sent, so nobody waits for ever: without a next one all are through.

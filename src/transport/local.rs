@@ -106,6 +106,11 @@ impl Sender {
         Ok(self.filling.insert(buffer).payload_mut())
     }
 
+    pub(super) fn ready(&self) -> Result<bool> {
+        self.link.breaker.check()?;
+        Ok(self.filling.is_some() || !self.ring.lock().free.is_empty())
+    }
+
     pub(super) fn start(&mut self, header: &Header) -> Result<()> {
         self.link.check_outgoing(header)?;
         self.slot()?;

@@ -149,6 +149,14 @@ impl Sender {
         each!(self, Sender, end => end.slot())
     }
 
+    /// Is there a buffer for [`Sender::slot`] without waiting?
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when the links were stopped.
+    pub fn ready(&self) -> Result<bool> {
+        each!(self, Sender, end => end.ready())
+    }
+
     /// Starts the message that [`Sender::slot`] holds, its first `header.words` words, and returns at once.
     ///
     /// # Errors

@@ -44,6 +44,11 @@ macro_rules! each {
 }
 
 impl Compute {
+    /// Whether passes run on the calling thread.
+    pub fn is_host(&self) -> bool {
+        matches!(self, Compute::Host(_))
+    }
+
     /// Begins a clip: what was held is forgotten.
     pub fn begin(&mut self) {
         each!(self, x => x.begin());

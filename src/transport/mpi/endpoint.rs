@@ -31,6 +31,15 @@ impl Ring {
         unsafe { &mut *self.slot().buffer.get() }
     }
 
+    /// Is the next buffer ours?
+    fn ready(&self) -> Result<bool> {
+        self.link.breaker.check()?;
+        if !self.slot().is_mine() {
+            self.session.core.try_drive()?;
+        }
+        Ok(self.slot().is_mine())
+    }
+
     /// Gives the buffer to MPI with `words` words, header included, and moves on.
     fn start(&mut self, words: usize) -> Result<()> {
         let core = &self.session.core;
@@ -74,6 +83,10 @@ impl Sender {
         let Ring { session, link, .. } = &self.ring;
         session.core.wait_for(self.ring.slot(), link, || link.send_timeout(self.last.as_ref()))?;
         Ok(self.ring.buffer().payload_mut())
+    }
+
+    pub(in crate::transport) fn ready(&self) -> Result<bool> {
+        self.ring.ready()
     }
 
     pub(in crate::transport) fn start(&mut self, header: &Header) -> Result<()> {
@@ -136,11 +149,7 @@ impl Receiver {
     }
 
     pub(in crate::transport) fn ready(&self) -> Result<bool> {
-        self.ring.link.breaker.check()?;
-        if !self.ring.slot().is_mine() {
-            self.ring.session.core.try_drive()?;
-        }
-        Ok(self.ring.slot().is_mine())
+        self.ring.ready()
     }
 
     pub(in crate::transport) fn release(&mut self) -> Result<()> {
