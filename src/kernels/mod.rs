@@ -19,6 +19,7 @@ pub mod norm;
 pub mod norm_pool;
 #[cfg(onednn)]
 mod onednn;
+mod patch_moments;
 mod patches;
 pub mod pool;
 mod real;

@@ -1,22 +1,23 @@
 //! A network's first convolution with group norm, relu and max pool behind it, in one pass over lines that stay in a cache: the
 //! convolution's output, many times its input, never is in memory, nor is its cotangent. 32-bit floats.
 //!
-//! A norm's input cotangent is `k0 g + k1 y + k2` by channel, for y the convolution's output and g the pool's cotangent. What y
-//! adds to the weight's gradient, the sum over pixels of patches times y, is the weight times G, the sum of patches times
-//! patches. G is small, and since neighbouring patches share most of their elements it costs a fraction of one product, so y is
-//! not needed again.
+//! The norm's statistics come of the input alone ([`patch_moments`]), so they are there before the first line is.
+//!
+//! A norm's input cotangent is `k0 g + k1 y + k2` by channel, for y the convolution's output and g the pool's cotangent through the
+//! relu. Of these only g goes through the lines, for the sum P of patches times g. What y adds to the weight's gradient also comes
+//! of the input alone; and what k1 and k2 need to know of g, the sum over pixels of y times g, is the weight times P.
 
-use std::ops::Range;
-
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::conv::Conv;
-use super::few::{self, Padded, Steps};
-use super::im2col::Shape;
+use super::few::{self, Padded};
+use super::im2col::{Shape, add};
 use super::norm::{self, GroupNorm};
-use super::norm_pool::{self, Kept, Piece};
-use super::{Host, Window, host, overwritten, patches, pool, simd, tensor, threads};
+use super::patch_moments::{self, Parameters, PatchMoments};
+use super::{Host, Window, host, overwritten, overwritten_bytes, patches, pool, simd, tensor, threads};
 use crate::Result;
+
+const LANES: usize = few::LANES;
 
 /// The four layers, with their parameters.
 pub struct Stem<'a> {
@@ -32,6 +33,18 @@ pub struct Stem<'a> {
     pub affine: [&'a Tensor; 2],
     /// The pool.
     pub window: &'a Window,
+}
+
+/// What [`Stem::vjp`] needs of [`Stem::forward`].
+pub struct Kept {
+    /// Sums over each sample's patches, f64.
+    pub moments: Tensor,
+    /// Mean and inverse deviation of each group, `[B, groups, 2]`.
+    pub statistics: Tensor,
+    /// The output.
+    pub output: Tensor,
+    /// Which of its window's elements each maximum is, row-major, u8.
+    pub winners: Tensor,
 }
 
 /// The parameters' gradients.
@@ -51,10 +64,31 @@ struct Shapes {
 }
 
 impl Shapes {
-    /// One line of the pool's, over lines of the convolution's that a strip holds.
-    fn strip(&self) -> Shape {
-        let window = self.pool.window;
-        Shape { b: 1, h: window.kernel[0], oh: 1, ..self.pool }
+    /// Output lines of one piece of work.
+    fn lines(&self) -> usize {
+        few::piece(self.pool.oh)
+    }
+
+    /// Elements of the convolution's output under one output line.
+    fn under_line(&self) -> usize {
+        self.pool.window.kernel[0] * self.conv.ow * self.conv.o
+    }
+
+    /// Where a window's elements lie behind its first in the convolution's output.
+    fn taps(&self) -> Vec<usize> {
+        let (p, [kh, kw]) = (&self.pool, self.pool.window.kernel);
+        (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * p.c).collect()
+    }
+
+    /// Room for the input of a piece of work, and for the convolution's lines under one of its.
+    fn scratch(&self) -> (Padded, Vec<f32>) {
+        (Padded::new(&self.conv, self.lines() * self.pool.window.kernel[0]), overwritten(self.under_line()))
+    }
+
+    /// Sample `b` of the input.
+    fn sample<'a>(&self, x: &'a [f32], b: usize) -> &'a [f32] {
+        let size = self.conv.h * self.conv.w * self.conv.c;
+        &x[b * size..(b + 1) * size]
     }
 }
 
@@ -77,36 +111,90 @@ impl Stem<'_> {
         Ok(Shapes { conv, pool: pool::shape(self.window, &[conv.b, conv.oh, conv.ow, conv.o])? })
     }
 
-    /// The output for `x` `[B, H, W, C]`, and what [`Stem::vjp`] needs of this call. The kept inputs are the norm's.
+    /// The output for `x` `[B, H, W, C]`, and what [`Stem::vjp`] needs of this call.
     ///
     /// # Errors
     /// [`Error::Run`](crate::Error::Run) on shapes that do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Kept)> {
         let shapes = self.shapes(x.dims())?;
-        let (s, p, strip) = (&shapes.conv, &shapes.pool, shapes.strip());
+        let (s, p, groups) = (&shapes.conv, &shapes.pool, self.norm.groups);
         let (x, weight) = (x.contiguous()?, self.weight.contiguous()?);
         let (x, weight) = (Host::of(&x)?, Host::of(&weight)?);
         let (x, packed) = (x.slice::<f32>()?, patches::pack(s, weight.slice::<f32>()?));
         let bias = self.bias.map(Host::of).transpose()?;
         let bias = bias.as_ref().map(|b| b.slice::<f32>()).transpose()?;
         let affine = [Host::of(self.affine[0])?, Host::of(self.affine[1])?];
-        let affine = [affine[0].slice::<f32>()?, affine[1].slice::<f32>()?];
-        let (order, rows, line) = (norm_pool::order(affine[0]), p.window.kernel[0], s.ow * s.o);
-        let scratch = || (Padded::new(s, few::piece(p.oh) * rows), overwritten::<f32>(rows * line));
-        norm_pool::pieces(p, self.norm, affine, scratch, |(padded, y), piece: &mut Piece<f32>| {
-            padded.fill(s, &x[piece.sample * s.h * s.w * s.c..][..s.h * s.w * s.c], piece.first * rows);
-            for k in 0..piece.lines {
-                for (row, y) in y.chunks_exact_mut(line).enumerate() {
-                    few::line(s, padded, k * rows + row, &packed, bias, y);
-                    piece.add_moments(y);
+        let [scale, shift] = [affine[0].slice::<f32>()?, affine[1].slice::<f32>()?];
+
+        let size = PatchMoments::len(s);
+        let mut moments = vec![0f64; s.b * size];
+        threads::chunks(
+            &mut moments,
+            size,
+            || Padded::new(s, s.oh),
+            |padded, b, moments| {
+                padded.fill(s, shapes.sample(x, b), 0);
+                patch_moments::write(s, padded, moments);
+            },
+        );
+        let mut statistics = vec![0f32; s.b * groups * 2];
+        for (statistics, moments) in statistics.chunks_exact_mut(groups * 2).zip(moments.chunks_exact(size)) {
+            self.statistics(&PatchMoments::of(s, moments), (&packed, bias), statistics);
+        }
+        let affine = statistics.chunks_exact(groups * 2).map(|s| norm::scale_and_shift(scale, shift, s));
+        let (affine, taps): (Vec<_>, _) = (affine.collect(), shapes.taps());
+
+        let elements = p.b * p.oh * p.ow * p.c;
+        let (mut output, mut winners) = (overwritten::<f32>(elements), overwritten_bytes(elements));
+        let (lines, line) = (shapes.lines(), p.ow * p.c);
+        threads::chunks3(
+            (&mut output, lines * line),
+            (&mut winners, lines * line),
+            (&mut vec![(); p.b * p.oh / lines], 1),
+            || shapes.scratch(),
+            |(padded, y), i, output, winners, _| {
+                let (b, first) = (i * lines / p.oh, i * lines % p.oh);
+                let rows = p.window.kernel[0];
+                padded.fill(s, shapes.sample(x, b), first * rows);
+                for (k, (output, winners)) in
+                    output.chunks_exact_mut(line).zip(winners.chunks_exact_mut(line)).enumerate()
+                {
+                    for (row, y) in y.chunks_exact_mut(s.ow * s.o).enumerate() {
+                        few::line(s, padded, k * rows + row, &packed, bias, y);
+                    }
+                    simd::vectorized(
+                        #[inline(always)]
+                        || max_line(p, y, &affine[b], &taps, output, winners),
+                    );
                 }
-                let (inputs, winners) = piece.line(p, k);
-                simd::vectorized(
-                    #[inline(always)]
-                    || norm_pool::max_line(&strip, 0, y, &order, inputs, winners),
-                );
-            }
-        })
+            },
+        );
+        let dims = (p.b, p.oh, p.ow, p.c);
+        let output = tensor(output, dims)?;
+        let kept = Kept {
+            moments: tensor(moments, (s.b, size))?,
+            statistics: tensor(statistics, (s.b, groups, 2))?,
+            output: output.clone(),
+            winners: Tensor::from_vec(winners, dims, &Device::Cpu)?,
+        };
+        Ok((output, kept))
+    }
+
+    /// Mean and inverse deviation of each group of a sample's output.
+    fn statistics(&self, moments: &PatchMoments, parameters: Parameters, statistics: &mut [f32]) {
+        let (sums, squares) = (moments.output_sums(parameters), moments.output_squares(parameters.0));
+        let (pixels, of_group) = (moments.pixels(), sums.len() / self.norm.groups);
+        let channels = sums.chunks_exact(of_group).zip(squares.chunks_exact(of_group));
+        for (statistics, (sums, squares)) in statistics.chunks_exact_mut(2).zip(channels) {
+            let n = pixels * of_group as f64;
+            let mean = sums.iter().sum::<f64>() / n;
+            let between = sums.iter().map(|sum| pixels * (sum / pixels - mean).powi(2));
+            let square: f64 = between.zip(squares).map(|(between, within)| between + within).sum();
+            // Rounding must not make it negative; what is no number stays so.
+            let variance = if square < 0.0 { 0.0 } else { square / n };
+            statistics[0] = mean as f32;
+            statistics[1] = (1.0 / (variance + self.norm.epsilon).sqrt()) as f32;
+        }
     }
 
     /// The parameters' gradients from the output's cotangent `gy`, for the input `x` and what its forward call kept. `sum` is the
@@ -122,72 +210,68 @@ impl Stem<'_> {
             Some(sum) => sum,
             None => tensor(vec![0f32; weight.elem_count()], weight.dims())?,
         };
-        let (x, gy, weight) = (Host::of(&x)?, Host::of(&gy)?, Host::of(&weight)?);
+        let (x, gy, weight, scale) = (Host::of(&x)?, Host::of(&gy)?, Host::of(&weight)?, Host::of(self.affine[0])?);
         let (x, gy, packed) = (x.slice::<f32>()?, gy.slice::<f32>()?, patches::pack(s, weight.slice::<f32>()?));
-        let bias = self.bias.map(Host::of).transpose()?;
+        let (bias, scale) = (self.bias.map(Host::of).transpose()?, scale.slice::<f32>()?);
         let bias = bias.as_ref().map(|b| b.slice::<f32>()).transpose()?;
-        let affine = [Host::of(self.affine[0])?, Host::of(self.affine[1])?];
-        let [scale, shift] = [affine[0].slice::<f32>()?, affine[1].slice::<f32>()?];
-        let (statistics, inputs, winners) =
-            (Host::of(&kept.statistics)?, Host::of(&kept.inputs)?, Host::of(&kept.winners)?);
-        let (statistics, inputs) = (statistics.slice::<f32>()?, inputs.slice::<f32>()?);
-        let winners = winners.slice::<u8>()?;
+        let parameters = (&*packed, bias);
+        let (moments, statistics, output, winners) =
+            (Host::of(&kept.moments)?, Host::of(&kept.statistics)?, Host::of(&kept.output)?, Host::of(&kept.winners)?);
+        let (moments, statistics) = (moments.slice::<f64>()?, statistics.slice::<f32>()?);
+        let (output, winners) = (output.slice::<f32>()?, winners.slice::<u8>()?);
 
-        let mut moments = vec![0f64; s.b * PatchMoments::len(s)];
+        // Of each piece of work, patches times g, and then g, summed.
+        let (lines, line, rows, taps) = (shapes.lines(), p.ow * p.c, p.window.kernel[0], shapes.taps());
+        let (product, size) = (s.patch() * s.o, (s.patch() + 1) * s.o);
+        let mut parts = vec![0f32; p.b * p.oh / lines * size];
         threads::chunks(
-            &mut moments,
-            PatchMoments::len(s),
-            || Padded::new(s, s.oh),
-            |padded, b, moments| {
-                padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], 0);
-                patch_moments(s, padded, moments);
-            },
-        );
-        let (lines, rows, width, size) = (few::piece(p.oh), p.window.kernel[0], s.ow * s.o, s.patch() * s.o);
-        let [kh, kw] = p.window.kernel;
-        let taps: Vec<usize> = (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * p.c).collect();
-        let mut parts = vec![0f32; p.oh / lines * size];
-        let (mut total, mut of_bias, mut of_norm) = (vec![0f64; size], vec![0f64; s.o], vec![0f32; 2 * s.o]);
-        // Sample by sample: what the sums leave in the caches, the products find there.
-        for (b, moments) in moments.chunks_exact(PatchMoments::len(s)).enumerate() {
-            let of_sample = b * p.oh * p.ow * p.c..(b + 1) * p.oh * p.ow * p.c;
-            let (inputs, gy, winners) = (&inputs[of_sample.clone()], &gy[of_sample.clone()], &winners[of_sample]);
-            let statistics = &statistics[b * groups * 2..][..groups * 2];
-            let affine = norm::scale_and_shift(scale, shift, statistics);
-            let mut sums = vec![0f32; 2 * s.o];
-            norm::parameter_sums(inputs, gy, statistics, &affine, &mut sums, norm_pool::through);
-            let k = norm::coefficients(scale, statistics, &sums, s.oh * s.ow);
-
-            // The part of the pool's cotangent.
-            parts.fill(0.0);
-            let scratch = || (Padded::new(s, lines * rows), overwritten::<f32>(rows * width));
-            threads::chunks(&mut parts, size, scratch, |(padded, routed), i, part| {
-                padded.fill(s, &x[b * s.h * s.w * s.c..][..s.h * s.w * s.c], i * lines * rows);
-                for line in 0..lines {
-                    let at = (i * lines + line) * p.ow * p.c..(i * lines + line + 1) * p.ow * p.c;
-                    let (inputs, gy, winners) = (&inputs[at.clone()], &gy[at.clone()], &winners[at]);
-                    let of = Cotangent { inputs, gy, winners, k0: &k[0], affine: &affine, taps: &taps };
+            &mut parts,
+            size,
+            || shapes.scratch(),
+            |(padded, g), i, part| {
+                let (b, first) = (i * lines / p.oh, i * lines % p.oh);
+                padded.fill(s, shapes.sample(x, b), first * rows);
+                let (part, sums) = part.split_at_mut(product);
+                for k in 0..lines {
+                    let at = (i * lines + k) * line..(i * lines + k + 1) * line;
+                    let of = Cotangent { gy: &gy[at.clone()], y: &output[at.clone()], winners: &winners[at] };
                     simd::vectorized(
                         #[inline(always)]
-                        || of.route(p, routed),
+                        || of.spread(p, &taps, g, sums),
                     );
-                    for (row, gy) in routed.chunks_exact(width).enumerate() {
-                        few::add_line_gradient(s, padded, line * rows + row, gy, part);
+                    for (row, g) in g.chunks_exact(s.ow * s.o).enumerate() {
+                        few::add_line_gradient(s, padded, k * rows + row, g, part);
                     }
                 }
-            });
-            total.iter_mut().zip(few::sum_of(&parts, size)).for_each(|(total, part)| *total += f64::from(part));
-            // Those of the convolution's output, and of a constant.
-            let of_output = Output { s, k: [&k[1], &k[2]], packed: &packed, bias, moments };
-            of_output.add_weight_gradient(&mut total);
-            if bias.is_some() {
-                of_output.add_bias_gradient(&k[0], &sums, &mut of_bias);
+            },
+        );
+
+        let (mut total, mut of_bias, mut of_norm) = (vec![0f64; product], vec![0f64; s.o], vec![0f32; 2 * s.o]);
+        for (b, parts) in parts.chunks_exact(p.oh / lines * size).enumerate() {
+            let moments = PatchMoments::of(s, &moments[b * PatchMoments::len(s)..][..PatchMoments::len(s)]);
+            let statistics = &statistics[b * groups * 2..][..groups * 2];
+            let mut routed = vec![0f64; size];
+            for part in parts.chunks_exact(size) {
+                routed.iter_mut().zip(part).for_each(|(sum, &v)| *sum += f64::from(v));
             }
-            super::im2col::add(&mut of_norm, &sums);
+            let (routed, plain) = routed.split_at(product);
+            let sums = norm_sums((routed, plain), parameters, statistics);
+            let [k0, k1, k2] = norm::coefficients(scale, statistics, &sums, s.oh * s.ow);
+            for (total, routed) in total.chunks_exact_mut(s.o).zip(routed.chunks_exact(s.o)) {
+                total.iter_mut().zip(routed).zip(&k0).for_each(|((total, v), &k0)| *total += f64::from(k0) * v);
+            }
+            moments.add_weight_gradient(parameters, [&k1, &k2], &mut total);
+            if bias.is_some() {
+                let pixels = moments.pixels();
+                for (o, (total, output)) in of_bias.iter_mut().zip(moments.output_sums(parameters)).enumerate() {
+                    *total += f64::from(k0[o]) * plain[o] + f64::from(k1[o]) * output + f64::from(k2[o]) * pixels;
+                }
+            }
+            add(&mut of_norm, &sums);
         }
         let total: Vec<f32> = total.into_iter().map(|v| v as f32).collect();
         let gradient = patches::unpack(s, &total);
-        host::update::<f32>(&sum, |sum| super::im2col::add(sum, &gradient))?;
+        host::update::<f32>(&sum, |sum| add(sum, &gradient))?;
         let of_bias = self.bias.map(|_| tensor(of_bias.into_iter().map(|v| v as f32).collect::<Vec<_>>(), s.o));
         Ok(Gradients {
             weight: sum,
@@ -197,192 +281,93 @@ impl Stem<'_> {
     }
 }
 
-/// What the convolution's output, and a constant, add to one sample's gradients: `k1 y + k2` in place of the cotangent.
-struct Output<'a> {
-    s: &'a Shape,
-    k: [&'a [f32]; 2],
-    packed: &'a [f32],
-    bias: Option<&'a [f32]>,
-    moments: &'a [f64],
+/// One sample's sums by channel, as [`norm::parameter_sums`] has them, of g and of g times the normalised output, from the sums
+/// over pixels of patches times g (packed) and of g.
+fn norm_sums((routed, plain): (&[f64], &[f64]), (packed, bias): Parameters, statistics: &[f32]) -> Vec<f32> {
+    let (o, of_group) = (plain.len(), plain.len() / (statistics.len() / 2));
+    let mut with_output: Vec<f64> = match bias {
+        Some(bias) => bias.iter().zip(plain).map(|(&bias, sum)| f64::from(bias) * sum).collect(),
+        None => vec![0.0; o],
+    };
+    for (weights, routed) in packed.chunks_exact(o).zip(routed.chunks_exact(o)) {
+        with_output.iter_mut().zip(weights).zip(routed).for_each(|((sum, &w), v)| *sum += f64::from(w) * v);
+    }
+    let normalised = with_output.iter().zip(plain).enumerate().map(|(k, (sum, plain))| {
+        let [mean, inverse] = [0, 1].map(|n| f64::from(statistics[k / of_group * 2 + n]));
+        inverse * (sum - mean * plain)
+    });
+    plain.iter().copied().chain(normalised).map(|v| v as f32).collect()
 }
 
-impl Output<'_> {
-    /// Adds the weight's, packed, to `total`.
-    fn add_weight_gradient(&self, total: &mut [f64]) {
-        let (s, [k1, k2]) = (self.s, self.k);
-        let (sums, products) = self.moments.split_at(s.patch());
-        for ((total, &sum), products) in total.chunks_exact_mut(s.o).zip(sums).zip(products.chunks_exact(s.patch())) {
-            // By channel, the sum over pixels of this element of the patch times the convolution's output.
-            let mut with_output: Vec<f64> = match self.bias {
-                Some(bias) => bias.iter().map(|&bias| f64::from(bias) * sum).collect(),
-                None => vec![0.0; s.o],
-            };
-            for (weights, &product) in self.packed.chunks_exact(s.o).zip(products) {
-                with_output.iter_mut().zip(weights).for_each(|(sum, &w)| *sum += f64::from(w) * product);
+/// An output line and its winners, from the convolution's lines under it.
+#[inline(always)]
+fn max_line(
+    p: &Shape,
+    y: &[f32],
+    (scale, shift): &(Vec<f32>, Vec<f32>),
+    taps: &[usize],
+    output: &mut [f32],
+    winners: &mut [u8],
+) {
+    let ([_, kw], c) = (p.window.kernel, p.c);
+    for ox in 0..p.ow {
+        for first in (0..c).step_by(LANES) {
+            // Copies of a known length, which stay in registers.
+            let (mut a, mut b) = ([0f32; LANES], [0f32; LANES]);
+            a.copy_from_slice(&scale[first..][..LANES]);
+            b.copy_from_slice(&shift[first..][..LANES]);
+            let y = &y[ox * kw * c + first..];
+            let (mut best, mut winner) = ([f32::NEG_INFINITY; LANES], [0u32; LANES]);
+            for (tap, &at) in (0u32..).zip(taps) {
+                let y = &y[at..][..LANES];
+                for n in 0..LANES {
+                    // What is no number need not win here to be noticed: the norm's statistics are none then either.
+                    let v = y[n] * a[n] + b[n];
+                    let wins = !(v <= best[n]);
+                    best[n] = if wins { v } else { best[n] };
+                    winner[n] = if wins { tap } else { winner[n] };
+                }
             }
-            for (((total, with_output), &k1), &k2) in total.iter_mut().zip(with_output).zip(k1).zip(k2) {
-                *total += f64::from(k1) * with_output + f64::from(k2) * sum;
-            }
-        }
-    }
-
-    /// Adds the bias', with that of the pool's cotangent, whose sums by channel are `sums` and which comes times `k0`.
-    fn add_bias_gradient(&self, k0: &[f32], sums: &[f32], total: &mut [f64]) {
-        let (s, [k1, k2], pixels) = (self.s, self.k, (self.s.oh * self.s.ow) as f64);
-        for (o, total) in total.iter_mut().enumerate() {
-            let through = self.packed.iter().skip(o).step_by(s.o).zip(self.moments);
-            let output: f64 = through.map(|(&w, &sum)| f64::from(w) * sum).sum();
-            let output = output + self.bias.map_or(0.0, |bias| f64::from(bias[o]) * pixels);
-            *total += f64::from(k0[o] * sums[o]) + f64::from(k1[o]) * output + f64::from(k2[o]) * pixels;
+            let at = ox * c + first..ox * c + first + LANES;
+            output[at.clone()].iter_mut().zip(best).for_each(|(to, v)| *to = if v < 0.0 { 0.0 } else { v });
+            winners[at].iter_mut().zip(winner).for_each(|(to, tap)| *to = tap as u8);
         }
     }
 }
 
-/// A line of the pool's output cotangent, with what its forward pass kept.
+/// A line of the output's cotangent, with what its forward pass kept.
 struct Cotangent<'a> {
-    inputs: &'a [f32],
     gy: &'a [f32],
+    y: &'a [f32],
     winners: &'a [u8],
-    k0: &'a [f32],
-    /// The norm is `scale y + shift`.
-    affine: &'a (Vec<f32>, Vec<f32>),
-    /// Where a window's elements lie behind its first.
-    taps: &'a [usize],
 }
 
 impl Cotangent<'_> {
-    /// `k0 g` at its windows' winners, zeros elsewhere: the lines under it.
+    /// The cotangent through the relu at its windows' winners, zeros elsewhere: the lines under it, `g`. Adds its sums by channel.
     #[inline(always)]
-    fn route(&self, p: &Shape, routed: &mut [f32]) {
-        const LANES: usize = few::LANES;
+    fn spread(&self, p: &Shape, taps: &[usize], g: &mut [f32], sums: &mut [f32]) {
         let ([_, kw], c) = (p.window.kernel, p.c);
         for ox in 0..p.ow {
             for first in (0..c).step_by(LANES) {
                 let at = ox * c + first..ox * c + first + LANES;
-                let (x, gy, winners) = (&self.inputs[at.clone()], &self.gy[at.clone()], &self.winners[at]);
-                let of_channel = first..first + LANES;
-                let (scale, shift) = (&self.affine.0[of_channel.clone()], &self.affine.1[of_channel.clone()]);
-                let k0 = &self.k0[of_channel];
+                let (y, gy, winners) = (&self.y[at.clone()], &self.gy[at.clone()], &self.winners[at]);
                 // Copies of a known length, which stay in registers.
-                let (mut g, mut winner) = ([0f32; LANES], [0u32; LANES]);
+                let (mut through, mut winner) = ([0f32; LANES], [0u32; LANES]);
+                through.copy_from_slice(gy);
                 for n in 0..LANES {
-                    let through = k0[n] * gy[n];
-                    g[n] = if x[n] * scale[n] + shift[n] > 0.0 { through } else { 0.0 };
+                    through[n] = if y[n] > 0.0 { through[n] } else { 0.0 };
                     winner[n] = u32::from(winners[n]);
                 }
-                let routed = &mut routed[ox * kw * c + first..];
-                for (tap, &at) in (0u32..).zip(self.taps) {
+                sums[first..][..LANES].iter_mut().zip(through).for_each(|(sum, v)| *sum += v);
+                let g = &mut g[ox * kw * c + first..];
+                for (tap, &at) in (0u32..).zip(taps) {
                     let mut here = [0f32; LANES];
                     for n in 0..LANES {
-                        here[n] = if winner[n] == tap { g[n] } else { 0.0 };
+                        here[n] = if winner[n] == tap { through[n] } else { 0.0 };
                     }
-                    routed[at..][..LANES].copy_from_slice(&here);
+                    g[at..][..LANES].copy_from_slice(&here);
                 }
             }
         }
-    }
-}
-
-/// Sums over a sample's patches: of the patches, `[K]`, then of their products with themselves, `[K][K]`.
-struct PatchMoments;
-
-impl PatchMoments {
-    fn len(s: &Shape) -> usize {
-        s.patch() * (s.patch() + 1)
-    }
-}
-
-/// Writes the sums over the patches of the sample that `padded` holds, of stride 1, to `moments`.
-///
-/// An element of one patch is another element of the next one, so products depend, but for what lies at the borders, on the
-/// distance alone. Lines and columns are summed in zones: single ones at both ends, and those between, which belong to every element
-/// of the kernel. Element ky of a column of the kernel meets zones `ky..ky + kh`.
-fn patch_moments(s: &Shape, padded: &Padded, moments: &mut [f64]) {
-    let (c, [kh, kw]) = (s.c, s.window.kernel);
-    let lines = s.oh + kh - 1;
-    let width = ((2 * kw - 1) * c).next_multiple_of(few::LANES);
-    let (zones, before) = ([2 * kh - 1, 2 * kw - 1], (kw - 1) * c);
-    let (cell, plane) = (c * width, zones[1] * c * width);
-    // [zone of lines][distance of lines][zone of columns][channel][distance of columns, channel], and without distances.
-    let mut products = vec![0f64; zones[0] * kh * plane];
-    let mut plain = vec![0f64; zones[0] * zones[1] * c];
-    for line in 0..lines {
-        let zone = zone_of(line, kh, s.oh);
-        let mut column = padded.from(line).chunks_exact(c);
-        for z in 0..zones[1] {
-            let mut sums = [0f32; 4];
-            for pixel in column.by_ref().take(range_of(z, kw, s.ow).len()) {
-                sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += x);
-            }
-            let to = plain[(zone * zones[1] + z) * c..][..c].iter_mut();
-            to.zip(sums).for_each(|(to, sum)| *to += f64::from(sum));
-        }
-    }
-    let mut sums = vec![0f32; cell];
-    let mut sum = |to: &mut [f64], at: Range<usize>, x: Steps, y: Steps| {
-        sums.fill(0.0);
-        few::add_outer(at, c, x, y, width, &mut sums);
-        to.iter_mut().zip(&sums).for_each(|(to, &sum)| *to += f64::from(sum));
-    };
-    let between = kw - 1..s.ow;
-    for distance in 0..kh {
-        for line in 0..lines - distance {
-            let (x, y) = (padded.from(line), padded.reaching_before(line + distance, before));
-            let to = (zone_of(line, kh, s.oh) * kh + distance) * plane + (kw - 1) * cell;
-            let of_pixels = |data| Steps { data, step: c };
-            sum(&mut products[to..][..cell], between.clone(), of_pixels(x), of_pixels(y));
-        }
-        // Single columns go down the lines.
-        for z in (0..zones[1]).filter(|&z| z != kw - 1) {
-            let column = range_of(z, kw, s.ow).start * c;
-            for zone in 0..zones[0] {
-                let lines = range_of(zone, kh, s.oh);
-                let lines = lines.start..lines.end.min(lines.start.max(s.oh + kh - 1 - distance));
-                let of_lines = |data| Steps { data, step: padded.length() };
-                let (x, y) = (&padded.from(0)[column..], &padded.reaching_before(distance, before)[column..]);
-                let to = (zone * kh + distance) * plane + z * cell;
-                sum(&mut products[to..][..cell], lines, of_lines(x), of_lines(y));
-            }
-        }
-    }
-    let (of_patches, of_products) = moments.split_at_mut(s.patch());
-    let elements = |k: usize| [k / (kw * c), k / c % kw, k % c];
-    for (k, sum) in of_patches.iter_mut().enumerate() {
-        let [ky, kx, channel] = elements(k);
-        let zone = |zy: usize| (kx..kx + kw).map(move |zx| (zy * zones[1] + zx) * c + channel);
-        *sum = (ky..ky + kh).flat_map(zone).map(|at| plain[at]).sum();
-    }
-    for k in 0..s.patch() {
-        let [ky, kx, channel] = elements(k);
-        for other in 0..s.patch() {
-            let [qy, qx, of_other] = elements(other);
-            let Some(distance) = qy.checked_sub(ky) else { continue };
-            let inside = channel * width + (qx + kw - 1 - kx) * c + of_other;
-            let line = |zy: usize| (zy * kh + distance) * plane + inside;
-            let product = (ky..ky + kh).flat_map(|zy| (kx..kx + kw).map(move |zx| line(zy) + zx * cell));
-            let product: f64 = product.map(|at| products[at]).sum();
-            of_products[k * s.patch() + other] = product;
-            of_products[other * s.patch() + k] = product;
-        }
-    }
-}
-
-/// The zone of line `n` under `outputs` output lines of a kernel of `kernel`.
-fn zone_of(n: usize, kernel: usize, outputs: usize) -> usize {
-    if n < kernel - 1 {
-        n
-    } else if n < outputs {
-        kernel - 1
-    } else {
-        n + kernel - outputs
-    }
-}
-
-/// The lines of a zone.
-fn range_of(zone: usize, kernel: usize, outputs: usize) -> Range<usize> {
-    match zone {
-        z if z < kernel - 1 => z..z + 1,
-        z if z == kernel - 1 => z..outputs,
-        z => z + outputs - kernel..z + outputs - kernel + 1,
     }
 }

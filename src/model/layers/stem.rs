@@ -3,8 +3,8 @@
 use candle_core::Tensor;
 
 use super::{Conv2d, GroupNorm, Layer, Pass, Tape};
-use crate::kernels::norm_pool::{self, Kept};
-use crate::kernels::stem;
+use crate::kernels::norm_pool;
+use crate::kernels::stem::{self, Kept};
 use crate::model::param::Param;
 use crate::model::spec::LayerSpec;
 use crate::{Error, Result};
@@ -43,12 +43,13 @@ impl Stem {
     }
 
     /// The input's cotangent, by the convolution's output computed once more.
-    fn input_cotangent(&mut self, x: &Tensor, kept: &Kept, gy: &Tensor, pass: &Pass) -> Result<Option<Tensor>> {
+    fn input_cotangent(&mut self, x: &Tensor, gy: &Tensor, pass: &Pass) -> Result<Option<Tensor>> {
         let Some(window) = &self.norm.pool else { return Ok(None) };
         let mut tape = Tape::new();
         let y = self.conv.forward(x, pass, &mut tape)?;
         let affine = [&self.norm.weight.value, &self.norm.bias.value];
-        let (g, _, _) = norm_pool::vjp(&y, affine, kept, gy, &self.norm.norm, window, true)?;
+        let (_, kept) = norm_pool::forward(&y, affine[0], affine[1], &self.norm.norm, window)?;
+        let (g, _, _) = norm_pool::vjp(&y, affine, &kept, gy, &self.norm.norm, window, true)?;
         let Some(g) = g else { return Ok(None) };
         Ok(self.conv.conv.vjp(x.dims(), &tape.pop()?, &self.conv.weight.value, &g, None, true)?.1)
     }
@@ -65,7 +66,9 @@ impl Layer for Stem {
             let y = self.conv.forward(x, pass, tape)?;
             return self.norm.forward(&y, pass, tape);
         };
-        [x.clone(), kept.statistics, kept.inputs, kept.winners].into_iter().for_each(|kept| tape.push(kept));
+        [x.clone(), kept.moments, kept.statistics, kept.output, kept.winners]
+            .into_iter()
+            .for_each(|kept| tape.push(kept));
         Ok(y)
     }
 
@@ -74,8 +77,9 @@ impl Layer for Stem {
             let g = self.norm.vjp(gy, pass, tape, true)?;
             return g.map_or(Ok(None), |g| self.conv.vjp(&g, pass, tape, need_input));
         }
-        let (winners, inputs, statistics, x) = (tape.pop()?, tape.pop()?, tape.pop()?, tape.pop()?);
-        let kept = Kept { statistics, inputs, winners };
+        let (winners, output, statistics) = (tape.pop()?, tape.pop()?, tape.pop()?);
+        let (moments, x) = (tape.pop()?, tape.pop()?);
+        let kept = Kept { moments, statistics, output, winners };
         let sum = self.conv.weight.grad.take();
         let Some(kernel) = self.kernel() else { return Err(Error::Run("a stem without its pool".into())) };
         let gradients = kernel.vjp(&x, &kept, gy, sum)?;
@@ -86,7 +90,7 @@ impl Layer for Stem {
         let [weight, bias] = gradients.affine;
         self.norm.weight.accumulate(weight)?;
         self.norm.bias.accumulate(bias)?;
-        if need_input { self.input_cotangent(&x, &kept, gy, pass) } else { Ok(None) }
+        if need_input { self.input_cotangent(&x, gy, pass) } else { Ok(None) }
     }
 
     fn absorb(&mut self, next: &LayerSpec) -> bool {

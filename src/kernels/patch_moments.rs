@@ -1,0 +1,186 @@
+//! Sums over a sample's patches, and what they say about a convolution of few channels without its output: mean and variance by
+//! output channel, and products of patches with the output.
+//!
+//! The output is the weight times the patch, so these are the weight, once or twice, times the sum of patches times patches. That is
+//! small, and since neighbouring patches share most of their elements it costs a fraction of one product.
+
+use std::ops::Range;
+
+use super::few::{self, Padded, Steps};
+use super::im2col::Shape;
+
+/// Sums over one sample's patches, of stride 1, of K elements.
+pub(crate) struct PatchMoments<'a> {
+    s: &'a Shape,
+    /// Of the patches, `[K]`.
+    sums: &'a [f64],
+    /// Of their products with themselves, `[K][K]`.
+    products: &'a [f64],
+}
+
+/// A convolution's parameters: the weight as [`patches::pack`](super::patches::pack) lays it out, and the bias.
+pub(crate) type Parameters<'a> = (&'a [f32], Option<&'a [f32]>);
+
+impl<'a> PatchMoments<'a> {
+    /// Numbers that a sample takes.
+    pub(crate) fn len(s: &Shape) -> usize {
+        s.patch() * (s.patch() + 1)
+    }
+
+    /// Those that [`write`] has written.
+    pub(crate) fn of(s: &'a Shape, moments: &'a [f64]) -> Self {
+        let (sums, products) = moments.split_at(s.patch());
+        PatchMoments { s, sums, products }
+    }
+
+    /// Pixels of the output.
+    pub(crate) fn pixels(&self) -> f64 {
+        (self.s.oh * self.s.ow) as f64
+    }
+
+    /// The output's sum over pixels, by channel.
+    pub(crate) fn output_sums(&self, (packed, bias): Parameters) -> Vec<f64> {
+        let mut sums = match bias {
+            Some(bias) => bias.iter().map(|&bias| f64::from(bias) * self.pixels()).collect(),
+            None => vec![0.0; self.s.o],
+        };
+        for (weights, &sum) in packed.chunks_exact(self.s.o).zip(self.sums) {
+            add_scaled(&mut sums, weights, sum);
+        }
+        sums
+    }
+
+    /// The sum over pixels of squared differences of the output from its mean, by channel.
+    pub(crate) fn output_squares(&self, packed: &[f32]) -> Vec<f64> {
+        let (o, n) = (self.s.o, self.pixels());
+        let mut squares = vec![0.0; o];
+        let rows = packed.chunks_exact(o).zip(self.sums).zip(self.products.chunks_exact(self.s.patch()));
+        for ((weights, &sum), products) in rows {
+            let mut with_output = vec![0.0; o];
+            for ((others, &of_other), &product) in packed.chunks_exact(o).zip(self.sums).zip(products) {
+                add_scaled(&mut with_output, others, product - sum * of_other / n);
+            }
+            let terms = weights.iter().zip(with_output);
+            squares.iter_mut().zip(terms).for_each(|(square, (&w, v))| *square += f64::from(w) * v);
+        }
+        squares
+    }
+
+    /// Adds to `total` (packed) the sum over pixels of patches times `k1 y + k2`, by channel, for y the output.
+    pub(crate) fn add_weight_gradient(&self, (packed, bias): Parameters, [k1, k2]: [&[f32]; 2], total: &mut [f64]) {
+        let o = self.s.o;
+        let rows = total.chunks_exact_mut(o).zip(self.sums).zip(self.products.chunks_exact(self.s.patch()));
+        for ((total, &sum), products) in rows {
+            // By channel, the sum over pixels of this element of the patch times the output.
+            let mut with_output: Vec<f64> = match bias {
+                Some(bias) => bias.iter().map(|&bias| f64::from(bias) * sum).collect(),
+                None => vec![0.0; o],
+            };
+            for (weights, &product) in packed.chunks_exact(o).zip(products) {
+                add_scaled(&mut with_output, weights, product);
+            }
+            for (((total, with_output), &k1), &k2) in total.iter_mut().zip(with_output).zip(k1).zip(k2) {
+                *total += f64::from(k1) * with_output + f64::from(k2) * sum;
+            }
+        }
+    }
+}
+
+fn add_scaled(sums: &mut [f64], values: &[f32], factor: f64) {
+    sums.iter_mut().zip(values).for_each(|(sum, &v)| *sum += f64::from(v) * factor);
+}
+
+/// Writes the sums over the patches of the sample that `padded` holds to `moments`: of the patches, then of their products.
+///
+/// An element of one patch is another element of the next one, so products depend, but for what lies at the borders, on the
+/// distance alone. Lines and columns are summed in zones: single ones at both ends, and those between, which belong to every element
+/// of the kernel. Element ky of a column of the kernel meets zones `ky..ky + kh`.
+pub(crate) fn write(s: &Shape, padded: &Padded, moments: &mut [f64]) {
+    let (c, [kh, kw]) = (s.c, s.window.kernel);
+    let lines = s.oh + kh - 1;
+    let width = ((2 * kw - 1) * c).next_multiple_of(few::LANES);
+    let (zones, before) = ([2 * kh - 1, 2 * kw - 1], (kw - 1) * c);
+    let (cell, plane) = (c * width, zones[1] * c * width);
+    // [zone of lines][distance of lines][zone of columns][channel][distance of columns, channel], and without distances.
+    let mut products = vec![0f64; zones[0] * kh * plane];
+    let mut plain = vec![0f64; zones[0] * zones[1] * c];
+    for line in 0..lines {
+        let zone = zone_of(line, kh, s.oh);
+        let mut column = padded.from(line).chunks_exact(c);
+        for z in 0..zones[1] {
+            let mut sums = [0f32; 4];
+            for pixel in column.by_ref().take(range_of(z, kw, s.ow).len()) {
+                sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += x);
+            }
+            let to = plain[(zone * zones[1] + z) * c..][..c].iter_mut();
+            to.zip(sums).for_each(|(to, sum)| *to += f64::from(sum));
+        }
+    }
+    let mut sums = vec![0f32; cell];
+    let mut sum = |to: &mut [f64], at: Range<usize>, x: Steps, y: Steps| {
+        sums.fill(0.0);
+        few::add_outer(at, c, x, y, width, &mut sums);
+        to.iter_mut().zip(&sums).for_each(|(to, &sum)| *to += f64::from(sum));
+    };
+    let between = kw - 1..s.ow;
+    for distance in 0..kh {
+        for line in 0..lines - distance {
+            let (x, y) = (padded.from(line), padded.reaching_before(line + distance, before));
+            let to = (zone_of(line, kh, s.oh) * kh + distance) * plane + (kw - 1) * cell;
+            let of_pixels = |data| Steps { data, step: c };
+            sum(&mut products[to..][..cell], between.clone(), of_pixels(x), of_pixels(y));
+        }
+        // Single columns go down the lines.
+        for z in (0..zones[1]).filter(|&z| z != kw - 1) {
+            let column = range_of(z, kw, s.ow).start * c;
+            for zone in 0..zones[0] {
+                let lines = range_of(zone, kh, s.oh);
+                let lines = lines.start..lines.end.min(lines.start.max(s.oh + kh - 1 - distance));
+                let of_lines = |data| Steps { data, step: padded.length() };
+                let (x, y) = (&padded.from(0)[column..], &padded.reaching_before(distance, before)[column..]);
+                let to = (zone * kh + distance) * plane + z * cell;
+                sum(&mut products[to..][..cell], lines, of_lines(x), of_lines(y));
+            }
+        }
+    }
+    let (of_patches, of_products) = moments.split_at_mut(s.patch());
+    let elements = |k: usize| [k / (kw * c), k / c % kw, k % c];
+    for (k, sum) in of_patches.iter_mut().enumerate() {
+        let [ky, kx, channel] = elements(k);
+        let zone = |zy: usize| (kx..kx + kw).map(move |zx| (zy * zones[1] + zx) * c + channel);
+        *sum = (ky..ky + kh).flat_map(zone).map(|at| plain[at]).sum();
+    }
+    for k in 0..s.patch() {
+        let [ky, kx, channel] = elements(k);
+        for other in 0..s.patch() {
+            let [qy, qx, of_other] = elements(other);
+            let Some(distance) = qy.checked_sub(ky) else { continue };
+            let inside = channel * width + (qx + kw - 1 - kx) * c + of_other;
+            let line = |zy: usize| (zy * kh + distance) * plane + inside;
+            let product = (ky..ky + kh).flat_map(|zy| (kx..kx + kw).map(move |zx| line(zy) + zx * cell));
+            let product: f64 = product.map(|at| products[at]).sum();
+            of_products[k * s.patch() + other] = product;
+            of_products[other * s.patch() + k] = product;
+        }
+    }
+}
+
+/// The zone of line `n` under `outputs` output lines of a kernel of `kernel`.
+fn zone_of(n: usize, kernel: usize, outputs: usize) -> usize {
+    if n < kernel - 1 {
+        n
+    } else if n < outputs {
+        kernel - 1
+    } else {
+        n + kernel - outputs
+    }
+}
+
+/// The lines of a zone.
+fn range_of(zone: usize, kernel: usize, outputs: usize) -> Range<usize> {
+    match zone {
+        z if z < kernel - 1 => z..z + 1,
+        z if z == kernel - 1 => z..outputs,
+        z => z + outputs - kernel..z + outputs - kernel + 1,
+    }
+}
