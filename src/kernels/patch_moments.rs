@@ -6,8 +6,11 @@
 
 use std::ops::Range;
 
-use super::few::{self, Padded, Steps};
+use pulp::{Simd, WithSimd};
+
+use super::few::{self, Padded};
 use super::im2col::Shape;
+use super::simd;
 
 /// Sums over one sample's patches, of stride 1, of K elements.
 pub(crate) struct PatchMoments<'a> {
@@ -116,30 +119,37 @@ pub(crate) fn write(s: &Shape, padded: &Padded, moments: &mut [f64]) {
             to.zip(sums).for_each(|(to, sum)| *to += f64::from(sum));
         }
     }
-    let mut sums = vec![0f32; cell];
-    let mut sum = |to: &mut [f64], at: Range<usize>, x: Steps, y: Steps| {
-        sums.fill(0.0);
-        few::add_outer(at, c, x, y, width, &mut sums);
-        to.iter_mut().zip(&sums).for_each(|(to, &sum)| *to += f64::from(sum));
+    // The line at hand, which is in zone `line`, times itself and those below, within a zone of columns.
+    let mut sums = vec![0f32; ROWS * cell];
+    let mut sum = |(line, z): (usize, usize), at: Range<usize>, step: usize, x: &[f32], ys: &[&[f32]], first: usize| {
+        let sums = &mut sums[..ys.len() * cell];
+        simd::dispatch(Outer { at, step, c, x, ys, width, sums });
+        for (distance, sums) in (first..).zip(sums.chunks_exact(cell)) {
+            let to = &mut products[(line * kh + distance) * plane + z * cell..][..cell];
+            to.iter_mut().zip(sums).for_each(|(to, &sum)| *to += f64::from(sum));
+        }
     };
-    let between = kw - 1..s.ow;
-    for distance in 0..kh {
-        for line in 0..lines - distance {
-            let (x, y) = (padded.from(line), padded.reaching_before(line + distance, before));
-            let to = (zone_of(line, kh, s.oh) * kh + distance) * plane + (kw - 1) * cell;
-            let of_pixels = |data| Steps { data, step: c };
-            sum(&mut products[to..][..cell], between.clone(), of_pixels(x), of_pixels(y));
+    for first in (0..kh).step_by(ROWS) {
+        let distances = first..kh.min(first + ROWS);
+        for line in 0..lines {
+            let below = |distance: usize| padded.reaching_before(line + distance, before);
+            let ys: Vec<&[f32]> = distances.clone().take_while(|d| line + d < lines).map(below).collect();
+            sum((zone_of(line, kh, s.oh), kw - 1), kw - 1..s.ow, c, padded.from(line), &ys, first);
         }
         // Single columns go down the lines.
-        for z in (0..zones[1]).filter(|&z| z != kw - 1) {
+        for (zone, z) in
+            (0..zones[0]).flat_map(|zone| (0..zones[1]).map(move |z| (zone, z))).filter(|at| at.1 != kw - 1)
+        {
             let column = range_of(z, kw, s.ow).start * c;
-            for zone in 0..zones[0] {
-                let lines = range_of(zone, kh, s.oh);
-                let lines = lines.start..lines.end.min(lines.start.max(s.oh + kh - 1 - distance));
-                let of_lines = |data| Steps { data, step: padded.length() };
-                let (x, y) = (&padded.from(0)[column..], &padded.reaching_before(distance, before)[column..]);
-                let to = (zone * kh + distance) * plane + z * cell;
-                sum(&mut products[to..][..cell], lines, of_lines(x), of_lines(y));
+            let below = |distance: usize| &padded.reaching_before(distance, before)[column..];
+            let here = range_of(zone, kh, s.oh);
+            // The lowest lines have not all distances.
+            let whole = here.start..here.end.min((lines + 1).saturating_sub(distances.end)).max(here.start);
+            let ys: Vec<&[f32]> = distances.clone().map(below).collect();
+            sum((zone, z), whole.clone(), padded.length(), &padded.from(0)[column..], &ys, first);
+            for line in whole.end..here.end {
+                let ys = &ys[..ys.len().min((lines - line).saturating_sub(first))];
+                sum((zone, z), line..line + 1, padded.length(), &padded.from(0)[column..], ys, first);
             }
         }
     }
@@ -182,5 +192,72 @@ fn range_of(zone: usize, kernel: usize, outputs: usize) -> Range<usize> {
         z if z < kernel - 1 => z..z + 1,
         z if z == kernel - 1 => z..outputs,
         z => z + outputs - kernel..z + outputs - kernel + 1,
+    }
+}
+
+/// Distances between lines that are done at once.
+const ROWS: usize = 3;
+
+/// Writes the sums over places `at`, `step` elements apart, of the products of `c` elements of `x` and `width` of each of `ys`, to
+/// `sums`: `[ys][c][width]`.
+struct Outer<'a> {
+    at: Range<usize>,
+    step: usize,
+    c: usize,
+    x: &'a [f32],
+    ys: &'a [&'a [f32]],
+    width: usize,
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for Outer<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match (self.c, self.ys.len()) {
+            (_, 0) => (),
+            (3, 3) => self.sums::<S, 3, 3>(simd),
+            (c, _) => {
+                for (ys, sums) in self.ys.chunks(1).zip(self.sums.chunks_exact_mut(c * self.width)) {
+                    let one = Outer { at: self.at.clone(), ys, sums, ..self };
+                    match c {
+                        1 => one.sums::<S, 1, 1>(simd),
+                        2 => one.sums::<S, 2, 1>(simd),
+                        3 => one.sums::<S, 3, 1>(simd),
+                        _ => one.sums::<S, 4, 1>(simd),
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Outer<'_> {
+    /// Of `C` elements and `D` of ys.
+    #[inline(always)]
+    fn sums<S: Simd, const C: usize, const D: usize>(self, simd: S) {
+        for column in (0..self.width).step_by(S::F32_LANES) {
+            let mut sums = [[simd.splat_f32s(0.0); C]; D];
+            for at in self.at.clone() {
+                let x = &self.x[at * self.step..][..C];
+                let mut ys = [simd.splat_f32s(0.0); D];
+                for (to, y) in ys.iter_mut().zip(self.ys) {
+                    to.clone_from(&S::as_simd_f32s(&y[at * self.step + column..][..S::F32_LANES]).0[0]);
+                }
+                for k in 0..C {
+                    let x = simd.splat_f32s(x[k]);
+                    for d in 0..D {
+                        sums[d][k] = simd.mul_add_f32s(x, ys[d], sums[d][k]);
+                    }
+                }
+            }
+            for d in 0..D {
+                for k in 0..C {
+                    let to = &mut self.sums[(d * C + k) * self.width + column..][..S::F32_LANES];
+                    S::as_mut_simd_f32s(to).0[0] = sums[d][k];
+                }
+            }
+        }
     }
 }
