@@ -36,7 +36,7 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Re
         let mut y = overwritten::<T>(x.len());
         let mut statistics = vec![T::ZERO; b * groups * 2];
         let sample = h * w * c;
-        threads::chunks2(&mut y, sample, &mut statistics, groups * 2, |i, y, statistics| {
+        threads::chunks2((&mut y, sample), (&mut statistics, groups * 2), || (), |(), i, y, statistics| {
             let x = &x[i * sample..][..sample];
             group_statistics(x, c, norm.epsilon, statistics);
             let (scale, shift) = scale_and_shift(weight, bias, statistics);
@@ -88,7 +88,7 @@ pub fn group_vjp(
             }
         };
         if need_input {
-            threads::chunks2(&mut sums, 2 * c, &mut gx, sample, |i, sums, gx| each(i, sums, Some(gx)));
+            threads::chunks2((&mut sums, 2 * c), (&mut gx, sample), || (), |(), i, sums, gx| each(i, sums, Some(gx)));
         } else {
             threads::chunks(&mut sums, 2 * c, || (), |(), i, sums| each(i, sums, None));
         }

@@ -40,17 +40,7 @@ pub fn forward(
     let x = x.contiguous()?;
     by_dtype!(x, T => {
         let (x, weight, bias) = (Host::of(&x)?, Host::of(weight)?, Host::of(bias)?);
-        let (x, weight, bias) = (x.slice::<T>()?, weight.slice::<T>()?, bias.slice::<T>()?);
-        let order = order(weight);
-        pieces(&s, norm, [weight, bias], || (), |(), piece| {
-            let x = &x[piece.sample * s.h * s.w * s.c..][..s.h * s.w * s.c];
-            for k in 0..piece.lines {
-                let oy = piece.first + k;
-                piece.add_moments(&x[s.w * s.c * line_of(&s, oy)..s.w * s.c * line_of(&s, oy + 1)]);
-                let (inputs, winners) = piece.line(&s, k);
-                simd::vectorized(#[inline(always)] || max_line(&s, oy, x, &order, inputs, winners));
-            }
-        })
+        of_samples(&s, norm, x.slice::<T>()?, [weight.slice::<T>()?, bias.slice::<T>()?])
     })
 }
 
@@ -59,74 +49,44 @@ fn line_of(s: &Shape, oy: usize) -> usize {
     if oy == s.oh { s.h } else { (oy * s.window.stride[0]).saturating_sub(s.window.padding[0]).min(s.h) }
 }
 
-/// Some output lines of one sample, in the making.
-pub(crate) struct Piece<'a, T> {
-    pub sample: usize,
-    /// The first of its output lines, and their number.
-    pub first: usize,
-    pub lines: usize,
-    sums: &'a mut [T],
-    pixels: usize,
-    inputs: &'a mut [T],
-    winners: &'a mut [u8],
-}
-
-impl<T: Real> Piece<'_, T> {
-    /// Takes whole pixels of the norm's input into its statistics, each of which must come once.
-    pub(crate) fn add_moments(&mut self, x: &[T]) {
-        let (centre, sums) = self.sums.split_at_mut(self.sums.len() / 3);
-        if self.pixels == 0 && !x.is_empty() {
-            centre.copy_from_slice(&x[..centre.len()]);
-        }
-        self.pixels += x.len() / centre.len();
-        let (plain, squares) = sums.split_at_mut(centre.len());
-        reduce::add_shifted_moments(x, centre, [plain, squares]);
-    }
-
-    /// Inputs and winners of its `k`th line, to be written.
-    pub(crate) fn line(&mut self, s: &Shape, k: usize) -> (&mut [T], &mut [u8]) {
-        let line = s.ow * s.c;
-        (&mut self.inputs[k * line..][..line], &mut self.winners[k * line..][..line])
-    }
-}
-
-/// The whole of a forward pass for which `make` does each piece: its statistics, and each window's winner.
-pub(crate) fn pieces<T: Real, S>(
-    s: &Shape,
-    norm: &GroupNorm,
-    [weight, bias]: [&[T]; 2],
-    scratch: impl Fn() -> S + Sync,
-    make: impl Fn(&mut S, &mut Piece<T>) + Sync,
-) -> Result<(Tensor, Kept)> {
+fn of_samples<T: Real>(s: &Shape, norm: &GroupNorm, x: &[T], [weight, bias]: [&[T]; 2]) -> Result<(Tensor, Kept)> {
     let (lines, line, size) = (few::piece(s.oh), s.ow * s.c, s.b * s.oh * s.ow * s.c);
-    let (count, pooled) = (s.oh / lines, s.oh * line);
+    let (piece, pooled, order) = (lines * line, s.oh * line, order(weight));
     let (mut inputs, mut winners, mut y) = (overwritten::<T>(size), overwritten_bytes(size), overwritten::<T>(size));
     let mut statistics = vec![T::ZERO; s.b * norm.groups * 2];
-    let mut sums = vec![T::ZERO; count * 3 * s.c];
+    let mut sums = vec![T::ZERO; s.oh / lines * 3 * s.c];
     let pixels = |n: usize| s.w * (line_of(s, (n + 1) * lines) - line_of(s, n * lines));
     // Sample by sample: what one leaves in the caches, it finds there.
     for (sample, statistics) in statistics.chunks_exact_mut(norm.groups * 2).enumerate() {
+        let x = &x[sample * s.h * s.w * s.c..][..s.h * s.w * s.c];
         let of_sample = sample * pooled..(sample + 1) * pooled;
         let (inputs, winners) = (&mut inputs[of_sample.clone()], &mut winners[of_sample.clone()]);
         sums.fill(T::ZERO);
-        threads::chunks3(
-            (inputs, lines * line),
-            (winners, lines * line),
-            (&mut sums, 3 * s.c),
-            &scratch,
-            |scratch, i, inputs, winners, sums| {
-                make(scratch, &mut Piece { sample, first: i * lines, lines, sums, pixels: 0, inputs, winners });
-            },
-        );
+        threads::chunks3((inputs, piece), (winners, piece), (&mut sums, 3 * s.c), |i, inputs, winners, sums| {
+            let (centre, sums) = sums.split_at_mut(s.c);
+            let (plain, squares) = sums.split_at_mut(s.c);
+            let under = |oy: usize| s.w * s.c * line_of(s, oy);
+            let first = under(i * lines);
+            centre.copy_from_slice(&x[first..][..s.c]);
+            for (oy, (inputs, winners)) in
+                (i * lines..).zip(inputs.chunks_exact_mut(line).zip(winners.chunks_exact_mut(line)))
+            {
+                reduce::add_shifted_moments(&x[under(oy)..under(oy + 1)], centre, [plain, squares]);
+                simd::vectorized(
+                    #[inline(always)]
+                    || max_line(s, oy, x, &order, inputs, winners),
+                );
+            }
+        });
         let parts = sums.chunks_exact(3 * s.c).enumerate().map(|(n, sums)| (sums, pixels(n)));
         norm::statistics_of_parts(parts, norm.epsilon, statistics);
         let (scale, shift) = norm::scale_and_shift(weight, bias, statistics);
         threads::chunks(
             &mut y[of_sample],
-            lines * line,
+            piece,
             || (),
             |(), i, y| {
-                let x = &inputs[i * lines * line..][..y.len()];
+                let x = &inputs[i * piece..][..y.len()];
                 simd::vectorized(
                     #[inline(always)]
                     || {
@@ -153,7 +113,7 @@ pub(crate) fn pieces<T: Real, S>(
 }
 
 /// By channel, 1 where a larger input is a larger output, -1 where it is a smaller one, 0 where it makes no difference.
-pub(crate) fn order<T: Real>(weight: &[T]) -> Vec<T> {
+fn order<T: Real>(weight: &[T]) -> Vec<T> {
     weight
         .iter()
         .map(|&w| {
@@ -170,7 +130,7 @@ pub(crate) fn order<T: Real>(weight: &[T]) -> Vec<T> {
 
 /// The inputs that make the maxima of output line `oy`, and which of their windows' they are.
 #[inline(always)]
-pub(crate) fn max_line<T: Real>(s: &Shape, oy: usize, x: &[T], order: &[T], inputs: &mut [T], winners: &mut [u8]) {
+fn max_line<T: Real>(s: &Shape, oy: usize, x: &[T], order: &[T], inputs: &mut [T], winners: &mut [u8]) {
     let (c, kw) = (s.c, s.window.kernel[1]);
     let whole = c - c % LANES;
     let inside = taps(s, oy, 0..kw);
@@ -252,7 +212,7 @@ pub fn vjp(
     let s = pool::shape(window, x.dims())?;
     norm::check(s.c, norm.groups, weight)?;
     let (x, gy) = (x.contiguous()?, gy.contiguous()?);
-    let (sample, pooled, c) = (s.h * s.w * s.c, s.oh * s.ow * s.c, s.c);
+    let (pooled, c) = (s.oh * s.ow * s.c, s.c);
     by_dtype!(x, T => {
         let (x, gy, statistics) = (Host::of(&x)?, Host::of(&gy)?, Host::of(&kept.statistics)?);
         let (weight, bias) = (Host::of(weight)?, Host::of(bias)?);
@@ -262,14 +222,19 @@ pub fn vjp(
         let (inputs, winners) = (inputs.slice::<T>()?, winners.slice::<u8>()?);
         let sums = parameter_sums(&s, [weight, bias], statistics, inputs, gy);
         let mut gx = overwritten::<T>(if need_input { x.len() } else { 0 });
-        threads::chunks(&mut gx, sample, || (), |(), i, gx| {
-            let (gy, winners) = (&gy[i * pooled..][..pooled], &winners[i * pooled..][..pooled]);
-            let statistics = &statistics[i * norm.groups * 2..][..norm.groups * 2];
+        let by_channel = statistics.chunks_exact(norm.groups * 2).zip(sums.chunks_exact(2 * c)).map(|(statistics, sums)| {
             let (scale, shift) = norm::scale_and_shift(weight, bias, statistics);
-            let k = norm::coefficients(weight, statistics, &sums[i * 2 * c..][..2 * c], s.h * s.w);
-            let by_channel = [&*k[0], &k[1], &k[2], &scale, &shift];
-            let x = &x[i * sample..][..sample];
-            simd::vectorized(#[inline(always)] || input_cotangent(&s, x, gy, winners, by_channel, gx));
+            let [k0, k1, k2] = norm::coefficients(weight, statistics, sums, s.h * s.w);
+            [k0, k1, k2, scale, shift]
+        });
+        let by_channel: Vec<_> = by_channel.collect();
+        threads::chunks(&mut gx, s.w * c, || Windows::new(&s), |windows, i, gx| {
+            let (b, iy) = (i / s.h, i % s.h);
+            let (gy, winners) = (&gy[b * pooled..][..pooled], &winners[b * pooled..][..pooled]);
+            windows.over(iy);
+            let by_channel = by_channel[b].each_ref().map(Vec::as_slice);
+            let x = &x[i * s.w * c..][..s.w * c];
+            simd::vectorized(#[inline(always)] || windows.input_cotangent(x, gy, winners, by_channel, gx));
         });
         let total = reduce::column_sums(&sums, 2 * c);
         let gx = if need_input { Some(tensor(gx, (s.b, s.h, s.w, c))?) } else { None };
@@ -278,13 +243,7 @@ pub fn vjp(
 }
 
 /// Each sample's [`norm::parameter_sums`], over windows.
-pub(crate) fn parameter_sums<T: Real>(
-    s: &Shape,
-    [weight, bias]: [&[T]; 2],
-    statistics: &[T],
-    inputs: &[T],
-    gy: &[T],
-) -> Vec<T> {
+fn parameter_sums<T: Real>(s: &Shape, [weight, bias]: [&[T]; 2], statistics: &[T], inputs: &[T], gy: &[T]) -> Vec<T> {
     let (pooled, groups) = (s.oh * s.ow * s.c, statistics.len() / s.b);
     let mut sums = vec![T::ZERO; s.b * 2 * s.c];
     threads::chunks(
@@ -309,51 +268,97 @@ pub(crate) fn parameter_sums<T: Real>(
 
 /// The relu's cotangent.
 #[inline(always)]
-pub(crate) fn through<T: Real>(y: T, g: T) -> T {
+fn through<T: Real>(y: T, g: T) -> T {
     if y > T::ZERO { g } else { T::ZERO }
 }
 
-/// One sample's `gx = k0 through(scale x + shift, g) + k1 x + k2`, for g the pool's cotangent at that pixel.
-#[inline(always)]
-fn input_cotangent<T: Real>(s: &Shape, x: &[T], gy: &[T], winners: &[u8], by_channel: [&[T]; 5], gx: &mut [T]) {
-    let c = s.c;
-    let tiles = pool::tiles(s);
-    if !tiles {
-        gx.fill(T::ZERO);
+/// The windows over each pixel of an input line.
+struct Windows<'a> {
+    s: &'a Shape,
+    /// By column: windows over it, and which of the window's columns it is.
+    columns: Vec<Vec<(usize, usize)>>,
+    /// Where a window's output is, and which of the window's elements the pixel is.
+    taps: Vec<(usize, u32)>,
+    /// Behind the last of each pixel's.
+    ends: Vec<usize>,
+}
+
+impl<'a> Windows<'a> {
+    fn new(s: &'a Shape) -> Self {
+        let columns = (0..s.w).map(|ix| windows(s, 1, ix, s.ow).collect()).collect();
+        Windows { s, columns, taps: Vec::new(), ends: Vec::new() }
     }
-    for oy in 0..s.oh {
-        let (gy, winners) = (&gy[oy * s.ow * c..][..s.ow * c], &winners[oy * s.ow * c..][..s.ow * c]);
-        pool::each_tap(
-            s,
-            oy,
-            #[inline(always)]
-            |tap, input, output| {
-                let gx = &mut gx[input * c..][..c];
-                let from = gy[output * c..][..c].iter().zip(&winners[output * c..][..c]);
-                let routed = gx.iter_mut().zip(from);
-                if tiles {
-                    routed.for_each(|(gx, (&g, &k))| *gx = if k == tap as u8 { g } else { T::ZERO });
-                    combine(&x[input * c..][..c], by_channel, gx);
-                } else {
-                    routed.for_each(|(gx, (&g, &k))| *gx += if k == tap as u8 { g } else { T::ZERO });
+
+    /// Those over line `iy`.
+    fn over(&mut self, iy: usize) {
+        let (s, kw) = (self.s, self.s.window.kernel[1]);
+        let lines: Vec<(usize, usize)> = windows(s, 0, iy, s.oh).collect();
+        self.taps.clear();
+        self.ends.clear();
+        for columns in &self.columns {
+            for &(oy, ky) in &lines {
+                for &(ox, kx) in columns {
+                    self.taps.push(((oy * s.ow + ox) * s.c, (ky * kw + kx) as u32));
                 }
-            },
-        );
+            }
+            self.ends.push(self.taps.len());
+        }
     }
-    if !tiles {
-        for (gx, x) in gx.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-            combine(x, by_channel, gx);
+
+    /// The line's `gx = k0 through(scale x + shift, g) + k1 x + k2`, for g the pool's cotangent there.
+    #[inline(always)]
+    fn input_cotangent<T: Real>(&self, x: &[T], gy: &[T], winners: &[u8], by_channel: [&[T]; 5], gx: &mut [T]) {
+        let c = by_channel[0].len();
+        let whole = c - c % LANES;
+        let mut begin = 0;
+        for ((x, gx), &end) in x.chunks_exact(c).zip(gx.chunks_exact_mut(c)).zip(&self.ends) {
+            let taps = &self.taps[begin..end];
+            begin = end;
+            for first in (0..whole).step_by(LANES) {
+                channels::<T, LANES>(first, taps, x, gy, winners, by_channel, gx);
+            }
+            for first in whole..c {
+                channels::<T, 1>(first, taps, x, gy, winners, by_channel, gx);
+            }
         }
     }
 }
 
-/// One pixel's `k0 through(scale x + shift, g) + k1 x + k2` in g's place.
+/// The windows, of `outputs`, over place `at` of the lines (0) or columns (1), and which of the window's places it is.
+fn windows(s: &Shape, side: usize, at: usize, outputs: usize) -> impl Iterator<Item = (usize, usize)> {
+    let [kernel, stride, at] = [s.window.kernel[side], s.window.stride[side], at + s.window.padding[side]];
+    let windows = (at + 1).saturating_sub(kernel).div_ceil(stride)..(at / stride + 1).min(outputs);
+    windows.map(move |o| (o, at - o * stride))
+}
+
+/// `N` channels of a pixel's cotangent from `first` on.
 #[inline(always)]
-fn combine<T: Real>(x: &[T], by_channel: [&[T]; 5], g: &mut [T]) {
-    let c = x.len();
-    let [k0, k1, k2, scale, shift] = by_channel;
-    let (k0, k1, k2, scale, shift, g) = (&k0[..c], &k1[..c], &k2[..c], &scale[..c], &shift[..c], &mut g[..c]);
-    for n in 0..c {
-        g[n] = k0[n] * through(x[n] * scale[n] + shift[n], g[n]) + k1[n] * x[n] + k2[n];
+fn channels<T: Real, const N: usize>(
+    first: usize,
+    taps: &[(usize, u32)],
+    x: &[T],
+    gy: &[T],
+    winners: &[u8],
+    [k0, k1, k2, scale, shift]: [&[T]; 5],
+    gx: &mut [T],
+) {
+    // Of a length known here and in places nobody else has: they stay in registers.
+    let copy = |from: &[T]| {
+        let mut to = [T::ZERO; N];
+        to.copy_from_slice(&from[first..][..N]);
+        to
+    };
+    let mut g = [T::ZERO; N];
+    for &(at, tap) in taps {
+        let (come, winners) = (copy(&gy[at..]), &winners[at + first..][..N]);
+        for n in 0..N {
+            g[n] += if u32::from(winners[n]) == tap { come[n] } else { T::ZERO };
+        }
     }
+    let (x, k0, k1, k2, scale, shift) = (copy(x), copy(k0), copy(k1), copy(k2), copy(scale), copy(shift));
+    let mut sum = [T::ZERO; N];
+    for n in 0..N {
+        sum[n] = k0[n] * through(x[n] * scale[n] + shift[n], g[n]) + k1[n] * x[n] + k2[n];
+    }
+    gx[first..][..N].copy_from_slice(&sum);
 }

@@ -60,7 +60,7 @@ pub fn max(x: &Tensor, window: &Window) -> Result<(Tensor, Tensor)> {
         let x = Host::of(&x)?;
         let x = x.slice::<T>()?;
         let mut y = overwritten::<T>(winners.len());
-        threads::chunks2(&mut y, line, &mut winners, line, |i, y, winners| {
+        threads::chunks2((&mut y, line), (&mut winners, line), || (), |(), i, y, winners| {
             let sample = &x[i / s.oh * s.h * s.w * s.c..][..s.h * s.w * s.c];
             simd::vectorized(#[inline(always)] || max_line(&s, sample, i % s.oh, y, winners));
         });

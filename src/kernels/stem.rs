@@ -147,12 +147,11 @@ impl Stem<'_> {
         let elements = p.b * p.oh * p.ow * p.c;
         let (mut output, mut winners) = (overwritten::<f32>(elements), overwritten_bytes(elements));
         let (lines, line) = (shapes.lines(), p.ow * p.c);
-        threads::chunks3(
+        threads::chunks2(
             (&mut output, lines * line),
             (&mut winners, lines * line),
-            (&mut vec![(); p.b * p.oh / lines], 1),
             || shapes.scratch(),
-            |(padded, y), i, output, winners, _| {
+            |(padded, y), i, output, winners| {
                 let (b, first) = (i * lines / p.oh, i * lines % p.oh);
                 let rows = p.window.kernel[0];
                 padded.fill(s, shapes.sample(x, b), first * rows);

@@ -71,13 +71,12 @@ pub(crate) fn chunks<T: Send, S>(
     }
 }
 
-/// As [`chunks`] without working memory, on two slices cut in step: chunk `i` of `a` (`size_a`) with that of `b`.
-pub(crate) fn chunks2<T: Send, U: Send>(
-    a: &mut [T],
-    size_a: usize,
-    b: &mut [U],
-    size_b: usize,
-    f: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+/// As [`chunks`] on two slices cut in step: chunk `i` of `a` (`size_a`) with that of `b`.
+pub(crate) fn chunks2<T: Send, U: Send, S>(
+    (a, size_a): (&mut [T], usize),
+    (b, size_b): (&mut [U], usize),
+    scratch: impl Fn() -> S + Sync,
+    f: impl Fn(&mut S, usize, &mut [T], &mut [U]) + Sync,
 ) {
     if a.is_empty() {
         return;
@@ -85,19 +84,21 @@ pub(crate) fn chunks2<T: Send, U: Send>(
     match pool() {
         Some(pool) if a.len() > size_a => pool.install(|| {
             let both = a.par_chunks_mut(size_a).zip(b.par_chunks_mut(size_b)).enumerate();
-            both.for_each(|(i, (x, y))| f(i, x, y));
+            both.for_each_init(&scratch, |s, (i, (x, y))| f(s, i, x, y));
         }),
-        _ => a.chunks_mut(size_a).zip(b.chunks_mut(size_b)).enumerate().for_each(|(i, (x, y))| f(i, x, y)),
+        _ => {
+            let mut s = scratch();
+            a.chunks_mut(size_a).zip(b.chunks_mut(size_b)).enumerate().for_each(|(i, (x, y))| f(&mut s, i, x, y));
+        }
     }
 }
 
-/// As [`chunks`] on three slices cut in step.
-pub(crate) fn chunks3<T: Send, U: Send, V: Send, S>(
+/// As [`chunks`] without working memory, on three slices cut in step.
+pub(crate) fn chunks3<T: Send, U: Send, V: Send>(
     (a, size_a): (&mut [T], usize),
     (b, size_b): (&mut [U], usize),
     (c, size_c): (&mut [V], usize),
-    scratch: impl Fn() -> S + Sync,
-    f: impl Fn(&mut S, usize, &mut [T], &mut [U], &mut [V]) + Sync,
+    f: impl Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync,
 ) {
     if a.is_empty() {
         return;
@@ -105,12 +106,11 @@ pub(crate) fn chunks3<T: Send, U: Send, V: Send, S>(
     match pool() {
         Some(pool) if a.len() > size_a => pool.install(|| {
             let all = a.par_chunks_mut(size_a).zip(b.par_chunks_mut(size_b)).zip(c.par_chunks_mut(size_c));
-            all.enumerate().for_each_init(&scratch, |s, (i, ((x, y), z))| f(s, i, x, y, z));
+            all.enumerate().for_each(|(i, ((x, y), z))| f(i, x, y, z));
         }),
         _ => {
-            let mut s = scratch();
             let all = a.chunks_mut(size_a).zip(b.chunks_mut(size_b)).zip(c.chunks_mut(size_c));
-            all.enumerate().for_each(|(i, ((x, y), z))| f(&mut s, i, x, y, z));
+            all.enumerate().for_each(|(i, ((x, y), z))| f(i, x, y, z));
         }
     }
 }
