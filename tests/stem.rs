@@ -86,6 +86,7 @@ fn computed_together_is_computed_apart() -> Result<()> {
         ([1, 5, 7, 2], 80, 1, 0, false, 5, 1, 3.0),
         ([4, 12, 12, 1], 96, 5, 2, true, 96, 4, 0.0),
         ([2, 5, 3, 3], 16, 3, 1, false, 4, 1, 0.0),
+        ([2, 28, 28, 3], 16, 3, 0, false, 4, 2, 20.0),
     ] {
         let what = format!("{shape:?} -> {out}, {kernel}x{kernel}, padding {padding}, {groups} groups, pool {pool}");
         let layers = layers(out, kernel, padding, bias, groups, pool);

@@ -52,12 +52,28 @@ impl Padded {
     pub(crate) fn fill(&mut self, s: &Shape, sample: &[f32], first: usize) {
         let at = self.before + s.window.padding[1] * s.c;
         for (k, line) in self.data.chunks_exact_mut(self.length).enumerate() {
-            let inside = &mut line[at..][..s.w * s.c];
+            let (left, line) = line.split_at_mut(at);
+            let (inside, right) = line.split_at_mut(s.w * s.c);
+            left.fill(0.0);
+            right.fill(0.0);
             match (first + k).checked_sub(s.window.padding[0]).filter(|&iy| iy < s.h) {
                 Some(iy) => inside.copy_from_slice(&sample[iy * s.w * s.c..][..s.w * s.c]),
                 None => inside.fill(0.0),
             }
         }
+    }
+
+    /// Subtracts `centre` from every pixel, also those of the border, until the next are taken in.
+    pub(crate) fn shift(&mut self, centre: &[f32]) {
+        let line: Vec<f32> = centre.iter().copied().cycle().take(self.length - self.before).collect();
+        simd::vectorized(
+            #[inline(always)]
+            || {
+                for to in self.data.chunks_exact_mut(self.length) {
+                    to[self.before..].iter_mut().zip(&line).for_each(|(x, c)| *x -= c);
+                }
+            },
+        );
     }
 
     /// Elements from one line to the next.

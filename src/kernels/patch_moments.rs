@@ -98,7 +98,7 @@ fn add_scaled(sums: &mut [f64], values: &[f32], factor: f64) {
 /// An element of one patch is another element of the next one, so products depend, but for what lies at the borders, on the
 /// distance alone. Lines and columns are summed in zones: single ones at both ends, and those between, which belong to every element
 /// of the kernel. Element ky of a column of the kernel meets zones `ky..ky + kh`.
-pub(crate) fn write(s: &Shape, padded: &Padded, moments: &mut [f64]) {
+pub(crate) fn write(s: &Shape, padded: &mut Padded, moments: &mut [f64]) {
     let (c, [kh, kw]) = (s.c, s.window.kernel);
     let lines = s.oh + kh - 1;
     let width = ((2 * kw - 1) * c).next_multiple_of(few::LANES);
@@ -109,16 +109,19 @@ pub(crate) fn write(s: &Shape, padded: &Padded, moments: &mut [f64]) {
     let mut plain = vec![0f64; zones[0] * zones[1] * c];
     for line in 0..lines {
         let zone = zone_of(line, kh, s.oh);
-        let mut column = padded.from(line).chunks_exact(c);
         for z in 0..zones[1] {
-            let mut sums = [0f32; 4];
-            for pixel in column.by_ref().take(range_of(z, kw, s.ow).len()) {
-                sums.iter_mut().zip(pixel).for_each(|(sum, &x)| *sum += x);
-            }
+            let columns = range_of(z, kw, s.ow);
+            let sums = sum_of_pixels(&padded.from(line)[columns.start * c..columns.end * c], c);
             let to = plain[(zone * zones[1] + z) * c..][..c].iter_mut();
             to.zip(sums).for_each(|(to, sum)| *to += f64::from(sum));
         }
     }
+    // Products of differences from the mean: sums of 32-bit squares far from it would lose the variance.
+    let pixels = (lines * (s.ow + kw - 1)) as f64;
+    let mean = |channel| plain.iter().skip(channel).step_by(c).sum::<f64>() / pixels;
+    let centre: Vec<f32> = (0..c).map(|channel| mean(channel) as f32).collect();
+    padded.shift(&centre);
+    let padded = &*padded;
     // The line at hand, which is in zone `line`, times itself and those below, within a zone of columns.
     let mut sums = vec![0f32; ROWS * cell];
     let mut sum = |(line, z): (usize, usize), at: Range<usize>, step: usize, x: &[f32], ys: &[&[f32]], first: usize| {
@@ -169,10 +172,31 @@ pub(crate) fn write(s: &Shape, padded: &Padded, moments: &mut [f64]) {
             let line = |zy: usize| (zy * kh + distance) * plane + inside;
             let product = (ky..ky + kh).flat_map(|zy| (kx..kx + kw).map(move |zx| line(zy) + zx * cell));
             let product: f64 = product.map(|at| products[at]).sum();
+            let [a, b] = [channel, of_other].map(|channel| f64::from(centre[channel]));
+            let shifted = a * of_patches[other] + b * of_patches[k] - a * b * (s.oh * s.ow) as f64;
+            let product = product + shifted;
             of_products[k * s.patch() + other] = product;
             of_products[other * s.patch() + k] = product;
         }
     }
+}
+
+/// By channel, of `c` up to 4.
+fn sum_of_pixels(pixels: &[f32], c: usize) -> [f32; 4] {
+    // As many pixels as make whole vectors of every number of channels.
+    const PIXELS: usize = few::LANES;
+    let mut lanes = [0f32; 4 * PIXELS];
+    let together = pixels.chunks_exact(PIXELS * c);
+    let rest = together.remainder();
+    simd::vectorized(
+        #[inline(always)]
+        || together.for_each(|x| lanes.iter_mut().zip(x).for_each(|(sum, x)| *sum += x)),
+    );
+    let mut sums = [0f32; 4];
+    for pixel in lanes.chunks_exact(c).chain(rest.chunks_exact(c)) {
+        sums.iter_mut().zip(pixel).for_each(|(sum, x)| *sum += x);
+    }
+    sums
 }
 
 /// The zone of line `n` under `outputs` output lines of a kernel of `kernel`.
@@ -252,11 +276,8 @@ impl Outer<'_> {
                     }
                 }
             }
-            for d in 0..D {
-                for k in 0..C {
-                    let to = &mut self.sums[(d * C + k) * self.width + column..][..S::F32_LANES];
-                    S::as_mut_simd_f32s(to).0[0] = sums[d][k];
-                }
+            for (to, sum) in self.sums.chunks_exact_mut(self.width).zip(sums.as_flattened()) {
+                S::as_mut_simd_f32s(&mut to[column..][..S::F32_LANES]).0[0] = *sum;
             }
         }
     }

@@ -41,11 +41,12 @@ pub struct Kept {
     pub moments: Tensor,
     /// Mean and inverse deviation of each group, `[B, groups, 2]`.
     pub statistics: Tensor,
-    /// The output.
-    pub output: Tensor,
-    /// Which of its window's elements each maximum is, row-major, u8.
+    /// Which of its window's elements each maximum is, row-major, u8; 255 where the relu leaves nothing of it.
     pub winners: Tensor,
 }
+
+/// No element of a window.
+const NONE: u8 = u8::MAX;
 
 /// The parameters' gradients.
 pub struct Gradients {
@@ -101,7 +102,10 @@ impl Stem<'_> {
             && self.shapes(x.dims()).is_ok_and(|shapes| {
                 let s = &shapes.conv;
                 let [kh, kw] = s.window.kernel;
-                few::suits(s) && s.window.stride == [1, 1] && s.oh >= kh && s.ow >= kw && pool::tiles(&shapes.pool)
+                let pool = &shapes.pool;
+                let elements: usize = pool.window.kernel.iter().product();
+                let plain = few::suits(s) && s.window.stride == [1, 1] && s.oh >= kh && s.ow >= kw;
+                plain && pool::tiles(pool) && elements <= usize::from(NONE)
             })
     }
 
@@ -169,14 +173,12 @@ impl Stem<'_> {
             },
         );
         let dims = (p.b, p.oh, p.ow, p.c);
-        let output = tensor(output, dims)?;
         let kept = Kept {
             moments: tensor(moments, (s.b, size))?,
             statistics: tensor(statistics, (s.b, groups, 2))?,
-            output: output.clone(),
             winners: Tensor::from_vec(winners, dims, &Device::Cpu)?,
         };
-        Ok((output, kept))
+        Ok((tensor(output, dims)?, kept))
     }
 
     /// Mean and inverse deviation of each group of a sample's output.
@@ -214,10 +216,10 @@ impl Stem<'_> {
         let (bias, scale) = (self.bias.map(Host::of).transpose()?, scale.slice::<f32>()?);
         let bias = bias.as_ref().map(|b| b.slice::<f32>()).transpose()?;
         let parameters = (&*packed, bias);
-        let (moments, statistics, output, winners) =
-            (Host::of(&kept.moments)?, Host::of(&kept.statistics)?, Host::of(&kept.output)?, Host::of(&kept.winners)?);
+        let (moments, statistics, winners) =
+            (Host::of(&kept.moments)?, Host::of(&kept.statistics)?, Host::of(&kept.winners)?);
         let (moments, statistics) = (moments.slice::<f64>()?, statistics.slice::<f32>()?);
-        let (output, winners) = (output.slice::<f32>()?, winners.slice::<u8>()?);
+        let winners = winners.slice::<u8>()?;
 
         // Of each piece of work, patches times g, and then g, summed.
         let (lines, line, rows, taps) = (shapes.lines(), p.ow * p.c, p.window.kernel[0], shapes.taps());
@@ -233,10 +235,10 @@ impl Stem<'_> {
                 let (part, sums) = part.split_at_mut(product);
                 for k in 0..lines {
                     let at = (i * lines + k) * line..(i * lines + k + 1) * line;
-                    let of = Cotangent { gy: &gy[at.clone()], y: &output[at.clone()], winners: &winners[at] };
+                    let (gy, winners) = (&gy[at.clone()], &winners[at]);
                     simd::vectorized(
                         #[inline(always)]
-                        || of.spread(p, &taps, g, sums),
+                        || spread(p, gy, winners, &taps, g, sums),
                     );
                     for (row, g) in g.chunks_exact(s.ow * s.o).enumerate() {
                         few::add_line_gradient(s, padded, k * rows + row, g, part);
@@ -320,8 +322,9 @@ fn max_line(
             for (tap, &at) in (0u32..).zip(taps) {
                 let y = &y[at..][..LANES];
                 for n in 0..LANES {
-                    // What is no number need not win here to be noticed: the norm's statistics are none then either.
                     let v = y[n] * a[n] + b[n];
+                    // What is no number wins, so that it is noticed: all are none then, as the norm's statistics are.
+                    #[allow(clippy::neg_cmp_op_on_partial_ord)]
                     let wins = !(v <= best[n]);
                     best[n] = if wins { v } else { best[n] };
                     winner[n] = if wins { tap } else { winner[n] };
@@ -329,43 +332,38 @@ fn max_line(
             }
             let at = ox * c + first..ox * c + first + LANES;
             output[at.clone()].iter_mut().zip(best).for_each(|(to, v)| *to = if v < 0.0 { 0.0 } else { v });
+            for n in 0..LANES {
+                winner[n] = if best[n] > 0.0 { winner[n] } else { u32::from(NONE) };
+            }
             winners[at].iter_mut().zip(winner).for_each(|(to, tap)| *to = tap as u8);
         }
     }
 }
 
-/// A line of the output's cotangent, with what its forward pass kept.
-struct Cotangent<'a> {
-    gy: &'a [f32],
-    y: &'a [f32],
-    winners: &'a [u8],
-}
-
-impl Cotangent<'_> {
-    /// The cotangent through the relu at its windows' winners, zeros elsewhere: the lines under it, `g`. Adds its sums by channel.
-    #[inline(always)]
-    fn spread(&self, p: &Shape, taps: &[usize], g: &mut [f32], sums: &mut [f32]) {
-        let ([_, kw], c) = (p.window.kernel, p.c);
-        for ox in 0..p.ow {
-            for first in (0..c).step_by(LANES) {
-                let at = ox * c + first..ox * c + first + LANES;
-                let (y, gy, winners) = (&self.y[at.clone()], &self.gy[at.clone()], &self.winners[at]);
-                // Copies of a known length, which stay in registers.
-                let (mut through, mut winner) = ([0f32; LANES], [0u32; LANES]);
-                through.copy_from_slice(gy);
+/// A line `gy` of the output's cotangent at its windows' winners, zeros elsewhere: the lines under it, `g`. Adds its sums by
+/// channel.
+#[inline(always)]
+fn spread(p: &Shape, gy: &[f32], winners: &[u8], taps: &[usize], g: &mut [f32], sums: &mut [f32]) {
+    let ([_, kw], c) = (p.window.kernel, p.c);
+    for ox in 0..p.ow {
+        for first in (0..c).step_by(LANES) {
+            let at = ox * c + first..ox * c + first + LANES;
+            let (gy, winners) = (&gy[at.clone()], &winners[at]);
+            // Copies of a known length, which stay in registers.
+            let (mut through, mut winner) = ([0f32; LANES], [0u32; LANES]);
+            through.copy_from_slice(gy);
+            for n in 0..LANES {
+                winner[n] = u32::from(winners[n]);
+                through[n] = if winner[n] == u32::from(NONE) { 0.0 } else { through[n] };
+            }
+            sums[first..][..LANES].iter_mut().zip(through).for_each(|(sum, v)| *sum += v);
+            let g = &mut g[ox * kw * c + first..];
+            for (tap, &at) in (0u32..).zip(taps) {
+                let mut here = [0f32; LANES];
                 for n in 0..LANES {
-                    through[n] = if y[n] > 0.0 { through[n] } else { 0.0 };
-                    winner[n] = u32::from(winners[n]);
+                    here[n] = if winner[n] == tap { through[n] } else { 0.0 };
                 }
-                sums[first..][..LANES].iter_mut().zip(through).for_each(|(sum, v)| *sum += v);
-                let g = &mut g[ox * kw * c + first..];
-                for (tap, &at) in (0u32..).zip(taps) {
-                    let mut here = [0f32; LANES];
-                    for n in 0..LANES {
-                        here[n] = if winner[n] == tap { through[n] } else { 0.0 };
-                    }
-                    g[at..][..LANES].copy_from_slice(&here);
-                }
+                g[at..][..LANES].copy_from_slice(&here);
             }
         }
     }

@@ -66,9 +66,7 @@ impl Layer for Stem {
             let y = self.conv.forward(x, pass, tape)?;
             return self.norm.forward(&y, pass, tape);
         };
-        [x.clone(), kept.moments, kept.statistics, kept.output, kept.winners]
-            .into_iter()
-            .for_each(|kept| tape.push(kept));
+        [x.clone(), kept.moments, kept.statistics, kept.winners].into_iter().for_each(|kept| tape.push(kept));
         Ok(y)
     }
 
@@ -77,9 +75,8 @@ impl Layer for Stem {
             let g = self.norm.vjp(gy, pass, tape, true)?;
             return g.map_or(Ok(None), |g| self.conv.vjp(&g, pass, tape, need_input));
         }
-        let (winners, output, statistics) = (tape.pop()?, tape.pop()?, tape.pop()?);
-        let (moments, x) = (tape.pop()?, tape.pop()?);
-        let kept = Kept { moments, statistics, output, winners };
+        let (winners, statistics, moments, x) = (tape.pop()?, tape.pop()?, tape.pop()?, tape.pop()?);
+        let kept = Kept { moments, statistics, winners };
         let sum = self.conv.weight.grad.take();
         let Some(kernel) = self.kernel() else { return Err(Error::Run("a stem without its pool".into())) };
         let gradients = kernel.vjp(&x, &kept, gy, sum)?;
