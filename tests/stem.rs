@@ -128,6 +128,24 @@ fn computed_together_is_computed_apart() -> Result<()> {
     Ok(())
 }
 
+/// One pixel that is no number spoils its sample, as it does layer by layer, and no other.
+#[test]
+fn what_is_no_number_stays_visible() -> Result<()> {
+    let layers = layers(16, 3, 1, true, 4, 2);
+    let mut values = values(&random(&[2, 12, 12, 3], 2)?)?.into_iter().map(|v| v as f32).collect::<Vec<f32>>();
+    for bad in [f32::NAN, f32::INFINITY] {
+        values[3 * 40] = bad;
+        let x = Tensor::from_slice(&values, (2, 12, 12, 3), &Device::Cpu)?;
+        let found = outcome(&layers, &x, DType::F32, false)?;
+        let y = found.all[0].1.flatten_all()?.to_vec1::<f32>()?;
+        let (spoilt, whole) = y.split_at(y.len() / 2);
+        assert!(spoilt.iter().all(|v| v.is_nan()) && whole.iter().all(|v| v.is_finite()), "{bad}");
+        let weight = &found.all.iter().find(|(name, _)| name.ends_with("conv2d.weight")).expect("a gradient").1;
+        assert!(weight.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_nan()), "{bad}");
+    }
+    Ok(())
+}
+
 /// What the kernel has not: other strides and windows that overlap, a sum of both, and no pool at all.
 #[test]
 fn other_layers_stay_apart() -> Result<()> {
