@@ -1,7 +1,7 @@
 //! A network's first convolution with group norm, relu and max pool behind it, in one pass over lines that stay in a cache: the
 //! convolution's output, many times its input, never is in memory, nor is its cotangent. 32-bit floats.
 //!
-//! The norm's statistics come of the input alone ([`patch_moments`]), so they are there before the first line is.
+//! The norm's statistics come of the input alone (`patch_moments`), so they are there before the first line is.
 //!
 //! A norm's input cotangent is `k0 g + k1 y + k2` by channel, for y the convolution's output and g the pool's cotangent through the
 //! relu. Of these only g goes through the lines, for the sum P of patches times g. What y adds to the weight's gradient also comes
