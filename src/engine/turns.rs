@@ -172,12 +172,15 @@ mod tests {
         let mut seats: Vec<Option<Seat>> = seats.into_iter().map(Some).collect();
         let (tell, told) = channel();
         std::thread::scope(|scope| {
+            let mut threads = Vec::new();
             for (waiting, worker) in [3, 1, 2].into_iter().enumerate() {
                 let (mut seat, tell) = (seats[worker].take().unwrap(), tell.clone());
-                scope.spawn(move || {
+                // The turn lasts until the thread is joined.
+                threads.push(scope.spawn(move || {
                     let turn = seat.take();
                     tell.send((worker, turn._held.place)).unwrap();
-                });
+                    turn
+                }));
                 while all.state().waiting.len() <= waiting {
                     std::thread::yield_now();
                 }
@@ -186,7 +189,8 @@ mod tests {
             assert_eq!(told.recv().unwrap(), (1, 0), "3 asked first, but computed elsewhere");
             drop(one);
             assert_eq!(told.recv().unwrap(), (3, 1));
-            assert_eq!(told.recv().unwrap().0, 2);
+            drop(threads.remove(1).join().unwrap());
+            assert_eq!(told.recv().unwrap(), (2, 0), "nobody who waits computed there");
         });
         let free = &mut all.state().free;
         free.sort_unstable();
