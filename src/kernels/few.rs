@@ -121,7 +121,7 @@ pub(crate) fn weight_gradient(s: &Shape, x: &[f32], gy: &[f32]) -> Vec<f32> {
 }
 
 /// The sum of parts of `size` elements, in order.
-pub(crate) fn sum_of(parts: &[f32], size: usize) -> Vec<f32> {
+fn sum_of(parts: &[f32], size: usize) -> Vec<f32> {
     let mut total = vec![0.0; size];
     parts.chunks_exact(size).for_each(|part| add(&mut total, part));
     total
@@ -144,13 +144,13 @@ pub(crate) fn add_line_gradient(s: &Shape, padded: &Padded, k: usize, gy: &[f32]
 
 /// Vectors that lie `step` elements one behind the other, and may overlap.
 #[derive(Clone, Copy)]
-pub(crate) struct Steps<'a> {
-    pub data: &'a [f32],
-    pub step: usize,
+struct Steps<'a> {
+    data: &'a [f32],
+    step: usize,
 }
 
 /// Adds the sum over `at` of the outer products of `rows` elements of x and `columns` of y, a multiple of 16, to `out`.
-pub(crate) fn add_outer(at: Range<usize>, rows: usize, x: Steps, y: Steps, columns: usize, out: &mut [f32]) {
+fn add_outer(at: Range<usize>, rows: usize, x: Steps, y: Steps, columns: usize, out: &mut [f32]) {
     simd::dispatch(Outer { at, rows, x, y, columns, out });
 }
 
