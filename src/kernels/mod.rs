@@ -22,6 +22,7 @@ mod onednn;
 mod patch_moments;
 mod patches;
 pub mod pool;
+mod pooled_gradient;
 mod real;
 mod reduce;
 pub mod resample;

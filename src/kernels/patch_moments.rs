@@ -193,7 +193,13 @@ fn sum_of_pixels(pixels: &[f32], c: usize) -> [f32; 4] {
         || together.for_each(|x| lanes.iter_mut().zip(x).for_each(|(sum, x)| *sum += x)),
     );
     let mut sums = [0f32; 4];
-    for pixel in lanes.chunks_exact(c).chain(rest.chunks_exact(c)) {
+    let mut half = if pixels.len() < PIXELS * c { 0 } else { PIXELS * c / 2 };
+    while half >= c {
+        let (to, from) = lanes.split_at_mut(half);
+        to.iter_mut().zip(from).for_each(|(to, v)| *to += *v);
+        half /= 2;
+    }
+    for pixel in [&lanes[..c]].into_iter().chain(rest.chunks_exact(c)) {
         sums.iter_mut().zip(pixel).for_each(|(sum, x)| *sum += x);
     }
     sums

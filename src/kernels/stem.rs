@@ -14,6 +14,7 @@ use super::few::{self, Padded};
 use super::im2col::{Shape, add};
 use super::norm::{self, GroupNorm};
 use super::patch_moments::{self, Parameters, PatchMoments};
+use super::pooled_gradient::{self, NONE, PooledGradient};
 use super::{Host, Window, host, overwritten, overwritten_bytes, patches, pool, simd, tensor, threads};
 use crate::Result;
 
@@ -45,9 +46,6 @@ pub struct Kept {
     pub winners: Tensor,
 }
 
-/// No element of a window.
-const NONE: u8 = u8::MAX;
-
 /// The parameters' gradients.
 pub struct Gradients {
     /// The convolution's weight's, added to what was given.
@@ -75,15 +73,9 @@ impl Shapes {
         self.pool.window.kernel[0] * self.conv.ow * self.conv.o
     }
 
-    /// Where a window's elements lie behind its first in the convolution's output.
-    fn taps(&self) -> Vec<usize> {
-        let (p, [kh, kw]) = (&self.pool, self.pool.window.kernel);
-        (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * p.c).collect()
-    }
-
-    /// Room for the input of a piece of work, and for the convolution's lines under one of its.
-    fn scratch(&self) -> (Padded, Vec<f32>) {
-        (Padded::new(&self.conv, self.lines() * self.pool.window.kernel[0]), overwritten(self.under_line()))
+    /// Room for the input of a piece of work.
+    fn padded(&self) -> Padded {
+        Padded::new(&self.conv, self.lines() * self.pool.window.kernel[0])
     }
 
     /// Sample `b` of the input.
@@ -146,7 +138,7 @@ impl Stem<'_> {
             self.statistics(&PatchMoments::of(s, moments), (&packed, bias), statistics);
         }
         let affine = statistics.chunks_exact(groups * 2).map(|s| norm::scale_and_shift(scale, shift, s));
-        let (affine, taps): (Vec<_>, _) = (affine.collect(), shapes.taps());
+        let (affine, taps): (Vec<_>, _) = (affine.collect(), pooled_gradient::taps(p));
 
         let elements = p.b * p.oh * p.ow * p.c;
         let (mut output, mut winners) = (overwritten::<f32>(elements), overwritten_bytes(elements));
@@ -154,8 +146,8 @@ impl Stem<'_> {
         threads::chunks2(
             (&mut output, lines * line),
             (&mut winners, lines * line),
-            || shapes.scratch(),
-            |(padded, y), i, output, winners| {
+            || (shapes.padded(), overwritten(shapes.under_line())),
+            |(padded, y): &mut (_, Vec<f32>), i, output, winners| {
                 let (b, first) = (i * lines / p.oh, i * lines % p.oh);
                 let rows = p.window.kernel[0];
                 padded.fill(s, shapes.sample(x, b), first * rows);
@@ -222,27 +214,20 @@ impl Stem<'_> {
         let winners = winners.slice::<u8>()?;
 
         // Of each piece of work, patches times g, and then g, summed.
-        let (lines, line, rows, taps) = (shapes.lines(), p.ow * p.c, p.window.kernel[0], shapes.taps());
+        let (lines, line, rows) = (shapes.lines(), p.ow * p.c, p.window.kernel[0]);
         let (product, size) = (s.patch() * s.o, (s.patch() + 1) * s.o);
         let mut parts = vec![0f32; p.b * p.oh / lines * size];
         threads::chunks(
             &mut parts,
             size,
-            || shapes.scratch(),
-            |(padded, g), i, part| {
+            || (shapes.padded(), PooledGradient::new(s, p)),
+            |(padded, gradient), i, part| {
                 let (b, first) = (i * lines / p.oh, i * lines % p.oh);
                 padded.fill(s, shapes.sample(x, b), first * rows);
                 let (part, sums) = part.split_at_mut(product);
                 for k in 0..lines {
-                    let at = (i * lines + k) * line..(i * lines + k + 1) * line;
-                    let (gy, winners) = (&gy[at.clone()], &winners[at]);
-                    simd::vectorized(
-                        #[inline(always)]
-                        || spread(p, gy, winners, &taps, g, sums),
-                    );
-                    for (row, g) in g.chunks_exact(s.ow * s.o).enumerate() {
-                        few::add_line_gradient(s, padded, k * rows + row, g, part);
-                    }
+                    let at = (i * lines + k) * line..;
+                    gradient.add_line((s, p), (padded, k), (&gy[at.clone()], &winners[at]), (part, sums));
                 }
             },
         );
@@ -336,35 +321,6 @@ fn max_line(
                 winner[n] = if best[n] > 0.0 { winner[n] } else { u32::from(NONE) };
             }
             winners[at].iter_mut().zip(winner).for_each(|(to, tap)| *to = tap as u8);
-        }
-    }
-}
-
-/// A line `gy` of the output's cotangent at its windows' winners, zeros elsewhere: the lines under it, `g`. Adds its sums by
-/// channel.
-#[inline(always)]
-fn spread(p: &Shape, gy: &[f32], winners: &[u8], taps: &[usize], g: &mut [f32], sums: &mut [f32]) {
-    let ([_, kw], c) = (p.window.kernel, p.c);
-    for ox in 0..p.ow {
-        for first in (0..c).step_by(LANES) {
-            let at = ox * c + first..ox * c + first + LANES;
-            let (gy, winners) = (&gy[at.clone()], &winners[at]);
-            // Copies of a known length, which stay in registers.
-            let (mut through, mut winner) = ([0f32; LANES], [0u32; LANES]);
-            through.copy_from_slice(gy);
-            for n in 0..LANES {
-                winner[n] = u32::from(winners[n]);
-                through[n] = if winner[n] == u32::from(NONE) { 0.0 } else { through[n] };
-            }
-            sums[first..][..LANES].iter_mut().zip(through).for_each(|(sum, v)| *sum += v);
-            let g = &mut g[ox * kw * c + first..];
-            for (tap, &at) in (0u32..).zip(taps) {
-                let mut here = [0f32; LANES];
-                for n in 0..LANES {
-                    here[n] = if winner[n] == tap { through[n] } else { 0.0 };
-                }
-                g[at..][..LANES].copy_from_slice(&here);
-            }
         }
     }
 }
