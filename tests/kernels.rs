@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::kernels::conv::{self, Algorithm, Conv, Convolution};
+use sideways::kernels::conv::{self, Algorithm, Conv, Convolution, Wanted};
 use sideways::kernels::norm::GroupNorm;
 use sideways::kernels::{Window, activation, batch_norm, norm, norm_pool, pool, resample, with_threads};
 use sideways::model::layers::{Pass, Tape};
@@ -79,6 +79,7 @@ fn check_convolution(conv: Conv, [b, h, w, c]: [usize; 4], o: usize, algorithm: 
         gx[i] += f64::from(ws[j]) * f64::from(gs[k]);
         gw[j] += f64::from(xs[i]) * f64::from(gs[k]);
     });
+    let with_x: Vec<f64> = gx.iter().zip(&xs).map(|(&g, &x)| g + f64::from(x)).collect();
     let gb: Vec<f64> = (0..o).map(|n| gs.iter().skip(n).step_by(o).map(|&g| f64::from(g)).sum()).collect();
     let found = Convolution::new(conv).algorithm(x.dims(), weight.dims())?;
     assert_eq!(found, algorithm, "{conv:?} of {:?}", x.dims());
@@ -93,9 +94,12 @@ fn check_convolution(conv: Conv, [b, h, w, c]: [usize; 4], o: usize, algorithm: 
             let (found, kept) = convolution.forward(&x, &weight, Some(&bias))?;
             close("forward", &found, &y, tolerance)?;
             let sum = Some(weight.copy()?);
-            let (sum, input) = convolution.vjp(x.dims(), &kept, &weight, &gy, sum, true)?;
+            let (sum, input) = convolution.vjp(x.dims(), &kept, &weight, &gy, sum, Wanted::Cotangent)?;
             close("input gradient", &input.unwrap(), &gx, tolerance)?;
             close("weight gradient", &sum, &gw, tolerance)?;
+            let onto = Wanted::AddedTo(x.copy()?);
+            let (_, sum) = convolution.vjp(x.dims(), &kept, &weight, &gy, None, onto)?;
+            close("input gradient added to another", &sum.unwrap(), &with_x, tolerance)?;
         }
         close("bias gradient", &conv::bias_gradient(&gy)?, &gb, tolerance)?;
     }
@@ -236,7 +240,7 @@ fn threads_do_not_change_a_bit() -> Result<()> {
         for (conv, w) in [(&conv, &w), (&strided, &half), (&Conv::pointwise(), &point)] {
             let mut convolution = Convolution::new(*conv);
             let (y, kept) = convolution.forward(&x, w, None)?;
-            let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, true)?;
+            let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, Wanted::Cotangent)?;
             found.extend(gx.into_iter().chain([gw, conv::bias_gradient(&y)?, y]));
         }
         let group = GroupNorm { groups: 4, epsilon: 1e-5, relu: true };

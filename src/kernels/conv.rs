@@ -8,7 +8,9 @@
 use candle_core::{Tensor, TensorId, WithDType};
 
 use super::im2col::{Shape, add};
-use super::{Host, Real, Window, by_dtype, few, host, overwritten, patches, reduce, tensor, unpacked, winograd};
+use super::{
+    Host, Real, Window, activation, by_dtype, few, host, overwritten, patches, reduce, tensor, unpacked, winograd,
+};
 #[cfg(onednn)]
 use super::{onednn, threads};
 use crate::{Error, Result};
@@ -43,6 +45,23 @@ impl Conv {
         }
         let [oh, ow] = self.window.output(h, width)?;
         Ok(Shape { b, h, w: width, c, oh, ow, o, g, window: self.window })
+    }
+}
+
+/// What [`Convolution::vjp`] is to make of the input's cotangent.
+pub enum Wanted {
+    /// Nothing.
+    Nothing,
+    /// It.
+    Cotangent,
+    /// Its sum with this one, which nobody else holds (it may be changed in place).
+    AddedTo(Tensor),
+}
+
+impl From<bool> for Wanted {
+    /// It or nothing.
+    fn from(needed: bool) -> Self {
+        if needed { Wanted::Cotangent } else { Wanted::Nothing }
     }
 }
 
@@ -191,8 +210,8 @@ impl Convolution {
     }
 
     /// `(gw, gx)` from the output's cotangent `gy`, for an input of shape `x` and what its forward call kept: `gw` is the
-    /// weight's gradient added to `sum`, a gradient so far that nobody else holds (it is changed in place); `gx`, the
-    /// input's cotangent, comes only where `need_input`.
+    /// weight's gradient added to `sum`, a gradient so far that nobody else holds (it is changed in place); `gx` the input's
+    /// cotangent, if `wanted`.
     ///
     /// # Errors
     /// As [`Convolution::forward`].
@@ -203,7 +222,7 @@ impl Convolution {
         weight: &Tensor,
         gy: &Tensor,
         sum: Option<Tensor>,
-        need_input: bool,
+        wanted: Wanted,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (weight, gy) = (weight.contiguous()?, gy.contiguous()?);
         by_dtype!(gy, T => {
@@ -216,7 +235,16 @@ impl Convolution {
             };
             let (kept, cotangent, w) = (Host::of(kept)?, Host::of(&gy)?, Host::of(&weight)?);
             let (kept, cotangent, w) = (kept.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
-            let mut gx = overwritten::<T>(if need_input { s.b * s.h * s.w * s.c } else { 0 });
+            let (need_input, onto) = match wanted {
+                Wanted::Nothing => (false, None),
+                Wanted::Cotangent => (true, None),
+                Wanted::AddedTo(onto) => (true, Some(onto)),
+            };
+            if let Some(onto) = &onto {
+                same(onto.elem_count(), s.b * s.h * s.w * s.c, "input's cotangent")?;
+            }
+            let in_place = onto.is_some() && ready.algorithm == Algorithm::Winograd;
+            let mut gx = overwritten::<T>(if need_input && !in_place { s.b * s.h * s.w * s.c } else { 0 });
             match ready.algorithm {
                 Algorithm::Winograd => {
                     let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
@@ -224,7 +252,14 @@ impl Convolution {
                     host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, kept, &z, sum))?;
                     if need_input {
                         let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
-                        winograd::input_gradient(&s, &z, Host::of(&u)?.slice()?, &mut gx);
+                        let u = Host::of(&u)?;
+                        let u = u.slice()?;
+                        if let Some(onto) = onto {
+                            let onto = onto.contiguous()?;
+                            host::update::<T>(&onto, |gx| winograd::add_input_gradient(&s, &z, u, gx, false))?;
+                            return Ok((sum, Some(onto)));
+                        }
+                        winograd::add_input_gradient(&s, &z, u, &mut gx, true);
                     }
                 }
                 Algorithm::Unpacked => {
@@ -268,6 +303,10 @@ impl Convolution {
                 }
             }
             let gx = if need_input { Some(tensor(gx, (s.b, s.h, s.w, s.c))?) } else { None };
+            let gx = match (gx, onto) {
+                (Some(gx), Some(onto)) => Some(activation::add(&gx, &onto)?),
+                (gx, _) => gx,
+            };
             Ok((sum, gx))
         })
     }

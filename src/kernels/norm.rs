@@ -26,6 +26,38 @@ pub struct GroupNorm {
 /// # Errors
 /// [`Error::Run`] on shapes that do not fit or devices without a kernel.
 pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Result<(Tensor, Tensor)> {
+    group_and(x, weight, bias, norm, None)
+}
+
+/// As [`group`] of a norm without a relu, `y` being the relu of the normalised values' sum with `shortcut`, a tensor like `x`.
+///
+/// # Errors
+/// As [`group`].
+pub fn group_add_relu(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    norm: &GroupNorm,
+    shortcut: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    if norm.relu || shortcut.dims() != x.dims() || shortcut.dtype() != x.dtype() {
+        let what = if norm.relu { "a norm with a relu" } else { "a norm" };
+        return Err(Error::Run(format!(
+            "{what} of {:?} and a shortcut of {:?} behind it",
+            x.shape(),
+            shortcut.shape()
+        )));
+    }
+    group_and(x, weight, bias, norm, Some(&shortcut.contiguous()?))
+}
+
+fn group_and(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    norm: &GroupNorm,
+    shortcut: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
     let (b, h, w, c) = x.dims4()?;
     let groups = norm.groups;
     check(c, groups, weight)?;
@@ -33,6 +65,8 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Re
     by_dtype!(x, T => {
         let (x, weight, bias) = (Host::of(&x)?, Host::of(weight)?, Host::of(bias)?);
         let (x, weight, bias) = (x.slice::<T>()?, weight.slice::<T>()?, bias.slice::<T>()?);
+        let shortcut = shortcut.map(Host::of).transpose()?;
+        let shortcut = shortcut.as_ref().map(|s| s.slice::<T>()).transpose()?;
         let mut y = overwritten::<T>(x.len());
         let mut statistics = vec![T::ZERO; b * groups * 2];
         let sample = h * w * c;
@@ -40,7 +74,10 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Re
             let x = &x[i * sample..][..sample];
             group_statistics(x, c, norm.epsilon, statistics);
             let (scale, shift) = scale_and_shift(weight, bias, statistics);
-            if norm.relu {
+            if let Some(shortcut) = shortcut {
+                let shortcut = &shortcut[i * sample..][..sample];
+                simd::vectorized(#[inline(always)] || affine_add_relu(x, &scale, &shift, shortcut, y));
+            } else if norm.relu {
                 simd::vectorized(#[inline(always)] || affine(x, &scale, &shift, y, #[inline(always)] |v| if v < T::ZERO { T::ZERO } else { v }));
             } else {
                 simd::vectorized(#[inline(always)] || affine(x, &scale, &shift, y, #[inline(always)] |v| v));
@@ -237,6 +274,19 @@ pub(crate) fn affine<T: Real>(x: &[T], scale: &[T], shift: &[T], out: &mut [T], 
     for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
         for (((o, &v), &a), &b) in out.iter_mut().zip(x).zip(scale).zip(shift) {
             *o = f(v * a + b);
+        }
+    }
+}
+
+/// `out = max(scale x + shift + added, 0)`, scale and shift by channel.
+#[inline(always)]
+fn affine_add_relu<T: Real>(x: &[T], scale: &[T], shift: &[T], added: &[T], out: &mut [T]) {
+    let c = scale.len();
+    for ((out, x), added) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(added.chunks_exact(c)) {
+        let by_channel = scale.iter().zip(shift);
+        for (((o, &v), &added), (&a, &b)) in out.iter_mut().zip(x).zip(added).zip(by_channel) {
+            let v = v * a + b + added;
+            *o = if v < T::ZERO { T::ZERO } else { v };
         }
     }
 }

@@ -187,8 +187,8 @@ pub(crate) fn transform_cotangent<T: Real>(s: &Shape, gy: &[T], z: &mut [T]) {
     );
 }
 
-/// The input's cotangent, `B (Z Uᵀ) Bᵀ` with overlaps added.
-pub(crate) fn input_gradient<T: Real>(s: &Shape, z: &[T], u: &[T], gx: &mut [T]) {
+/// Adds the input's cotangent, `B (Z Uᵀ) Bᵀ` with overlaps added, to `gx`; `fresh`: in whose place there is nothing yet.
+pub(crate) fn add_input_gradient<T: Real>(s: &Shape, z: &[T], u: &[T], gx: &mut [T], fresh: bool) {
     let (tiles, k) = (Tiles::of(s), Points::<T>::new());
     let [pad_y, pad_x] = s.window.padding;
     let at_once = tiles.samples_at_once();
@@ -213,7 +213,9 @@ pub(crate) fn input_gradient<T: Real>(s: &Shape, z: &[T], u: &[T], gx: &mut [T])
             s.h * s.w * s.c,
             || (),
             |(), sample, gx| {
-                gx.fill(T::ZERO);
+                if fresh {
+                    gx.fill(T::ZERO);
+                }
                 for tile in 0..tiles.sample() {
                     let m = Plane { data: &products[(sample * tiles.sample() + tile) * s.c..], step: count * s.c };
                     let top = (tile / tiles.across * OUT) as isize - pad_y as isize;

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{Layer, Pass, Tape};
 use crate::Result;
-use crate::kernels::conv::{self, Conv, Convolution};
+use crate::kernels::conv::{self, Conv, Convolution, Wanted};
 use crate::model::param::{Init, Param};
 
 /// A two-dimensional convolution, with or without a bias. Weight `[O, C/groups, kH, kW]`.
@@ -24,6 +24,18 @@ impl Conv2d {
         let bias = if bias { Some(init.constant(format!("{prefix}.bias"), out, 0.0)?) } else { None };
         Ok(Conv2d { conv: Convolution::new(conv), weight, bias, input: Vec::new() })
     }
+
+    /// [`Layer::vjp`], with the input's cotangent as `wanted`.
+    pub(super) fn vjp_as(&mut self, gy: &Tensor, tape: &mut Tape, wanted: Wanted) -> Result<Option<Tensor>> {
+        let kept = tape.pop()?;
+        let sum = self.weight.grad.take();
+        let (gw, gx) = self.conv.vjp(&self.input, &kept, &self.weight.value, gy, sum, wanted)?;
+        self.weight.grad = Some(gw);
+        if let Some(bias) = &mut self.bias {
+            bias.accumulate(conv::bias_gradient(gy)?)?;
+        }
+        Ok(gx)
+    }
 }
 
 impl Layer for Conv2d {
@@ -35,14 +47,7 @@ impl Layer for Conv2d {
     }
 
     fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
-        let kept = tape.pop()?;
-        let sum = self.weight.grad.take();
-        let (gw, gx) = self.conv.vjp(&self.input, &kept, &self.weight.value, gy, sum, need_input)?;
-        self.weight.grad = Some(gw);
-        if let Some(bias) = &mut self.bias {
-            bias.accumulate(conv::bias_gradient(gy)?)?;
-        }
-        Ok(gx)
+        self.vjp_as(gy, tape, need_input.into())
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

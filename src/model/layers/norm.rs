@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use super::batch_norm;
 use super::{BatchNorm, GroupNorm, Layer, Pass, Tape};
 use crate::Result;
+use crate::kernels::activation;
 use crate::model::param::{Init, Param};
 use crate::model::spec::{LayerSpec, NormKind};
 
@@ -23,6 +24,20 @@ impl Norm {
             NormKind::Group => Norm::Group(GroupNorm::new(prefix, channels, groups, init)?),
             NormKind::Batch => Norm::Batch(BatchNorm::new(prefix, channels, batch_norm::MOMENTUM, init)?),
         })
+    }
+
+    /// `relu(norm(x) + shortcut)`; [`Layer::vjp`] is that of the norm alone, from a cotangent in front of the sum.
+    pub(super) fn forward_add_relu(
+        &mut self,
+        x: &Tensor,
+        shortcut: &Tensor,
+        pass: &Pass,
+        tape: &mut Tape,
+    ) -> Result<Tensor> {
+        match self {
+            Norm::Group(norm) => norm.forward_add_relu(x, shortcut, tape),
+            Norm::Batch(norm) => activation::add_relu(&norm.forward(x, pass, tape)?, shortcut),
+        }
     }
 
     fn layer(&mut self) -> &mut dyn Layer {

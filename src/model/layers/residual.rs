@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::{Conv2d, Layer, Norm, Pass, Relu, Tape};
 use crate::Result;
 use crate::kernels::activation;
-use crate::kernels::conv::Conv;
+use crate::kernels::conv::{Conv, Wanted};
 use crate::model::param::{Init, Param};
 use crate::model::spec::{Block, LayerSpec, ResidualSpec};
 
@@ -15,7 +15,10 @@ use crate::model::spec::{Block, LayerSpec, ResidualSpec};
 /// channels, norm, relu, 3x3 (with the stride), norm, relu, 1x1, norm. The shortcut is the identity, or a 1x1 convolution
 /// with the stride and a norm where the shape changes.
 pub struct Residual {
-    branch: Vec<Box<dyn Layer>>,
+    /// The branch's first convolution, what follows, and its last norm.
+    first: Conv2d,
+    between: Vec<Box<dyn Layer>>,
+    last: Norm,
     projection: Option<(Conv2d, Norm)>,
 }
 
@@ -23,17 +26,22 @@ impl Residual {
     /// Parameters `{prefix}.conv1.weight`, `{prefix}.norm1.weight`, ..., `{prefix}.projection.weight` and
     /// `{prefix}.projection-norm.weight`; `channels` are those of the input.
     pub fn new(prefix: &str, spec: &ResidualSpec, channels: usize, init: &Init) -> Result<Self> {
-        let mut branch: Vec<Box<dyn Layer>> = Vec::new();
         let convolutions = spec.convolutions(channels);
-        for (i, &(conv, from, to)) in convolutions.iter().enumerate() {
-            let n = i + 1;
-            branch.push(Box::new(Conv2d::new(&format!("{prefix}.conv{n}"), conv, from, to, false, init)?));
-            let mut norm = Norm::new(spec.norm, &format!("{prefix}.norm{n}"), to, spec.groups, init)?;
-            let relu = n < convolutions.len() && !norm.absorb(&LayerSpec::Relu {});
-            branch.push(Box::new(norm));
+        let pair = |n: usize| -> Result<(Conv2d, Norm)> {
+            let (conv, from, to) = convolutions[n - 1];
+            let conv = Conv2d::new(&format!("{prefix}.conv{n}"), conv, from, to, false, init)?;
+            Ok((conv, Norm::new(spec.norm, &format!("{prefix}.norm{n}"), to, spec.groups, init)?))
+        };
+        let (first, mut last) = pair(1)?;
+        let mut between: Vec<Box<dyn Layer>> = Vec::new();
+        for n in 2..=convolutions.len() {
+            let (conv, next) = pair(n)?;
+            let relu = !last.absorb(&LayerSpec::Relu {});
+            between.push(Box::new(std::mem::replace(&mut last, next)));
             if relu {
-                branch.push(Box::new(Relu));
+                between.push(Box::new(Relu));
             }
+            between.push(Box::new(conv));
         }
         let projection = match spec.projection(channels) {
             Some(conv) => {
@@ -43,12 +51,16 @@ impl Residual {
             }
             None => None,
         };
-        Ok(Residual { branch, projection })
+        Ok(Residual { first, between, last, projection })
     }
 }
 
 impl Layer for Residual {
     fn forward(&mut self, x: &Tensor, pass: &Pass, tape: &mut Tape) -> Result<Tensor> {
+        let mut y = self.first.forward(x, pass, tape)?;
+        for layer in &mut self.between {
+            y = layer.forward(&y, pass, tape)?;
+        }
         let shortcut = match &mut self.projection {
             Some((conv, norm)) => {
                 let projected = conv.forward(x, pass, tape)?;
@@ -56,11 +68,7 @@ impl Layer for Residual {
             }
             None => x.clone(),
         };
-        let mut y = x.clone();
-        for layer in &mut self.branch {
-            y = layer.forward(&y, pass, tape)?;
-        }
-        let y = activation::add_relu(&y, &shortcut)?;
+        let y = self.last.forward_add_relu(&y, &shortcut, pass, tape)?;
         tape.push(y.clone());
         Ok(y)
     }
@@ -68,13 +76,7 @@ impl Layer for Residual {
     fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
         let y = tape.pop()?;
         let sum = activation::relu_vjp(&y, gy)?;
-        let mut g = Some(sum.clone());
-        for (i, layer) in self.branch.iter_mut().enumerate().rev() {
-            g = match g {
-                Some(g) => layer.vjp(&g, pass, tape, need_input || i > 0)?,
-                None => None,
-            };
-        }
+        let mut g = self.last.vjp(&sum, pass, tape, true)?;
         let shortcut = match &mut self.projection {
             Some((conv, norm)) => match norm.vjp(&sum, pass, tape, true)? {
                 Some(g) => conv.vjp(&g, pass, tape, need_input)?,
@@ -82,14 +84,24 @@ impl Layer for Residual {
             },
             None => Some(sum),
         };
-        match (g, shortcut) {
-            (Some(g), Some(shortcut)) if need_input => Ok(Some(activation::add(&g, &shortcut)?)),
-            _ => Ok(None),
+        for layer in self.between.iter_mut().rev() {
+            g = match g {
+                Some(g) => layer.vjp(&g, pass, tape, true)?,
+                None => None,
+            };
         }
+        let Some(g) = g else { return Ok(None) };
+        let wanted = match shortcut {
+            Some(shortcut) if need_input => Wanted::AddedTo(shortcut),
+            _ => Wanted::Nothing,
+        };
+        self.first.vjp_as(&g, tape, wanted)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
-        self.branch.iter_mut().try_for_each(|layer| layer.visit(f))?;
+        self.first.visit(f)?;
+        self.between.iter_mut().try_for_each(|layer| layer.visit(f))?;
+        self.last.visit(f)?;
         match &mut self.projection {
             Some((conv, norm)) => conv.visit(f).and_then(|()| norm.visit(f)),
             None => Ok(()),
