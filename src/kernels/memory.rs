@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const SMALLEST: usize = 1 << 16;
 const LARGEST: usize = 1 << 29;
 /// Sizes from one power of two to the next.
-const STEPS: usize = 32;
+const STEPS: usize = 64;
 const CLASSES: usize = (LARGEST.ilog2() - SMALLEST.ilog2()) as usize * STEPS + 1;
 /// What blocks begin at multiples of.
 const PAGE: usize = 4096;
@@ -17,6 +17,8 @@ const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 /// What is asked of the system at once. It is address space: memory is what is written to.
 const REGION: usize = 32 << 20;
+/// Regions that are not cut up yet, at most.
+const REGIONS: usize = 8;
 
 /// The program's allocator: blocks of 64 KiB to 512 MiB, once freed, serve the next request of their size instead of going
 /// back to the operating system. Every tick frees and allocates tensors of the same sizes; from the system they would come
@@ -29,7 +31,7 @@ const REGION: usize = 32 << 20;
 pub struct Recycling {
     free: [Mutex<Free>; CLASSES],
     fresh: AtomicU64,
-    uncut: Mutex<Uncut>,
+    uncut: Mutex<[Uncut; REGIONS]>,
 }
 
 /// A list of free blocks, each beginning with the address of the next.
@@ -39,6 +41,7 @@ struct Free(*mut u8);
 unsafe impl Send for Free {}
 
 /// Where the rest of a region begins, and how much that is.
+#[derive(Clone, Copy)]
 struct Uncut(*mut u8, usize);
 
 // SAFETY: as for [`Free`].
@@ -56,7 +59,7 @@ impl Recycling {
         Recycling {
             free: [const { Mutex::new(Free(null_mut())) }; CLASSES],
             fresh: AtomicU64::new(0),
-            uncut: Mutex::new(Uncut(null_mut(), 0)),
+            uncut: Mutex::new([const { Uncut(null_mut(), 0) }; REGIONS]),
         }
     }
 
@@ -96,17 +99,19 @@ impl Recycling {
         if size > REGION {
             return region(size.next_multiple_of(HUGE_PAGE));
         }
-        let Ok(mut uncut) = self.uncut.lock() else { return null_mut() };
-        if uncut.1 < size {
-            // The rest is never written to, and so is no memory.
+        let Ok(mut regions) = self.uncut.lock() else { return null_mut() };
+        // The least rest that is large enough; else a new region takes the place of the least of all, and what that had left is
+        // lost, but for its beginning no memory either.
+        let place = (0..REGIONS).min_by_key(|&k| (regions[k].1 < size, regions[k].1)).unwrap_or(0);
+        if regions[place].1 < size {
             let fresh = region(REGION);
             if fresh.is_null() {
                 return fresh;
             }
-            *uncut = Uncut(fresh, REGION);
+            regions[place] = Uncut(fresh, REGION);
         }
-        let Uncut(block, rest) = *uncut;
-        *uncut = Uncut(block.wrapping_add(size), rest - size);
+        let Uncut(block, rest) = regions[place];
+        regions[place] = Uncut(block.wrapping_add(size), rest - size);
         block
     }
 }
