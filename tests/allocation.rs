@@ -3,8 +3,9 @@
 mod common;
 
 use common::runs::{config, shard};
-use sideways::engine::run::{self, Span};
+use sideways::engine::run;
 use sideways::engine::setup::{Purpose, Setup};
+use sideways::engine::span::Span;
 use sideways::engine::stop::Requests;
 use sideways::kernels::Recycling;
 use sideways::transport::World;

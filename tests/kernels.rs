@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::kernels::conv::{self, Algorithm, Conv, Convolution, Wanted};
+use sideways::kernels::conv::{self, Algorithm, Conv, Convolution, InputCotangent};
 use sideways::kernels::norm::GroupNorm;
 use sideways::kernels::{Window, activation, batch_norm, norm, norm_pool, pool, resample, with_threads};
 use sideways::model::layers::{Pass, Tape};
@@ -94,10 +94,10 @@ fn check_convolution(conv: Conv, [b, h, w, c]: [usize; 4], o: usize, algorithm: 
             let (found, kept) = convolution.forward(&x, &weight, Some(&bias))?;
             close("forward", &found, &y, tolerance)?;
             let sum = Some(weight.copy()?);
-            let (sum, input) = convolution.vjp(x.dims(), &kept, &weight, &gy, sum, Wanted::Cotangent)?;
+            let (sum, input) = convolution.vjp(x.dims(), &kept, &weight, &gy, sum, InputCotangent::Compute)?;
             close("input gradient", &input.unwrap(), &gx, tolerance)?;
             close("weight gradient", &sum, &gw, tolerance)?;
-            let onto = Wanted::AddedTo(x.copy()?);
+            let onto = InputCotangent::AddTo(x.copy()?);
             let (_, sum) = convolution.vjp(x.dims(), &kept, &weight, &gy, None, onto)?;
             close("input gradient added to another", &sum.unwrap(), &with_x, tolerance)?;
         }
@@ -240,7 +240,7 @@ fn threads_do_not_change_a_bit() -> Result<()> {
         for (conv, w) in [(&conv, &w), (&strided, &half), (&Conv::pointwise(), &point)] {
             let mut convolution = Convolution::new(*conv);
             let (y, kept) = convolution.forward(&x, w, None)?;
-            let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, Wanted::Cotangent)?;
+            let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, InputCotangent::Compute)?;
             found.extend(gx.into_iter().chain([gw, conv::bias_gradient(&y)?, y]));
         }
         let group = GroupNorm { groups: 4, epsilon: 1e-5, relu: true };

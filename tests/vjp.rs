@@ -213,6 +213,31 @@ fn residual_blocks() -> Result<()> {
     layer(r#"kind = "residual", out = 8, stride = 2, block = "bottleneck", groups = 2"#, [2, 4, 3, 4])
 }
 
+/// Sizes at which the first convolution changes the shortcut's cotangent in place: the derivative in one direction, and nothing that
+/// others hold is changed.
+#[test]
+fn residual_blocks_in_place() -> Result<()> {
+    for text in [r#"out = 32"#, r#"out = 64"#, r#"out = 64, stride = 2"#, r#"out = 32, norm = "batch""#] {
+        let mut block = one(&format!(r#"kind = "residual", groups = 8, {text}"#), [2, 20, 20, 32])?;
+        let [x, direction] = [random(&[2, 20, 20, 32], 1)?, random(&[2, 20, 20, 32], 2)?];
+        let mut tape = Tape::new();
+        let y = block.forward(std::slice::from_ref(&x), &TRAINING, &mut tape)?;
+        let gy = random(y.dims(), 3)?;
+        let before = [values(&x)?, values(&gy)?, values(&y)?];
+        let gx = block.vjp(&gy, &TRAINING, &mut tape, &[true])?.remove(0).expect("a cotangent");
+        assert_eq!(before, [values(&x)?, values(&gy)?, values(&y)?], "{text}");
+        // Short, so that hardly a relu of so many is passed.
+        let step = 1e-8;
+        let mut at = |step: f64| {
+            let moved = (&x + (&direction * step)?)?;
+            dot(&block.forward(&[moved], &TRAINING, &mut Tape::new())?, &gy)
+        };
+        let (found, expected) = (dot(&gx, &direction)?, (at(step)? - at(-step)?) / (2.0 * step));
+        assert!((found - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{text}: {found} for {expected}");
+    }
+    Ok(())
+}
+
 fn fused(fuse: Fuse, spec_texts: &[&str]) -> Result<()> {
     let layers: Vec<(usize, LayerSpec)> = (4..).zip(spec_texts.iter().map(|t| spec(t))).collect();
     // Skips from modules 3 (the main input's channels: no adapter in a sum) and 1 (others: an adapter).

@@ -7,8 +7,8 @@ use clap::Args;
 
 use crate::config::Config;
 use crate::engine::environment::{Check, Verdict, check, check_run_folder, places};
-use crate::engine::run::Span;
 use crate::engine::setup::{Purpose, Setup};
+use crate::engine::span::Span;
 use crate::kernels;
 use crate::transport::World;
 use crate::{Error, Result};

@@ -49,20 +49,22 @@ impl Conv {
     }
 }
 
-/// What [`Convolution::vjp`] is to make of the input's cotangent.
-pub enum Wanted {
-    /// Nothing.
-    Nothing,
-    /// It.
-    Cotangent,
-    /// Its sum with this one, which nobody else holds (it may be changed in place).
-    AddedTo(Tensor),
+/// What [`Convolution::vjp`] does about the input's cotangent.
+#[derive(Debug)]
+pub enum InputCotangent {
+    /// It is not computed.
+    Skip,
+    /// It is returned.
+    Compute,
+    /// It is added to this tensor `[B, H, W, C]`, and the sum returned. Nobody else holds the tensor (it may be changed in place), and
+    /// it shares memory with no other argument.
+    AddTo(Tensor),
 }
 
-impl From<bool> for Wanted {
-    /// It or nothing.
-    fn from(needed: bool) -> Self {
-        if needed { Wanted::Cotangent } else { Wanted::Nothing }
+impl InputCotangent {
+    /// Computed where `needed`.
+    pub fn new(needed: bool) -> Self {
+        if needed { InputCotangent::Compute } else { InputCotangent::Skip }
     }
 }
 
@@ -212,7 +214,7 @@ impl Convolution {
 
     /// `(gw, gx)` from the output's cotangent `gy`, for an input of shape `x` and what its forward call kept: `gw` is the
     /// weight's gradient added to `sum`, a gradient so far that nobody else holds (it is changed in place); `gx` the input's
-    /// cotangent, if `wanted`.
+    /// cotangent as `input` says.
     ///
     /// # Errors
     /// As [`Convolution::forward`].
@@ -223,7 +225,7 @@ impl Convolution {
         weight: &Tensor,
         gy: &Tensor,
         sum: Option<Tensor>,
-        wanted: Wanted,
+        input: InputCotangent,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (weight, gy) = (weight.contiguous()?, gy.contiguous()?);
         by_dtype!(gy, T => {
@@ -236,32 +238,34 @@ impl Convolution {
             };
             let (kept, cotangent, w) = (Host::of(kept)?, Host::of(&gy)?, Host::of(&weight)?);
             let (kept, cotangent, w) = (kept.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
-            let (need_input, onto) = match wanted {
-                Wanted::Nothing => (false, None),
-                Wanted::Cotangent => (true, None),
-                Wanted::AddedTo(onto) => (true, Some(onto)),
+            let (need_input, onto) = match input {
+                InputCotangent::Skip => (false, None),
+                InputCotangent::Compute => (true, None),
+                InputCotangent::AddTo(onto) => (true, Some(onto.contiguous()?)),
             };
-            if let Some(onto) = &onto {
-                same(onto.elem_count(), s.b * s.h * s.w * s.c, "input's cotangent")?;
+            if let Some(onto) = onto.as_ref().filter(|onto| onto.dims() != [s.b, s.h, s.w, s.c]) {
+                let found = onto.shape();
+                return Err(Error::Run(format!("the cotangent of an input of {x:?} cannot be added to one of {found:?}")));
             }
-            let in_place = onto.is_some() && ready.algorithm == Algorithm::Winograd;
-            let mut gx = overwritten::<T>(if need_input && !in_place { s.b * s.h * s.w * s.c } else { 0 });
+            let of_input = need_input && ready.algorithm != Algorithm::Winograd;
+            let mut gx = overwritten::<T>(if of_input { s.b * s.h * s.w * s.c } else { 0 });
             match ready.algorithm {
                 Algorithm::Winograd => {
                     let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
                     winograd::transform_cotangent(&s, cotangent, &mut z);
                     host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, kept, &z, sum))?;
-                    if need_input {
-                        let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
-                        let u = Host::of(&u)?;
-                        let u = u.slice()?;
-                        if let Some(onto) = onto {
-                            let onto = onto.contiguous()?;
-                            host::update::<T>(&onto, |gx| winograd::add_input_gradient(&s, &z, u, gx, false))?;
-                            return Ok((sum, Some(onto)));
-                        }
-                        winograd::add_input_gradient(&s, &z, u, &mut gx, true);
+                    if !need_input {
+                        return Ok((sum, None));
                     }
+                    let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
+                    let (u, fresh) = (Host::of(&u)?, onto.is_none());
+                    let u = u.slice()?;
+                    let to = match onto {
+                        Some(onto) => onto,
+                        None => tensor(overwritten::<T>(s.b * s.h * s.w * s.c), (s.b, s.h, s.w, s.c))?,
+                    };
+                    host::update::<T>(&to, |gx| winograd::add_input_gradient(&s, &z, u, gx, fresh))?;
+                    return Ok((sum, Some(to)));
                 }
                 Algorithm::Unpacked => {
                     host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;

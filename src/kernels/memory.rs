@@ -8,30 +8,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Blocks from this size on are kept for reuse, up to the next one.
 const SMALLEST: usize = 1 << 16;
 const LARGEST: usize = 1 << 29;
-/// Sizes from one power of two to the next.
-const STEPS: usize = 64;
-const CLASSES: usize = (LARGEST.ilog2() - SMALLEST.ilog2()) as usize * STEPS + 1;
-/// What blocks begin at multiples of.
-const PAGE: usize = 4096;
+/// Eight sizes from one power of two to the next.
+const CLASSES: usize = (LARGEST.ilog2() - SMALLEST.ilog2()) as usize * 8 + 1;
 /// A page of memory that needs one entry in the processor's table instead of 512.
 const HUGE_PAGE: usize = 2 << 20;
-/// What is asked of the system at once. It is address space: memory is what is written to.
-const REGION: usize = 32 << 20;
-/// Regions that are not cut up yet, at most.
-const REGIONS: usize = 8;
 
 /// The program's allocator: blocks of 64 KiB to 512 MiB, once freed, serve the next request of their size instead of going
 /// back to the operating system. Every tick frees and allocates tensors of the same sizes; from the system they would come
 /// as fresh pages to be faulted in and cleared each time. Smaller blocks, and larger, are the system allocator's.
 ///
-/// Fresh blocks are cut one behind the other from regions of huge pages, whatever their size: so all of a block is in huge pages, and
-/// where its pieces lie in a cache is not left to chance.
-///
 /// Set it with `#[global_allocator]`; nothing depends on that but speed.
 pub struct Recycling {
     free: [Mutex<Free>; CLASSES],
     fresh: AtomicU64,
-    uncut: Mutex<[Uncut; REGIONS]>,
 }
 
 /// A list of free blocks, each beginning with the address of the next.
@@ -39,13 +28,6 @@ struct Free(*mut u8);
 
 // SAFETY: the pointers are to blocks that nobody else knows of; the mutex orders their use.
 unsafe impl Send for Free {}
-
-/// Where the rest of a region begins, and how much that is.
-#[derive(Clone, Copy)]
-struct Uncut(*mut u8, usize);
-
-// SAFETY: as for [`Free`].
-unsafe impl Send for Uncut {}
 
 impl Default for Recycling {
     fn default() -> Self {
@@ -56,11 +38,7 @@ impl Default for Recycling {
 impl Recycling {
     /// Nothing is kept yet.
     pub const fn new() -> Self {
-        Recycling {
-            free: [const { Mutex::new(Free(null_mut())) }; CLASSES],
-            fresh: AtomicU64::new(0),
-            uncut: Mutex::new([const { Uncut(null_mut(), 0) }; REGIONS]),
-        }
+        Recycling { free: [const { Mutex::new(Free(null_mut())) }; CLASSES], fresh: AtomicU64::new(0) }
     }
 
     /// Blocks of at least 64 KiB that were asked of the system so far. It stands still once a computation has all it needs.
@@ -71,15 +49,16 @@ impl Recycling {
     /// The list for a layout and the size of its blocks, if such blocks are kept.
     fn class(layout: Layout) -> Option<(usize, Layout)> {
         let size = layout.size();
-        if !(SMALLEST..=LARGEST).contains(&size) || layout.align() > PAGE {
+        if !(SMALLEST..=LARGEST).contains(&size) || layout.align() > 4096 {
             return None;
         }
         let octave = (size - 1).ilog2().max(SMALLEST.ilog2());
-        let step = (1usize << octave) / STEPS;
+        let step = 1usize << (octave - 3);
         let steps = size.saturating_sub(1 << octave).div_ceil(step);
-        let class = (octave - SMALLEST.ilog2()) as usize * STEPS + steps;
-        let block = ((1 << octave) + steps * step).next_multiple_of(PAGE);
-        Layout::from_size_align(block, PAGE).ok().map(|layout| (class, layout))
+        let class = (octave - SMALLEST.ilog2()) as usize * 8 + steps;
+        let block = (1 << octave) + steps * step;
+        let align = if block >= HUGE_PAGE { HUGE_PAGE } else { 4096 };
+        Layout::from_size_align(block, align).ok().map(|layout| (class, layout))
     }
 
     fn reuse(&self, class: usize) -> Option<*mut u8> {
@@ -93,40 +72,17 @@ impl Recycling {
         Some(block)
     }
 
-    /// A block that nobody had before, or null.
-    fn fresh_block(&self, size: usize) -> *mut u8 {
+    fn fresh_block(&self, layout: Layout) -> *mut u8 {
         self.fresh.fetch_add(1, Ordering::Relaxed);
-        if size > REGION {
-            return region(size.next_multiple_of(HUGE_PAGE));
+        // SAFETY: the size is not zero.
+        let block = unsafe { System.alloc(layout) };
+        #[cfg(target_os = "linux")]
+        if !block.is_null() && layout.align() == HUGE_PAGE {
+            // SAFETY: a hint about memory that is ours; a refusal changes nothing.
+            unsafe { libc::madvise(block.cast(), layout.size() / HUGE_PAGE * HUGE_PAGE, libc::MADV_HUGEPAGE) };
         }
-        let Ok(mut regions) = self.uncut.lock() else { return null_mut() };
-        // The least rest that is large enough; else a new region takes the place of the least of all, and what that had left is
-        // lost, but for its beginning no memory either.
-        let place = (0..REGIONS).min_by_key(|&k| (regions[k].1 < size, regions[k].1)).unwrap_or(0);
-        if regions[place].1 < size {
-            let fresh = region(REGION);
-            if fresh.is_null() {
-                return fresh;
-            }
-            regions[place] = Uncut(fresh, REGION);
-        }
-        let Uncut(block, rest) = regions[place];
-        regions[place] = Uncut(block.wrapping_add(size), rest - size);
         block
     }
-}
-
-/// Memory of huge pages, if the system has them to give; null where there is none. `size` is a multiple of theirs.
-fn region(size: usize) -> *mut u8 {
-    let Ok(layout) = Layout::from_size_align(size, HUGE_PAGE) else { return null_mut() };
-    // SAFETY: the size is not zero.
-    let region = unsafe { System.alloc(layout) };
-    #[cfg(target_os = "linux")]
-    if !region.is_null() {
-        // SAFETY: a hint about memory that is ours; a refusal changes nothing.
-        unsafe { libc::madvise(region.cast(), size, libc::MADV_HUGEPAGE) };
-    }
-    region
 }
 
 // SAFETY: a block on a list is at least as large and aligned as its class's layout, belongs to nobody, and is taken off the
@@ -134,7 +90,7 @@ fn region(size: usize) -> *mut u8 {
 unsafe impl GlobalAlloc for Recycling {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         match Self::class(layout) {
-            Some((class, block)) => self.reuse(class).unwrap_or_else(|| self.fresh_block(block.size())),
+            Some((class, block)) => self.reuse(class).unwrap_or_else(|| self.fresh_block(block)),
             // SAFETY: as the caller promises.
             None => unsafe { System.alloc(layout) },
         }
@@ -156,15 +112,18 @@ unsafe impl GlobalAlloc for Recycling {
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        let Some((class, _)) = Self::class(layout) else {
+        let Some((class, block)) = Self::class(layout) else {
             // SAFETY: as the caller promises; such a block came from the system.
             return unsafe { System.dealloc(pointer, layout) };
         };
-        // A list is left whole whatever happens, so a poisoned lock cannot be; the block would be lost.
-        if let Ok(mut free) = self.free[class].lock() {
-            // SAFETY: the block is ours now and larger than an address.
-            unsafe { pointer.cast::<*mut u8>().write(free.0) };
-            free.0 = pointer;
+        match self.free[class].lock() {
+            Ok(mut free) => {
+                // SAFETY: the block is ours now and larger than an address.
+                unsafe { pointer.cast::<*mut u8>().write(free.0) };
+                free.0 = pointer;
+            }
+            // SAFETY: it came from the system with this layout.
+            Err(_) => unsafe { System.dealloc(pointer, block) },
         }
     }
 }
@@ -176,11 +135,10 @@ mod tests {
     #[test]
     fn blocks_are_used_again_and_hold_what_they_are_asked_for() {
         let heap = Recycling::new();
-        let sizes = [SMALLEST, SMALLEST + 1, 100_000, 131_072, 131_073, 3 << 20, (3 << 20) + 8, 20 << 20, REGION];
-        for size in sizes.into_iter().chain([REGION + 1, LARGEST]) {
+        for size in [SMALLEST, SMALLEST + 1, 100_000, 131_072, 131_073, 3 << 20, (3 << 20) + 8, LARGEST] {
             let layout = Layout::from_size_align(size, 64).unwrap();
             let (_, block) = Recycling::class(layout).unwrap();
-            assert!(block.size() >= size && block.size() <= size + size / STEPS + PAGE, "{size}: {block:?}");
+            assert!(block.size() >= size && block.size() <= size + size / 8 + 1, "{size}: {block:?}");
             // SAFETY: the layout is the one asked for, the block is given back once, the pages written are inside.
             unsafe {
                 let before = heap.fresh();
@@ -201,24 +159,9 @@ mod tests {
     }
 
     #[test]
-    fn blocks_held_at_once_do_not_overlap() {
-        let heap = Recycling::new();
-        let layouts = (0..60).map(|k| Layout::from_size_align(SMALLEST + k % 7 * 1_234_567, 8).unwrap());
-        // SAFETY: the layouts are the ones asked for.
-        let mut blocks: Vec<_> = layouts.map(|layout| (unsafe { heap.alloc(layout) }, layout)).collect();
-        blocks.sort_by_key(|(block, _)| block.addr());
-        for pair in blocks.windows(2) {
-            let [(block, layout), (next, _)] = [pair[0], pair[1]];
-            assert!(!block.is_null() && block.addr() + layout.size() <= next.addr());
-        }
-        // SAFETY: each is given back once.
-        blocks.into_iter().for_each(|(block, layout)| unsafe { heap.dealloc(block, layout) });
-    }
-
-    #[test]
     fn every_class_has_one_size() {
         let mut sizes = std::collections::BTreeMap::new();
-        for size in (SMALLEST..(4 << 20)).step_by(500) {
+        for size in (SMALLEST..(4 << 20)).step_by(1000) {
             let (class, block) = Recycling::class(Layout::from_size_align(size, 8).unwrap()).unwrap();
             assert_eq!(*sizes.entry(class).or_insert(block.size()), block.size());
         }

@@ -29,7 +29,8 @@ pub fn group(x: &Tensor, weight: &Tensor, bias: &Tensor, norm: &GroupNorm) -> Re
     group_and(x, weight, bias, norm, None)
 }
 
-/// As [`group`] of a norm without a relu, `y` being the relu of the normalised values' sum with `shortcut`, a tensor like `x`.
+/// As [`group`] of a norm without a relu, `y` being the relu of the normalised values' sum with `shortcut`, a tensor like `x`. Its
+/// vjp is [`relu_vjp`](super::activation::relu_vjp) and then [`group_vjp`].
 ///
 /// # Errors
 /// As [`group`].
@@ -42,11 +43,8 @@ pub fn group_add_relu(
 ) -> Result<(Tensor, Tensor)> {
     if norm.relu || shortcut.dims() != x.dims() || shortcut.dtype() != x.dtype() {
         let what = if norm.relu { "a norm with a relu" } else { "a norm" };
-        return Err(Error::Run(format!(
-            "{what} of {:?} and a shortcut of {:?} behind it",
-            x.shape(),
-            shortcut.shape()
-        )));
+        let [x, shortcut] = [x, shortcut].map(|t| format!("{:?} {:?}", t.dtype(), t.shape()));
+        return Err(Error::Run(format!("{what} of {x} and a shortcut of {shortcut} behind it")));
     }
     group_and(x, weight, bias, norm, Some(&shortcut.contiguous()?))
 }

@@ -193,6 +193,7 @@ fn sum_of_pixels(pixels: &[f32], c: usize) -> [f32; 4] {
         || together.for_each(|x| lanes.iter_mut().zip(x).for_each(|(sum, x)| *sum += x)),
     );
     let mut sums = [0f32; 4];
+    // By halves: additions one after the other would wait for each other.
     let mut half = if pixels.len() < PIXELS * c { 0 } else { PIXELS * c / 2 };
     while half >= c {
         let (to, from) = lanes.split_at_mut(half);

@@ -46,6 +46,12 @@ pub(crate) fn tiles(s: &Shape) -> bool {
     kernel == stride && [s.oh * stride[0], s.ow * stride[1]] == [s.h, s.w]
 }
 
+/// Where a window's elements lie behind its first in a row-major input, without padding.
+pub(crate) fn taps(s: &Shape) -> Vec<usize> {
+    let [kh, kw] = s.window.kernel;
+    (0..kh * kw).map(|tap| (tap / kw * s.w + tap % kw) * s.c).collect()
+}
+
 /// `(y, winners)`: each window's maximum by channel, and which of the window's elements (counted row-major, u8) it was:
 /// the first of equals. A value that is not a number wins, so that it is noticed.
 ///

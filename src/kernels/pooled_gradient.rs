@@ -1,48 +1,42 @@
 //! The weight's gradient of a convolution of few channels with a max pool behind it, from the pool's cotangent, a line at a time.
 //!
 //! A window hands its cotangent to one of its elements, so the convolution's cotangent is zeros for the most part. With windows
-//! of at most four elements it is not made: what a patch's element meets, by channel, is looked up among four pixels, which is
-//! one instruction for a whole vector.
+//! of at most four elements it is not made: of the four pixels that a weight meets under a window, the winner's is picked by channel,
+//! which is one permutation for a whole vector.
 
 use super::few::{self, Padded};
 use super::im2col::Shape;
-use super::{overwritten, simd};
+use super::{overwritten, pool, simd};
 
 #[cfg(target_arch = "x86_64")]
-mod lookup;
+mod permuted;
 
 const LANES: usize = few::LANES;
 
 /// No element of a window.
 pub(crate) const NONE: u8 = u8::MAX;
 
-/// Where a window's elements lie behind its first in the convolution's output, for the pool's shape.
-pub(crate) fn taps(p: &Shape) -> Vec<usize> {
-    let [kh, kw] = p.window.kernel;
-    (0..kh * kw).map(|tap| (tap / kw * p.w + tap % kw) * p.c).collect()
-}
-
 /// Working memory of one of two ways.
 pub(crate) enum PooledGradient {
-    /// Pixels are looked up.
+    /// Input pixels are permuted to where the winners are.
     #[cfg(target_arch = "x86_64")]
-    Looked(lookup::Lookup),
-    /// The convolution's cotangent under an output line, and [`taps`].
-    Spread(Vec<f32>, Vec<usize>),
+    Permuted(permuted::Permuted),
+    /// The cotangent is scattered: the convolution's under an output line, and [`pool::taps`].
+    Scattered(Vec<f32>, Vec<usize>),
 }
 
 impl PooledGradient {
-    /// For a convolution `s` of stride 1 that [`few::suits`], and a pool `p` that [tiles](super::pool::tiles) its output.
+    /// For a convolution `s` of stride 1 that [`few::suits`], and a pool `p` that [tiles](pool::tiles) its output.
     pub(crate) fn new(s: &Shape, p: &Shape) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if let Some(lookup) = lookup::Lookup::new(s, p, simd::arch()) {
-            return Self::Looked(lookup);
+        if let Some(permuted) = permuted::Permuted::new(s, p, simd::arch()) {
+            return Self::Permuted(permuted);
         }
-        Self::spread(s, p)
+        Self::scattered(s, p)
     }
 
-    fn spread(s: &Shape, p: &Shape) -> Self {
-        Self::Spread(overwritten(p.window.kernel[0] * s.ow * s.o), taps(p))
+    fn scattered(s: &Shape, p: &Shape) -> Self {
+        Self::Scattered(overwritten(p.window.kernel[0] * s.ow * s.o), pool::taps(p))
     }
 
     /// Adds what line `k` of the pool's output of those whose input `padded` holds gives to the weight's gradient (packed), and to
@@ -55,18 +49,17 @@ impl PooledGradient {
         (gy, winners): (&[f32], &[u8]),
         (part, sums): (&mut [f32], &mut [f32]),
     ) {
-        let (gy, next_gy) = gy.split_at(p.ow * p.c);
-        let (winners, next_winners) = winners.split_at(p.ow * p.c);
+        let (line, next) = ((&gy[..p.ow * p.c], &winners[..p.ow * p.c]), (&gy[p.ow * p.c..], &winners[p.ow * p.c..]));
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Looked(lookup) => {
-                lookup.take_in((s, p), (padded, k), (gy, winners), sums);
-                lookup.add(s, (next_gy, next_winners), part);
+            Self::Permuted(permuted) => {
+                permuted.load((s, p), (padded, k), line, sums);
+                permuted.add(s, next, part);
             }
-            Self::Spread(g, taps) => {
+            Self::Scattered(g, taps) => {
                 simd::vectorized(
                     #[inline(always)]
-                    || spread(p, (gy, winners), taps, g, sums),
+                    || scatter(p, line, taps, g, sums),
                 );
                 for (row, g) in g.chunks_exact(s.ow * s.o).enumerate() {
                     few::add_line_gradient(s, padded, k * p.window.kernel[0] + row, g, part);
@@ -79,12 +72,12 @@ impl PooledGradient {
 /// A line `gy` of the output's cotangent at its windows' winners, zeros elsewhere: the lines under it, `g`. Adds its sums by
 /// channel.
 #[inline(always)]
-fn spread(p: &Shape, (gy, winners): (&[f32], &[u8]), taps: &[usize], g: &mut [f32], sums: &mut [f32]) {
+fn scatter(p: &Shape, (gy, winners): (&[f32], &[u8]), taps: &[usize], g: &mut [f32], sums: &mut [f32]) {
     let ([_, kw], c) = (p.window.kernel, p.c);
     for ox in 0..p.ow {
         for first in (0..c).step_by(LANES) {
             let at = ox * c + first..ox * c + first + LANES;
-            let (through, winner) = through(&gy[at.clone()], &winners[at]);
+            let (through, winner) = routed(&gy[at.clone()], &winners[at]);
             sums[first..][..LANES].iter_mut().zip(through).for_each(|(sum, v)| *sum += v);
             let g = &mut g[ox * kw * c + first..];
             for (tap, &at) in (0u32..).zip(taps) {
@@ -100,7 +93,7 @@ fn spread(p: &Shape, (gy, winners): (&[f32], &[u8]), taps: &[usize], g: &mut [f3
 
 /// What windows hand through of `gy`, and to which elements.
 #[inline(always)]
-fn through(gy: &[f32], winners: &[u8]) -> ([f32; LANES], [u32; LANES]) {
+fn routed(gy: &[f32], winners: &[u8]) -> ([f32; LANES], [u32; LANES]) {
     // Copies of a known length, which stay in registers.
     let (mut through, mut winner) = ([0f32; LANES], [0u32; LANES]);
     through.copy_from_slice(gy);
@@ -113,7 +106,7 @@ fn through(gy: &[f32], winners: &[u8]) -> ([f32; LANES], [u32; LANES]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Window, pool};
+    use super::super::Window;
     use super::*;
 
     /// Numbers between -1 and 1.
@@ -129,15 +122,15 @@ mod tests {
     /// Every way there is on this machine, by name.
     fn ways(s: &Shape, p: &Shape) -> Vec<(&'static str, PooledGradient)> {
         #[allow(unused_mut)]
-        let mut ways = vec![("spread", PooledGradient::spread(s, p))];
+        let mut ways = vec![("scattered", PooledGradient::scattered(s, p))];
         #[cfg(target_arch = "x86_64")]
         {
             use pulp::x86::{Arch, V3, V4};
             let archs = [("AVX2", V3::try_new().map(Arch::V3)), ("AVX-512", V4::try_new().map(Arch::V4))];
             for (name, arch) in archs {
-                let lookup = arch.and_then(|arch| lookup::Lookup::new(s, p, arch));
-                assert_eq!(lookup.is_some(), arch.is_some() && p.window.kernel.iter().product::<usize>() <= 4);
-                ways.extend(lookup.map(|lookup| (name, PooledGradient::Looked(lookup))));
+                let permuted = arch.and_then(|arch| permuted::Permuted::new(s, p, arch));
+                assert_eq!(permuted.is_some(), arch.is_some() && p.window.kernel.iter().product::<usize>() <= 4);
+                ways.extend(permuted.map(|permuted| (name, PooledGradient::Permuted(permuted))));
             }
         }
         ways

@@ -14,7 +14,7 @@ use super::few::{self, Padded};
 use super::im2col::{Shape, add};
 use super::norm::{self, GroupNorm};
 use super::patch_moments::{self, Parameters, PatchMoments};
-use super::pooled_gradient::{self, NONE, PooledGradient};
+use super::pooled_gradient::{NONE, PooledGradient};
 use super::{Host, Window, host, overwritten, overwritten_bytes, patches, pool, simd, tensor, threads};
 use crate::Result;
 
@@ -138,7 +138,7 @@ impl Stem<'_> {
             self.statistics(&PatchMoments::of(s, moments), (&packed, bias), statistics);
         }
         let affine = statistics.chunks_exact(groups * 2).map(|s| norm::scale_and_shift(scale, shift, s));
-        let (affine, taps): (Vec<_>, _) = (affine.collect(), pooled_gradient::taps(p));
+        let (affine, taps): (Vec<_>, _) = (affine.collect(), pool::taps(p));
 
         let elements = p.b * p.oh * p.ow * p.c;
         let (mut output, mut winners) = (overwritten::<f32>(elements), overwritten_bytes(elements));

@@ -187,7 +187,7 @@ pub(crate) fn transform_cotangent<T: Real>(s: &Shape, gy: &[T], z: &mut [T]) {
     );
 }
 
-/// Adds the input's cotangent, `B (Z Uᵀ) Bᵀ` with overlaps added, to `gx`; `fresh`: in whose place there is nothing yet.
+/// Adds the input's cotangent, `B (Z Uᵀ) Bᵀ` with overlaps added, to `gx`; if `fresh`, what `gx` holds counts as 0.
 pub(crate) fn add_input_gradient<T: Real>(s: &Shape, z: &[T], u: &[T], gx: &mut [T], fresh: bool) {
     let (tiles, k) = (Tiles::of(s), Points::<T>::new());
     let [pad_y, pad_x] = s.window.padding;

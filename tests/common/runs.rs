@@ -8,8 +8,9 @@ use sideways::config::{Config, Rule};
 use sideways::data::{Encoding, ShardHeader, ShardWriter};
 use sideways::engine::bp;
 use sideways::engine::console::Totals;
-use sideways::engine::run::{self, Span};
+use sideways::engine::run;
 use sideways::engine::setup::{Purpose, Setup};
+use sideways::engine::span::Span;
 use sideways::engine::stop::Requests;
 use sideways::transport::World;
 

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{Layer, Pass, Tape};
 use crate::Result;
-use crate::kernels::conv::{self, Conv, Convolution, Wanted};
+use crate::kernels::conv::{self, Conv, Convolution, InputCotangent};
 use crate::model::param::{Init, Param};
 
 /// A two-dimensional convolution, with or without a bias. Weight `[O, C/groups, kH, kW]`.
@@ -25,11 +25,11 @@ impl Conv2d {
         Ok(Conv2d { conv: Convolution::new(conv), weight, bias, input: Vec::new() })
     }
 
-    /// [`Layer::vjp`], with the input's cotangent as `wanted`.
-    pub(super) fn vjp_as(&mut self, gy: &Tensor, tape: &mut Tape, wanted: Wanted) -> Result<Option<Tensor>> {
+    /// [`Layer::vjp`], what it does about the input's cotangent said by `input`.
+    pub(super) fn vjp_as(&mut self, gy: &Tensor, tape: &mut Tape, input: InputCotangent) -> Result<Option<Tensor>> {
         let kept = tape.pop()?;
         let sum = self.weight.grad.take();
-        let (gw, gx) = self.conv.vjp(&self.input, &kept, &self.weight.value, gy, sum, wanted)?;
+        let (gw, gx) = self.conv.vjp(&self.input, &kept, &self.weight.value, gy, sum, input)?;
         self.weight.grad = Some(gw);
         if let Some(bias) = &mut self.bias {
             bias.accumulate(conv::bias_gradient(gy)?)?;
@@ -47,7 +47,7 @@ impl Layer for Conv2d {
     }
 
     fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
-        self.vjp_as(gy, tape, need_input.into())
+        self.vjp_as(gy, tape, InputCotangent::new(need_input))
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

@@ -30,8 +30,8 @@ impl GroupNorm {
         Ok(GroupNorm { norm: norm::GroupNorm { groups, epsilon: EPSILON, relu: false }, pool: None, weight, bias })
     }
 
-    /// The forward pass with `shortcut` added and a relu behind that, which vjp knows nothing of, of a norm that has taken over
-    /// nothing.
+    /// The forward pass with `shortcut` added and a relu behind that, of a norm that has taken over nothing; [`Layer::vjp`] then
+    /// takes the cotangent in front of both.
     pub(super) fn forward_add_relu(&mut self, x: &Tensor, shortcut: &Tensor, tape: &mut Tape) -> Result<Tensor> {
         let (weight, bias) = (&self.weight.value, &self.bias.value);
         let (y, statistics) = norm::group_add_relu(x, weight, bias, &self.norm, shortcut)?;

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::{Conv2d, Layer, Norm, Pass, Relu, Tape};
 use crate::Result;
 use crate::kernels::activation;
-use crate::kernels::conv::{Conv, Wanted};
+use crate::kernels::conv::{Conv, InputCotangent};
 use crate::model::param::{Init, Param};
 use crate::model::spec::{Block, LayerSpec, ResidualSpec};
 
@@ -15,10 +15,13 @@ use crate::model::spec::{Block, LayerSpec, ResidualSpec};
 /// channels, norm, relu, 3x3 (with the stride), norm, relu, 1x1, norm. The shortcut is the identity, or a 1x1 convolution
 /// with the stride and a norm where the shape changes.
 pub struct Residual {
-    /// The branch's first convolution, what follows, and its last norm.
+    /// The branch's first convolution.
     first: Conv2d,
+    /// Its norms, relus and further convolutions.
     between: Vec<Box<dyn Layer>>,
+    /// Its last norm.
     last: Norm,
+    /// The shortcut's convolution and norm, where it is not the identity.
     projection: Option<(Conv2d, Norm)>,
 }
 
@@ -91,11 +94,11 @@ impl Layer for Residual {
             };
         }
         let Some(g) = g else { return Ok(None) };
-        let wanted = match shortcut {
-            Some(shortcut) if need_input => Wanted::AddedTo(shortcut),
-            _ => Wanted::Nothing,
+        let input = match shortcut.filter(|_| need_input) {
+            Some(shortcut) => InputCotangent::AddTo(shortcut),
+            None => InputCotangent::new(need_input),
         };
-        self.first.vjp_as(&g, tape, wanted)
+        self.first.vjp_as(&g, tape, input)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::{Conv2d, GroupNorm, Layer, Pass, Tape};
-use crate::kernels::conv::Wanted;
+use crate::kernels::conv::InputCotangent;
 use crate::kernels::norm_pool;
 use crate::kernels::stem::{self, Kept};
 use crate::model::param::Param;
@@ -52,7 +52,7 @@ impl Stem {
         let (_, kept) = norm_pool::forward(&y, affine[0], affine[1], &self.norm.norm, window)?;
         let (g, _, _) = norm_pool::vjp(&y, affine, &kept, gy, &self.norm.norm, window, true)?;
         let Some(g) = g else { return Ok(None) };
-        Ok(self.conv.conv.vjp(x.dims(), &tape.pop()?, &self.conv.weight.value, &g, None, Wanted::Cotangent)?.1)
+        Ok(self.conv.conv.vjp(x.dims(), &tape.pop()?, &self.conv.weight.value, &g, None, InputCotangent::Compute)?.1)
     }
 }
 

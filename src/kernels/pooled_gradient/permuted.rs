@@ -1,4 +1,4 @@
-//! Gradients of windows of at most four elements, on processors whose vectors can look up among four.
+//! Gradients of windows of at most four elements, on processors that permute vectors within 128 bits.
 
 use std::array::from_fn;
 
@@ -8,57 +8,57 @@ use pulp::{NullaryFnOnce, Simd, cast};
 use super::super::few::Padded;
 use super::super::im2col::Shape;
 use super::super::{overwritten, simd};
-use super::{LANES, through};
+use super::{LANES, routed};
 
 /// Elements of a window at most, as many as lie in 128 bits.
 const FOUR: usize = 4;
 
-/// Vectors whose lanes each look up one of four elements.
-trait LookUp: Simd {
+/// Vectors whose lanes each pick one of four elements.
+trait Permute: Simd {
     /// In each lane the element of `four` of the number in the lowest two bits of `which`.
-    fn look_up(self, four: &[f32; FOUR], which: Self::u32s) -> Self::f32s;
+    fn permute(self, four: &[f32; FOUR], which: Self::u32s) -> Self::f32s;
 }
 
-impl LookUp for V4 {
+impl Permute for V4 {
     #[inline(always)]
-    fn look_up(self, four: &[f32; FOUR], which: Self::u32s) -> Self::f32s {
+    fn permute(self, four: &[f32; FOUR], which: Self::u32s) -> Self::f32s {
         let four = self.avx512f._mm512_broadcast_f32x4(cast(*four));
         cast(self.avx512f._mm512_permutevar_ps(four, cast(which)))
     }
 }
 
-impl LookUp for V3 {
+impl Permute for V3 {
     #[inline(always)]
-    fn look_up(self, four: &[f32; FOUR], which: Self::u32s) -> Self::f32s {
+    fn permute(self, four: &[f32; FOUR], which: Self::u32s) -> Self::f32s {
         let four = self.avx._mm256_broadcast_ps(&cast(*four));
         cast(self.avx._mm256_permutevar_ps(four, cast(which)))
     }
 }
 
-/// What the gradient of a line needs.
-pub(crate) struct Lookup {
+/// What the gradient under a line of the pool's output needs.
+pub(crate) struct Permuted {
     arch: Arch,
-    /// For each line of the kernel, for each element under it: that of each of a window's elements.
+    /// `[kernel line][element of the input line]`: the input elements that a weight meets there, one for each of the window's elements.
     pixels: Vec<[f32; FOUR]>,
-    /// Elements of a line of these.
+    /// Elements of an input line.
     length: usize,
     /// Elements from a window to the next.
     step: usize,
-    /// What windows hand through, and to which of their elements, by pixel and channel.
+    /// `[window][channel]`: the cotangent where the relu lets it through, and which element of the window has it.
     through: Vec<f32>,
     winners: Vec<u32>,
 }
 
-impl Lookup {
-    /// If there are such vectors here and windows are not too large.
+impl Permuted {
+    /// If `arch` has such vectors and windows are not too large.
     pub(crate) fn new(s: &Shape, p: &Shape, arch: Arch) -> Option<Self> {
         let [kh, kw] = p.window.kernel;
-        if kh * kw > FOUR || matches!(arch, Arch::Scalar) {
+        if kh * kw > FOUR || !matches!(arch, Arch::V3(_) | Arch::V4(_)) {
             return None;
         }
         let step = kw * s.c;
         let length = (p.ow - 1) * step + s.window.kernel[1] * s.c;
-        Some(Lookup {
+        Some(Permuted {
             arch,
             pixels: vec![[0.0; FOUR]; s.window.kernel[0] * length],
             length,
@@ -68,8 +68,8 @@ impl Lookup {
         })
     }
 
-    /// Everything of a line; adds to `sums`.
-    pub(crate) fn take_in(
+    /// Loads line `k`: its cotangent, winners, and input lines. Adds the cotangent's sums by channel to `sums`.
+    pub(crate) fn load(
         &mut self,
         (s, p): (&Shape, &Shape),
         (padded, k): (&Padded, usize),
@@ -78,7 +78,7 @@ impl Lookup {
     ) {
         let [kh, kw] = p.window.kernel;
         for (ky, pixels) in self.pixels.chunks_exact_mut(self.length).enumerate() {
-            // Elements beyond a window's are never looked up.
+            // NONE's two lowest bits pick the fourth, times the 0 that is let through.
             let x: [&[f32]; FOUR] = from_fn(|tap| {
                 let tap = if tap < kh * kw { tap } else { 0 };
                 &padded.from(k * kh + ky + tap / kw)[tap % kw * s.c..][..self.length]
@@ -100,7 +100,7 @@ impl Lookup {
             || {
                 for ((gy, winners), (to, which)) in lines {
                     for at in (0..p.c).step_by(LANES) {
-                        let (through, winner) = through(&gy[at..][..LANES], &winners[at..][..LANES]);
+                        let (through, winner) = routed(&gy[at..][..LANES], &winners[at..][..LANES]);
                         to[at..][..LANES].copy_from_slice(&through);
                         which[at..][..LANES].copy_from_slice(&winner);
                         sums[at..][..LANES].iter_mut().zip(through).for_each(|(sum, v)| *sum += v);
@@ -110,20 +110,21 @@ impl Lookup {
         );
     }
 
-    /// Adds the line's part of the weight's gradient; asks for the line that will be next.
+    /// Adds the line's part of the weight's gradient; prefetches the line that will be next.
     pub(crate) fn add(&self, s: &Shape, next: (&[f32], &[u8]), part: &mut [f32]) {
-        let lookup = self;
+        let of = self;
         match self.arch {
-            Arch::V4(simd) => simd.vectorize(Sums::<V4, 2> { lookup, simd, s, next, part }),
-            Arch::V3(simd) => simd.vectorize(Sums::<V3, 1> { lookup, simd, s, next, part }),
+            Arch::V4(simd) => simd.vectorize(Sums::<V4, 2> { of, simd, s, next, part }),
+            Arch::V3(simd) => simd.vectorize(Sums::<V3, 1> { of, simd, s, next, part }),
+            // `new` admits no other.
             _ => (),
         }
     }
 }
 
-/// [`Lookup::add`] with vectors of `S`, up to `V` at a time.
+/// [`Permuted::add`] with vectors of `S`, up to `V` at a time.
 struct Sums<'a, S, const V: usize> {
-    lookup: &'a Lookup,
+    of: &'a Permuted,
     simd: S,
     s: &'a Shape,
     next: (&'a [f32], &'a [u8]),
@@ -131,7 +132,7 @@ struct Sums<'a, S, const V: usize> {
 }
 
 // Not a closure: its attribute to be inlined would be lost in `vectorize`, and each instruction a call.
-impl<S: LookUp, const V: usize> NullaryFnOnce for Sums<'_, S, V> {
+impl<S: Permute, const V: usize> NullaryFnOnce for Sums<'_, S, V> {
     type Output = ();
 
     #[inline(always)]
@@ -146,7 +147,7 @@ impl<S: LookUp, const V: usize> NullaryFnOnce for Sums<'_, S, V> {
     }
 }
 
-impl<S: LookUp, const V: usize> Sums<'_, S, V> {
+impl<S: Permute, const V: usize> Sums<'_, S, V> {
     /// `W` vectors of channels; returns how many channels these are.
     #[inline(always)]
     fn channels<const W: usize>(&mut self, channel: usize) -> usize {
@@ -165,7 +166,7 @@ impl<S: LookUp, const V: usize> Sums<'_, S, V> {
         W * S::F32_LANES
     }
 
-    /// Asks for channels of window `k` of the next line, of which nothing would be there yet when it is wanted.
+    /// Prefetches channels of window `k` of the next line, of which nothing would be there yet when it is wanted.
     #[inline(always)]
     fn prefetch(&self, k: usize, channel: usize, vectors: usize) {
         let (gy, winners) = self.next;
@@ -178,10 +179,10 @@ impl<S: LookUp, const V: usize> Sums<'_, S, V> {
     #[inline(always)]
     fn elements<const R: usize, const W: usize>(&mut self, (line, at): (usize, usize), channel: usize) -> usize {
         let (simd, o, width) = (self.simd, self.s.o, W * S::F32_LANES);
-        let Lookup { length, step, .. } = *self.lookup;
-        let pixels = &self.lookup.pixels[line * length + at..];
+        let Permuted { length, step, .. } = *self.of;
+        let pixels = &self.of.pixels[line * length + at..];
         let mut sums = [[simd.splat_f32s(0.0); W]; R];
-        let windows = self.lookup.through.chunks_exact(o).zip(self.lookup.winners.chunks_exact(o));
+        let windows = self.of.through.chunks_exact(o).zip(self.of.winners.chunks_exact(o));
         for (k, (through, winners)) in windows.enumerate() {
             if (line, at) == (0, 0) {
                 self.prefetch(k, channel, W);
@@ -192,7 +193,7 @@ impl<S: LookUp, const V: usize> Sums<'_, S, V> {
             which.copy_from_slice(S::as_simd_u32s(&winners[channel..][..width]).0);
             for r in 0..R {
                 for w in 0..W {
-                    sums[r][w] = simd.mul_add_f32s(simd.look_up(&pixels[r], which[w]), g[w], sums[r][w]);
+                    sums[r][w] = simd.mul_add_f32s(simd.permute(&pixels[r], which[w]), g[w], sums[r][w]);
                 }
             }
         }
