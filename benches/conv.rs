@@ -32,11 +32,11 @@ fn measure(b: usize, side: usize, c: usize, o: usize, kernel: usize, stride: usi
     let mut product = Convolution::new(conv);
     let (gy, kept) = product.forward(&x, &w, None)?;
     let flops = 2.0 * (gy.elem_count() * c * kernel * kernel) as f64 / 1e9;
-    let mut sum = Some(product.vjp(x.dims(), &kept, &w, &gy, None, InputCotangent::Skip)?.0);
+    let mut sum = Some(product.vjp(x.dims(), kept.clone(), &w, &gy, None, InputCotangent::Skip)?.0);
     let forward = best(|| Ok(product.forward(&x, &w, None)?.0))?;
     let mut vjp = |need_input| {
         best(|| {
-            let (gw, _) = product.vjp(x.dims(), &kept, &w, &gy, sum.take(), InputCotangent::new(need_input))?;
+            let (gw, _) = product.vjp(x.dims(), kept.clone(), &w, &gy, sum.take(), InputCotangent::new(need_input))?;
             sum = Some(gw.clone());
             Ok(gw)
         })

@@ -94,11 +94,11 @@ fn check_convolution(conv: Conv, [b, h, w, c]: [usize; 4], o: usize, algorithm: 
             let (found, kept) = convolution.forward(&x, &weight, Some(&bias))?;
             close("forward", &found, &y, tolerance)?;
             let sum = Some(weight.copy()?);
-            let (sum, input) = convolution.vjp(x.dims(), &kept, &weight, &gy, sum, InputCotangent::Compute)?;
+            let (sum, input) = convolution.vjp(x.dims(), kept.clone(), &weight, &gy, sum, InputCotangent::Compute)?;
             close("input gradient", &input.unwrap(), &gx, tolerance)?;
             close("weight gradient", &sum, &gw, tolerance)?;
             let onto = InputCotangent::AddTo(x.copy()?);
-            let (_, sum) = convolution.vjp(x.dims(), &kept, &weight, &gy, None, onto)?;
+            let (_, sum) = convolution.vjp(x.dims(), kept, &weight, &gy, None, onto)?;
             close("input gradient added to another", &sum.unwrap(), &with_x, tolerance)?;
         }
         close("bias gradient", &conv::bias_gradient(&gy)?, &gb, tolerance)?;
@@ -240,7 +240,7 @@ fn threads_do_not_change_a_bit() -> Result<()> {
         for (conv, w) in [(&conv, &w), (&strided, &half), (&Conv::pointwise(), &point)] {
             let mut convolution = Convolution::new(*conv);
             let (y, kept) = convolution.forward(&x, w, None)?;
-            let (gw, gx) = convolution.vjp(x.dims(), &kept, w, &y, None, InputCotangent::Compute)?;
+            let (gw, gx) = convolution.vjp(x.dims(), kept, w, &y, None, InputCotangent::Compute)?;
             found.extend(gx.into_iter().chain([gw, conv::bias_gradient(&y)?, y]));
         }
         let group = GroupNorm { groups: 4, epsilon: 1e-5, relu: true };

@@ -214,18 +214,18 @@ impl Convolution {
 
     /// `(gw, gx)` from the output's cotangent `gy`, for an input of shape `x` and what its forward call kept: `gw` is the
     /// weight's gradient added to `sum`, a gradient so far that nobody else holds (it is changed in place); `gx` the input's
-    /// cotangent as `input` says.
+    /// cotangent as `wanted`.
     ///
     /// # Errors
     /// As [`Convolution::forward`].
     pub fn vjp(
         &mut self,
         x: &[usize],
-        kept: &Tensor,
+        kept: Tensor,
         weight: &Tensor,
         gy: &Tensor,
         sum: Option<Tensor>,
-        input: InputCotangent,
+        wanted: InputCotangent,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (weight, gy) = (weight.contiguous()?, gy.contiguous()?);
         by_dtype!(gy, T => {
@@ -236,9 +236,9 @@ impl Convolution {
                 Some(sum) => sum,
                 None => tensor(vec![T::ZERO; weight.elem_count()], weight.dims())?,
             };
-            let (kept, cotangent, w) = (Host::of(kept)?, Host::of(&gy)?, Host::of(&weight)?);
-            let (kept, cotangent, w) = (kept.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
-            let (need_input, onto) = match input {
+            let (of_input, cotangent, w) = (Host::of(&kept)?, Host::of(&gy)?, Host::of(&weight)?);
+            let (input, cotangent, w) = (of_input.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
+            let (need_input, onto) = match wanted {
                 InputCotangent::Skip => (false, None),
                 InputCotangent::Compute => (true, None),
                 InputCotangent::AddTo(onto) => (true, Some(onto.contiguous()?)),
@@ -247,13 +247,16 @@ impl Convolution {
                 let found = onto.shape();
                 return Err(Error::Run(format!("the cotangent of an input of {x:?} cannot be added to one of {found:?}")));
             }
-            let of_input = need_input && ready.algorithm != Algorithm::Winograd;
-            let mut gx = overwritten::<T>(if of_input { s.b * s.h * s.w * s.c } else { 0 });
+            let of_these = need_input && ready.algorithm != Algorithm::Winograd;
+            let mut gx = overwritten::<T>(if of_these { s.b * s.h * s.w * s.c } else { 0 });
             match ready.algorithm {
                 Algorithm::Winograd => {
                     let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
                     winograd::transform_cotangent(&s, cotangent, &mut z);
-                    host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, kept, &z, sum))?;
+                    host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, input, &z, sum))?;
+                    // Its memory is there for what follows.
+                    drop(of_input);
+                    drop(kept);
                     if !need_input {
                         return Ok((sum, None));
                     }
@@ -268,13 +271,13 @@ impl Convolution {
                     return Ok((sum, Some(to)));
                 }
                 Algorithm::Unpacked => {
-                    host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
+                    host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, input, cotangent, sum))?;
                     if need_input {
                         unpacked::input_gradient(&s, cotangent, w, &mut gx);
                     }
                 }
                 Algorithm::Few => {
-                    let gw = patches::unpack(&s, &few::weight_gradient(&s, floats(kept)?, floats(cotangent)?));
+                    let gw = patches::unpack(&s, &few::weight_gradient(&s, floats(input)?, floats(cotangent)?));
                     host::update::<f32>(&sum, |sum| add(sum, &gw))?;
                     if need_input {
                         let packed = keep(&mut ready.backward, || patches::pack_backward(&s, w))?;
@@ -284,9 +287,9 @@ impl Convolution {
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
                     if unpacked::suits_weight_gradient(&s) {
-                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
+                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, input, cotangent, sum))?;
                     } else {
-                        let gw = ready.onednn_weight_gradient(floats(kept)?, floats(cotangent)?)?;
+                        let gw = ready.onednn_weight_gradient(floats(input)?, floats(cotangent)?)?;
                         host::update::<f32>(&sum, |sum| add(sum, &gw))?;
                     }
                     if need_input {
@@ -296,9 +299,9 @@ impl Convolution {
                 }
                 _ => {
                     if unpacked::suits_weight_gradient(&s) {
-                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, kept, cotangent, sum))?;
+                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, input, cotangent, sum))?;
                     } else {
-                        let gw = patches::weight_gradient(&s, kept, cotangent);
+                        let gw = patches::weight_gradient(&s, input, cotangent);
                         host::update::<T>(&sum, |sum| add(sum, &gw))?;
                     }
                     if need_input {

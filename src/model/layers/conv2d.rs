@@ -25,11 +25,11 @@ impl Conv2d {
         Ok(Conv2d { conv: Convolution::new(conv), weight, bias, input: Vec::new() })
     }
 
-    /// [`Layer::vjp`], what it does about the input's cotangent said by `input`.
-    pub(super) fn vjp_as(&mut self, gy: &Tensor, tape: &mut Tape, input: InputCotangent) -> Result<Option<Tensor>> {
+    /// [`Layer::vjp`], with the input's cotangent as `wanted`.
+    pub(super) fn vjp_as(&mut self, gy: &Tensor, tape: &mut Tape, wanted: InputCotangent) -> Result<Option<Tensor>> {
         let kept = tape.pop()?;
         let sum = self.weight.grad.take();
-        let (gw, gx) = self.conv.vjp(&self.input, &kept, &self.weight.value, gy, sum, input)?;
+        let (gw, gx) = self.conv.vjp(&self.input, kept, &self.weight.value, gy, sum, wanted)?;
         self.weight.grad = Some(gw);
         if let Some(bias) = &mut self.bias {
             bias.accumulate(conv::bias_gradient(gy)?)?;

@@ -54,7 +54,7 @@ impl Layer for Linear {
         let kept = tape.pop()?;
         let flat = [self.input[0], 1, 1, self.input[1..].iter().product()];
         let (kernel, sum) = (self.kernel()?, self.weight.grad.take());
-        let (gw, gx) = self.product.vjp(&flat, &kept, &kernel, gy, sum, InputCotangent::new(need_input))?;
+        let (gw, gx) = self.product.vjp(&flat, kept, &kernel, gy, sum, InputCotangent::new(need_input))?;
         self.weight.grad = Some(gw.reshape(self.weight.value.dims())?);
         if let Some(bias) = &mut self.bias {
             bias.accumulate(conv::bias_gradient(gy)?)?;

@@ -77,14 +77,17 @@ impl Layer for Residual {
     }
 
     fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
-        let y = tape.pop()?;
-        let sum = activation::relu_vjp(&y, gy)?;
+        let sum = activation::relu_vjp(&tape.pop()?, gy)?;
         let mut g = self.last.vjp(&sum, pass, tape, true)?;
         let shortcut = match &mut self.projection {
-            Some((conv, norm)) => match norm.vjp(&sum, pass, tape, true)? {
-                Some(g) => conv.vjp(&g, pass, tape, need_input)?,
-                None => None,
-            },
+            Some((conv, norm)) => {
+                let g = norm.vjp(&sum, pass, tape, true)?;
+                drop(sum);
+                match g {
+                    Some(g) => conv.vjp(&g, pass, tape, need_input)?,
+                    None => None,
+                }
+            }
             None => Some(sum),
         };
         for layer in self.between.iter_mut().rev() {

@@ -52,7 +52,7 @@ impl Stem {
         let (_, kept) = norm_pool::forward(&y, affine[0], affine[1], &self.norm.norm, window)?;
         let (g, _, _) = norm_pool::vjp(&y, affine, &kept, gy, &self.norm.norm, window, true)?;
         let Some(g) = g else { return Ok(None) };
-        Ok(self.conv.conv.vjp(x.dims(), &tape.pop()?, &self.conv.weight.value, &g, None, InputCotangent::Compute)?.1)
+        Ok(self.conv.conv.vjp(x.dims(), tape.pop()?, &self.conv.weight.value, &g, None, InputCotangent::Compute)?.1)
     }
 }
 
