@@ -236,8 +236,8 @@ impl Convolution {
                 Some(sum) => sum,
                 None => tensor(vec![T::ZERO; weight.elem_count()], weight.dims())?,
             };
-            let (of_input, cotangent, w) = (Host::of(&kept)?, Host::of(&gy)?, Host::of(&weight)?);
-            let (input, cotangent, w) = (of_input.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
+            let (kept_lock, cotangent, w) = (Host::of(&kept)?, Host::of(&gy)?, Host::of(&weight)?);
+            let (input, cotangent, w) = (kept_lock.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
             let (need_input, onto) = match wanted {
                 InputCotangent::Skip => (false, None),
                 InputCotangent::Compute => (true, None),
@@ -245,17 +245,17 @@ impl Convolution {
             };
             if let Some(onto) = onto.as_ref().filter(|onto| onto.dims() != [s.b, s.h, s.w, s.c]) {
                 let found = onto.shape();
-                return Err(Error::Run(format!("the cotangent of an input of {x:?} cannot be added to one of {found:?}")));
+                return Err(Error::Run(format!("an input of {x:?} whose cotangent is to be added to a tensor of {found:?}")));
             }
-            let of_these = need_input && ready.algorithm != Algorithm::Winograd;
-            let mut gx = overwritten::<T>(if of_these { s.b * s.h * s.w * s.c } else { 0 });
+            let apart = need_input && ready.algorithm != Algorithm::Winograd;
+            let mut gx = overwritten::<T>(if apart { s.b * s.h * s.w * s.c } else { 0 });
             match ready.algorithm {
                 Algorithm::Winograd => {
                     let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
                     winograd::transform_cotangent(&s, cotangent, &mut z);
                     host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, input, &z, sum))?;
-                    // Its memory is there for what follows.
-                    drop(of_input);
+                    // What follows can use its memory.
+                    drop(kept_lock);
                     drop(kept);
                     if !need_input {
                         return Ok((sum, None));

@@ -49,12 +49,13 @@ impl PooledGradient {
         (gy, winners): (&[f32], &[u8]),
         (part, sums): (&mut [f32], &mut [f32]),
     ) {
-        let (line, next) = ((&gy[..p.ow * p.c], &winners[..p.ow * p.c]), (&gy[p.ow * p.c..], &winners[p.ow * p.c..]));
+        let length = p.ow * p.c;
+        let line = (&gy[..length], &winners[..length]);
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Permuted(permuted) => {
                 permuted.load((s, p), (padded, k), line, sums);
-                permuted.add(s, next, part);
+                permuted.add(s, (&gy[length..], &winners[length..]), part);
             }
             Self::Scattered(g, taps) => {
                 simd::vectorized(
@@ -106,17 +107,17 @@ fn routed(gy: &[f32], winners: &[u8]) -> ([f32; LANES], [u32; LANES]) {
 
 #[cfg(test)]
 mod tests {
+    use rand_chacha::ChaCha8Rng;
+    use rand_chacha::rand_core::SeedableRng;
+    use rand_distr::{Distribution, Uniform};
+
     use super::super::Window;
     use super::*;
 
     /// Numbers between -1 and 1.
     fn random(count: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
-        (0..count).map(|_| next()).collect()
+        let between = Uniform::new(-1.0, 1.0).expect("bounds in order");
+        between.sample_iter(ChaCha8Rng::seed_from_u64(seed)).take(count).collect()
     }
 
     /// Every way there is on this machine, by name.
