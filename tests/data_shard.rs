@@ -1,9 +1,12 @@
 //! Shards: what is written comes back, and every malformed file is told by name and by what is wrong with it.
 
+mod common;
 mod data_support;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use common::tmpfs::Tmpfs;
 use data_support::{CLASSES, header, pixels, shard};
 use sideways::data::inspect::{contact_sheet, find, inspect};
 use sideways::data::{Dataset, Encoding, ShardHeader, ShardReader, ShardWriter, jpeg, missing_shards};
@@ -66,6 +69,47 @@ fn an_unfinished_shard_leaves_nothing_and_bad_videos_are_refused() {
         text(ShardWriter::create(&dir.path().join("no/x.h5"), header(Encoding::Raw, 4, 4)).err().unwrap())
             .contains("no/x.h5")
     );
+}
+
+/// Where the disk is full for a moment only (another process was there, and has tidied up), a shard is complete or given up:
+/// HDF5 writes much of what it was given when datasets are closed, and a failure there must not be lost.
+#[test]
+fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Tmpfs::mount(dir.path(), "1m") else { return };
+    for round in 0..100 {
+        let path = disk.0.join(format!("{round}.h5"));
+        let encoding = [Encoding::Raw, Encoding::Jpeg][round % 2];
+        let mut writer = ShardWriter::create(&path, header(encoding, 40, 40)).unwrap();
+        let frames = (0..30).map(|t| pixels(0, t, 40, 40));
+        let stored =
+            frames.map(|rgb| if encoding == Encoding::Raw { rgb } else { jpeg::encode(&rgb, 40, 40, 95).unwrap() });
+        writer.append("video", 0, stored).unwrap();
+        let filler = disk.fill();
+        // Room for some of it.
+        let room = std::fs::metadata(&filler).unwrap().len() - ((round as u64 / 2 * 7) % 30 + 1) * 4096;
+        std::fs::File::options().write(true).open(&filler).unwrap().set_len(room).unwrap();
+        let done = AtomicBool::new(false);
+        let finished = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // For the first two shards there is no room until they are given up.
+                while !done.load(Relaxed) && (round < 2 || disk.free() > 0) {}
+                std::fs::remove_file(filler).unwrap();
+            });
+            let finished = writer.finish();
+            done.store(true, Relaxed);
+            finished
+        });
+        match finished {
+            Ok(path) => {
+                assert!(round >= 2, "there was no room for {}", path.display());
+                ShardReader::open(&path).unwrap().verify(0).unwrap();
+                std::fs::remove_file(path).unwrap();
+            }
+            Err(e) => assert!(e.to_string().contains("No space left on device"), "{e}"),
+        }
+        assert_eq!(std::fs::read_dir(&disk.0).unwrap().count(), 0);
+    }
 }
 
 /// The error of opening a good shard that `damage` was done to.

@@ -2,13 +2,14 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
 use common::mpirun::{mpirun, text};
 use common::runs::tensors;
+use common::tmpfs::Tmpfs;
 use sideways::checkpoint;
 
 /// SIGTERM and SIGUSR1 to one process of all modules, and to exact back-propagation: a checkpoint, exit 75, the same bits.
@@ -181,38 +182,6 @@ fn a_kill_while_a_checkpoint_is_written_leaves_one_that_loads() {
     assert_eq!(output.status.code(), Some(75), "{}", text(&output));
     assert_eq!((run.newest(), unfinished(&checkpoints)), (newest + 5, 0));
     run.assert_same_as_uninterrupted(newest + 5);
-}
-
-/// A small file system of its own at a path, for as long as this lives; `None` where the rights are missing.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(at: &Path, size: &str) -> Option<Self> {
-        std::fs::create_dir_all(at).unwrap();
-        let options = format!("size={size}");
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).output().ok()?;
-        if !mount.status.success() {
-            eprintln!("SKIPPED: a small tmpfs cannot be mounted here: {}", String::from_utf8_lossy(&mount.stderr));
-            return None;
-        }
-        Some(Tmpfs(at.to_path_buf()))
-    }
-
-    /// Uses up all there is: what a large write leaves, smaller ones take.
-    fn fill(&self) -> PathBuf {
-        let path = self.0.join("filler");
-        let mut file = std::fs::File::create(&path).unwrap();
-        for piece in [1 << 20, 1 << 16, 1 << 12] {
-            while std::io::Write::write(&mut file, &vec![0; piece]).is_ok_and(|written| written > 0) {}
-        }
-        path
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 /// No room for a checkpoint: the run ends with an error that says so, the last good checkpoint is kept and resumes; or the

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::mpirun::{descendants, mpirun, text};
+use common::tmpfs::Tmpfs;
 use sideways::data::prepare::record::State;
 use sideways::data::{Dataset, ShardReader};
 
@@ -274,31 +275,10 @@ fn missing_broken_and_replaced_files_change_their_own_shards_alone() {
     assert_eq!(counts(&report), [16, 0, 0, 1, 15], "{report}");
 }
 
-/// A small file system of memory, for root.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn mount(at: PathBuf, size: &str) -> Option<Self> {
-        std::fs::create_dir_all(&at).unwrap();
-        let size = format!("size={size}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&at).output();
-        mounted.is_ok_and(|output| output.status.success()).then_some(Tmpfs(at))
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_disk_ends_the_run_with_its_reason_and_more_room_lets_it_go_on() {
     let clips = Clips::new(12);
-    let Some(disk) = Tmpfs::mount(clips.path("small"), "700k") else {
-        eprintln!("SKIPPED: only root can mount a small file system to fill");
-        return;
-    };
+    let Some(disk) = Tmpfs::mount(&clips.path("small"), "700k") else { return };
     let out = disk.0.join("out");
     for full in [clips.run(&out, &["--encoding", "raw"]), clips.ranks(2, &out, &["--encoding", "raw"])] {
         assert_eq!(full.status.code(), Some(1), "{}", text(&full));
@@ -307,8 +287,7 @@ fn a_full_disk_ends_the_run_with_its_reason_and_more_room_lets_it_go_on() {
         assert!(shards(&out).len() < 3);
     }
     let kept = identity(&out);
-    let more = Command::new("mount").args(["-o", "remount,size=8m"]).arg(&disk.0).status().unwrap();
-    assert!(more.success());
+    disk.resize("8m");
     let report = succeeded(&clips.run(&out, &["--encoding", "raw"]));
     assert_eq!(count(&report, "written"), 12, "{report}");
     assert!(kept.iter().all(|(name, id)| identity(&out)[name] == *id));

@@ -6,3 +6,4 @@ pub mod cuda;
 pub mod jobs;
 pub mod mpirun;
 pub mod runs;
+pub mod tmpfs;

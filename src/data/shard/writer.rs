@@ -140,15 +140,21 @@ impl ShardWriter {
         self.flush()?;
         let Some((file, frames)) = self.open.take() else { return Err(self.failed("already closed")) };
         let close = || -> hdf5::Result<()> {
-            drop(frames);
             let ids = self.ids.iter().map(|s| attributes::text(s)).collect::<hdf5::Result<Vec<_>>>()?;
-            file.new_dataset_builder().with_data(&self.labels[..]).create("labels")?;
-            file.new_dataset_builder().with_data(&ids[..]).create("video_ids")?;
-            file.new_dataset_builder().with_data(&self.video_offsets[..]).create("video_offsets")?;
-            file.new_dataset_builder().with_data(&self.checksums[..]).create("video_checksums")?;
+            let mut datasets = vec![
+                frames,
+                file.new_dataset_builder().with_data(&self.labels[..]).create("labels")?,
+                file.new_dataset_builder().with_data(&ids[..]).create("video_ids")?,
+                file.new_dataset_builder().with_data(&self.video_offsets[..]).create("video_offsets")?,
+                file.new_dataset_builder().with_data(&self.checksums[..]).create("video_checksums")?,
+            ];
             if self.header.encoding == Encoding::Jpeg {
-                file.new_dataset_builder().with_data(&self.frame_offsets[..]).create("frame_offsets")?;
+                datasets.push(file.new_dataset_builder().with_data(&self.frame_offsets[..]).create("frame_offsets")?);
             }
+            // HDF5 still keeps parts of them in memory. A dataset's closing would write these too, but tell no one of a
+            // failure: it is dropped.
+            file.flush()?;
+            drop(datasets);
             file.close()
         };
         close().map_err(|e| self.failed(e))?;
