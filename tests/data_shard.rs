@@ -93,7 +93,9 @@ fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
         let finished = std::thread::scope(|scope| {
             scope.spawn(|| {
                 // For the first two shards there is no room until they are given up.
-                while !done.load(Relaxed) && (round < 2 || disk.free() > 0) {}
+                while !done.load(Relaxed) && (round < 2 || disk.free() > 0) {
+                    std::hint::spin_loop();
+                }
                 std::fs::remove_file(filler).unwrap();
             });
             let finished = writer.finish();

@@ -1,6 +1,6 @@
 //! Arrays seen as `[rows, channels]`: biases and their gradients, channels copied in and out.
 
-use super::{Array, Columns, Element, Gpu, arguments, each, expect, expect_scratch, launch, signed, small, width};
+use super::{Array, Columns, Element, Gpu, arguments, each, launch, require, require_scratch, signed, small, width};
 use crate::{Error, Result};
 
 /// `y += b` by channel for `y` `[rows, channels]` and `b` `[channels]`.
@@ -20,7 +20,7 @@ pub fn bias_relu(gpu: &Gpu, y: &Array, b: &Array, channels: usize) -> Result<()>
 }
 
 fn biased(gpu: &Gpu, y: &Array, b: &Array, channels: usize, relu: bool) -> Result<()> {
-    expect("a bias", b, channels, Element::F32)?;
+    require("a bias", b, channels, Element::F32)?;
     rows_of("a bias", y, channels)?;
     let w = width(y.element(), &[channels]);
     let arguments = arguments![y, b, small(y.len())?, small(channels)?, w as i32, relu];
@@ -50,7 +50,7 @@ pub fn bias_relu_vjp(
     scratch: &Array,
 ) -> Result<()> {
     for array in [y, gx] {
-        expect("a relu's output or cotangent", array, gy.len(), gy.element())?;
+        require("a relu's output or cotangent", array, gy.len(), gy.element())?;
     }
     columns(gpu, gy, Some((y, gx)), gb, channels, scratch)
 }
@@ -63,9 +63,9 @@ fn columns(
     channels: usize,
     scratch: &Array,
 ) -> Result<()> {
-    expect("a bias's gradient", gb, channels, Element::F32)?;
+    require("a bias's gradient", gb, channels, Element::F32)?;
     let rows = rows_of("a bias's gradient", gy, channels)?;
-    expect_scratch("a bias's gradient", scratch, bias_gradient_scratch(rows, channels))?;
+    require_scratch("a bias's gradient", scratch, bias_gradient_scratch(rows, channels))?;
     small(gy.len())?;
     let cut = Columns::new(gy.element(), 1, rows, channels);
     let (y, gx) = through.unzip();
@@ -107,7 +107,7 @@ pub fn get_channels(gpu: &Gpu, whole: &Array, part: &Array, own: usize, channels
 /// Elements of `part`, and how many a thread takes.
 fn block(part: &Array, whole: &Array, own: usize, channels: usize, first: usize) -> Result<(u32, usize)> {
     let rows = rows_of("a copy of channels", part, own)?;
-    expect("what channels are copied into or out of", whole, rows * channels, part.element())?;
+    require("what channels are copied into or out of", whole, rows * channels, part.element())?;
     if first + own > channels {
         return Err(Error::Run(format!("{own} channels from {first} on of an array of {channels}")));
     }

@@ -1,6 +1,6 @@
 //! Element by element: activations, sums, dropout, types; and the guard against what is not finite.
 
-use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, each, expect, expect_scratch, launch, pack};
+use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, each, launch, pack, require, require_scratch};
 use crate::{Error, Result};
 
 /// `y = max(x, 0)`; `y` may be `x`. What is not a number stays one.
@@ -65,7 +65,7 @@ pub fn add_relu(gpu: &Gpu, a: &Array, b: &Array, y: &Array) -> Result<()> {
 /// # Errors
 /// As [`relu`]; where `keys` has no such word; where `rate` is not from 0 to below 1.
 pub fn dropout(gpu: &Gpu, x: &Array, y: &Array, rate: f64, keys: &Array, index: usize) -> Result<()> {
-    expect("dropout's output", y, x.len(), x.element())?;
+    require("dropout's output", y, x.len(), x.element())?;
     if keys.bytes() < 8 * (index + 1) || !(0.0..1.0).contains(&rate) {
         let bytes = keys.bytes();
         return Err(Error::Run(format!("dropout at rate {rate} with key {index} of an array of {bytes} bytes")));
@@ -95,7 +95,7 @@ pub fn set_words(gpu: &Gpu, array: &Array, first: usize, words: &[u64]) -> Resul
 /// # Errors
 /// As [`relu`].
 pub fn from_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
-    expect("what is cast", x, y.len(), Element::F32)?;
+    require("what is cast", x, y.len(), Element::F32)?;
     match y.element() {
         Element::F32 => gpu.copy(x, y),
         to => launch(gpu, "narrow", to, each(x.len(), pack(to)), arguments![x, y, x.len() as u64]),
@@ -107,7 +107,7 @@ pub fn from_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
 /// # Errors
 /// As [`relu`].
 pub fn to_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
-    expect("what is cast to", y, x.len(), Element::F32)?;
+    require("what is cast to", y, x.len(), Element::F32)?;
     match x.element() {
         Element::F32 => gpu.copy(x, y),
         from => launch(gpu, "widen", from, each(x.len(), pack(from)), arguments![x, y, x.len() as u64]),
@@ -129,8 +129,8 @@ pub fn fill(gpu: &Gpu, x: &Array, value: f32) -> Result<()> {
 /// # Errors
 /// [`Error::Run`] if an array is too short or a launch fails.
 pub fn guard(gpu: &Gpu, x: &Array, flag: &Array, scratch: &Array, clear: bool) -> Result<()> {
-    expect_scratch("the guard's flag", flag, 1)?;
-    expect_scratch("the guard", scratch, guard_scratch(x.len()))?;
+    require_scratch("the guard's flag", flag, 1)?;
+    require_scratch("the guard", scratch, guard_scratch(x.len()))?;
     let (n, element) = (x.len() as u64, x.element());
     let looked = guard_scratch(x.len());
     launch(gpu, "guard_look", element, [looked, 1, 1], arguments![x, n, scratch])?;
@@ -144,19 +144,19 @@ pub fn guard_scratch(elements: usize) -> usize {
 }
 
 fn map(gpu: &Gpu, name: &'static str, x: &Array, y: &Array) -> Result<()> {
-    expect(name, y, x.len(), x.element())?;
+    require(name, y, x.len(), x.element())?;
     launch(gpu, name, x.element(), each(x.len(), pack(x.element())), arguments![x, y, x.len() as u64])
 }
 
 fn zip(gpu: &Gpu, name: &'static str, a: &Array, b: &Array, y: &Array) -> Result<()> {
-    expect(name, b, a.len(), a.element())?;
-    expect(name, y, a.len(), a.element())?;
+    require(name, b, a.len(), a.element())?;
+    require(name, y, a.len(), a.element())?;
     launch(gpu, name, a.element(), each(a.len(), pack(a.element())), arguments![a, b, y, a.len() as u64])
 }
 
 fn sum(gpu: &Gpu, a: &Array, b: &Array, y: &Array, relu: bool) -> Result<()> {
-    expect("the second summand", b, a.len(), a.element())?;
-    expect("a sum", y, a.len(), a.element())?;
+    require("the second summand", b, a.len(), a.element())?;
+    require("a sum", y, a.len(), a.element())?;
     let grid = each(a.len(), pack(a.element()));
     launch(gpu, "add", a.element(), grid, arguments![a, b, y, a.len() as u64, relu])
 }

@@ -1,6 +1,6 @@
 //! Losses with their gradients, and the sums a score is made of.
 
-use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, expect, expect_scratch, launch, signed, small, width};
+use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, launch, require, require_scratch, signed, small, width};
 use crate::model::loss::PixelLoss;
 use crate::{Error, Result};
 
@@ -23,13 +23,13 @@ pub fn cross_entropy(
     let samples = samples_of(labels, logits)?;
     let element = logits.element();
     if let Some(gradient) = gradient {
-        expect("the logits' gradient", gradient, logits.len(), element)?;
+        require("the logits' gradient", gradient, logits.len(), element)?;
     }
     if let Some(sum) = logits_sum {
-        expect("the sum of logits", sum, logits.len(), Element::F32)?;
+        require("the sum of logits", sum, logits.len(), Element::F32)?;
     }
-    expect("a score", score, 2, Element::F32)?;
-    expect_scratch("a loss", scratch, loss_scratch(logits.len(), samples))?;
+    require("a score", score, 2, Element::F32)?;
+    require_scratch("a loss", scratch, loss_scratch(logits.len(), samples))?;
     let (b, k) = (signed(samples)?, signed(logits.len() / samples)?);
     let arguments = arguments![logits, labels, gradient, logits_sum, scratch, b, k];
     launch(gpu, "cross_entropy", element, [samples, 1, 1], arguments)?;
@@ -58,15 +58,15 @@ pub fn pixel(
 ) -> Result<()> {
     let samples = samples_of(labels, output)?;
     let element = output.element();
-    expect("the target", target, output.len(), target.element())?;
+    require("the target", target, output.len(), target.element())?;
     if element == Element::F32 {
-        expect("the target of an output of floats", target, output.len(), Element::F32)?;
+        require("the target of an output of floats", target, output.len(), Element::F32)?;
     }
     if let Some(gradient) = gradient {
-        expect("the output's gradient", gradient, output.len(), element)?;
+        require("the output's gradient", gradient, output.len(), element)?;
     }
-    expect("a score", score, 2, Element::F32)?;
-    expect_scratch("a loss", scratch, loss_scratch(output.len(), samples))?;
+    require("a score", score, 2, Element::F32)?;
+    require_scratch("a loss", scratch, loss_scratch(output.len(), samples))?;
     let sample = output.len() / samples;
     let w = width(element, &[sample]);
     let parts = parts(samples, sample);

@@ -155,7 +155,7 @@ fn signed(size: usize) -> Result<i32> {
 }
 
 /// Refuses an array that has not `length` elements of `element`.
-fn expect(what: &str, array: &Array, length: usize, element: Element) -> Result<()> {
+fn require(what: &str, array: &Array, length: usize, element: Element) -> Result<()> {
     if array.len() == length && array.element() == element {
         return Ok(());
     }
@@ -166,7 +166,7 @@ fn expect(what: &str, array: &Array, length: usize, element: Element) -> Result<
 }
 
 /// Refuses a scratch array of less than `length` floats.
-fn expect_scratch(what: &str, scratch: &Array, length: usize) -> Result<()> {
+fn require_scratch(what: &str, scratch: &Array, length: usize) -> Result<()> {
     if scratch.bytes() >= length * 4 {
         return Ok(());
     }

@@ -5,7 +5,7 @@
 //! gradients if there are several samples. Batch norm is group norm of one sample with a group a channel.
 
 use super::{
-    Array, BLOCK, Columns, Element, Gpu, arguments, each, expect, expect_scratch, launch, pack, signed, small,
+    Array, BLOCK, Columns, Element, Gpu, arguments, each, launch, pack, require, require_scratch, signed, small,
 };
 use crate::{Error, Result};
 
@@ -86,7 +86,7 @@ impl Norm<'_> {
     /// [`Error::Run`] if sizes do not fit or a launch fails; [`Error::Input`] for a batch norm of one value a channel.
     pub fn forward(&self, gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
         let seen = self.seen(x)?;
-        expect("the norm's output", y, x.len(), x.element())?;
+        require("the norm's output", y, x.len(), x.element())?;
         match self.over {
             Over::Groups(_) => self.normalise(gpu, &seen, x, y, None),
             Over::Batch { .. } if seen.shape.rows < 2 => Err(Error::input(format!(
@@ -116,10 +116,10 @@ impl Norm<'_> {
         let NormShape { samples, rows, channels } = seen.shape;
         let element = x.element();
         for cotangent in [Some(gy), gx].into_iter().flatten() {
-            expect("a norm's cotangent", cotangent, x.len(), element)?;
+            require("a norm's cotangent", cotangent, x.len(), element)?;
         }
         for gradient in [gw, gb] {
-            expect("a norm's gradient", gradient, channels, Element::F32)?;
+            require("a norm's gradient", gradient, channels, Element::F32)?;
         }
         let Norm { relu, weight, bias, statistics, scratch, .. } = *self;
         let constant = matches!(self.over, Over::Running(_));
@@ -219,17 +219,17 @@ impl Norm<'_> {
         if groups == 0 || channels == 0 || !channels.is_multiple_of(groups) {
             return Err(Error::Run(format!("normalisation of {channels} channels in {groups} groups")));
         }
-        expect("the norm's input", x, shape.elements(), x.element())?;
+        require("the norm's input", x, shape.elements(), x.element())?;
         for parameter in [self.weight, self.bias] {
-            expect("the norm's weight or bias", parameter, channels, Element::F32)?;
+            require("the norm's weight or bias", parameter, channels, Element::F32)?;
         }
         if let Over::Batch { running, .. } | Over::Running(running) = self.over {
             for array in running {
-                expect("running statistics", array, channels, Element::F32)?;
+                require("running statistics", array, channels, Element::F32)?;
             }
         }
-        expect("the norm's statistics", self.statistics, shape.samples * groups * 2, Element::F32)?;
-        expect_scratch("a norm", self.scratch, need(&shape))?;
+        require("the norm's statistics", self.statistics, shape.samples * groups * 2, Element::F32)?;
+        require_scratch("a norm", self.scratch, need(&shape))?;
         Ok(Seen { shape, groups })
     }
 }

@@ -4,7 +4,7 @@
 //! The step reads the norm in device memory, so the host waits for nothing. Learning rate and step count are arguments:
 //! not for a graph.
 
-use super::{Argument, Array, Element, Gpu, arguments, expect, failed, launch, signed};
+use super::{Argument, Array, Element, Gpu, arguments, failed, launch, require, signed};
 use crate::optim::OptimizerSpec;
 use crate::{Error, Result};
 
@@ -51,10 +51,10 @@ impl Parameters {
                 return Err(Error::Run(format!("parameter {i} has {found} buffers, and its optimiser {buffers}")));
             }
             for array in [p.value, p.gradient].into_iter().chain(p.buffers.iter().copied()) {
-                expect(&format!("an array of parameter {i}"), array, n, Element::F32)?;
+                require(&format!("an array of parameter {i}"), array, n, Element::F32)?;
             }
             if let Some(rounded) = p.rounded {
-                expect(&format!("the copy of parameter {i}"), rounded, n, Element::Bf16)?;
+                require(&format!("the copy of parameter {i}"), rounded, n, Element::Bf16)?;
             }
             let buffer = |k: usize| p.buffers.get(k).map_or(0, |b| b.pointer());
             let rounded = p.rounded.map_or(0, Array::pointer);
@@ -149,8 +149,8 @@ impl Accumulation {
         let (mut table, mut pieces) = (Vec::new(), Vec::new());
         let element = pairs.first().map_or(Element::F32, |(x, _)| x.element());
         for (i, (x, sum)) in pairs.iter().enumerate() {
-            expect("a gradient", x, sum.len(), element)?;
-            expect("a sum of gradients", sum, sum.len(), Element::F32)?;
+            require("a gradient", x, sum.len(), element)?;
+            require("a sum of gradients", sum, sum.len(), Element::F32)?;
             table.extend([x.pointer(), sum.pointer(), x.len() as u64]);
             pieces.extend((0..x.len()).step_by(PIECE).flat_map(|start| [i as u64, start as u64]));
         }

@@ -1,6 +1,6 @@
 //! Pools over windows and whole frames, up-sampling, and their gradients, all as gathers.
 
-use super::{Argument, Array, Columns, Element, Gpu, arguments, each, expect, launch, signed, small, width};
+use super::{Argument, Array, Columns, Element, Gpu, arguments, each, launch, require, signed, small, width};
 use crate::kernels::Window;
 use crate::{Error, Result};
 
@@ -64,8 +64,8 @@ pub fn average_pool_vjp(gpu: &Gpu, shape: [usize; 4], window: &Window, gy: &Arra
 /// [`Error::Run`] if sizes do not fit or the launch fails.
 pub fn global_average(gpu: &Gpu, shape: [usize; 4], x: &Array, y: &Array) -> Result<()> {
     let [b, h, w, c] = shape;
-    expect("global pooling's input", x, b * h * w * c, x.element())?;
-    expect("global pooling's output", y, b * c, x.element())?;
+    require("global pooling's input", x, b * h * w * c, x.element())?;
+    require("global pooling's output", y, b * c, x.element())?;
     small(x.len())?;
     // As many threads down the rows as there is work for.
     let cut = Columns::new(x.element(), b, h * w, c);
@@ -92,8 +92,8 @@ pub fn global_average(gpu: &Gpu, shape: [usize; 4], x: &Array, y: &Array) -> Res
 /// As [`global_average`].
 pub fn global_average_vjp(gpu: &Gpu, shape: [usize; 4], gy: &Array, gx: &Array) -> Result<()> {
     let [b, h, w, c] = shape;
-    expect("global pooling's cotangent", gy, b * c, gx.element())?;
-    expect("global pooling's input cotangent", gx, b * h * w * c, gx.element())?;
+    require("global pooling's cotangent", gy, b * c, gx.element())?;
+    require("global pooling's input cotangent", gx, b * h * w * c, gx.element())?;
     let lanes = width(gx.element(), &[c]);
     let (n, sample, scale) = (small(gx.len())?, small(h * w * c)?, (1.0 / (h * w) as f64) as f32);
     let arguments = arguments![gy, gx, n, sample, small(c)?, lanes as i32, scale];
@@ -129,8 +129,8 @@ fn repeated(shape: [usize; 4], factor: usize, small: &Array, large: &Array) -> R
     if factor == 0 {
         return Err(Error::Run("up-sampling by 0".into()));
     }
-    expect("up-sampling's input", small, elements, small.element())?;
-    expect("up-sampling's output", large, elements * factor * factor, small.element())?;
+    require("up-sampling's input", small, elements, small.element())?;
+    require("up-sampling's output", large, elements * factor * factor, small.element())?;
     Ok(shape)
 }
 
@@ -167,8 +167,8 @@ impl Pool {
 
     fn check(&self, x: &Array, y: &Array) -> Result<()> {
         let [b, _, _, c] = self.input;
-        expect("a pool's input", x, self.input.iter().product(), x.element())?;
-        expect("a pool's output", y, b * self.output[0] * self.output[1] * c, x.element())?;
+        require("a pool's input", x, self.input.iter().product(), x.element())?;
+        require("a pool's output", y, b * self.output[0] * self.output[1] * c, x.element())?;
         small(x.len().max(y.len())).map(|_| ())
     }
 

@@ -60,7 +60,9 @@ impl ShardWriter {
             };
             Ok((file, frames))
         };
-        let open = make().map_err(|e| Error::input(format!("{}: cannot write this shard: {e}", partial.display())))?;
+        let open = make().map_err(|e| {
+            Error::input(format!("{}: cannot write this shard: {}", partial.display(), system_error(&e.to_string())))
+        })?;
         Ok(Self {
             path: path.to_path_buf(),
             partial,
@@ -192,11 +194,15 @@ impl ShardWriter {
     }
 
     fn failed(&self, why: impl std::fmt::Display) -> Error {
-        // HDF5 tells much about a failed write; what the operating system said is somewhere within.
         let why = why.to_string();
-        let system = why.split_once("error message = '").and_then(|(_, rest)| rest.split('\'').next());
-        Error::Run(format!("{}: writing this shard failed: {}", self.partial.display(), system.unwrap_or(&why)))
+        Error::Run(format!("{}: writing this shard failed: {}", self.partial.display(), system_error(&why)))
     }
+}
+
+/// HDF5 tells much about a failed write; what the operating system said is somewhere within.
+fn system_error(why: &str) -> &str {
+    let quoted = why.split_once("error message = '").and_then(|(_, rest)| rest.split('\'').next());
+    quoted.unwrap_or(why)
 }
 
 impl Drop for ShardWriter {
