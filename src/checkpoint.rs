@@ -96,8 +96,12 @@ pub fn write_module(dir: &Path, clips: u64, module: usize, tensors: Vec<(String,
     let refused = |e: std::io::Error| Error::io(&path, e);
     let content = safetensors::serialize(tensors.iter().map(|(name, tensor)| (name, tensor)), None)
         .map_err(|e| refused(std::io::Error::other(e)))?;
-    let mut file = fs::File::create(&path).map_err(refused)?;
-    file.write_all(&content).and_then(|()| file.sync_all()).map_err(refused)?;
+    let written = fs::File::create(&path).and_then(|mut file| file.write_all(&content).and_then(|()| file.sync_all()));
+    if written.is_err() {
+        // Where the run goes on, a part of a file would take the next checkpoint's room.
+        let _ = fs::remove_file(&path);
+    }
+    written.map_err(refused)?;
     let entry =
         FileEntry { name, bytes: content.len() as u64, xxh3: format!("{:016x}", xxh3_64(&content)), tensors: names };
     let beside = folder.join(entry_name(module));
@@ -111,11 +115,23 @@ fn entry_name(module: usize) -> String {
 }
 
 /// Completes the checkpoint of `clips` once all `modules` have been written: manifest, sync, rename; then removes all
-/// but the newest `keep` (and the start). Called by one rank. Returns the checkpoint's folder.
+/// older ones but the newest (with this one `keep`, and the start), and what failed before it. Called by one rank. Returns
+/// the checkpoint's folder.
 ///
 /// # Errors
-/// [`Error::Io`] if the disk refuses or a module's entry is not there.
-pub fn finish(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest, keep: usize) -> Result<PathBuf> {
+/// [`Error::Io`] if the disk refuses or a module's entry is not there; nothing of it is left then.
+pub fn finish(dir: &Path, clips: u64, modules: usize, manifest: Manifest, keep: usize) -> Result<PathBuf> {
+    let complete = complete(dir, clips, modules, manifest).inspect_err(|_| {
+        let _ = fs::remove_dir_all(partial_of(dir, clips));
+    })?;
+    // The checkpoint is there: a run need not end because something else is in the way of tidying up.
+    if let Err(e) = remove_old(dir, clips, keep) {
+        log::warn!("old checkpoints cannot be removed: {e}");
+    }
+    Ok(complete)
+}
+
+fn complete(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest) -> Result<PathBuf> {
     let folder = partial_of(dir, clips);
     manifest.clips = clips;
     manifest.files.clear();
@@ -136,13 +152,21 @@ pub fn finish(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest, ke
     }
     fs::rename(&folder, &complete).map_err(|e| Error::io(&complete, e))?;
     sync(dir)?;
-    remove_old(dir, keep)?;
     Ok(complete)
 }
 
-fn remove_old(dir: &Path, keep: usize) -> Result<()> {
+/// After the checkpoint of `clips`. One that is further on is from before the run went back behind it, since it was damaged:
+/// it counts for nothing, or it would take the place of a good one.
+fn remove_old(dir: &Path, clips: u64, keep: usize) -> Result<()> {
+    for unfinished in unfinished(dir)? {
+        let name = unfinished.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let of = name.strip_prefix(".step-").and_then(|n| n.strip_suffix(PARTIAL)).and_then(|n| n.parse().ok());
+        if of.is_some_and(|of: u64| of < clips) {
+            fs::remove_dir_all(&unfinished).map_err(|e| Error::io(&unfinished, e))?;
+        }
+    }
     let mut found = list(dir)?;
-    found.retain(|(clips, _)| *clips > 0);
+    found.retain(|(of, _)| (1..=clips).contains(of));
     let old = found.len().saturating_sub(keep);
     found.drain(..old).try_for_each(|(_, path)| discard(&path))
 }
@@ -161,19 +185,25 @@ fn discard(path: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Io`] if the folder cannot be read or changed; a missing folder holds nothing.
 pub fn clear_unfinished(dir: &Path) -> Result<()> {
+    unfinished(dir)?.iter().try_for_each(|path| fs::remove_dir_all(path).map_err(|e| Error::io(path, e)))
+}
+
+/// Checkpoints under `dir` that are half written or half removed.
+fn unfinished(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
         Err(e) => return Err(Error::io(dir, e)),
     };
     for entry in entries {
         let path = entry.map_err(|e| Error::io(dir, e))?.path();
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         if name.starts_with(".step-") && (name.ends_with(PARTIAL) || name.ends_with(DISCARDED)) {
-            fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+            found.push(path);
         }
     }
-    Ok(())
+    Ok(found)
 }
 
 /// The complete checkpoints under `dir`, oldest first.
@@ -371,6 +401,42 @@ mod tests {
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("module-001.safetensors: damaged"), "{error}");
         assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 1);
+    }
+
+    /// A run goes back behind a damaged checkpoint; what it writes then must not be removed for being the older one.
+    #[test]
+    fn a_damaged_newer_one_costs_no_good_one() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 10, 1);
+        let newer = write(dir.path(), 20, 2);
+        fs::write(newer.join("module-001.safetensors"), "damaged").unwrap();
+        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 10);
+        let written = write(dir.path(), 15, 1);
+        assert_eq!(latest(dir.path()).unwrap().unwrap().path(), written);
+        write(dir.path(), 25, 1);
+        assert_eq!(list(dir.path()).unwrap().len(), 1, "it goes when its time comes");
+    }
+
+    /// What stands in the way of removing an old checkpoint fails no new one.
+    #[test]
+    fn an_old_one_that_cannot_be_removed_fails_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 1, 1);
+        fs::create_dir_all(dir.path().join(format!(".step-00000001{DISCARDED}/held"))).unwrap();
+        write(dir.path(), 2, 1);
+        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 2);
+    }
+
+    #[test]
+    fn what_failed_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest = || Manifest::new("".into(), vec![], [1, 1, 3], vec![1]);
+        for clips in [3, 4, 6] {
+            write_module(dir.path(), clips, 2, vec![("a".into(), tensor(0.0))]).unwrap();
+        }
+        finish(dir.path(), 4, 2, manifest(), 1).unwrap_err();
+        write(dir.path(), 5, 1);
+        assert_eq!(unfinished(dir.path()).unwrap(), [partial_of(dir.path(), 6)], "another rank is ahead");
     }
 
     #[test]
