@@ -2,12 +2,19 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
 use common::mpirun::{mpirun, text};
-use common::runs::{SIDE, shard, tensors};
+use common::runs::{SIDE, config, shard, tensors, train};
+use sideways::config::Rule;
+use sideways::engine::setup::{Purpose, Setup};
+use sideways::engine::span::Span;
+use sideways::engine::stop::{self, Requests};
+use sideways::engine::{bp, run};
+use sideways::transport::World;
 
 /// A run over two shards, and the second's path.
 fn two_shards(sets: &[&str]) -> (Run, PathBuf) {
@@ -74,6 +81,31 @@ fn a_shard_that_goes_away_ends_the_run_with_a_checkpoint_of_all_clips_before() {
             continue;
         }
         assert_ends_with_all_that_was_done(&run, &second, cut, mend);
+    }
+}
+
+/// The checkpoint that a run goes on from is not written anew where not even its first clip can be read: it would be lost if
+/// the run were killed then, or the disk full.
+#[test]
+fn a_clip_that_cannot_be_read_first_leaves_the_checkpoint_alone() {
+    for sets in [&[][..], &["train.rule=bp", "model.skip={}"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("train.h5");
+        shard(&data, 8, 14, false);
+        let config = config(dir.path(), sets);
+        train(&config, Some(2));
+        let checkpoint = config.run.dir.join("checkpoints/step-00000002");
+        let before = std::fs::metadata(&checkpoint).unwrap().ino();
+        let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
+        let span = Span::of_training(&setup, &World::Alone, None).unwrap();
+        std::fs::remove_file(data).unwrap();
+        let totals = match config.train.rule {
+            Rule::Bp => bp::train(&setup, &span, &Requests::default(), &mut |_| ()),
+            _ => run::train(&setup, &World::Alone, &span, &Requests::default(), &mut |_| ()),
+        }
+        .unwrap();
+        assert!(totals.decision & stop::UNDO != 0 && totals.batches == 0);
+        assert_eq!(std::fs::metadata(&checkpoint).unwrap().ino(), before, "{sets:?}");
     }
 }
 

@@ -214,6 +214,48 @@ fn a_full_disk_loses_no_checkpoint() {
     assert!(text(&output).contains("could not be"), "{}", text(&output));
 }
 
+/// The same disk for the whole run folder: metrics wait for room as checkpoints do, and none is lost.
+#[test]
+fn a_full_disk_loses_no_metrics_where_the_run_is_to_go_on() {
+    let run = Run::new(&["run.checkpoint_every=5", "run.keep=1"]);
+    let Some(disk) = Tmpfs::mount(&run.folder(), "2m") else { return };
+    let mut job = Job::alone(&run, &["--set", "run.on_checkpoint_error=continue"]);
+    wait_for("seven clips", || run.lines_of_metrics().len() >= 7);
+    let filler = disk.fill();
+    let full = *run.lines_of_metrics().last().unwrap();
+    // A checkpoint's folder can still be made; a line is some hundred bytes, so most of these have no room.
+    let under_way = || {
+        let names = std::fs::read_dir(run.folder().join("checkpoints")).unwrap();
+        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names.filter_map(|n| n.strip_prefix(".step-")?.strip_suffix(".partial")?.parse().ok()).max().unwrap_or(0u64)
+    };
+    wait_for("clips without room", || under_way() > full + 20 || job.0.try_wait().unwrap().is_some());
+    assert!(job.0.try_wait().unwrap().is_none(), "the run has ended");
+    std::fs::remove_file(filler).unwrap();
+    wait_for("a checkpoint", || run.newest() > full + 20);
+    job.signal(libc::SIGTERM);
+    assert_eq!(job.exit_code(), Some(75));
+    let clips = run.newest();
+    assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>());
+    assert_eq!(under_way(), 0, "failed checkpoints still take room");
+    run.assert_same_as_uninterrupted(clips);
+}
+
+/// What a crash of the machine may leave in `metrics.jsonl` is taken out; the run goes on.
+#[test]
+fn a_damaged_end_of_the_metrics_keeps_no_run_from_going_on() {
+    let run = Run::new(&[]);
+    let train = || Command::new(PROGRAM).args(["train", &run.config, "--stop-after", "2"]).output().unwrap();
+    assert_eq!(train().status.code(), Some(75));
+    let path = run.folder().join("metrics.jsonl");
+    let damaged = [&std::fs::read(&path).unwrap()[..], b"\xff\xfe\n\0\0\0\n{\"clips\":3,\"lo"].concat();
+    std::fs::write(&path, damaged).unwrap();
+    let output = train();
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert_eq!(run.lines_of_metrics(), [1, 2, 3, 4]);
+    assert_eq!(std::fs::read_to_string(path).unwrap().lines().count(), 4);
+}
+
 /// Values that are not finite end the run where they appear, or are left out and counted.
 #[test]
 fn values_that_are_not_finite_are_caught_and_counted() {

@@ -57,7 +57,10 @@ pub fn train(setup: &Setup, span: &Span, requests: &Requests, observer: Observer
     let frames = (config.data.batch * config.data.frames) as u64;
     let mut console = Console::new(setup.grid, span.total, frames, recorder(setup, span)?, observer);
     let due = Due { every: config.run.checkpoint_every, end: span.end };
-    let mut saved = (span.first == 0 && span.record).then(|| trainer.save(0)).transpose()?;
+    let mut saved = match span.first == 0 && span.record {
+        true => Some(trainer.save(0)?),
+        false => span.resumed(),
+    };
     console.started(&trainer.reports(Report { saved, ..Report::default() }))?;
     let mut decider = Decider::Chief { files: Files::new(&config.run.dir), others: Vec::new() };
     let (decision, failure) = kernels::with_threads(config.run.threads, || {

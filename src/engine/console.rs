@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -12,6 +12,7 @@ use super::grid::Grid;
 use super::report::Report;
 use crate::checkpoint::{self, Manifest};
 use crate::config::{OnCheckpointError, RunConfig};
+use crate::data::prepare::record::write_whole;
 use crate::metrics::{Score, TimeAccount};
 use crate::transport::{Kind, Receiver};
 use crate::{Error, Result};
@@ -38,6 +39,8 @@ pub type Observer<'a> = &'a mut (dyn FnMut(&ClipSummary) + Send);
 pub struct Recorder {
     metrics: File,
     path: PathBuf,
+    /// Lines, or the end of one, that the disk has not taken yet.
+    pending: Vec<u8>,
     checkpoints: PathBuf,
     manifest: Manifest,
     keep: usize,
@@ -61,39 +64,59 @@ impl Recorder {
         std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
         let path = dir.join("metrics.jsonl");
         let io = |e| Error::io(&path, e);
+        let old = match std::fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            old => old.map_err(io)?,
+        };
         let mut kept = Vec::new();
-        match File::open(&path) {
-            Ok(file) => {
-                for line in BufReader::new(file).lines() {
-                    let line = line.map_err(io)?;
-                    let clips = serde_json::from_str::<serde_json::Value>(&line).ok().and_then(|v| v["clips"].as_u64());
-                    if clips.is_some_and(|c| c <= first_clip) {
-                        kept.push(line + "\n");
-                    }
-                }
+        // A run that was killed may have left a part of a line, and a machine that was, anything.
+        for line in old.split(|&byte| byte == b'\n') {
+            let clips = serde_json::from_slice::<serde_json::Value>(line).ok().and_then(|v| v["clips"].as_u64());
+            if clips.is_some_and(|c| c <= first_clip) {
+                kept.extend_from_slice(line);
+                kept.push(b'\n');
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(io(e)),
         }
-        let fresh = path.with_extension("jsonl.new");
-        std::fs::write(&fresh, kept.concat()).map_err(|e| Error::io(&fresh, e))?;
-        std::fs::rename(&fresh, &path).map_err(io)?;
+        write_whole(&path, &kept)?;
         let metrics = OpenOptions::new().append(true).open(&path).map_err(io)?;
         Ok(Recorder {
             metrics,
             path,
+            pending: Vec::new(),
             checkpoints,
             manifest,
             keep: run.keep,
             policy: run.on_checkpoint_error,
-            completed: None,
+            completed: (first_clip > 0).then_some(first_clip),
         })
     }
 
+    /// Appends a line; where that cannot be and the run goes on, the line waits for the next one.
     fn write(&mut self, line: &impl Serialize) -> Result<()> {
-        let mut text = serde_json::to_vec(line).map_err(|e| Error::io(&self.path, e.into()))?;
-        text.push(b'\n');
-        self.metrics.write_all(&text).map_err(|e| Error::io(&self.path, e))
+        let waiting = !self.pending.is_empty();
+        serde_json::to_writer(&mut self.pending, line).map_err(|e| Error::io(&self.path, e.into()))?;
+        self.pending.push(b'\n');
+        match self.flush() {
+            Err(e) if self.policy == OnCheckpointError::Continue => {
+                if !waiting {
+                    log::error!("the run goes on, and its metrics wait until they can be written: {e}");
+                }
+            }
+            result => return result,
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        while !self.pending.is_empty() {
+            match self.metrics.write(&self.pending) {
+                Ok(0) => return Err(Error::io(&self.path, std::io::ErrorKind::WriteZero.into())),
+                Ok(written) => drop(self.pending.drain(..written)),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Error::io(&self.path, e)),
+            }
+        }
+        Ok(())
     }
 
     /// Completes the checkpoint that every module (of replica 0, the first `modules` reports) is on disk in.
@@ -103,6 +126,10 @@ impl Recorder {
             return Ok(());
         }
         self.completed = Some(clips);
+        // A run that resumes from here needs the lines up to here.
+        if let Err(e) = self.metrics.sync_data() {
+            log::warn!("{}: its last lines may be lost: {e}", self.path.display());
+        }
         match checkpoint::finish(&self.checkpoints, clips, modules, self.manifest.clone(), self.keep) {
             Ok(path) => log::info!("checkpoint {}", path.display()),
             Err(e) if self.policy == OnCheckpointError::Continue && !last => {
@@ -271,6 +298,9 @@ impl<'a> Console<'a> {
                 workers: workers.collect(),
             })?;
             recorder.complete(&summary.reports, self.grid.modules, last)?;
+            if last {
+                recorder.flush()?;
+            }
         }
         (self.observer)(&summary);
         Ok(())
@@ -282,7 +312,7 @@ impl<'a> Console<'a> {
     /// As [`Console::batch`].
     pub fn undone(&mut self, reports: &[Report]) -> Result<()> {
         match &mut self.recorder {
-            Some(recorder) => recorder.complete(reports, self.grid.modules, true),
+            Some(recorder) => recorder.complete(reports, self.grid.modules, true).and_then(|()| recorder.flush()),
             None => Ok(()),
         }
     }

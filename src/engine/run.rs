@@ -24,6 +24,7 @@ use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Waits, Worker};
 use super::writer::Writer;
 use crate::checkpoint::{self, Manifest};
 use crate::data::FrameStream;
+use crate::data::prepare::record::write_whole;
 use crate::kernels;
 use crate::machine::{at_once, own_processors};
 use crate::metrics::Stopwatch;
@@ -65,7 +66,7 @@ pub fn recorder(setup: &Setup, span: &Span) -> Result<Option<Recorder>> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     let text = setup.config.to_toml()?;
     let path = dir.join("config.toml");
-    std::fs::write(&path, &text).map_err(|e| Error::io(&path, e))?;
+    write_whole(&path, text.as_bytes())?;
     let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
     checkpoint::clear_unfinished(&setup.checkpoints())?;
     Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, span.first).map(Some)
@@ -284,7 +285,7 @@ fn build(
     });
     let saver = match training && r == 0 && span.record {
         true => Some(Saver {
-            writer: Writer::new(setup.checkpoints(), i, config.run.on_checkpoint_error)?,
+            writer: Writer::new(setup.checkpoints(), i, config.run.on_checkpoint_error, span.resumed())?,
             due: Due { every: config.run.checkpoint_every, end: span.end },
         }),
         false => None,

@@ -34,6 +34,11 @@ impl Span {
         world.first_error(Self::from_newest(setup, newest, stop_after))
     }
 
+    /// Batches of clips of the checkpoint in the run folder that training goes on from.
+    pub fn resumed(&self) -> Option<u64> {
+        (self.record && self.first > 0).then_some(self.first)
+    }
+
     fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64>) -> Result<Self> {
         let total = setup.total_clips()?;
         let (first, from) = match (newest, &setup.config.train.init) {

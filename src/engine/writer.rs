@@ -22,11 +22,11 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A writer of module `module` into the folder `dir` of a run's checkpoints.
+    /// A writer of module `module` into the folder `dir` of a run's checkpoints, of which that of `written` batches is there.
     ///
     /// # Errors
     /// [`Error::Run`] if the operating system refuses a thread.
-    pub fn new(dir: PathBuf, module: usize, policy: OnCheckpointError) -> Result<Self> {
+    pub fn new(dir: PathBuf, module: usize, policy: OnCheckpointError, written: Option<u64>) -> Result<Self> {
         let (jobs, todo) = sync_channel::<Job>(1);
         let (report, done) = sync_channel(4);
         let body = move || {
@@ -41,7 +41,7 @@ impl Writer {
             .name(format!("writer-{module}"))
             .spawn(body)
             .map_err(|e| Error::Run(format!("starting the checkpoint thread of module {module}: {e}")))?;
-        Ok(Writer { jobs, done, policy, under_way: 0, written: None })
+        Ok(Writer { jobs, done, policy, under_way: 0, written })
     }
 
     /// Begins to write; waits first for a checkpoint that is still being written.
