@@ -316,6 +316,16 @@ fn a_shard_that_vanishes_or_shrinks_while_in_use_is_an_error_not_a_hang() {
     assert!(error.contains("a-00000.h5") && error.contains("truncated"), "{error}");
 }
 
+/// Also where the new one has the same videos, stored in another way.
+#[test]
+fn a_shard_that_is_replaced_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dataset(dir.path(), Encoding::Raw);
+    dataset(dir.path(), Encoding::Jpeg);
+    let error = fails(data, StreamOptions { training: true, batch: 1, ..options() });
+    assert!(error.contains("the shard has changed since the run began"), "{error}");
+}
+
 /// Overwrites a part of frame 4 of the second video of `data`'s second shard.
 fn damage_video_4(data: &Dataset) {
     let path = &data.shards[1];

@@ -263,7 +263,8 @@ fn existing_shards_are_kept_unless_told_otherwise_and_bad_values_are_refused() {
     assert!(refused(&good).contains("--overwrite"));
     let fewer = SynthOptions { videos: 8, test_videos: 0, overwrite: true, ..good.clone() };
     assert_eq!(make(dir.path(), &fewer, &|_| {}).unwrap().len(), 1);
-    let left = std::fs::read_dir(dir.path()).unwrap().count();
+    let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let left = names.filter(|name| name.ends_with(".h5")).count();
     assert_eq!(left, 1 + 2, "the old train shards are gone, the test shards are still there");
     let with = |change: &dyn Fn(&mut Scene)| {
         let mut o = SynthOptions { overwrite: true, ..good.clone() };
@@ -285,4 +286,20 @@ fn existing_shards_are_kept_unless_told_otherwise_and_bad_values_are_refused() {
     std::fs::write(&file, "").unwrap();
     let error = make(&file.join("x"), &good, &|_| {}).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("cannot write"), "{error}");
+}
+
+/// Another that is started meanwhile is refused, and does not give its own unfinished shard the first one's name.
+#[test]
+fn one_at_a_time_makes_shards_in_a_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let tried = std::sync::Once::new();
+    let shards = make(dir.path(), &options(Encoding::Raw), &|_| {
+        tried.call_once(|| {
+            let other = SynthOptions { seed: 5, ..options(Encoding::Raw) };
+            let error = make(dir.path(), &other, &|_| {}).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains("is at work"), "{error}");
+        });
+    });
+    assert_eq!(shards.unwrap().len(), 5);
+    assert!(tried.is_completed());
 }

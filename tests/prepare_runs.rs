@@ -266,7 +266,7 @@ fn missing_broken_and_replaced_files_change_their_own_shards_alone() {
     let other = refused(&clips.run(&out, &["--fps", "5", "--seed", "2"]));
     assert!(other.contains("other settings: fps (was 25, now 5), seed (was 1, now 2)"), "{other}");
     let lock = State::new(&out, "train").lock().unwrap();
-    assert!(refused(&clips.run(&out, &[])).contains("another `sideways data prepare` is at work"));
+    assert!(refused(&clips.run(&out, &[])).contains("another `sideways data` command is at work"));
     assert!(refused(&clips.ranks(2, &out, &[])).contains("is at work"));
     drop(lock);
     std::fs::remove_dir_all(out.join(".prepare")).unwrap();

@@ -21,6 +21,8 @@ pub struct Video {
     pub offset: u64,
     /// Its name.
     pub id: String,
+    /// XXH3-64 of its stored bytes.
+    pub checksum: u64,
 }
 
 /// The videos of a set of shards, in shard order. Holds no open files and no frames.
@@ -106,6 +108,7 @@ impl Dataset {
                 index: v,
                 offset: range.start,
                 id: reader.ids[v].clone(),
+                checksum: reader.checksums[v],
             }
         }));
         self.shards.push(reader.path.clone());

@@ -295,9 +295,10 @@ fn shard_reader<'a>(
         let reader = ShardReader::open(&dataset.shards[shard])?;
         let mut known = dataset.videos.iter().filter(|v| v.shard == shard);
         let same = (0..reader.videos()).all(|v| {
-            known
-                .next()
-                .is_some_and(|k| reader.frames_of(v) == (k.offset..k.offset + k.frames) && reader.labels[v] == k.label)
+            known.next().is_some_and(|k| {
+                reader.frames_of(v) == (k.offset..k.offset + k.frames)
+                    && (reader.labels[v], reader.checksums[v]) == (k.label, k.checksum)
+            })
         });
         if !same || (reader.header.height, reader.header.width) != (dataset.height, dataset.width) {
             let path = dataset.shards[shard].display();

@@ -1,7 +1,9 @@
 //! The folder that shards are written into.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use super::record::State;
 use crate::{Error, Result};
 
 /// The name of shard `number` of a split: `train-00000.h5`.
@@ -37,16 +39,18 @@ pub(crate) fn make_folder(out: &Path) -> Result<()> {
 }
 
 /// Makes the folder, checks that it can be written, and deals with shards of these splits that it holds: refused, or
-/// with `overwrite` removed (what another split left there stays).
+/// with `overwrite` removed (what another split left there stays). Others stay out of these splits as long as what is
+/// returned lives: unfinished shards of two writers would have the same names.
 ///
 /// # Errors
 /// [`Error::Input`] for a folder that cannot be made or written, a split name that is no file name, shards that are
-/// there already.
-pub(crate) fn prepare_folder(out: &Path, splits: &[&str], overwrite: bool) -> Result<()> {
+/// there already, another writer at work.
+pub(crate) fn prepare_folder(out: &Path, splits: &[&str], overwrite: bool) -> Result<Vec<File>> {
     for split in splits {
         check_split(split)?;
     }
     make_folder(out)?;
+    let locks = splits.iter().map(|split| State::new(out, split).lock()).collect::<Result<_>>()?;
     let mut old = 0;
     for split in splits {
         old += shards(out, split)?.len();
@@ -58,7 +62,8 @@ pub(crate) fn prepare_folder(out: &Path, splits: &[&str], overwrite: bool) -> Re
             splits.join(" and ")
         )));
     }
-    splits.iter().try_for_each(|split| tidy(out, split, overwrite))
+    splits.iter().try_for_each(|split| tidy(out, split, overwrite))?;
+    Ok(locks)
 }
 
 /// The shards of a split.

@@ -78,7 +78,7 @@ impl State {
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => {
                 let dir = self.dir.display();
-                return Err(Error::input(format!("{dir}: another `sideways data prepare` is at work on this split")));
+                return Err(Error::input(format!("{dir}: another `sideways data` command is at work on this split")));
             }
             Err(TryLockError::Error(e)) => log::debug!("{}: no lock: {e}", self.dir.display()),
             Ok(()) => {}

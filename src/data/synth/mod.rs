@@ -249,7 +249,8 @@ fn label(seed: u64, split: &str, index: u64) -> i32 {
 /// of videos made since the last call. Returns the shards, in order.
 ///
 /// # Errors
-/// [`Error::Input`] for values that make no sense, shards that are there already, or a folder that cannot be written.
+/// [`Error::Input`] for values that make no sense, shards that are there already, a folder that cannot be written, or in
+/// which another process makes these splits.
 pub fn make(out: &Path, options: &SynthOptions, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<PathBuf>> {
     options.scene.validate()?;
     output::check(options.per_shard, options.quality)?;
@@ -261,7 +262,7 @@ pub fn make(out: &Path, options: &SynthOptions, progress: &(dyn Fn(u64) + Sync))
         splits.push(("test", options.test_videos));
     }
     let names: Vec<&str> = splits.iter().map(|(name, _)| *name).collect();
-    output::prepare_folder(out, &names, options.overwrite)?;
+    let _locks = output::prepare_folder(out, &names, options.overwrite)?;
     let mut shards = Vec::new();
     for (split, videos) in splits {
         for (number, first) in (0..videos).step_by(options.per_shard).enumerate() {
