@@ -88,19 +88,23 @@ impl Clips {
         mpirun(n, Path::new(PROGRAM), &args, &[], LIMIT)
     }
 
-    /// Starts a run whose ffmpeg takes a little longer, so that it can be met half way.
-    fn spawn(&self, command: &mut Command) -> Child {
-        let slow = self.path("slow");
-        if !slow.exists() {
-            std::fs::create_dir(&slow).unwrap();
+    /// A `PATH` on which ffmpeg does something before it decodes.
+    fn with_ffmpeg(&self, before: &str) -> String {
+        let folder = self.path("bin");
+        if !folder.exists() {
+            std::fs::create_dir(&folder).unwrap();
             let real = Command::new("sh").args(["-c", "command -v ffmpeg"]).output().unwrap();
             let real = String::from_utf8(real.stdout).unwrap();
-            let script =
-                format!("#!/bin/sh\n[ \"$1\" = -version ] || sleep ${{SLOW:-0.1}}\nexec {} \"$@\"\n", real.trim());
-            std::fs::write(slow.join("ffmpeg"), script).unwrap();
-            std::fs::set_permissions(slow.join("ffmpeg"), PermissionsExt::from_mode(0o755)).unwrap();
+            let script = format!("#!/bin/sh\n[ \"$1\" = -version ] || {before}\nexec {} \"$@\"\n", real.trim());
+            std::fs::write(folder.join("ffmpeg"), script).unwrap();
+            std::fs::set_permissions(folder.join("ffmpeg"), PermissionsExt::from_mode(0o755)).unwrap();
         }
-        let path = format!("{}:{}", slow.display(), std::env::var("PATH").unwrap());
+        format!("{}:{}", folder.display(), std::env::var("PATH").unwrap())
+    }
+
+    /// Starts a run whose ffmpeg takes a little longer, so that it can be met half way.
+    fn spawn(&self, command: &mut Command) -> Child {
+        let path = self.with_ffmpeg("sleep ${SLOW:-0.1}");
         command.env("PATH", path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 }
@@ -273,6 +277,26 @@ fn missing_broken_and_replaced_files_change_their_own_shards_alone() {
     assert!(refused(&clips.run(&out, &[])).contains("4 shards of train are there already, and not from"));
     let report = succeeded(&clips.run(&out, &["--overwrite", "--fps", "5"]));
     assert_eq!(counts(&report), [16, 0, 0, 1, 15], "{report}");
+}
+
+/// Where the system kills ffmpeg for want of memory, the video is no worse than others: it gets a second try.
+#[test]
+fn a_decoder_that_is_killed_costs_no_video() {
+    let clips = Clips::new(4);
+    let once = clips.path("once");
+    let kill = format!(
+        "case \"$*\" in *{}*) mkdir {} 2>/dev/null && kill -9 $$;; *{}*) kill -9 $$;; esac",
+        Clips::id(1),
+        once.display(),
+        Clips::id(2)
+    );
+    let out = clips.path("out");
+    let mut command = Command::new(PROGRAM);
+    let output = command.args(clips.args(&out, &[])).env("PATH", clips.with_ffmpeg(&kill)).output().unwrap();
+    let report = succeeded(&output);
+    assert!(once.exists() && text(&output).contains("it is tried once more"), "{}", text(&output));
+    assert_eq!((count(&report, "written"), count(&report, "broken")), (3, 1), "{report}");
+    assert!(report.contains(&format!("{}_000003_000013: ffmpeg ended with signal: 9", Clips::id(2))), "{report}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! it crash or hang costs that file, nothing more.
 
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -52,6 +53,21 @@ pub struct Decoded {
     pub complaint: Option<String>,
 }
 
+/// A video was not decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// ffmpeg's reason.
+    pub why: String,
+    /// Somebody killed it, as the system does when memory runs out: another video may be to blame.
+    pub killed: bool,
+}
+
+impl From<String> for Failure {
+    fn from(why: String) -> Self {
+        Failure { why, killed: false }
+    }
+}
+
 /// The `ffmpeg` program.
 #[derive(Clone, Copy, Debug)]
 pub struct Ffmpeg(());
@@ -88,7 +104,7 @@ impl Ffmpeg {
         path: &Path,
         target: &Target,
         store: &mut dyn FnMut(&[u8]) -> Result<()>,
-    ) -> Result<std::result::Result<Decoded, String>> {
+    ) -> Result<std::result::Result<Decoded, Failure>> {
         let child = command(path, target).spawn().map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
         Ok(self.watch(child, path, target, store))
     }
@@ -99,9 +115,9 @@ impl Ffmpeg {
         path: &Path,
         target: &Target,
         store: &mut dyn FnMut(&[u8]) -> Result<()>,
-    ) -> std::result::Result<Decoded, String> {
+    ) -> std::result::Result<Decoded, Failure> {
         let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
-            return Err("ffmpeg has no pipes".into());
+            return Err(String::from("ffmpeg has no pipes").into());
         };
         let child = Arc::new(Mutex::new(child));
         // Dropping `done` is what tells the watchdog that all is over.
@@ -130,15 +146,16 @@ impl Ffmpeg {
         let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
         let status = status.map_err(|e| format!("waiting for ffmpeg: {e}"))?;
         if expired {
-            return Err(format!("took longer than {} s to decode", limit.as_secs_f64()));
+            return Err(format!("took longer than {} s to decode", limit.as_secs_f64()).into());
         }
         let cut_short = read?;
         let complaint = reason(&errors, path);
         if !status.success() {
-            return Err(complaint.unwrap_or_else(|| format!("ffmpeg ended with {status}")));
+            let why = complaint.unwrap_or_else(|| format!("ffmpeg ended with {status}"));
+            return Err(Failure { why, killed: status.signal() == Some(libc::SIGKILL) });
         }
         if cut_short {
-            return Err("ffmpeg's output ends within a frame".into());
+            return Err(String::from("ffmpeg's output ends within a frame").into());
         }
         Ok(Decoded { complaint })
     }

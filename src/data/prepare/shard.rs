@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::ffmpeg::{Decoded, Ffmpeg, Target};
+use super::ffmpeg::{Decoded, Failure, Ffmpeg, Target};
 use super::record::{Entry, Outcome, Record};
 use crate::data::jpeg;
 use crate::data::shard::{Encoding, ShardHeader, ShardWriter};
@@ -132,6 +132,24 @@ fn refuse_if_all_broken(path: &Path, entries: &[Entry]) -> Result<()> {
 impl Recipe<'_> {
     /// Decodes one video: what became of it, and its frames as they are stored.
     fn decode(&self, path: &Path) -> Result<(Outcome, Vec<Vec<u8>>)> {
+        let (mut decoded, mut frames) = self.frames(path)?;
+        if let Err(Failure { why, killed: true }) = &decoded {
+            log::warn!("{}: {why} (out of memory?); it is tried once more", path.display());
+            (decoded, frames) = self.frames(path)?;
+        }
+        let count = frames.len() as u64;
+        Ok(match decoded {
+            Ok(Decoded { complaint }) if count >= self.min_frames.max(1) as u64 => {
+                (Outcome::Written { frames: count, complaint }, frames)
+            }
+            Ok(Decoded { complaint: Some(why) }) if count == 0 => (broken(path, why)?, Vec::new()),
+            Ok(_) => (Outcome::Short { frames: count }, Vec::new()),
+            Err(Failure { why, .. }) => (broken(path, why)?, Vec::new()),
+        })
+    }
+
+    /// What ffmpeg makes of one video, and the frames that came, as they are stored.
+    fn frames(&self, path: &Path) -> Result<(std::result::Result<Decoded, Failure>, Vec<Vec<u8>>)> {
         let (h, w) = (self.target.height, self.target.width);
         let mut frames = Vec::new();
         let mut store = |rgb: &[u8]| -> Result<()> {
@@ -142,15 +160,7 @@ impl Recipe<'_> {
             Ok(())
         };
         let decoded = self.ffmpeg.decode(path, self.target, &mut store)?;
-        let count = frames.len() as u64;
-        Ok(match decoded {
-            Ok(Decoded { complaint }) if count >= self.min_frames.max(1) as u64 => {
-                (Outcome::Written { frames: count, complaint }, frames)
-            }
-            Ok(Decoded { complaint: Some(why) }) if count == 0 => (broken(path, why)?, Vec::new()),
-            Ok(_) => (Outcome::Short { frames: count }, Vec::new()),
-            Err(why) => (broken(path, why)?, Vec::new()),
-        })
+        Ok((decoded, frames))
     }
 }
 
