@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch drills clean
+.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch bench-data gpu-bundle bench-gpu drills clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'

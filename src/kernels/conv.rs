@@ -232,91 +232,108 @@ impl Convolution {
             let ready = self.ready(x, &weight, T::DTYPE == f32::DTYPE)?;
             let s = ready.shape;
             same(gy.elem_count(), s.b * s.oh * s.ow * s.o, "cotangent")?;
+            if let InputCotangent::AddTo(onto) = &wanted && onto.dims() != [s.b, s.h, s.w, s.c] {
+                let found = onto.shape();
+                return Err(Error::Run(format!("an input of {x:?} whose cotangent is to be added to a tensor of {found:?}")));
+            }
             let sum = match sum {
                 Some(sum) => sum,
                 None => tensor(vec![T::ZERO; weight.elem_count()], weight.dims())?,
             };
-            let (kept_lock, cotangent, w) = (Host::of(&kept)?, Host::of(&gy)?, Host::of(&weight)?);
-            let (input, cotangent, w) = (kept_lock.slice::<T>()?, cotangent.slice::<T>()?, w.slice::<T>()?);
-            let (need_input, onto) = match wanted {
-                InputCotangent::Skip => (false, None),
-                InputCotangent::Compute => (true, None),
-                InputCotangent::AddTo(onto) => (true, Some(onto.contiguous()?)),
-            };
-            if let Some(onto) = onto.as_ref().filter(|onto| onto.dims() != [s.b, s.h, s.w, s.c]) {
-                let found = onto.shape();
-                return Err(Error::Run(format!("an input of {x:?} whose cotangent is to be added to a tensor of {found:?}")));
+            let (gy, w) = (Host::of(&gy)?, Host::of(&weight)?);
+            let (gy, w) = (gy.slice::<T>()?, w.slice::<T>()?);
+            if ready.algorithm == Algorithm::Winograd {
+                let gx = ready.winograd_vjp::<T>(kept, w, gy, &sum, wanted)?;
+                return Ok((sum, gx));
             }
-            let apart = need_input && ready.algorithm != Algorithm::Winograd;
-            let mut gx = overwritten::<T>(if apart { s.b * s.h * s.w * s.c } else { 0 });
-            match ready.algorithm {
-                Algorithm::Winograd => {
-                    let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
-                    winograd::transform_cotangent(&s, cotangent, &mut z);
-                    host::update::<T>(&sum, |sum| winograd::add_weight_gradient(&s, input, &z, sum))?;
-                    // What follows can use its memory.
-                    drop(kept_lock);
-                    drop(kept);
-                    if !need_input {
-                        return Ok((sum, None));
-                    }
-                    let u = keep(&mut ready.forward, || winograd::transform_weight(&s, w))?;
-                    let (u, fresh) = (Host::of(&u)?, onto.is_none());
-                    let u = u.slice()?;
-                    let to = match onto {
-                        Some(onto) => onto,
-                        None => tensor(overwritten::<T>(s.b * s.h * s.w * s.c), (s.b, s.h, s.w, s.c))?,
-                    };
-                    host::update::<T>(&to, |gx| winograd::add_input_gradient(&s, &z, u, gx, fresh))?;
-                    return Ok((sum, Some(to)));
-                }
-                Algorithm::Unpacked => {
-                    host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, input, cotangent, sum))?;
-                    if need_input {
-                        unpacked::input_gradient(&s, cotangent, w, &mut gx);
-                    }
-                }
-                Algorithm::Few => {
-                    let gw = patches::unpack(&s, &few::weight_gradient(&s, floats(input)?, floats(cotangent)?));
-                    host::update::<f32>(&sum, |sum| add(sum, &gw))?;
-                    if need_input {
-                        let packed = keep(&mut ready.backward, || patches::pack_backward(&s, w))?;
-                        patches::input_gradient(&s, cotangent, Host::of(&packed)?.slice()?, &mut gx);
-                    }
-                }
-                #[cfg(onednn)]
-                Algorithm::OneDnn => {
-                    if unpacked::suits_weight_gradient(&s) {
-                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, input, cotangent, sum))?;
-                    } else {
-                        let gw = ready.onednn_weight_gradient(floats(input)?, floats(cotangent)?)?;
-                        host::update::<f32>(&sum, |sum| add(sum, &gw))?;
-                    }
-                    if need_input {
-                        let gx = T::as_f32_mut(&mut gx).ok_or_else(mistaken)?;
-                        ready.onednn_input_gradient(floats(cotangent)?, floats(w)?, gx)?;
-                    }
-                }
-                _ => {
-                    if unpacked::suits_weight_gradient(&s) {
-                        host::update::<T>(&sum, |sum| unpacked::add_weight_gradient(&s, input, cotangent, sum))?;
-                    } else {
-                        let gw = patches::weight_gradient(&s, input, cotangent);
-                        host::update::<T>(&sum, |sum| add(sum, &gw))?;
-                    }
-                    if need_input {
-                        let packed = keep(&mut ready.backward, || patches::pack_backward(&s, w))?;
-                        patches::input_gradient(&s, cotangent, Host::of(&packed)?.slice()?, &mut gx);
-                    }
-                }
-            }
-            let gx = if need_input { Some(tensor(gx, (s.b, s.h, s.w, s.c))?) } else { None };
-            let gx = match (gx, onto) {
-                (Some(gx), Some(onto)) => Some(activation::add(&gx, &onto)?),
-                (gx, _) => gx,
+            ready.add_weight_gradient::<T>(Host::of(&kept)?.slice()?, gy, &sum)?;
+            let onto = match wanted {
+                InputCotangent::Skip => return Ok((sum, None)),
+                InputCotangent::Compute => None,
+                InputCotangent::AddTo(onto) => Some(onto),
             };
-            Ok((sum, gx))
+            let mut gx = overwritten::<T>(s.b * s.h * s.w * s.c);
+            ready.input_gradient(gy, w, &mut gx)?;
+            let gx = tensor(gx, (s.b, s.h, s.w, s.c))?;
+            let gx = match onto {
+                Some(onto) => activation::add(&gx, &onto)?,
+                None => gx,
+            };
+            Ok((sum, Some(gx)))
         })
+    }
+}
+
+impl Ready {
+    /// [`Convolution::vjp`] by Winograd's way, which transforms the cotangent `gy` once for both gradients.
+    fn winograd_vjp<T: Real>(
+        &mut self,
+        kept: Tensor,
+        w: &[T],
+        gy: &[T],
+        sum: &Tensor,
+        wanted: InputCotangent,
+    ) -> Result<Option<Tensor>> {
+        let s = self.shape;
+        let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
+        winograd::transform_cotangent(&s, gy, &mut z);
+        let input = Host::of(&kept)?;
+        let v = input.slice()?;
+        host::update::<T>(sum, |sum| winograd::add_weight_gradient(&s, v, &z, sum))?;
+        // What follows can use its memory.
+        drop(input);
+        drop(kept);
+        let (gx, fresh) = match wanted {
+            InputCotangent::Skip => return Ok(None),
+            InputCotangent::Compute => (tensor(overwritten::<T>(s.b * s.h * s.w * s.c), (s.b, s.h, s.w, s.c))?, true),
+            InputCotangent::AddTo(onto) => (onto.contiguous()?, false),
+        };
+        let u = keep(&mut self.forward, || winograd::transform_weight(&s, w))?;
+        let u = Host::of(&u)?;
+        let u = u.slice()?;
+        host::update::<T>(&gx, |gx| winograd::add_input_gradient(&s, &z, u, gx, fresh))?;
+        Ok(Some(gx))
+    }
+
+    /// Adds the weight's gradient to `sum`, in any other way.
+    fn add_weight_gradient<T: Real>(&mut self, x: &[T], gy: &[T], sum: &Tensor) -> Result<()> {
+        let s = self.shape;
+        match self.algorithm {
+            Algorithm::Few => {
+                let gw = patches::unpack(&s, &few::weight_gradient(&s, floats(x)?, floats(gy)?));
+                host::update::<f32>(sum, |sum| add(sum, &gw))
+            }
+            algorithm if algorithm == Algorithm::Unpacked || unpacked::suits_weight_gradient(&s) => {
+                host::update::<T>(sum, |sum| unpacked::add_weight_gradient(&s, x, gy, sum))
+            }
+            #[cfg(onednn)]
+            Algorithm::OneDnn => {
+                let gw = self.onednn_weight_gradient(floats(x)?, floats(gy)?)?;
+                host::update::<f32>(sum, |sum| add(sum, &gw))
+            }
+            _ => {
+                let gw = patches::weight_gradient(&s, x, gy);
+                host::update::<T>(sum, |sum| add(sum, &gw))
+            }
+        }
+    }
+
+    /// Writes the input's cotangent to `gx`, in any way but Winograd's.
+    fn input_gradient<T: Real>(&mut self, gy: &[T], w: &[T], gx: &mut [T]) -> Result<()> {
+        let s = self.shape;
+        match self.algorithm {
+            Algorithm::Unpacked => unpacked::input_gradient(&s, gy, w, gx),
+            #[cfg(onednn)]
+            Algorithm::OneDnn => {
+                let gx = T::as_f32_mut(gx).ok_or_else(mistaken)?;
+                self.onednn_input_gradient(floats(gy)?, floats(w)?, gx)?;
+            }
+            _ => {
+                let packed = keep(&mut self.backward, || patches::pack_backward(&s, w))?;
+                patches::input_gradient(&s, gy, Host::of(&packed)?.slice()?, gx);
+            }
+        }
+        Ok(())
     }
 }
 
