@@ -52,6 +52,9 @@ pub struct Manifest {
     pub cuts: Vec<usize>,
     /// The resolved configuration, as TOML.
     pub config: String,
+    /// [`crate::data::Dataset::digest`] of what was trained on, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
     /// The files.
     pub files: Vec<FileEntry>,
 }
@@ -60,7 +63,7 @@ impl Manifest {
     /// A manifest without files yet.
     pub fn new(config: String, class_names: Vec<String>, input: [usize; 3], cuts: Vec<usize>) -> Self {
         let (format, version) = (FORMAT.to_string(), VERSION);
-        Manifest { format, version, clips: 0, class_names, input, cuts, config, files: Vec::new() }
+        Manifest { format, version, clips: 0, class_names, input, cuts, config, data: None, files: Vec::new() }
     }
 }
 

@@ -200,6 +200,10 @@ fn doubtful_data_and_changed_settings_are_named_at_the_start() {
     for part in ["data.flip was false, is true", "train.clips was 9, is not set", "train.epochs was 10, is 3"] {
         assert!(second.contains(part), "{part:?} is not in {second}");
     }
+    assert!(!second.contains("other data"), "{second}");
+    shard(&run.dir.path().join("part-00002.h5"), 4, 20, false);
+    let third = start(&[]);
+    assert!(third.contains("was written on other data"), "{third}");
 }
 
 /// Training ends with the same bits however frames are read, and on however many ranks.

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use xxhash_rust::xxh3::Xxh3;
+
 use super::shard::{Encoding, ShardReader};
 use crate::{Error, Result};
 
@@ -86,6 +88,17 @@ impl Dataset {
     /// Frames of all videos together.
     pub fn frames(&self) -> u64 {
         self.videos.iter().map(|v| v.frames).sum()
+    }
+
+    /// A hash of all that decides which clips there are and what is in them: the videos, in order.
+    pub fn digest(&self) -> String {
+        let mut hash = Xxh3::new();
+        for video in &self.videos {
+            hash.update(&video.label.to_le_bytes());
+            hash.update(&video.frames.to_le_bytes());
+            hash.update(&video.checksum.to_le_bytes());
+        }
+        format!("{:016x}", hash.digest())
     }
 
     fn add(&mut self, reader: &ShardReader) -> Result<()> {

@@ -67,7 +67,8 @@ pub fn recorder(setup: &Setup, span: &Span) -> Result<Option<Recorder>> {
     let text = setup.config.to_toml()?;
     let path = dir.join("config.toml");
     write_whole(&path, text.as_bytes())?;
-    let manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
+    let mut manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
+    manifest.data = setup.dataset.as_ref().map(|data| data.digest());
     checkpoint::clear_unfinished(&setup.checkpoints())?;
     Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, span.first).map(Some)
 }

@@ -233,9 +233,9 @@ impl Setup {
     /// # Errors
     /// As [`Config::to_toml`].
     pub fn fingerprint(&self, first_clip: u64) -> Result<u64> {
-        let videos = self.dataset.as_ref().map_or(0, |d| d.videos.len());
+        let data = self.dataset.as_ref().map(|d| d.digest()).unwrap_or_default();
         let text = format!(
-            "{}\n{:?}\n{}\n{videos}\n{first_clip}\n{}",
+            "{}\n{:?}\n{}\n{data}\n{first_clip}\n{}",
             env!("CARGO_PKG_VERSION"),
             self.class_names,
             self.config.to_toml()?,

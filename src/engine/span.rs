@@ -80,6 +80,13 @@ fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
             now.run.dir
         )));
     }
+    let data = setup.dataset.as_ref().map(|data| data.digest());
+    if checkpoint.manifest().data.as_ref().is_some_and(|before| data.as_ref() != Some(before)) {
+        log::warn!(
+            "{path} was written on other data than data.train has now: the run goes on, with other clips than it would \
+             have had"
+        );
+    }
     let changed = changed(&before, now)?;
     if !changed.is_empty() {
         log::warn!(

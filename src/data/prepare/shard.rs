@@ -40,6 +40,9 @@ pub struct Recipe<'a> {
     pub jobs: usize,
 }
 
+/// A video's frames, as they are stored.
+type Frames = Vec<Vec<u8>>;
+
 /// A shard in which not one of at least this many videos can be decoded says more about the machine than the videos.
 const SUSPICIOUS: usize = 10;
 /// After so many it is not waited for the shard's end.
@@ -130,8 +133,8 @@ fn refuse_if_all_broken(path: &Path, entries: &[Entry]) -> Result<()> {
 }
 
 impl Recipe<'_> {
-    /// Decodes one video: what became of it, and its frames as they are stored.
-    fn decode(&self, path: &Path) -> Result<(Outcome, Vec<Vec<u8>>)> {
+    /// Decodes one video: what became of it, and its frames.
+    fn decode(&self, path: &Path) -> Result<(Outcome, Frames)> {
         let (mut decoded, mut frames) = self.frames(path)?;
         if let Err(Failure { why, killed: true }) = &decoded {
             log::warn!("{}: {why} (out of memory?); it is tried once more", path.display());
@@ -148,8 +151,8 @@ impl Recipe<'_> {
         })
     }
 
-    /// What ffmpeg makes of one video, and the frames that came, as they are stored.
-    fn frames(&self, path: &Path) -> Result<(std::result::Result<Decoded, Failure>, Vec<Vec<u8>>)> {
+    /// What ffmpeg makes of one video, and the frames that came.
+    fn frames(&self, path: &Path) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
         let (h, w) = (self.target.height, self.target.width);
         let mut frames = Vec::new();
         let mut store = |rgb: &[u8]| -> Result<()> {
