@@ -30,7 +30,8 @@ impl Run {
             "train.clips=1000000",
             "run.checkpoint_every=1000000",
             "model.skip={ spans = [2] }",
-            "train.optimizer={ kind = 'sgd', lr = 0.001, momentum = 0.9 }",
+            // So little that it does not diverge in the thousands of clips of the long drills.
+            "train.optimizer={ kind = 'sgd', lr = 0.00001, momentum = 0.9 }",
         ];
         std::fs::write(&path, config(dir.path(), &[&always[..], sets].concat()).to_toml().unwrap()).unwrap();
         Run { config: path.display().to_string(), dir }
