@@ -122,7 +122,8 @@ pub enum OnCheckpointError {
     /// End the run with the error; the last good checkpoint is kept.
     #[default]
     Stop,
-    /// Report it, and try again when the next is due. At the run's end it is an error all the same.
+    /// Report it, and try again when the next is due; lines of `metrics.jsonl` wait as well. At the run's end it is an error
+    /// all the same.
     Continue,
 }
 
