@@ -8,6 +8,7 @@ pub mod cuda;
 pub mod data;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod graph;
 pub mod kernels;
 pub mod machine;

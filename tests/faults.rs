@@ -3,7 +3,7 @@
 mod common;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
@@ -239,6 +239,21 @@ fn a_full_disk_loses_no_metrics_where_the_run_is_to_go_on() {
     assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>());
     assert_eq!(under_way(), 0, "failed checkpoints still take room");
     run.assert_same_as_uninterrupted(clips);
+}
+
+/// A full disk behind `>`, and a reader that has seen enough (`| head`).
+#[test]
+fn standard_output_may_refuse() {
+    let run = Run::new(&[]);
+    let print =
+        |to: Stdio| Command::new(PROGRAM).args(["train", &run.config, "--print-config"]).stdout(to).output().unwrap();
+    let full = print(std::fs::File::options().write(true).open("/dev/full").unwrap().into());
+    assert_eq!(full.status.code(), Some(1), "{}", text(&full));
+    assert!(text(&full).contains("error: standard output: No space left on device"), "{}", text(&full));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let closed = print(writer.into());
+    assert!(closed.status.success() && closed.stderr.is_empty(), "{}", text(&closed));
 }
 
 /// What a crash of the machine may leave in `metrics.jsonl` is taken out; the run goes on.

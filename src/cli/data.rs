@@ -147,7 +147,7 @@ fn synth(args: SynthArgs) -> Result<()> {
     let shards = make(&args.out, &options, &|n| bar.inc(n))?;
     bar.finish_and_clear();
     let dataset = Dataset::from_files(&shards)?;
-    println!(
+    outln!(
         "{} videos ({} train, {} test) of {} frames, {}x{} {}, {} classes, in {} shards in {} ({:.1} s)",
         dataset.videos.len(),
         args.videos,
@@ -175,23 +175,23 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
         && found.videos() > 0
     {
         let sheet = contact_sheet(&files, png, args.rows, args.columns)?;
-        println!("\n{}: {} frames a row, from the top:", png.display(), sheet.columns);
+        outln!("\n{}: {} frames a row, from the top:", png.display(), sheet.columns);
         for (id, class) in &sheet.rows {
-            println!("  {class}  {id}");
+            outln!("  {class}  {id}");
         }
     }
     if let Some(first) = found.repeated.first() {
-        println!("\n{} ids occur more than once, the first is {first}", found.repeated.len());
+        outln!("\n{} ids occur more than once, the first is {first}", found.repeated.len());
     }
     if let Some(first) = found.missing.first() {
-        println!(
+        outln!(
             "\n{} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
             found.missing.len(),
             first.display()
         );
     }
     if found.damage.is_empty() {
-        println!("\nall {}sound", if found.missing.is_empty() { "" } else { "that are there " });
+        outln!("\nall {}sound", if found.missing.is_empty() { "" } else { "that are there " });
         return Ok(());
     }
     Err(Error::input(format!("{} damaged:\n  {}", found.damage.len(), found.damage.join("\n  "))))
@@ -199,7 +199,7 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
 
 fn print_inspection(found: &Inspection) {
     for shard in &found.shards {
-        println!(
+        outln!(
             "{}  {}  {}  {} videos  {} frames  {:.1} MB",
             shard.path.display(),
             shard.split,
@@ -214,7 +214,7 @@ fn print_inspection(found: &Inspection) {
         return;
     }
     let (shortest, longest, all) = found.frames;
-    println!(
+    outln!(
         "\n{videos} videos, {all} frames of {}x{} (HxW); a video has {shortest} to {longest}, {:.1} on average",
         found.size.0,
         found.size.1,
@@ -222,7 +222,7 @@ fn print_inspection(found: &Inspection) {
     );
     let wide = found.class_names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
     for (k, (name, n)) in found.class_names.iter().zip(&found.per_class).enumerate() {
-        println!("  {k:>4}  {name:wide$}  {n:>8}  {:5.1} %", *n as f64 * 100.0 / videos as f64);
+        outln!("  {k:>4}  {name:wide$}  {n:>8}  {:5.1} %", *n as f64 * 100.0 / videos as f64);
     }
 }
 

@@ -79,7 +79,7 @@ fn print(table: &[Check]) {
             Verdict::Warning => "could be better",
             Verdict::Failure => "WILL FAIL",
         };
-        println!("{mark:<15}  {:<13}  {}", check.what, check.found);
+        outln!("{mark:<15}  {:<13}  {}", check.what, check.found);
     }
 }
 

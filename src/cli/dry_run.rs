@@ -23,7 +23,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     let mut setup = Setup::dry(&config, wanted)?;
     if config.cut_is_open() && setup.grid.modules > 1 {
         let measured = measured_cuts(&setup, wanted)?;
-        println!(
+        outln!(
             "the cut is open: {}",
             if measured.is_some() {
                 "planned by the layers' times, as measured before"
@@ -36,21 +36,35 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         }
     }
     let grid = setup.grid;
-    println!(
+    outln!(
         "{} modules x {} replicas on {} ranks; frames {:?} (height, width, channels), T = {}, B = {}",
-        grid.modules, grid.replicas, grid.ranks, setup.network.input, config.data.frames, config.data.batch
+        grid.modules,
+        grid.replicas,
+        grid.ranks,
+        setup.network.input,
+        config.data.frames,
+        config.data.batch
     );
     for warning in setup.warnings() {
-        println!("warning: {warning}");
+        outln!("warning: {warning}");
     }
-    println!(
+    outln!(
         "{:>4} {:>7} {:>4} {:>10} {:>15} {:>15} {:>11} {:>10} {:>10} {:>10}",
-        "rank", "replica", "mod", "layers", "input", "output", "parameters", "GFLOP/tick", "memory", "sent/tick"
+        "rank",
+        "replica",
+        "mod",
+        "layers",
+        "input",
+        "output",
+        "parameters",
+        "GFLOP/tick",
+        "memory",
+        "sent/tick"
     );
     for w in 0..grid.workers() {
         let (i, r) = grid.module_and_replica(w);
         let module = &setup.network.modules[i - 1];
-        println!(
+        outln!(
             "{:>4} {:>7} {:>4} {:>10} {:>15} {:>15} {:>11} {:>10.3} {:>10} {:>10}",
             grid.rank_of(w),
             r,
@@ -66,12 +80,12 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         );
     }
     match config.run.device {
-        DeviceChoice::Cuda => println!(
+        DeviceChoice::Cuda => outln!(
             "memory: the GPU's, for parameters, gradient, optimizer and a copy of these, activations, messages; without cuDNN's \
              workspace and the driver's own"
         ),
         _ => {
-            println!(
+            outln!(
                 "memory: parameters, gradient, optimizer, one step's activations, message buffers; without the program"
             )
         }

@@ -146,7 +146,7 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
         return Ok(());
     }
     if setup.config.model.task == Task::FutureFrames {
-        println!("loss {:.6} over {} clips", totals.score.loss(), totals.score.clips);
+        outln!("loss {:.6} over {} clips", totals.score.loss(), totals.score.clips);
         return Ok(());
     }
     if let Some(path) = &args.confusion {
@@ -155,10 +155,10 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let (top1, top5) = (tally.share(tally.top1), tally.share(tally.top5));
     if args.json {
         let loss = totals.score.loss();
-        println!("{}", serde_json::json!({ "clips": tally.clips, "top1": top1, "top5": top5, "loss": loss }));
+        outln!("{}", serde_json::json!({ "clips": tally.clips, "top1": top1, "top5": top5, "loss": loss }));
         return Ok(());
     }
-    println!(
+    outln!(
         "clips {}  loss {:.4}  top-1 {:.2} %  top-5 {:.2} %",
         tally.clips,
         totals.score.loss(),
@@ -168,7 +168,7 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     for (k, name) in setup.class_names.iter().enumerate() {
         let row = &tally.confusion[k * tally.classes..(k + 1) * tally.classes];
         let clips: u64 = row.iter().sum();
-        println!("  {name}: {:.2} % of {clips}", 100.0 * row[k] as f64 / clips.max(1) as f64);
+        outln!("  {name}: {:.2} % of {clips}", 100.0 * row[k] as f64 / clips.max(1) as f64);
     }
     Ok(())
 }

@@ -6,6 +6,9 @@ use crate::Result;
 use crate::plan::profile::{COMMAND, measure_on_request};
 use crate::transport::World;
 
+#[macro_use]
+mod output;
+
 pub mod bench;
 pub mod data;
 pub mod doctor;
@@ -54,21 +57,22 @@ pub enum Command {
 /// Runs a command, logs its error, and returns the process's exit code: 0 done, 2 bad usage, configuration or input, 75
 /// stopped early with a checkpoint, 1 else.
 pub fn run(cli: Cli) -> i32 {
+    let alone = |result| conclude(World::Alone, result);
     match cli.command {
         Command::Data(command @ data::DataCommand::Prepare(_)) => with_world(|world| data::run(world, command)),
-        Command::Data(command) => World::Alone.conclude(data::run(&World::Alone, command)),
-        Command::Train(args) if args.plans_only() => World::Alone.conclude(train::plan(&args)),
+        Command::Data(command) => alone(data::run(&World::Alone, command)),
+        Command::Train(args) if args.plans_only() => alone(train::plan(&args)),
         Command::Train(args) => with_world(|world| train::run(world, &args)),
-        Command::Predict(args) => World::Alone.conclude(predict::run(&args)),
-        Command::Plan(args) => World::Alone.conclude(plan::run(&args)),
-        Command::MeasureLayers => World::Alone.conclude(measure_on_request()),
+        Command::Predict(args) => alone(predict::run(&args)),
+        Command::Plan(args) => alone(plan::run(&args)),
+        Command::MeasureLayers => alone(measure_on_request()),
         Command::Bench(command) => with_world(|world| bench::run(&command, world)),
         Command::Doctor(args) => match World::join() {
             Ok(world) => {
                 let result = doctor::run(&world, &args);
-                world.conclude(result)
+                conclude(world, result)
             }
-            Err(error) => World::Alone.conclude(doctor::without_ranks(&error)),
+            Err(error) => alone(doctor::without_ranks(&error)),
         },
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
     }
@@ -79,8 +83,13 @@ fn with_world(command: impl FnOnce(&World) -> Result<()>) -> i32 {
     match World::join() {
         Ok(world) => {
             let result = command(&world);
-            world.conclude(result)
+            conclude(world, result)
         }
-        Err(error) => World::Alone.conclude(Err(error)),
+        Err(error) => conclude(World::Alone, Err(error)),
     }
+}
+
+/// Ends this process's part; what was printed must have come through.
+fn conclude(world: World, result: Result<()>) -> i32 {
+    world.conclude(result.and_then(|()| output::finish()))
 }

@@ -90,7 +90,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     };
     let mut setup = Setup::dry(&config, ranks)?;
     if args.ticks {
-        print!("{}", picture(&setup, args.clips));
+        outln!("{}", picture(&setup, args.clips).trim_end());
         return Ok(());
     }
     let threads = config.run.threads;
@@ -128,7 +128,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         let times = times_of(&other, Parts::Modules, busy, args.fresh)?;
         let reached = predict(&other, &times, &Processors::of_ranks(ranks, slots));
         if reached.outcome.tick < WORTH_IT * prediction.outcome.tick {
-            println!(
+            outln!(
                 "by the measured times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
                  efficiency {:.3}",
                 1e3 * reached.outcome.tick,
@@ -142,7 +142,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 
 fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Prediction, layers: bool) {
     let (grid, network, config) = (setup.grid, &setup.network, &setup.config);
-    println!(
+    outln!(
         "{} modules x {} replicas on {} ranks x {} thread(s); frames {:?} (height, width, channels), T = {}, B = {}",
         grid.modules,
         grid.replicas,
@@ -159,10 +159,10 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         Origin::Measured => "by the measured times",
         Origin::Checkpoint => "as the run folder's checkpoint was",
     };
-    println!("model.cuts = {:?}: {origin}", setup.cuts());
+    outln!("model.cuts = {:?}: {origin}", setup.cuts());
     let c = &profile.conditions;
     match &c.gpu {
-        Some(on) => println!(
+        Some(on) => outln!(
             "times: {}, cuDNN {}, {:?}, {}, a module at a time; {}",
             on.name,
             on.cudnn,
@@ -170,7 +170,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
             if on.graphs { "as CUDA graphs" } else { "without graphs" },
             age(profile)
         ),
-        None => println!(
+        None => outln!(
             "times: {}, {}, {} thread(s) a module, {} at a time; {}",
             c.cpu,
             c.kernels,
@@ -180,9 +180,9 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         ),
     }
     for warning in setup.warnings() {
-        println!("warning: {warning}");
+        outln!("warning: {warning}");
     }
-    println!(
+    outln!(
         "{:>4} {:>6} {:>7} {:>15} {:>11} {:>10} {:>9} {:>9} {:>8} {:>9} {:>11} {:>11}",
         "rank",
         "module",
@@ -200,7 +200,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
     for w in 0..grid.modules {
         let module = &network.modules[w];
         let times = &profile.times[w];
-        println!(
+        outln!(
             "{:>4} {:>6} {:>7} {:>15} {:>11} {:>10} {:>9.3} {:>9.3} {:>8.3} {:>9.3} {:>11} {:>11}",
             grid.rank_of(w),
             w + 1,
@@ -216,17 +216,17 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
             bytes(sent(setup, w, &[Kind::Cotangent])),
         );
         for skip in &module.skips {
-            println!("{:12}skip from module {}, {:?} as sent", "", skip.from, skip.shape);
+            outln!("{:12}skip from module {}, {:?} as sent", "", skip.from, skip.shape);
         }
         for n in module.layers.clone().filter(|_| layers) {
-            println!(
+            outln!(
                 "{:12}layer {n}: {}",
                 "",
                 toml::to_string(&network.layers[n]).unwrap_or_default().replace('\n', "  ")
             );
         }
     }
-    println!(
+    outln!(
         "ms: a forward pass, a vector-Jacobian product, an update (once a clip); all of it a tick{}",
         match c.gpu {
             Some(_) => {
@@ -239,7 +239,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         }
     );
     let tick = prediction.outcome.tick;
-    println!(
+    outln!(
         "predicted: tick {:.2} ms, {:.1} frames/s; efficiency {:.3} (mean over maximum of the ranks' busy time)",
         1e3 * tick,
         prediction.frames_per_second,
@@ -306,7 +306,7 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
         "threads": profile.conditions.threads,
         "busy": profile.conditions.busy,
     });
-    println!("{plan}");
+    outln!("{plan}");
     Ok(())
 }
 

@@ -103,9 +103,9 @@ pub fn run(args: &PredictArgs) -> Result<()> {
     }
     let count = errors.2.max(1) as f64;
     let (network, copy) = (errors.0 / count, errors.1 / count);
-    println!("{} steps of {clips} clips; pixels in 0..1; pictures in {}", errors.2, args.out.display());
-    println!("prediction:              MSE {network:.6}  PSNR {:.2} dB", psnr(network));
-    println!("copy of the newest seen: MSE {copy:.6}  PSNR {:.2} dB", psnr(copy));
+    outln!("{} steps of {clips} clips; pixels in 0..1; pictures in {}", errors.2, args.out.display());
+    outln!("prediction:              MSE {network:.6}  PSNR {:.2} dB", psnr(network));
+    outln!("copy of the newest seen: MSE {copy:.6}  PSNR {:.2} dB", psnr(copy));
     Ok(())
 }
 

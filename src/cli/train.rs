@@ -57,7 +57,7 @@ pub fn plan(args: &TrainArgs) -> Result<()> {
     let config = Config::load(&args.config, &args.set)?;
     config.validate()?;
     if args.print_config {
-        print!("{}", config.to_toml()?);
+        outln!("{}", config.to_toml()?.trim_end());
         return Ok(());
     }
     super::dry_run::run(&config, args.ranks)

@@ -12,7 +12,7 @@ use super::grid::Grid;
 use super::report::Report;
 use crate::checkpoint::{self, Manifest};
 use crate::config::{OnCheckpointError, RunConfig};
-use crate::data::prepare::record::write_whole;
+use crate::files::write_whole;
 use crate::metrics::{Score, TimeAccount};
 use crate::transport::{Kind, Receiver};
 use crate::{Error, Result};

@@ -24,7 +24,7 @@ use super::worker::{InEdge, LossEnd, OutEdge, Source, Update, Waits, Worker};
 use super::writer::Writer;
 use crate::checkpoint::{self, Manifest};
 use crate::data::FrameStream;
-use crate::data::prepare::record::write_whole;
+use crate::files::write_whole;
 use crate::kernels;
 use crate::machine::{at_once, own_processors};
 use crate::metrics::Stopwatch;

@@ -193,8 +193,11 @@ fn write(file: &PathBuf, profile: &Profile) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     let text = serde_json::to_vec_pretty(profile).map_err(|e| Error::io(file, e.into()))?;
     let partial = file.with_extension(format!("{}.partial", std::process::id()));
-    std::fs::write(&partial, text).map_err(|e| Error::io(&partial, e))?;
-    std::fs::rename(&partial, file).map_err(|e| Error::io(file, e))
+    std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, file)).map_err(|e| {
+        // A part of it, on a full disk.
+        let _ = std::fs::remove_file(&partial);
+        Error::io(file, e)
+    })
 }
 
 /// The middle one, or the mean of the two in the middle; 0 of none.

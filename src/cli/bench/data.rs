@@ -125,10 +125,10 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
     let encoding = format!("{:?}", dataset.encoding).to_lowercase();
     let result = Figures { encoding, height: dataset.height, width: dataset.width, crop, stages };
     if args.json {
-        println!("{}", serde_json::to_string(&result).map_err(|e| Error::Run(e.to_string()))?);
+        outln!("{}", serde_json::to_string(&result).map_err(|e| Error::Run(e.to_string()))?);
         return Ok(());
     }
-    println!(
+    outln!(
         "{} videos, {} frames of {}x{} (HxW), {}, {} shard(s); crop {crop}; page cache warm",
         dataset.videos.len(),
         dataset.frames(),
@@ -137,9 +137,9 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
         result.encoding,
         dataset.shards.len()
     );
-    println!("{:<28} {:>12} {:>17} {:>10}", "stage", "frames/s", "frames/s a core", "MB/s");
+    outln!("{:<28} {:>12} {:>17} {:>10}", "stage", "frames/s", "frames/s a core", "MB/s");
     for (name, rate) in &result.stages {
-        println!(
+        outln!(
             "{name:<28} {:>12.0} {:>17.0} {:>10.0}",
             rate.frames_per_second,
             rate.frames_per_core_second,
@@ -147,7 +147,7 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
         );
     }
     let of = |name: &str| result.stages.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, r)| r.bytes_per_second);
-    println!("read / plain read: {:.2}", of("read") / of("plain read of the files"));
+    outln!("read / plain read: {:.2}", of("read") / of("plain read of the files"));
     Ok(())
 }
 

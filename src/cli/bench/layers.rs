@@ -125,7 +125,7 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
                 "cpu": base.cpu, "kernels": base.kernels, "threads": threads, "batch": base.batch,
                 "peak": peak, "layers": rows, "modules": modules,
             });
-            println!("{line}");
+            outln!("{line}");
         } else {
             print(&base, &peak, &rows, &modules);
         }
@@ -134,7 +134,7 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
 }
 
 fn print(base: &Conditions, peak: &Peak, rows: &[Row], modules: &[ModuleRow]) {
-    println!(
+    outln!(
         "{}, {}, {} thread(s) of {} core(s), B = {}; peak: {:.1} GFLOP/s, memory {:.1} GB/s, caches {:.1} GB/s",
         processor_name(),
         kernels::back_end(),
@@ -146,7 +146,7 @@ fn print(base: &Conditions, peak: &Peak, rows: &[Row], modules: &[ModuleRow]) {
         peak.cache / 1e9
     );
     print_rows(peak, rows);
-    println!(
+    outln!(
         "weights: the vector-Jacobian product without the input's cotangent; inputs: what that adds; roof: the least time that \
          peak arithmetic and memory allow, over the time it took"
     );
@@ -155,10 +155,10 @@ fn print(base: &Conditions, peak: &Peak, rows: &[Row], modules: &[ModuleRow]) {
 
 fn print_rows(peak: &Peak, rows: &[Row]) {
     let head = format!("{:>9} {:>6} {:>6} {:>5}", "ms", "GF/s", "GB/s", "roof");
-    println!("{:<28} {:>15} {:>15} | forward{:>23} | weights{:>23} | inputs", "", "", "", "", "");
-    println!("{:<28} {:>15} {:>15} |{head} |{head} |{head}", "layer", "input", "output");
+    outln!("{:<28} {:>15} {:>15} | forward{:>23} | weights{:>23} | inputs", "", "", "", "", "");
+    outln!("{:<28} {:>15} {:>15} |{head} |{head} |{head}", "layer", "input", "output");
     for row in rows {
-        println!(
+        outln!(
             "{:<28} {:>15} {:>15} |{} |{} |{}",
             row.name,
             format!("{:?}", row.input),
@@ -171,10 +171,10 @@ fn print_rows(peak: &Peak, rows: &[Row]) {
 }
 
 fn print_modules(modules: &[ModuleRow]) {
-    println!("{:<28} {:>13} {:>22} {:>7}", "module (or block)", "forward + vjp", "its products alone", "ratio");
+    outln!("{:<28} {:>13} {:>22} {:>7}", "module (or block)", "forward + vjp", "its products alone", "ratio");
     for module in modules {
         let [first, end] = module.layers;
-        println!(
+        outln!(
             "{:<28} {:>10.3} ms {:>19.3} ms {:>7.3}",
             format!("layers {first}-{}", end - 1),
             1e3 * module.seconds,
@@ -184,7 +184,7 @@ fn print_modules(modules: &[ModuleRow]) {
     }
     let (all, products) =
         modules.iter().fold((0.0, 0.0), |(all, products), m| (all + m.seconds, products + m.products));
-    println!("{:<28} {:>10.3} ms {:>19.3} ms {:>7.3}", "all", 1e3 * all, 1e3 * products, all / products.max(1e-12));
+    outln!("{:<28} {:>10.3} ms {:>19.3} ms {:>7.3}", "all", 1e3 * all, 1e3 * products, all / products.max(1e-12));
 }
 
 /// Every layer as a part of its own, and behind a residual block its convolutions.

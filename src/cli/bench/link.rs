@@ -46,20 +46,29 @@ pub(super) fn run(args: &LinkArgs, world: &World) -> Result<()> {
     let ordinal = gpu_of(world, args.device)?;
     if world.rank() == 0 {
         let ends = if world.size() == 2 { "2 ranks" } else { "2 threads of one process" };
-        println!("A link between {ends} on {}, best of {} batches.", hostname(), args.repeat);
+        outln!("A link between {ends} on {}, best of {} batches.", hostname(), args.repeat);
     }
     #[cfg(feature = "cuda")]
     if let Some(ordinal) = ordinal {
         return gpu::run(args, world, ordinal, |bytes| Ok(measure(world, bytes, args.repeat.max(1))?.0));
     }
     if world.rank() == 0 && ordinal.is_none() {
-        println!(
+        outln!(
             "Counted: payload bytes; each line of a payload is written before and read after, by links and raw MPI alike."
         );
-        println!("\"one way\": half a round trip. \"both ways\": MiB/s each way while both sides send.\n");
-        println!(
+        outln!("\"one way\": half a round trip. \"both ways\": MiB/s each way while both sides send.\n");
+        outln!(
             "{:>9} | {:>10} {:>9} {:>7} | {:>10} {:>9} {:>7} | {:>10} {:>9} {:>7}",
-            "payload", "one way us", "raw us", "ratio", "MiB/s", "raw", "ratio", "both MiB/s", "raw", "ratio"
+            "payload",
+            "one way us",
+            "raw us",
+            "ratio",
+            "MiB/s",
+            "raw",
+            "ratio",
+            "both MiB/s",
+            "raw",
+            "ratio"
         );
     }
     let mut bytes = args.from;
@@ -77,7 +86,7 @@ fn print_row(bytes: usize, ours: Times, raw: Option<Times>) {
     let speed = |seconds: f64| bytes as f64 / seconds / 1_048_576.0;
     let raw = raw.unwrap_or(Times { one: f64::NAN, both: f64::NAN });
     let number = |x: f64, digits: usize| if x.is_nan() { "-".to_string() } else { format!("{x:.digits$}") };
-    println!(
+    outln!(
         "{:>9} | {:>10.2} {:>9} {:>7} | {:>10.0} {:>9} {:>7} | {:>10.0} {:>9} {:>7}",
         show_bytes(bytes),
         ours.one * 1e6,

@@ -107,7 +107,7 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
 
 fn print(args: &OverlapArgs, world: &World, all: &[Spent], cpu: f64) {
     let ms = |seconds: f64| seconds / args.ticks as f64 * 1e3;
-    println!(
+    outln!(
         "{} workers on {} ranks of {}: {} down and {} up a tick, {} ticks, compute {} ms twice ({})",
         all.len(),
         world.size(),
@@ -118,13 +118,17 @@ fn print(args: &OverlapArgs, world: &World, all: &[Spent], cpu: f64) {
         args.compute_ms,
         if args.busy { "busy" } else { "asleep" }
     );
-    println!(
+    outln!(
         "ms a tick  {:>9} {:>9} {:>16} {:>15} {:>7}",
-        "tick", "compute", "wait activation", "wait cotangent", "send"
+        "tick",
+        "compute",
+        "wait activation",
+        "wait cotangent",
+        "send"
     );
     for (worker, spent) in all.iter().enumerate() {
         let Spent { wall, compute, activation, cotangent, send } = *spent;
-        println!(
+        outln!(
             "worker {worker:<3} {:>9.3} {:>9.3} {:>16.3} {:>15.3} {:>7.3}",
             ms(wall),
             ms(compute),
@@ -135,7 +139,7 @@ fn print(args: &OverlapArgs, world: &World, all: &[Spent], cpu: f64) {
     }
     let tick = all.iter().map(|spent| ms(spent.wall)).fold(0.0, f64::max);
     let compute = all.iter().map(|spent| ms(spent.compute)).fold(0.0, f64::max);
-    println!(
+    outln!(
         "slowest worker's tick {tick:.3} ms: {:.4} of the {} ms asked for, {:.4} of compute alone; \
          processor time of rank 0: {cpu:.2} s",
         tick / (2.0 * args.compute_ms),

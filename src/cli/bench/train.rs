@@ -133,7 +133,7 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     let outcome = outcome(&setup, world, args, seconds, &time, kib as f64 / 1024.0, predicted.as_ref());
     let outcome = Outcome { gpu, ..outcome };
     if args.json {
-        println!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
+        outln!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
     } else {
         print(&setup, &outcome);
     }
@@ -186,7 +186,7 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 fn print(setup: &Setup, o: &Outcome) {
-    println!(
+    outln!(
         "{} modules x {} replicas on {} rank(s) x {} thread(s) ({} core(s) each) of {}, {}; T = {}, B = {}, frames {:?}",
         o.modules,
         o.replicas,
@@ -201,9 +201,9 @@ fn print(setup: &Setup, o: &Outcome) {
     );
     if let Some(on) = &o.gpu {
         let graphs = if on.graphs { "with CUDA graphs" } else { "without CUDA graphs" };
-        println!("modules on {} (rank 0's), cuDNN {}, {:?}, {graphs}", on.name, on.cudnn, on.precision);
+        outln!("modules on {} (rank 0's), cuDNN {}, {:?}, {graphs}", on.name, on.cudnn, on.precision);
     }
-    println!(
+    outln!(
         "{:.2} frames/s, {:.2} ms a tick; peak memory of all ranks {:.0} MiB; backward work at {:.1} % of the modules' steps",
         o.frames_per_second,
         o.tick_ms,
@@ -213,19 +213,19 @@ fn print(setup: &Setup, o: &Outcome) {
     if setup.config.train.rule == Rule::Bp {
         return;
     }
-    println!(
+    outln!(
         "ms a tick (wall, so modules that share a core count each other's): forward, backward, optimiser, data, send"
     );
     for (w, [forward, backward, optimizer, data, send]) in o.module_ms.iter().enumerate() {
         let (i, r) = setup.grid.module_and_replica(w);
         let rank = setup.grid.rank_of(w);
-        println!(
+        outln!(
             "  module {i} replica {r} rank {rank}: {forward:9.3} {backward:9.3} {optimizer:9.3} {data:9.3} {send:9.3}"
         );
     }
-    println!("balance of the ranks' busy time, mean/max: {:.3}", o.balance);
+    outln!("balance of the ranks' busy time, mean/max: {:.3}", o.balance);
     if let (Some(tick), Some(balance)) = (o.predicted_tick_ms, o.predicted_balance) {
-        println!(
+        outln!(
             "predicted: tick {tick:.2} ms, balance {balance:.3}; measured over predicted tick {:.3}",
             o.tick_ms / tick
         );

@@ -113,7 +113,7 @@ pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let reports = made.and_then(|made| job.finish(&ledger, made.into_iter().flatten().collect()));
     let reports = world.first_error(reports)?;
     reports.iter().for_each(print);
-    println!(
+    outln!(
         "{:.1} s on {} rank{}",
         start.elapsed().as_secs_f64(),
         world.size(),
@@ -254,16 +254,16 @@ fn print(report: &Report) {
         Some(expected) if expected != *listed => format!(" (the dataset's description expects {expected})"),
         _ => String::new(),
     };
-    println!("{split}: {listed} videos listed{expected}");
-    println!("  found      {found:>8}");
-    println!("  missing    {missing:>8}{}", see(&report.missing_list));
-    println!("  skipped    {skipped:>8}");
-    println!("  broken     {broken:>8}{}", see(&report.quarantine));
+    outln!("{split}: {listed} videos listed{expected}");
+    outln!("  found      {found:>8}");
+    outln!("  missing    {missing:>8}{}", see(&report.missing_list));
+    outln!("  skipped    {skipped:>8}");
+    outln!("  broken     {broken:>8}{}", see(&report.quarantine));
     for (id, why) in &report.examples {
-        println!("             {id}: {why}");
+        outln!("             {id}: {why}");
     }
-    println!("  too short  {short:>8}");
-    println!(
+    outln!("  too short  {short:>8}");
+    outln!(
         "  written    {written:>8}  {} frames, {:.1} MB, {} shards{}",
         report.frames,
         report.bytes as f64 / 1e6,
@@ -271,7 +271,7 @@ fn print(report: &Report) {
         if report.earlier > 0 { format!(" ({} made earlier)", report.earlier) } else { String::new() }
     );
     if report.doubtful > 0 {
-        println!("             of which ffmpeg complained about {}", report.doubtful);
+        outln!("             of which ffmpeg complained about {}", report.doubtful);
     }
 }
 

@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::layout::{Listing, Place, Source, list, read_classes};
-use super::record::{self, Outcome, Record, State, write_whole};
+use super::record::{self, Outcome, Record, State};
 use super::report::{Ledger, SplitLedger, Summary};
 use super::{PrepareOptions, files, output};
 use crate::data::shard::Encoding;
+use crate::files::write_whole;
 use crate::{Error, Result};
 
 /// The list of classes, in the folder of shards: all splits there have the same.

@@ -4,11 +4,11 @@
 //! shard has its own name. Whatever moment a run is killed at, the next one finds a shard finished or makes it anew.
 
 use std::fs::{File, TryLockError};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::files::write_whole;
 use crate::{Error, Result};
 
 /// What became of one video.
@@ -124,21 +124,4 @@ impl State {
 /// The name of a shard's record.
 pub fn name(shard: usize) -> String {
     format!("{shard:05}.json")
-}
-
-/// Writes a file so that it is there whole or not at all.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    };
-    write().map_err(|e| {
-        let _ = std::fs::remove_file(&partial);
-        Error::io(path, e)
-    })
 }

@@ -33,9 +33,9 @@ pub(super) fn run(args: &LayersArgs, setup: &Setup, base: &Conditions) -> Result
     if args.ticks {
         let ticks = tick_rows(setup, base, on)?;
         if args.json {
-            println!("{}", serde_json::json!({ "gpu": on, "batch": base.batch, "ticks": ticks }));
+            outln!("{}", serde_json::json!({ "gpu": on, "batch": base.batch, "ticks": ticks }));
         } else {
-            println!("{}, cuDNN {}, {:?}, B = {}", on.name, on.cudnn, on.precision, base.batch);
+            outln!("{}, cuDNN {}, {:?}, B = {}", on.name, on.cudnn, on.precision, base.batch);
             print_ticks(&ticks);
         }
         return Ok(());
@@ -55,16 +55,16 @@ pub(super) fn run(args: &LayersArgs, setup: &Setup, base: &Conditions) -> Result
             "gpu": on, "batch": base.batch, "peaks": peaks,
             "launches": tables[0], "graphs": tables[1], "modules": modules, "ticks": ticks,
         });
-        println!("{line}");
+        outln!("{line}");
         return Ok(());
     }
     print_peaks(&peaks, on, base.batch);
     for (table, how) in tables.iter().zip(["launched kernel by kernel", "as CUDA graphs"]) {
-        println!("Layers, {how}:");
+        outln!("Layers, {how}:");
         print_rows(&peak, table);
     }
     print_sums(&tables);
-    println!(
+    outln!(
         "weights: the vector-Jacobian product without the input's cotangent; inputs: what that adds; roof: the least time that \
          peak arithmetic and memory allow, over the time it took"
     );
@@ -93,8 +93,8 @@ fn tick_rows(setup: &Setup, base: &Conditions, on: &OnGpu) -> Result<Vec<TickRow
 }
 
 fn print_peaks(p: &Peaks, on: &OnGpu, batch: usize) {
-    println!("{}, cuDNN {}, {:?}, B = {batch}", on.name, on.cudnn, on.precision);
-    println!(
+    outln!("{}, cuDNN {}, {:?}, B = {batch}", on.name, on.cudnn, on.precision);
+    outln!(
         "peaks: products {:.1} (f32), {:.1} (tf32), {:.1} (bf16) TFLOP/s; memory {:.0} GB/s; to and from the host {:.1} and \
          {:.1} GB/s",
         p.f32 / 1e12,
@@ -113,7 +113,7 @@ fn print_sums(tables: &[Vec<Row>]) {
         own.map(|row| row.forward.seconds + row.weights.seconds + row.inputs.seconds).sum()
     };
     let [launches, graphs] = [sum(&tables[0]), sum(&tables[1])];
-    println!(
+    outln!(
         "all layers one by one: {:.3} ms launched, {:.3} ms as graphs, ratio {:.3}",
         1e3 * launches,
         1e3 * graphs,
@@ -122,13 +122,18 @@ fn print_sums(tables: &[Vec<Row>]) {
 }
 
 fn print_ticks(ticks: &[TickRow]) {
-    println!("Ticks (forward + vjp + update), many back to back:");
-    println!(
+    outln!("Ticks (forward + vjp + update), many back to back:");
+    outln!(
         "{:<28} {:>13} {:>13} {:>7} {:>12} {:>12}",
-        "module (or block)", "launched", "as graphs", "ratio", "GPU memory", "predicted"
+        "module (or block)",
+        "launched",
+        "as graphs",
+        "ratio",
+        "GPU memory",
+        "predicted"
     );
     for TickRow { layers: [first, end], ticks, predicted } in ticks {
-        println!(
+        outln!(
             "{:<28} {:>10.3} ms {:>10.3} ms {:>7.3} {:>12} {:>12}",
             format!("layers {first}-{}", end - 1),
             1e3 * ticks.launches,
@@ -140,14 +145,8 @@ fn print_ticks(ticks: &[TickRow]) {
     }
     let (launches, graphs) =
         ticks.iter().fold((0.0, 0.0), |(l, g), row| (l + row.ticks.launches, g + row.ticks.graphs));
-    println!(
-        "{:<28} {:>10.3} ms {:>10.3} ms {:>7.3}",
-        "all",
-        1e3 * launches,
-        1e3 * graphs,
-        graphs / launches.max(1e-12)
-    );
-    println!(
+    outln!("{:<28} {:>10.3} ms {:>10.3} ms {:>7.3}", "all", 1e3 * launches, 1e3 * graphs, graphs / launches.max(1e-12));
+    outln!(
         "GPU memory: the module, its optimizer and cuDNN's workspace; predicted: what training asks for, with messages and a \
          copy to go back to, without the workspace"
     );

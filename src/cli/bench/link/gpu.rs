@@ -38,12 +38,12 @@ pub(super) fn run(
     message: impl Fn(usize) -> Result<Times>,
 ) -> Result<()> {
     if world.rank() == 0 {
-        println!(
+        outln!(
             "Arrays on a GPU, one way in us. \"staged\": copied to host memory, sent, copied to the GPU; \"parts\": the three \
              one after the other. \"peer\": into the receiver's GPU memory. \"by MPI\": by an MPI library that takes GPU \
              memory. -: does not work here.\n"
         );
-        println!(
+        outln!(
             "{:>9} | {:>9} {:>10} {:>10} {:>9} | {:>10} {:>7} {:>8} {:>10} | {:>10} {:>8} {:>10} | {:>10} {:>8}",
             "payload",
             "to host",
@@ -79,7 +79,7 @@ fn print_row(bytes: usize, found: &Found, message: f64) {
     let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     let parts = found.to_host + message + found.to_device;
     let (staged, peer, by_mpi) = (found.staged, found.peer, found.by_mpi);
-    println!(
+    outln!(
         "{:>9} | {:>9} {:>10} {:>10} {:>9} | {:>10} {:>7.3} {:>8} {:>10} | {:>10} {:>8} {:>10} | {:>10} {:>8}",
         show_bytes(bytes),
         us(found.to_host),

@@ -122,7 +122,7 @@ impl Worker {
 }
 
 pub(super) fn print(args: &OverlapArgs, world: &World, all: &[Found]) {
-    println!(
+    outln!(
         "{} workers on {} ranks of {}, arrays on a GPU, staged in host memory: {} down and {} up a tick, {} ticks, waits of {} \
          ms twice",
         all.len(),
@@ -133,10 +133,10 @@ pub(super) fn print(args: &OverlapArgs, world: &World, all: &[Found]) {
         args.ticks,
         args.compute_ms
     );
-    println!("ms a tick  {:>9} {:>13} {:>9} {:>10}", "tick", "waits alone", "exposed", "of a tick");
+    outln!("ms a tick  {:>9} {:>13} {:>9} {:>10}", "tick", "waits alone", "exposed", "of a tick");
     let exposed = |found: &Found| (found.tick - 2.0 * found.alone).max(0.0);
     for (worker, found) in all.iter().enumerate() {
-        println!(
+        outln!(
             "worker {worker:<3} {:>9.3} {:>13.3} {:>9.3} {:>9.2}%",
             1e3 * found.tick,
             2e3 * found.alone,
@@ -145,5 +145,5 @@ pub(super) fn print(args: &OverlapArgs, world: &World, all: &[Found]) {
         );
     }
     let worst = all.iter().map(|found| exposed(found) / found.tick).fold(0.0, f64::max);
-    println!("exposed communication: {:.2} % of the tick at most", 100.0 * worst);
+    outln!("exposed communication: {:.2} % of the tick at most", 100.0 * worst);
 }
