@@ -60,6 +60,20 @@ def baseline(args, net):
     return rows
 
 
+def pairs(args, net):
+    """(speed of 2 ranks over 1, the 1 rank's figures, the 2 ranks' figures), slowest first. A shared host's speed changes
+    within minutes, so the two of a pair run one after the other."""
+    # A first run measures the layers, to cut by; the others find them measured.
+    cuts = sideways(args, net, None, ["train.rule=sideways"], 1, ranks=2)["cuts"]
+    cut = ["train.rule=sideways", f"model.cuts={cuts}"]
+    found = []
+    for _ in range(args.pairs):
+        two = sideways(args, net, None, cut, 2 * args.clips, ranks=2)
+        one = sideways(args, net, [0], cut, 2 * args.clips)
+        found.append((two["frames_per_second"] / one["frames_per_second"], one, two))
+    return sorted(found, key=lambda pair: pair[0])
+
+
 def compare(args, net, known):
     modules = ["model.modules=8", "model.skip.spans=[2]"]
     whole = ["model.modules=1", "train.rule=sideways"]
@@ -79,11 +93,8 @@ def compare(args, net, known):
     add("8 modules, spans [2], one process", 1, 64, sideways(args, net, [0], modules + ["data.frames=64"], 1))
     add("1 module (exact bp, frame by frame)", 1, 16, sideways(args, net, [0], whole, args.clips))
     add("8 modules, spans [2], one process", 2, 16, sideways(args, net, [0, 1], modules, args.clips))
-    # A first run measures the layers, to cut by; the second finds them measured.
-    sideways(args, net, None, ["train.rule=sideways"], 1, ranks=2)
-    two = sideways(args, net, None, ["train.rule=sideways"], args.clips, ranks=2)
-    cuts = ["train.rule=sideways", f"model.cuts={two['cuts']}"]
-    one = sideways(args, net, [0], cuts, args.clips)
+    both = pairs(args, net)
+    gain, one, two = both[len(both) // 2]
     add(f"cut before {two['cuts']}, 1 rank", 1, 16, one)
     add(f"cut before {two['cuts']}, 2 ranks", 2, 16, two)
 
@@ -95,9 +106,10 @@ def compare(args, net, known):
         share = 100 * found.get("backward_share", 1.0)
         print(f"{what:<44} {cores:>5} {frames:>3} {found['frames_per_second']:>9.2f} {speed:>9.2f} "
               f"{found['peak_mib']:>9.0f} {size:>9.2f} {share:>8.1f}%")
-    gain = two["frames_per_second"] / one["frames_per_second"]
-    print(f"2 ranks over 1 rank, cut before {two['cuts']}: {gain:.3f} of 2, an efficiency of {gain / 2:.3f}; "
-          f"mean/max of the ranks' busy time {two['balance']:.3f} (of which {gain / 2 / two['balance']:.3f})")
+    gains = " ".join(f"{pair[0]:.3f}" for pair in both)
+    print(f"2 ranks over 1 rank, cut before {two['cuts']}: {gain:.3f} of 2, the median of {len(both)} pairs of runs ({gains}); "
+          f"an efficiency of {gain / 2:.3f}, mean/max of the ranks' busy time {two['balance']:.3f} "
+          f"(of which {gain / 2 / two['balance']:.3f})")
     predicted = [(what, found) for what, _, _, found in rows if found.get("predicted_tick_ms")]
     for what, found in predicted:
         print(f"tick of {what}, {found['ranks']} rank(s) on {found['cores']} core(s), T = {found['frames']}: predicted "
@@ -111,11 +123,14 @@ def main():
     parser.add_argument("--nets", default="vgg8,resnet18")
     parser.add_argument("--sideways", default="target/release/sideways")
     parser.add_argument("--python", default=sys.executable, help="one that has torch")
-    parser.add_argument("--clips", type=int, default=2, help="batches of clips that count")
+    parser.add_argument("--clips", type=int, default=2, help="batches of clips that count; of 2 ranks over 1 twice as many")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of 2 ranks, and of 1 rank with the same cut")
     parser.add_argument("--under", default="", help="a command put in front of every measurement")
     parser.add_argument("--json", help="also write all figures there")
     parser.add_argument("--again", help="take PyTorch's figures from what --json wrote before, and say so")
     args = parser.parse_args()
+    if args.pairs < 1:
+        parser.error("--pairs must be at least 1")
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("compare.py: two cores are needed for the rows of two")
     before = {}
