@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="B, clips")
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--classes", type=int, default=600)
-    parser.add_argument("--clips", type=int, default=3, help="batches of clips that count, after one of warm-up")
+    parser.add_argument("--clips", type=int, default=3, help="batches of clips that count, after two of warm-up")
     args = parser.parse_args()
     at_once = args.at_once or args.frames
     if args.frames % at_once:
@@ -57,6 +57,7 @@ def main():
             loss.backward()
         optimizer.step()
 
+    step()
     step()
     seconds = []
     for _ in range(args.clips):

@@ -38,7 +38,7 @@ pub struct TrainArgs {
     /// Classes to tell apart [default: model.classes].
     #[arg(long, value_name = "K")]
     pub classes: Option<usize>,
-    /// Batches of clips that count, after a warm-up.
+    /// Batches of clips that count, after two or more of warm-up.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub clips: u64,
     /// Measure the layers anew for the prediction, whatever was measured before.
@@ -92,9 +92,10 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     let config = world.first_error(made_up(args, world, &folder))?;
     let setup = cut(world.first_error(Setup::new(&config, world.size(), Purpose::Train))?, world)?;
     let depth = setup.grid.modules.div_ceil(config.data.frames) as u64;
-    // The first batches fill the pipeline, the last ones let it run empty.
-    let (from, to) = (depth, depth + args.clips);
-    let end = to + depth;
+    // The first batches fill the pipeline, and the next, with its first update, may still touch memory for the first time;
+    // the last ones let it run empty.
+    let from = depth + 1;
+    let (to, end) = (from + args.clips, from + args.clips + depth);
     let span = Span { first: 0, end, total: end, from: None, record: false };
     let mut begun = Instant::now();
     let mut seconds = 0.0;
