@@ -117,9 +117,9 @@ fn entry_name(module: usize) -> String {
     format!("module-{module:03}.entry.json")
 }
 
-/// Completes the checkpoint of `clips` once all `modules` have been written: manifest, sync, rename; then removes all
-/// older ones but the newest (with this one `keep`, and the start), and what failed before it. Called by one rank. Returns
-/// the checkpoint's folder.
+/// Completes the checkpoint of `clips` once all `modules` have been written: manifest, sync, rename. Then removes older
+/// ones, so that `keep` are left with this one (and the start), and what failed before it. Called by one rank. Returns the
+/// checkpoint's folder.
 ///
 /// # Errors
 /// [`Error::Io`] if the disk refuses or a module's entry is not there; nothing of it is left then.
@@ -161,12 +161,8 @@ fn complete(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest) -> R
 /// After the checkpoint of `clips`. One that is further on is from before the run went back behind it, since it was damaged:
 /// it counts for nothing, or it would take the place of a good one.
 fn remove_old(dir: &Path, clips: u64, keep: usize) -> Result<()> {
-    for unfinished in unfinished(dir)? {
-        let name = unfinished.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let of = name.strip_prefix(".step-").and_then(|n| n.strip_suffix(PARTIAL)).and_then(|n| n.parse().ok());
-        if of.is_some_and(|of: u64| of < clips) {
-            fs::remove_dir_all(&unfinished).map_err(|e| Error::io(&unfinished, e))?;
-        }
+    for (_, path) in named(dir, ".step-", PARTIAL)?.into_iter().filter(|(of, _)| *of < clips) {
+        fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
     }
     let mut found = list(dir)?;
     found.retain(|(of, _)| (1..=clips).contains(of));
@@ -188,25 +184,12 @@ fn discard(path: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Io`] if the folder cannot be read or changed; a missing folder holds nothing.
 pub fn clear_unfinished(dir: &Path) -> Result<()> {
-    unfinished(dir)?.iter().try_for_each(|path| fs::remove_dir_all(path).map_err(|e| Error::io(path, e)))
-}
-
-/// Checkpoints under `dir` that are half written or half removed.
-fn unfinished(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
-        Err(e) => return Err(Error::io(dir, e)),
-    };
-    for entry in entries {
-        let path = entry.map_err(|e| Error::io(dir, e))?.path();
-        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        if name.starts_with(".step-") && (name.ends_with(PARTIAL) || name.ends_with(DISCARDED)) {
-            found.push(path);
+    for ending in [PARTIAL, DISCARDED] {
+        for (_, path) in named(dir, ".step-", ending)? {
+            fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
         }
     }
-    Ok(found)
+    Ok(())
 }
 
 /// The complete checkpoints under `dir`, oldest first.
@@ -214,6 +197,13 @@ fn unfinished(dir: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// [`Error::Io`] if the folder cannot be read; a missing folder holds none.
 pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = named(dir, "step-", "")?;
+    found.retain(|(_, path)| path.join(MANIFEST).exists());
+    Ok(found)
+}
+
+/// What is called `beginning`, batches of clips, `ending` under `dir`, in their order.
+fn named(dir: &Path, beginning: &str, ending: &str) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -222,12 +212,9 @@ pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     };
     for entry in entries {
         let path = entry.map_err(|e| Error::io(dir, e))?.path();
-        let clips = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix("step-"));
-        if let Some(clips) = clips.and_then(|n| n.parse().ok())
-            && path.join(MANIFEST).exists()
-        {
-            found.push((clips, path));
-        }
+        let name = path.file_name().and_then(|n| n.to_str());
+        let clips = name.and_then(|n| n.strip_prefix(beginning)?.strip_suffix(ending)?.parse().ok());
+        found.extend(clips.map(|clips| (clips, path)));
     }
     found.sort();
     Ok(found)
@@ -439,7 +426,8 @@ mod tests {
         }
         finish(dir.path(), 4, 2, manifest(), 1).unwrap_err();
         write(dir.path(), 5, 1);
-        assert_eq!(unfinished(dir.path()).unwrap(), [partial_of(dir.path(), 6)], "another rank is ahead");
+        let left = named(dir.path(), ".step-", PARTIAL).unwrap();
+        assert_eq!(left, [(6, partial_of(dir.path(), 6))], "another rank is ahead");
     }
 
     #[test]

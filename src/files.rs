@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// Writes `path` under the name `path` + `.partial`, on disk, and renames it. One process at a time.
+/// Writes a file under the name `path` + `.partial`, syncs it and renames it. One process at a time.
 ///
 /// # Errors
 /// [`Error::Io`] if the disk refuses; what was there before still is.

@@ -101,12 +101,13 @@ impl Recorder {
                 if !waiting {
                     log::error!("the run goes on, and its metrics wait until they can be written: {e}");
                 }
+                Ok(())
             }
-            result => return result,
+            result => result,
         }
-        Ok(())
     }
 
+    /// Writes what is pending, and keeps what of it the disk does not take (of which `write_all` would not tell).
     fn flush(&mut self) -> Result<()> {
         while !self.pending.is_empty() {
             match self.metrics.write(&self.pending) {

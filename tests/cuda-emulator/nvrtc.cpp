@@ -7,6 +7,7 @@
 #include <cstring>
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -339,9 +340,9 @@ EXPORT nvrtcResult nvrtcCompileProgram(nvrtcProgram program, int n, const char* 
             return NVRTC_ERROR_INVALID_OPTION;
         }
     }
-    const char* temporary = getenv("TMPDIR");
-    std::string work = std::string(temporary && *temporary ? temporary : "/tmp") + "/sideways-nvrtc-XXXXXX";
-    if (!mkdtemp(work.data())) return NVRTC_ERROR_INTERNAL_ERROR;
+    std::error_code none;
+    std::string work = (std::filesystem::temp_directory_path(none) / "sideways-nvrtc-XXXXXX").string();
+    if (none || !mkdtemp(work.data())) return NVRTC_ERROR_INTERNAL_ERROR;
     nvrtcResult result = compile(*program, defines, work);
     for (const char* file : {"/log", "/program.cu", "/program.ii", "/program.cpp"}) unlink((work + file).c_str());
     for (auto& header : program->headers) unlink((work + "/" + header.first).c_str());
