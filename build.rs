@@ -6,7 +6,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-const SHIM: &str = "src/kernels/onednn/shim.cpp";
+const SHIM: &str = "src/backend/cpu/onednn/shim.cpp";
 const VARIABLES: [&str; 4] = ["SIDEWAYS_ONEDNN", "DNNLROOT", "ONEDNN_ROOT", "DNNL_DIR"];
 
 fn main() {

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use sideways::Result;
-use sideways::kernels::conv::{Conv, Convolution, InputCotangent};
-use sideways::kernels::{Recycling, Window, back_end, with_threads};
+use sideways::backend::cpu::conv::{Conv, Convolution, InputCotangent};
+use sideways::backend::cpu::{Recycling, Window, back_end, with_threads};
 
 #[global_allocator]
 static HEAP: Recycling = Recycling::new();

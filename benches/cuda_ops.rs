@@ -6,10 +6,10 @@
 use std::time::Instant;
 
 use sideways::Result;
-use sideways::cuda::ops::{self, Norm, NormShape, Over, Parameter, Parameters};
-use sideways::cuda::{Array, Element, Gpu};
-use sideways::kernels::Window;
-use sideways::optim::OptimizerSpec;
+use sideways::backend::cpu::Window;
+use sideways::backend::cuda::ops::{self, Norm, NormShape, Over, Parameter, Parameters};
+use sideways::backend::cuda::{Array, Element, Gpu};
+use sideways::nn::optim::OptimizerSpec;
 
 /// Seconds of one call: the best of some batches of 20 in a row.
 fn best(gpu: &Gpu, f: &dyn Fn() -> Result<()>) -> Result<f64> {

@@ -1,23 +1,19 @@
 //! Sideways and Skip-Sideways training of video networks: one module a rank, no backward lock.
 
+pub mod backend;
 pub mod checkpoint;
 pub mod cli;
+pub mod comm;
 pub mod config;
-#[cfg(feature = "cuda")]
-pub mod cuda;
 pub mod data;
-pub mod engine;
 pub mod error;
-pub mod files;
-pub mod graph;
-pub mod kernels;
-pub mod machine;
-pub mod metrics;
-pub mod model;
+pub mod method;
 pub mod network;
-pub mod optim;
+pub mod nn;
+pub mod pipeline;
 pub mod plan;
-pub mod schedule;
-pub mod transport;
+pub mod setup;
+pub mod sys;
+pub mod trainer;
 
 pub use error::{Error, Result};

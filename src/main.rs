@@ -1,8 +1,8 @@
 //! The `sideways` program: parse, log, run, exit code.
 
 use clap::Parser;
+use sideways::backend::cpu::Recycling;
 use sideways::cli::{Cli, logging, run};
-use sideways::kernels::Recycling;
 
 #[global_allocator]
 static HEAP: Recycling = Recycling::new();

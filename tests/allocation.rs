@@ -3,12 +3,12 @@
 mod common;
 
 use common::runs::{config, shard};
-use sideways::engine::run;
-use sideways::engine::setup::{Purpose, Setup};
-use sideways::engine::span::Span;
-use sideways::engine::stop::Requests;
-use sideways::kernels::Recycling;
-use sideways::transport::World;
+use sideways::backend::cpu::Recycling;
+use sideways::comm::World;
+use sideways::pipeline::stop::Requests;
+use sideways::setup::{Purpose, Setup};
+use sideways::trainer::run;
+use sideways::trainer::run_range::Span;
 
 #[global_allocator]
 static HEAP: Recycling = Recycling::new();

@@ -9,12 +9,13 @@ use std::process::Command;
 use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
 use common::mpirun::{mpirun, text};
 use common::runs::{SIDE, config, shard, tensors, train};
+use sideways::comm::World;
 use sideways::config::Rule;
-use sideways::engine::setup::{Purpose, Setup};
-use sideways::engine::span::Span;
-use sideways::engine::stop::{self, Requests};
-use sideways::engine::{bp, run};
-use sideways::transport::World;
+use sideways::pipeline::bp;
+use sideways::pipeline::stop::{self, Requests};
+use sideways::setup::{Purpose, Setup};
+use sideways::trainer::run;
+use sideways::trainer::run_range::Span;
 
 /// A run over two shards, and the second's path.
 fn two_shards(sets: &[&str]) -> (Run, PathBuf) {

@@ -6,14 +6,14 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::kernels::conv::{self, Algorithm, Conv, Convolution, InputCotangent};
-use sideways::kernels::norm::GroupNorm;
-use sideways::kernels::{Window, activation, batch_norm, norm, norm_pool, pool, resample, with_threads};
-use sideways::model::layers::{Pass, Tape};
-use sideways::model::loss::topk_correct;
-use sideways::model::module::{Fuse, Module};
-use sideways::model::param::Init;
-use sideways::model::spec::LayerSpec;
+use sideways::backend::cpu::conv::{self, Algorithm, Conv, Convolution, InputCotangent};
+use sideways::backend::cpu::norm::GroupNorm;
+use sideways::backend::cpu::{Window, activation, batch_norm, norm, norm_pool, pool, resample, with_threads};
+use sideways::nn::layers::{Pass, Tape};
+use sideways::nn::loss::topk_correct;
+use sideways::nn::module::{Fuse, Module};
+use sideways::nn::param::Init;
+use sideways::nn::spec::LayerSpec;
 
 fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
     let rng = ChaCha8Rng::seed_from_u64(seed);
@@ -108,7 +108,7 @@ fn check_convolution(conv: Conv, [b, h, w, c]: [usize; 4], o: usize, algorithm: 
 
 /// What is chosen where Winograd does not apply.
 fn direct() -> Algorithm {
-    if sideways::kernels::has_onednn() { Algorithm::OneDnn } else { Algorithm::Patches }
+    if sideways::backend::cpu::has_onednn() { Algorithm::OneDnn } else { Algorithm::Patches }
 }
 
 #[test]

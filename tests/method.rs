@@ -11,11 +11,11 @@ use std::path::Path;
 use common::runs::{assert_close, config, shard, tensors, train, with_prefix};
 use sideways::config::Config;
 use sideways::data::FrameStream;
-use sideways::engine::head::Head;
-use sideways::engine::reference;
-use sideways::engine::run::modules;
-use sideways::engine::setup::{Purpose, Setup};
-use sideways::engine::worker::pass;
+use sideways::pipeline::head::Head;
+use sideways::pipeline::reference;
+use sideways::pipeline::worker::pass;
+use sideways::setup::{Purpose, Setup};
+use sideways::trainer::run::modules;
 
 /// Never update within a run: gradients pile up.
 const PILE_UP: &str = "train.update_every=1000000";

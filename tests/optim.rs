@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use sideways::Result;
-use sideways::model::param::{Init, Param};
-use sideways::optim::{Optimizer, OptimizerSpec, ScheduleSpec};
+use sideways::nn::optim::{Optimizer, OptimizerSpec, ScheduleSpec};
+use sideways::nn::param::{Init, Param};
 
 const GRADS: [[f64; 3]; 3] = [[0.5, -1.0, 0.0], [-0.25, 0.75, 1.5], [2.0, 0.125, -0.5]];
 

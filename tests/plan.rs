@@ -12,10 +12,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sideways::checkpoint::newest_manifest;
 use sideways::config::Config;
-use sideways::engine::setup::Setup;
-use sideways::graph::{Edge, Graph};
-use sideways::plan::partition::{Piece, partition, pieces};
+use sideways::method::graph::{Edge, Graph};
+use sideways::network::partition::{Piece, partition, pieces};
 use sideways::plan::simulate::{Processors, StepCost, simulate};
+use sideways::setup::Setup;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
 const MINUTE: Duration = Duration::from_secs(60);

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use sideways::graph::{Edge, Graph};
-use sideways::schedule::{Boundary, LossAt, Schedule};
+use sideways::method::graph::{Edge, Graph};
+use sideways::method::schedule::{Boundary, LossAt, Schedule};
 
 fn graph(modules: usize, spans: &[usize], delay: usize) -> Graph {
     Graph::new(modules, &Graph::skips_of_spans(modules, spans, delay).unwrap()).unwrap()

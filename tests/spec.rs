@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use sideways::Result;
-use sideways::model::layers::{Pass, Tape};
-use sideways::model::module::{Fuse, Module, SkipInput};
-use sideways::model::param::Init;
-use sideways::model::presets::{PRESETS, preset};
-use sideways::model::spec::LayerSpec;
+use sideways::nn::layers::{Pass, Tape};
+use sideways::nn::module::{Fuse, Module, SkipInput};
+use sideways::nn::param::Init;
+use sideways::nn::presets::{PRESETS, preset};
+use sideways::nn::spec::LayerSpec;
 
 fn init() -> Init {
     Init { seed: 1, dtype: DType::F32, device: Device::Cpu }

@@ -5,12 +5,12 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::kernels::conv::{Algorithm, Conv, Convolution};
-use sideways::kernels::{Window, with_threads};
-use sideways::model::layers::{Pass, Tape};
-use sideways::model::module::{Fuse, Module};
-use sideways::model::param::Init;
-use sideways::model::spec::LayerSpec;
+use sideways::backend::cpu::conv::{Algorithm, Conv, Convolution};
+use sideways::backend::cpu::{Window, with_threads};
+use sideways::nn::layers::{Pass, Tape};
+use sideways::nn::module::{Fuse, Module};
+use sideways::nn::param::Init;
+use sideways::nn::spec::LayerSpec;
 
 const TRAINING: Pass = Pass { training: true, key: 1 };
 

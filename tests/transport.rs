@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sideways::transport::{Endpoints, Header, Kind, LinkSpec, Receiver, Sender, World, connect};
+use sideways::comm::{Endpoints, Header, Kind, LinkSpec, Receiver, Sender, World, connect};
 use sideways::{Error, Result};
 
 mod common;

@@ -8,11 +8,11 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::model::layers::{Pass, Tape};
-use sideways::model::loss::{PixelLoss, cross_entropy, pixel};
-use sideways::model::module::{Fuse, Module, SkipInput, pool_for_edge, pool_for_edge_vjp};
-use sideways::model::param::Init;
-use sideways::model::spec::LayerSpec;
+use sideways::nn::layers::{Pass, Tape};
+use sideways::nn::loss::{PixelLoss, cross_entropy, pixel};
+use sideways::nn::module::{Fuse, Module, SkipInput, pool_for_edge, pool_for_edge_vjp};
+use sideways::nn::param::Init;
+use sideways::nn::spec::LayerSpec;
 
 const TRAINING: Pass = Pass { training: true, key: 11 };
 /// Step of the central differences: their error is about STEP squared plus rounding over STEP, both near 1e-10.

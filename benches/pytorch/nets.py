@@ -1,4 +1,4 @@
-"""The presets vgg8, resnet18 and resnet50 as src/model/presets.rs has them: group norm, no bias before a norm.
+"""The presets vgg8, resnet18 and resnet50 as src/nn/presets.rs has them: group norm, no bias before a norm.
 
 Each is a list with an entry for every layer of ours, so that a module's layers are a slice of it.
 """

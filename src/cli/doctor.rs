@@ -5,12 +5,12 @@ use std::process::{Command, Stdio};
 
 use clap::Args;
 
+use crate::backend::cpu;
+use crate::comm::World;
 use crate::config::Config;
-use crate::engine::environment::{Check, Verdict, check, check_run_folder, places};
-use crate::engine::setup::{Purpose, Setup};
-use crate::engine::span::Span;
-use crate::kernels;
-use crate::transport::World;
+use crate::setup::{Purpose, Setup};
+use crate::trainer::preflight::{Check, Verdict, check, check_run_folder, places};
+use crate::trainer::run_range::Span;
 use crate::{Error, Result};
 
 /// Arguments of `sideways doctor`.
@@ -36,11 +36,11 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
     });
     let setup = planned.as_ref().and_then(|planned| planned.as_ref().ok());
     table.extend(check(&places, setup));
-    table.push(match kernels::has_onednn() {
-        true => Check::fine("convolutions", kernels::back_end()),
+    table.push(match cpu::has_onednn() {
+        true => Check::fine("convolutions", cpu::back_end()),
         false => Check::warning(
             "convolutions",
-            format!("{}; with oneDNN some are faster (README, \"oneDNN\")", kernels::back_end()),
+            format!("{}; with oneDNN some are faster (README, \"oneDNN\")", cpu::back_end()),
         ),
     });
     table.push(ffmpeg());

@@ -1,15 +1,15 @@
 //! `sideways train --dry-run`: a whole configuration checked on a laptop, without ranks or data.
 
 use crate::Result;
+use crate::comm::Kind;
 use crate::config::{Config, DeviceChoice, Precision, Rule};
-use crate::engine::footprint::{bytes, gpu_memory, memory, sent};
-use crate::engine::setup::Setup;
-use crate::machine::at_once;
-use crate::plan::blocks::Blocks;
+use crate::network::blocks::Blocks;
 use crate::plan::cut::resume_cut;
 use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
-use crate::transport::Kind;
+use crate::setup::Setup;
+use crate::setup::footprint::{bytes, gpu_memory, memory, sent};
+use crate::sys::machine::at_once;
 
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each rank's share.
 ///

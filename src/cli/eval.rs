@@ -6,14 +6,14 @@ use clap::Args;
 
 use super::progress::Progress;
 use crate::checkpoint::Checkpoint;
+use crate::comm::World;
 use crate::config::{Config, DeviceChoice, Exchange, Globs, Precision, Task, Wire};
-use crate::engine::console::ClipSummary;
-use crate::engine::run;
-use crate::engine::setup::{Purpose, Setup};
-use crate::engine::span::Span;
-use crate::engine::state::Fit;
-use crate::model::loss::topk_correct;
-use crate::transport::World;
+use crate::nn::loss::topk_correct;
+use crate::setup::{Purpose, Setup};
+use crate::trainer::console::ClipSummary;
+use crate::trainer::run;
+use crate::trainer::run_range::Span;
+use crate::trainer::state::Fit;
 use crate::{Error, Result};
 
 /// Arguments of `sideways eval`.

@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::Result;
+use crate::comm::World;
 use crate::plan::profile::{COMMAND, measure_on_request};
-use crate::transport::World;
 
 #[macro_use]
 mod output;

@@ -6,16 +6,16 @@ use std::time::{Duration, UNIX_EPOCH};
 use clap::Args;
 use serde::Serialize;
 
+use crate::comm::Kind;
 use crate::config::{Config, Rule};
-use crate::engine::footprint::{bytes, gpu_memory, memory, sent};
-use crate::engine::setup::Setup;
-use crate::plan::blocks::Blocks;
+use crate::method::schedule::{Boundary, StepPlan};
+use crate::network::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
 use crate::plan::predict::{Parts, Prediction, best_cuts, predict};
 use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
-use crate::schedule::{Boundary, StepPlan};
-use crate::transport::Kind;
+use crate::setup::Setup;
+use crate::setup::footprint::{bytes, gpu_memory, memory, sent};
 use crate::{Error, Result};
 
 /// Arguments of `sideways plan`.

@@ -11,11 +11,11 @@ use super::eval::config_of;
 use crate::checkpoint::Checkpoint;
 use crate::config::Task;
 use crate::data::FrameStream;
-use crate::engine::reference;
-use crate::engine::run::{last_layer, modules};
-use crate::engine::setup::{Purpose, Setup};
-use crate::engine::state::{Fit, restore};
-use crate::engine::worker::pass;
+use crate::pipeline::reference;
+use crate::pipeline::worker::pass;
+use crate::setup::{Purpose, Setup};
+use crate::trainer::run::{last_layer, modules};
+use crate::trainer::state::{Fit, restore};
 use crate::{Error, Result};
 
 /// Arguments of `sideways predict`.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::logging;
-use crate::engine::console::ClipSummary;
-use crate::metrics::Score;
+use crate::pipeline::metrics::Score;
+use crate::trainer::console::ClipSummary;
 
 /// Plain lines come this often.
 const EVERY: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::signal_name;
 
-use crate::engine::stop::{Requests, STOP};
+use crate::pipeline::stop::{Requests, STOP};
 use crate::{Error, Result};
 
 /// A signal within this time of the first is the same request, delivered twice (to a job's step and by its script).

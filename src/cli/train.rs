@@ -7,18 +7,18 @@ use clap::Args;
 
 use super::{logging, progress::Progress, signals};
 use crate::Result;
+use crate::backend::cpu;
+use crate::comm::World;
 use crate::config::{Config, Rule, Task};
-use crate::engine::bp;
-use crate::engine::console::Totals;
-use crate::engine::environment;
-use crate::engine::limits;
-use crate::engine::run;
-use crate::engine::setup::{Purpose, Setup};
-use crate::engine::span::Span;
-use crate::engine::stop::{self, Requests};
-use crate::kernels;
+use crate::pipeline::bp;
+use crate::pipeline::stop::{self, Requests};
 use crate::plan::cut::{cut, resume_cut};
-use crate::transport::World;
+use crate::setup::{Purpose, Setup};
+use crate::trainer::console::Totals;
+use crate::trainer::limits;
+use crate::trainer::preflight;
+use crate::trainer::run;
+use crate::trainer::run_range::Span;
 
 /// Arguments of `sideways train`.
 #[derive(Args, Debug)]
@@ -73,9 +73,9 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
         Setup::new(&config, world.size(), Purpose::Train)
     });
     let setup = cut(world.first_error(planned)?, world)?;
-    environment::require(world, &setup)?;
+    preflight::require(world, &setup)?;
     let chief = world.rank() == 0;
-    let hold = || environment::hold_run_folder(&setup.config.run.dir, patience());
+    let hold = || preflight::hold_run_folder(&setup.config.run.dir, patience());
     let _held = world.first_error(chief.then(hold).transpose())?;
     let span = Span::of_training(&setup, world, args.stop_after)?;
     if chief {
@@ -137,10 +137,10 @@ fn announce(setup: &Setup, world: &World, span: &Span) {
         setup.config.data.batch,
         setup.config.data.frames,
     );
-    if !kernels::has_onednn() {
+    if !cpu::has_onednn() {
         log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (README, \"oneDNN\")");
     }
-    log::info!("convolutions: {}, {} thread(s) a module", kernels::back_end(), setup.config.run.threads);
+    log::info!("convolutions: {}, {} thread(s) a module", cpu::back_end(), setup.config.run.threads);
     if let Some((from, _)) = &span.from {
         log::info!("from {}", from.path().display());
     }

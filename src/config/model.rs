@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::loss::PixelLoss;
-use crate::model::module::Fuse;
-use crate::model::spec::LayerSpec;
+use crate::nn::loss::PixelLoss;
+use crate::nn::module::Fuse;
+use crate::nn::spec::LayerSpec;
 
 /// `[model]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::optim::{OptimizerSpec, ScheduleSpec};
-use crate::schedule::Boundary;
+use crate::method::schedule::Boundary;
+use crate::nn::optim::{OptimizerSpec, ScheduleSpec};
 
 /// `[train]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 //! frames of a clip, so that what moves in it is the video and not the augmentation.
 
 use super::sampler::{Draw, draw};
-use crate::kernels::vectorized;
+use crate::backend::cpu::vectorized;
 use crate::{Error, Result};
 
 /// Random changes of clips in training; off by default.

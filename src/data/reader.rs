@@ -10,7 +10,7 @@ use super::jpeg;
 use super::loader::{Chunk, Clip, StreamOptions};
 use super::sampler::{Sampler, VideoWindow};
 use super::shard::{Encoding, ShardReader};
-use crate::kernels::{overwritten, tensor};
+use crate::backend::cpu::{overwritten, tensor};
 use crate::{Error, Result};
 
 /// Shards kept open at a time; a process may have about a thousand files.

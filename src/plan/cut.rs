@@ -1,14 +1,14 @@
 //! Cutting a network whose configuration leaves it open, alike on every rank.
 
-use super::blocks::Blocks;
 use super::predict::{Parts, best_cuts, conditions};
 use super::profile::Profile;
 use crate::checkpoint;
+use crate::comm::World;
 use crate::config::Config;
-use crate::engine::environment::Neighbours;
-use crate::engine::setup::Setup;
-use crate::machine::at_once;
-use crate::transport::World;
+use crate::network::blocks::Blocks;
+use crate::setup::Setup;
+use crate::sys::machine::at_once;
+use crate::trainer::preflight::Neighbours;
 use crate::{Error, Result};
 
 /// Takes the cut of the run's newest checkpoint where `config` leaves it open: where skips go depends on it, so a run keeps

@@ -34,10 +34,10 @@ impl OnGpu {
 /// # Errors
 /// [`crate::Error::Input`] if one is asked for and there is none, with what to do.
 pub fn chosen(run: &RunConfig) -> Result<Option<OnGpu>> {
-    match crate::engine::gpus::choose(&crate::transport::World::Alone, run.device)? {
-        crate::engine::gpus::Site::Cpu => Ok(None),
+    match crate::setup::site::choose(&crate::comm::World::Alone, run.device)? {
+        crate::setup::site::Site::Cpu => Ok(None),
         #[cfg(feature = "cuda")]
-        crate::engine::gpus::Site::Gpu { ordinal, .. } => on::describe(ordinal, run).map(Some),
+        crate::setup::site::Site::Gpu { ordinal, .. } => on::describe(ordinal, run).map(Some),
     }
 }
 
@@ -59,15 +59,15 @@ mod on {
     use cudarc::driver::CudaEvent;
 
     use super::OnGpu;
+    use crate::backend::cuda::gpu::failed;
+    use crate::backend::cuda::module::{Module, Placing, Plan};
+    use crate::backend::cuda::optim::Optimizer;
+    use crate::backend::cuda::{Element, Gpu, peak};
     use crate::config::{Precision, RunConfig};
-    use crate::cuda::gpu::failed;
-    use crate::cuda::module::{Module, Placing, Plan};
-    use crate::cuda::optim::Optimizer;
-    use crate::cuda::{Element, Gpu, peak};
-    use crate::model::layers::Pass;
-    use crate::model::module::{self, SkipInput};
-    use crate::model::param::Init;
-    use crate::optim;
+    use crate::nn::layers::Pass;
+    use crate::nn::module::{self, SkipInput};
+    use crate::nn::optim;
+    use crate::nn::param::Init;
     use crate::plan::profile::{Conditions, Part, Times, median};
     use crate::{Error, Result};
 
@@ -78,7 +78,7 @@ mod on {
     const PASS: Pass = Pass { training: true, key: 1 };
 
     pub(super) fn describe(ordinal: usize, run: &RunConfig) -> Result<OnGpu> {
-        let (name, cudnn) = crate::cuda::gpu::describe(ordinal)?;
+        let (name, cudnn) = crate::backend::cuda::gpu::describe(ordinal)?;
         Ok(OnGpu { ordinal, name, cudnn, precision: run.precision, graphs: run.graphs })
     }
 

@@ -9,12 +9,12 @@ use candle_core::{DType, Device, Tensor};
 
 use super::gpu;
 use super::profile::{Conditions, Times, median};
-use crate::kernels;
-use crate::model::layers::{Pass, Tape};
-use crate::model::module::{Module, SkipInput};
-use crate::model::param::Init;
-use crate::model::spec::Shape;
-use crate::optim::Optimizer;
+use crate::backend::cpu;
+use crate::nn::layers::{Pass, Tape};
+use crate::nn::module::{Module, SkipInput};
+use crate::nn::optim::Optimizer;
+use crate::nn::param::Init;
+use crate::nn::spec::Shape;
 use crate::{Error, Result};
 
 /// Seconds that rounds are repeated for at least, and at most.
@@ -154,7 +154,7 @@ impl Station {
         let (work, to_do) = channel();
         let (answer, done) = channel();
         let thread = std::thread::Builder::new().name("measure".into()).spawn(move || {
-            let outcome = kernels::with_threads(conditions.threads, || {
+            let outcome = cpu::with_threads(conditions.threads, || {
                 let mut chain = Chain::new(&conditions)?;
                 for work in to_do {
                     // Whoever asked may be gone.

@@ -3,11 +3,9 @@
 //! [`blocks`] says where cuts may be, [`partition`] finds the best ones for given costs, [`mod@measure`] times layers here
 //! ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
-pub mod blocks;
 pub mod cut;
 pub mod gpu;
 pub mod measure;
-pub mod partition;
 pub mod predict;
 pub mod profile;
 pub mod simulate;

@@ -1,14 +1,14 @@
 //! From measured times to cuts, and to what a cut will reach.
 
-use super::blocks::Blocks;
 use super::gpu;
-use super::partition::{Partition, Piece};
 use super::profile::{Conditions, Part, Profile, Times};
 use super::simulate::{Outcome, Processors, StepCost, simulate};
 use crate::Result;
-use crate::engine::setup::Setup;
-use crate::model::module::Fuse;
-use crate::model::spec::Shape;
+use crate::network::blocks::Blocks;
+use crate::network::partition::{Partition, Piece};
+use crate::nn::module::Fuse;
+use crate::nn::spec::Shape;
+use crate::setup::Setup;
 
 /// Cuts whose costliest module is this much slower than the best one's count as equal; the one that costs least in all is
 /// taken. Measured times are no more certain than that.
@@ -147,7 +147,7 @@ struct Shares {
 impl Shares {
     fn of(setup: &Setup, i: usize) -> Self {
         let steps = setup.schedule.steps(i);
-        let wanted = |s: &&crate::schedule::StepPlan| s.wanted.iter().any(|&w| w);
+        let wanted = |s: &&crate::method::schedule::StepPlan| s.wanted.iter().any(|&w| w);
         let backward = steps.iter().filter(|s| s.backward);
         let share = |n: usize| n as f64 / steps.len() as f64;
         let with = backward.clone().filter(wanted).count();

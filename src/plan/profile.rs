@@ -8,12 +8,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::measure::measure;
-use crate::kernels;
-use crate::machine::{processor_name, program_hash};
-use crate::model::module::Fuse;
-use crate::model::spec::{LayerSpec, Shape};
-use crate::optim::OptimizerSpec;
+use crate::backend::cpu;
+use crate::nn::module::Fuse;
+use crate::nn::optim::OptimizerSpec;
+use crate::nn::spec::{LayerSpec, Shape};
 use crate::plan::gpu::OnGpu;
+use crate::sys::machine::{processor_name, program_hash};
 use crate::{Error, Result};
 
 /// A module to be timed.
@@ -95,7 +95,7 @@ impl Conditions {
         Conditions {
             version: env!("CARGO_PKG_VERSION").into(),
             build: format!("{:016x}", program_hash()),
-            kernels: kernels::back_end(),
+            kernels: cpu::back_end(),
             cpu: processor_name(),
             threads,
             busy,

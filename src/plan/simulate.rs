@@ -4,8 +4,8 @@
 //! for a free buffer of its link. All of that is in the schedule and the wiring, so the tick follows by going through them in
 //! the order of time.
 
-use crate::engine::setup::Setup;
-use crate::schedule::StepPlan;
+use crate::method::schedule::StepPlan;
+use crate::setup::Setup;
 
 /// What one worker's step costs, in seconds of a processor.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use sideways::checkpoint::Checkpoint;
+use sideways::comm::World;
 use sideways::config::{Config, Rule};
 use sideways::data::{Encoding, ShardHeader, ShardWriter};
-use sideways::engine::bp;
-use sideways::engine::console::Totals;
-use sideways::engine::run;
-use sideways::engine::setup::{Purpose, Setup};
-use sideways::engine::span::Span;
-use sideways::engine::stop::Requests;
-use sideways::transport::World;
+use sideways::pipeline::bp;
+use sideways::pipeline::stop::Requests;
+use sideways::setup::{Purpose, Setup};
+use sideways::trainer::console::Totals;
+use sideways::trainer::run;
+use sideways::trainer::run_range::Span;
 
 /// Side of the frames.
 pub const SIDE: usize = 8;

@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 use sideways::Result;
-use sideways::cuda::{Array, ops};
-use sideways::kernels::activation;
+use sideways::backend::cpu::activation;
+use sideways::backend::cuda::{Array, ops};
 
 use crate::{On, bits, random, tensor};
 

@@ -1,8 +1,8 @@
 //! Element by element: activations, sums, conversions, dropout, and the guard against what is not finite.
 
 use sideways::Result;
-use sideways::cuda::{Element, ops};
-use sideways::kernels::activation;
+use sideways::backend::cpu::activation;
+use sideways::backend::cuda::{Element, ops};
 
 use crate::{On, bits, list, random, tensor};
 

@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use sideways::Result;
-use sideways::cuda::{Element, ops};
-use sideways::model::loss::{self, PixelLoss};
+use sideways::backend::cuda::{Element, ops};
+use sideways::nn::loss::{self, PixelLoss};
 
 use crate::{On, integers, random, tensor};
 

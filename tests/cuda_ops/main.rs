@@ -21,7 +21,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
-use sideways::cuda::{Array, Element, Gpu, ops};
+use sideways::backend::cuda::{Array, Element, Gpu, ops};
 
 /// Of norms.
 const EPSILON: f64 = 1e-5;

@@ -2,10 +2,10 @@
 
 use candle_core::Tensor;
 use sideways::Result;
-use sideways::cuda::ops::{self, Norm, NormShape, Over};
-use sideways::cuda::{Array, Element};
-use sideways::kernels::norm::GroupNorm;
-use sideways::kernels::{activation, batch_norm, norm as host};
+use sideways::backend::cpu::norm::GroupNorm;
+use sideways::backend::cpu::{activation, batch_norm, norm as host};
+use sideways::backend::cuda::ops::{self, Norm, NormShape, Over};
+use sideways::backend::cuda::{Array, Element};
 
 use crate::{EPSILON, On, SHAPES, bits, random, tensor};
 

@@ -2,10 +2,10 @@
 
 use candle_core::{Device, Tensor};
 use sideways::Result;
-use sideways::cuda::ops::{self, Parameter, Parameters};
-use sideways::cuda::{Array, Element, Gpu};
-use sideways::model::param::Param;
-use sideways::optim::{Optimizer, OptimizerSpec};
+use sideways::backend::cuda::ops::{self, Parameter, Parameters};
+use sideways::backend::cuda::{Array, Element, Gpu};
+use sideways::nn::optim::{Optimizer, OptimizerSpec};
+use sideways::nn::param::Param;
 
 use crate::{bf16, bits, close, random};
 

@@ -1,8 +1,8 @@
 //! Pools over windows and whole images, and upsampling.
 
 use sideways::Result;
-use sideways::cuda::ops;
-use sideways::kernels::{Window, pool, resample};
+use sideways::backend::cpu::{Window, pool, resample};
+use sideways::backend::cuda::ops;
 
 use crate::{On, SHAPES, list, tensor};
 

@@ -1,8 +1,8 @@
 //! Arrays that do not fit one another.
 
 use sideways::Result;
-use sideways::cuda::ops::{self, Norm, NormShape, Over};
-use sideways::kernels::Window;
+use sideways::backend::cpu::Window;
+use sideways::backend::cuda::ops::{self, Norm, NormShape, Over};
 
 use crate::{EPSILON, On};
 

@@ -14,9 +14,9 @@ use serde::Serialize;
 
 use super::videos::Videos;
 use super::wrong_size;
+use crate::comm::World;
 use crate::data::augment::{Geometry, Scaling, View};
 use crate::data::{Augmentation, Dataset, Encoding, FrameStream, ShardReader, StreamOptions, jpeg};
-use crate::transport::World;
 use crate::{Error, Result};
 
 /// Options of `sideways bench data`.

@@ -1,9 +1,9 @@
 //! A device array's way over a link, by way of host memory or not, as a run's modules do it, without their work.
 
 use crate::Result;
-use crate::cuda::{Array, Element, Gpu};
-use crate::engine::compute::{Incoming, Outgoing, Route};
-use crate::transport::{Header, LinkSpec, Receiver, Sender, Values};
+use crate::backend::cuda::{Array, Element, Gpu};
+use crate::comm::{Header, LinkSpec, Receiver, Sender, Values};
+use crate::pipeline::compute::{Incoming, Outgoing, Route};
 
 /// The end that sends.
 pub(super) struct Out {

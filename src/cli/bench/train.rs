@@ -8,23 +8,23 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
+use crate::backend::cpu;
+use crate::comm::{World, hostname};
 use crate::config::{Config, Globs, Rule, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
-use crate::engine::bp;
-use crate::engine::console::ClipSummary;
-use crate::engine::gpus;
-use crate::engine::run;
-use crate::engine::setup::{Purpose, Setup};
-use crate::engine::span::Span;
-use crate::engine::stop::Requests;
-use crate::kernels;
-use crate::machine::{at_once, own_processors};
-use crate::metrics::{PHASES, TimeAccount};
+use crate::pipeline::bp;
+use crate::pipeline::metrics::{PHASES, TimeAccount};
+use crate::pipeline::stop::Requests;
 use crate::plan::cut::{cut, times_together};
 use crate::plan::gpu::{OnGpu, chosen};
 use crate::plan::predict::{Parts, Prediction, predict};
 use crate::plan::simulate::Processors;
-use crate::transport::{World, hostname};
+use crate::setup::site;
+use crate::setup::{Purpose, Setup};
+use crate::sys::machine::{at_once, own_processors};
+use crate::trainer::console::ClipSummary;
+use crate::trainer::run;
+use crate::trainer::run_range::Span;
 use crate::{Error, Result};
 
 /// Options of `sideways bench train`.
@@ -168,7 +168,7 @@ fn outcome(
         frames: config.data.frames,
         batch: config.data.batch,
         rule: config.train.rule,
-        back_end: kernels::back_end(),
+        back_end: cpu::back_end(),
         gpu: None,
         frames_per_second: ticks * (grid.replicas * config.data.batch) as f64 / seconds,
         tick_ms: seconds / ticks * 1e3,
@@ -285,7 +285,7 @@ fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Res
 fn processors(world: &World, config: &Config, on_gpu: bool) -> Result<Processors> {
     let slots = if on_gpu { 1 } else { at_once(config.run.threads) };
     let mine = if on_gpu {
-        let site = gpus::choose(world, config.run.device)?;
+        let site = site::choose(world, config.run.device)?;
         format!("{} {site:?}", hostname())
     } else {
         format!("{} {:?}", hostname(), own_processors())

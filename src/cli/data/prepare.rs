@@ -9,6 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::StoreArgs;
 use crate::cli::logging;
+use crate::comm::World;
+use crate::comm::task_pool::{Tally, share};
 use crate::data::Encoding;
 use crate::data::prepare::description::{Description, Layout};
 use crate::data::prepare::ffmpeg::Target;
@@ -16,8 +18,6 @@ use crate::data::prepare::layout::read_classes;
 use crate::data::prepare::record::{Entry, Outcome};
 use crate::data::prepare::report::{Ledger, Report, Summary};
 use crate::data::prepare::{Job, PrepareOptions};
-use crate::transport::World;
-use crate::transport::share::{Tally, share};
 use crate::{Error, Result};
 
 /// Options of `sideways data prepare`.

@@ -14,7 +14,7 @@ use super::record::{self, Outcome, Record, State};
 use super::report::{Ledger, SplitLedger, Summary};
 use super::{PrepareOptions, files, output};
 use crate::data::shard::Encoding;
-use crate::files::write_whole;
+use crate::sys::files::write_whole;
 use crate::{Error, Result};
 
 /// The list of classes, in the folder of shards: all splits there have the same.

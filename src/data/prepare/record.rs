@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::files::write_whole;
+use crate::sys::files::write_whole;
 use crate::{Error, Result};
 
 /// What became of one video.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::Plan;
 use super::record::{Entry, Outcome, Record};
 use super::{PrepareOptions, output};
-use crate::files::write_whole;
+use crate::sys::files::write_whole;
 use crate::{Error, Result};
 
 /// The state of a job before its shards are made; kept by the process that planned it.

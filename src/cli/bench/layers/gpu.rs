@@ -5,13 +5,13 @@ use serde::Serialize;
 
 use super::super::peak::Peak;
 use super::{LayersArgs, Row, layer_parts, module_rows, modules_or_blocks, print_modules, print_rows, rows};
+use crate::backend::cuda::peak::Peaks;
 use crate::config::Precision;
-use crate::cuda::peak::Peaks;
-use crate::engine::footprint::{bytes, gpu_memory};
-use crate::engine::setup::Setup;
-use crate::plan::blocks::Blocks;
+use crate::network::blocks::Blocks;
 use crate::plan::gpu::{OnGpu, Ticks, ticks};
 use crate::plan::profile::Conditions;
+use crate::setup::Setup;
+use crate::setup::footprint::{bytes, gpu_memory};
 use crate::{Error, Result};
 
 /// A module's tick.

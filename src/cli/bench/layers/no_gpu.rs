@@ -1,9 +1,9 @@
 //! `sideways bench layers` on a GPU, in a program without CUDA.
 
 use super::LayersArgs;
-use crate::engine::gpus::WITHOUT_CUDA;
-use crate::engine::setup::Setup;
 use crate::plan::profile::Conditions;
+use crate::setup::Setup;
+use crate::setup::site::WITHOUT_CUDA;
 use crate::{Error, Result};
 
 /// Says so.

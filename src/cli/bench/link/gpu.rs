@@ -7,12 +7,12 @@ use std::time::Instant;
 use super::super::device_link::{In, Out};
 use super::super::{LinkArgs, TIMEOUT, show_bytes};
 use super::{BATCH, LEAST, Times};
+use crate::backend::cuda::gpu::failed;
+use crate::backend::cuda::{Gpu, peak};
+use crate::comm::exchange::{Edge, Settled, settle};
+use crate::comm::{Endpoints, Kind, LinkSpec, World, connect_outside};
 use crate::config::Exchange as Choice;
-use crate::cuda::gpu::failed;
-use crate::cuda::{Gpu, peak};
-use crate::engine::compute::Route;
-use crate::engine::exchange::{Edge, Settled, settle};
-use crate::transport::{Endpoints, Kind, LinkSpec, World, connect_outside};
+use crate::pipeline::compute::Route;
 use crate::{Error, Result};
 
 /// Messages a batch has at most: there are three ways, and every message is waited for.

@@ -7,10 +7,10 @@ use cudarc::driver::CudaEvent;
 
 use super::super::device_link::{In, Out};
 use super::super::{OverlapArgs, show_bytes};
-use crate::cuda::gpu::failed;
-use crate::cuda::wait::Wait;
-use crate::cuda::{Gpu, peak};
-use crate::transport::{Endpoints, Kind, LinkSpec, World, hostname};
+use crate::backend::cuda::gpu::failed;
+use crate::backend::cuda::wait::Wait;
+use crate::backend::cuda::{Gpu, peak};
+use crate::comm::{Endpoints, Kind, LinkSpec, World, hostname};
 use crate::{Error, Result};
 
 /// What one worker found: seconds of a tick by the GPU's clock, and of a wait by itself.

@@ -1,0 +1,132 @@
+//! The optimiser on the device: the rules of [`crate::nn::optim`], their memory beside the parameters.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+
+use super::gpu::{Array, Element, Gpu};
+use super::module::Module;
+use super::ops::{Parameter, Parameters};
+use crate::Result;
+use crate::nn::optim::{self, OptimizerSpec};
+
+/// What is remembered of one parameter.
+struct Memory {
+    name: String,
+    buffers: Vec<Array>,
+}
+
+/// An update rule with its memory, for the parameters of one module.
+pub struct Optimizer {
+    spec: OptimizerSpec,
+    memory: Vec<Memory>,
+    parameters: Parameters,
+    /// Steps made, the same for all parameters.
+    steps: u64,
+}
+
+impl Optimizer {
+    /// One for `module` that remembers what the host's does.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if there is no memory.
+    pub fn new(gpu: &Gpu, host: &optim::Optimizer, module: &mut Module) -> Result<Self> {
+        let spec = host.spec();
+        let state: HashMap<String, Tensor> = host.state()?.into_iter().collect();
+        let (mut memory, mut arrays, mut steps) = (Vec::new(), Vec::new(), 0u64);
+        module.visit(&mut |p| {
+            let Some(gradient) = p.grad.clone() else { return Ok(()) };
+            let mut buffers = Vec::new();
+            for buffer in spec.buffers() {
+                let array = gpu.zeros(p.value.len(), Element::F32)?;
+                if let Some(tensor) = state.get(&format!("{}.{buffer}", p.name)) {
+                    p.write(gpu, tensor, &array)?;
+                }
+                buffers.push(array);
+            }
+            if let Some(count) = state.get(&format!("{}.step", p.name)) {
+                steps = steps.max(count.to_vec1::<f64>()?.first().copied().unwrap_or(0.0) as u64);
+            }
+            arrays.push((p.value.clone(), gradient, p.rounded.clone()));
+            memory.push(Memory { name: p.name.clone(), buffers });
+            Ok(())
+        })?;
+        let buffers: Vec<Vec<&Array>> = memory.iter().map(|m| m.buffers.iter().collect()).collect();
+        let parameters: Vec<Parameter> = arrays
+            .iter()
+            .zip(&buffers)
+            .map(|((value, gradient, rounded), buffers)| Parameter {
+                value,
+                gradient,
+                buffers,
+                rounded: rounded.as_ref(),
+            })
+            .collect();
+        let parameters = Parameters::new(gpu, &spec, &parameters)?;
+        Ok(Optimizer { spec, memory, parameters, steps })
+    }
+
+    /// Launches an update of every parameter by its gradient over `divisor`, and clears the gradients; nothing changes where
+    /// their norm is not finite. `scale` multiplies the learning rate.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if a launch fails.
+    pub fn step(&mut self, gpu: &Gpu, scale: f64, divisor: f64, clip_norm: Option<f64>) -> Result<()> {
+        self.steps += 1;
+        self.parameters.norm(gpu, divisor, clip_norm)?;
+        self.parameters.step(gpu, &self.spec, scale, self.steps)
+    }
+
+    /// The norm of the last update's gradient, and whether it was finite; waits for it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if the copy fails.
+    pub fn outcome(&self, gpu: &Gpu) -> Result<(f64, bool)> {
+        let state = gpu.download(self.parameters.state())?;
+        Ok((f64::from(state[0]), state[2] != 0.0))
+    }
+
+    /// An update was not made after all.
+    pub fn undo_count(&mut self) {
+        self.steps = self.steps.saturating_sub(1);
+    }
+
+    /// Everything remembered, as [`optim::Optimizer::state`] says it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if a copy fails.
+    pub fn state(&self, gpu: &Gpu, module: &mut Module) -> Result<HashMap<String, Tensor>> {
+        let mut state = HashMap::new();
+        if self.steps == 0 {
+            return Ok(state);
+        }
+        let mut memory = self.memory.iter();
+        module.visit(&mut |p| {
+            if p.grad.is_none() {
+                return Ok(());
+            }
+            let Some(Memory { name, buffers }) = memory.next() else { return Ok(()) };
+            state.insert(format!("{name}.step"), Tensor::from_vec(vec![self.steps as f64], 1, &Device::Cpu)?);
+            for (buffer, array) in self.spec.buffers().into_iter().zip(buffers) {
+                state.insert(format!("{name}.{buffer}"), p.read(gpu, array)?);
+            }
+            Ok(())
+        })?;
+        Ok(state)
+    }
+
+    /// Steps made.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Goes back to a count of steps, with the buffers as they were then.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
+    /// The arrays of its memory.
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.memory.iter().flat_map(|m| &m.buffers)
+    }
+}

@@ -1,0 +1,163 @@
+//! `sideways bench`: what layers, links, the overlap of links with compute, and training reach on the machine at hand.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use crate::comm::World;
+use crate::config::DeviceChoice;
+use crate::setup::site::{self, Site};
+use crate::{Error, Result};
+
+mod data;
+#[cfg(feature = "cuda")]
+mod device_link;
+mod layers;
+mod link;
+mod overlap;
+mod peak;
+mod train;
+mod videos;
+
+/// Micro-benchmarks of the machine at hand.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Latency and bandwidth of a link, beside plain MPI: run it under `mpirun -n 2`, or alone for threads.
+    Link(LinkArgs),
+    /// A pipeline with sleeps for compute: does a tick take longer than its compute? Alone, or under mpirun.
+    Overlap(OverlapArgs),
+    /// Each layer's forward pass and gradients: time, GFLOP/s and GB/s beside this machine's peaks.
+    Layers(layers::LayersArgs),
+    /// Reading shards: frames/s of each stage and of the whole loader, beside a plain read of the same files.
+    Data(data::DataArgs),
+    /// Training as configured, on made-up frames: frames/s, peak memory, where the time goes. Alone, or under mpirun.
+    Train(train::TrainArgs),
+}
+
+/// Options of `sideways bench link`.
+#[derive(Debug, Args)]
+pub struct LinkArgs {
+    /// Smallest payload.
+    #[arg(long, default_value = "1KiB", value_parser = parse_bytes)]
+    pub from: usize,
+    /// Largest payload; sizes grow fourfold.
+    #[arg(long, default_value = "64MiB", value_parser = parse_bytes)]
+    pub to: usize,
+    /// Batches of messages a size, links and plain MPI in turn; the best of each counts.
+    #[arg(long, default_value_t = 9)]
+    pub repeat: usize,
+    /// Where payloads are made and used: on a GPU they are staged in host memory, and set beside the copies alone.
+    #[arg(long, value_enum, default_value_t)]
+    pub device: On,
+}
+
+/// Options of `sideways bench overlap`.
+#[derive(Debug, Args)]
+pub struct OverlapArgs {
+    /// Workers in the chain [default: one a rank, 8 when alone].
+    #[arg(long)]
+    pub workers: Option<usize>,
+    /// One worker a rank (the default under mpirun; says so in a script).
+    #[arg(long, conflicts_with = "workers")]
+    pub ranks_from_world: bool,
+    /// Compute a direction, in milliseconds: a tick has two.
+    #[arg(long, default_value_t = 10.0)]
+    pub compute_ms: f64,
+    /// Compute by using the processor instead of sleeping (needs a core a worker).
+    #[arg(long)]
+    pub busy: bool,
+    /// Payload of every message.
+    #[arg(long, default_value = "1MiB", value_parser = parse_bytes)]
+    pub bytes: usize,
+    /// Ticks that count, after a warm-up of two a worker.
+    #[arg(long, default_value_t = 200)]
+    pub ticks: u64,
+    /// Where modules wait, and their arrays are.
+    #[arg(long, value_enum, default_value_t)]
+    pub device: On,
+}
+
+/// Where something is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum On {
+    /// On the processor.
+    #[default]
+    Cpu,
+    /// On this rank's GPU.
+    Cuda,
+}
+
+/// The number of this rank's GPU, if one is asked for. Collective.
+fn gpu_of(world: &World, on: On) -> Result<Option<usize>> {
+    let choice = if on == On::Cuda { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
+    match site::choose(world, choice)? {
+        Site::Cpu => Ok(None),
+        #[cfg(feature = "cuda")]
+        Site::Gpu { ordinal, .. } => Ok(Some(ordinal)),
+    }
+}
+
+/// A wait longer than this means that something is wrong.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Runs a benchmark and prints its table on rank 0.
+///
+/// # Errors
+/// [`Error::Input`] for options that cannot work here; [`Error::Transport`] when a link fails.
+pub fn run(command: &BenchCommand, world: &World) -> Result<()> {
+    match command {
+        BenchCommand::Link(args) => link::run(args, world),
+        BenchCommand::Overlap(args) => overlap::run(args, world),
+        BenchCommand::Layers(args) => layers::run(args),
+        BenchCommand::Data(args) => data::run(args, world),
+        BenchCommand::Train(args) => train::run(args, world),
+    }
+}
+
+/// Reads `64`, `1KiB`, `16MiB` or `1GiB` as a number of bytes that is a multiple of 4.
+fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
+    let digits = text.trim().trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: usize = digits.trim().parse().map_err(|_| "write a size as 64, 1KiB, 16MiB or 1GiB".to_string())?;
+    let unit: usize = match text.trim()[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        other => return Err(format!("unknown unit {other:?}: use KiB, MiB or GiB")),
+    };
+    match number.checked_mul(unit) {
+        Some(bytes) if bytes > 0 && bytes % 4 == 0 => Ok(bytes),
+        _ => Err("a payload is a multiple of 4 bytes, and not zero".to_string()),
+    }
+}
+
+/// `1.5 MiB` and the like.
+fn show_bytes(bytes: usize) -> String {
+    match bytes {
+        0..0x400 => format!("{bytes} B"),
+        0x400..0x10_0000 => format!("{} KiB", bytes as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{} MiB", bytes as f64 / 1_048_576.0),
+        _ => format!("{} GiB", bytes as f64 / 1_073_741_824.0),
+    }
+}
+
+/// An unsuitable number of ranks.
+fn wrong_size(name: &str, size: usize, wanted: &str) -> Error {
+    Error::input(format!("`sideways bench {name}` was started on {size} ranks: {wanted}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_shown() {
+        let read = |text: &str| parse_bytes(text);
+        assert_eq!((read("64"), read("1KiB"), read("16 mib")), (Ok(64), Ok(1024), Ok(16 << 20)));
+        assert!(read("1.5MiB").is_err() && read("6").is_err() && read("1kB").is_err() && read("").is_err());
+        assert_eq!(
+            (show_bytes(64), show_bytes(1536), show_bytes(1 << 24)),
+            ("64 B".into(), "1.5 KiB".into(), "16 MiB".into())
+        );
+    }
+}

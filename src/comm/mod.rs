@@ -1,0 +1,383 @@
+//! Moving messages between modules: one contract, in-process and MPI behind it.
+//!
+//! A *worker* is one module of one replica; it runs on its own thread. A *rank* is a process with one or more
+//! workers. A *link* carries messages of one kind from one worker to another, in order, through a ring of
+//! `depth` buffers made once. All links are listed before training starts, the same list on every rank, and
+//! [`connect`] makes the ends that belong to this rank. From then on nothing is allocated and there is no
+//! collective operation: a tick is slots filled, messages started, messages waited for.
+//!
+//! ```text
+//! sender:    slot() ─▶ fill in place ─▶ start(header)              (returns at once; flush() waits)
+//! receiver:  wait(expected) ─▶ read in place ─▶ release()          (release posts the receive again)
+//! ```
+//!
+//! Read in this order: [`message`] (what travels), `link` (what both ends know, and the [`Breaker`]), `local`
+//! (threads of one process), [`world`] (which ranks there are), `mpi` (between processes), [`all_reduce`]
+//! (replicas' gradients), [`task_pool`] (tasks for whoever is free). Only the files of `mpi/` name the MPI library.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::{Error, Result};
+
+pub mod all_reduce;
+pub mod exchange;
+mod launch;
+mod link;
+mod local;
+pub mod message;
+mod mpi;
+pub mod task_pool;
+pub mod world;
+
+pub use link::Breaker;
+pub use message::{HEADER_WORDS, Header, Kind};
+pub(crate) use mpi::Baseline;
+pub use mpi::Values;
+pub use world::{World, hostname};
+
+use link::Link;
+
+/// One directed link between two workers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkSpec {
+    /// The link's number, unique in the list; the tag of its messages.
+    pub id: u32,
+    /// What it carries.
+    pub kind: Kind,
+    /// The worker that sends.
+    pub from: usize,
+    /// The worker that receives.
+    pub to: usize,
+    /// The largest payload, in 32-bit words. 0: the messages are headers only, which say that something was put elsewhere.
+    pub words: usize,
+    /// Buffers at each end, 1 or more: how many messages may be in flight. Within a process the two ends share
+    /// one ring, so at least this many messages can be sent before one is released; between processes up to
+    /// twice as many ([`LinkSpec::in_flight`]).
+    pub depth: usize,
+    /// For people: `module 2 -> 4 (skip)`.
+    pub name: String,
+}
+
+impl LinkSpec {
+    /// Places needed for what the messages of a link of headers speak of, used round and round, so that none is used again
+    /// before its message was released: once [`Sender::slot`] has returned for message n, message n − `in_flight` is.
+    ///
+    /// Within a process the ends share `depth` buffers: while one is in the sender's hands, the others hold at most the
+    /// newest `depth` − 1 messages. Between processes such links send synchronously: buffer n mod `depth` is free again when
+    /// the receive of message n − `depth` has begun; that receive was posted when message n − 2 `depth` was released, or at
+    /// the start. (A plain send of so short a message would end before the receiver knows of it, and bound nothing.)
+    pub fn in_flight(&self, same_rank: bool) -> usize {
+        if same_rank { self.depth } else { 2 * self.depth }
+    }
+
+    /// A header for a message on this link (see [`Header::new`]).
+    pub fn header(&self, clip: u64, step: u32, shape: [u32; 4]) -> Header {
+        Header::new(self.kind, self.id, clip, step, shape)
+    }
+}
+
+/// A place in memory that is not a link's own, such as a GPU's, from or to which MPI moves a message's values directly.
+#[derive(Clone)]
+pub struct Outside {
+    /// Where it starts; the MPI library must be able to work on it ([`World::takes_gpu_memory`]).
+    pub address: u64,
+    /// What it is part of, kept until MPI is done with it.
+    pub part_of: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+/// The ends of links that belong to this rank's workers, to be handed out to them.
+pub struct Endpoints {
+    values: Vec<(u32, Values)>,
+    senders: Vec<(u32, Sender)>,
+    receivers: Vec<(u32, Receiver)>,
+    breaker: Breaker,
+}
+
+impl Endpoints {
+    /// Takes the sending end of link `id`, if its worker is on this rank and it was not taken yet.
+    pub fn sender(&mut self, id: u32) -> Option<Sender> {
+        let place = self.senders.iter().position(|(other, _)| *other == id)?;
+        Some(self.senders.swap_remove(place).1)
+    }
+
+    /// Takes the receiving end of link `id`, if its worker is on this rank and it was not taken yet.
+    pub fn receiver(&mut self, id: u32) -> Option<Receiver> {
+        let place = self.receivers.iter().position(|(other, _)| *other == id)?;
+        Some(self.receivers.swap_remove(place).1)
+    }
+
+    /// Takes this rank's end of link `id`, which has places outside, if there is one and it was not taken yet.
+    pub fn values(&mut self, id: u32) -> Option<Values> {
+        let place = self.values.iter().position(|(other, _)| *other == id)?;
+        Some(self.values.swap_remove(place).1)
+    }
+
+    /// The switch that stops all these links; a worker that fails trips it.
+    pub fn breaker(&self) -> Breaker {
+        self.breaker.clone()
+    }
+}
+
+/// The sending end of a link, owned by its worker's thread.
+pub enum Sender {
+    /// To a worker of the same process.
+    Local(local::Sender),
+    /// To a worker of another rank.
+    Mpi(mpi::Sender),
+}
+
+/// Calls the same method on whichever variant there is.
+macro_rules! each {
+    ($end:expr, $kind:ident, $x:ident => $body:expr) => {
+        match $end {
+            $kind::Local($x) => $body,
+            $kind::Mpi($x) => $body,
+        }
+    };
+}
+
+impl Sender {
+    /// The next message's payload at the link's full capacity, to be filled in place.
+    ///
+    /// Waits only if every buffer is still in flight. Its contents are whatever was there before. Calling it
+    /// again before [`Sender::start`] gives the same buffer.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when the receiver ended, the links were stopped, or the timeout passed.
+    pub fn slot(&mut self) -> Result<&mut [f32]> {
+        each!(self, Sender, end => end.slot())
+    }
+
+    /// Is there a buffer for [`Sender::slot`] without waiting?
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when the links were stopped.
+    pub fn ready(&self) -> Result<bool> {
+        each!(self, Sender, end => end.ready())
+    }
+
+    /// Starts the message that [`Sender::slot`] holds, its first `header.words` words, and returns at once.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when the header is not one for this link, else as [`Sender::slot`].
+    pub fn start(&mut self, header: &Header) -> Result<()> {
+        each!(self, Sender, end => end.start(header))
+    }
+
+    /// Copies `payload` into the next buffer and starts it: [`Sender::slot`] and [`Sender::start`] in one.
+    ///
+    /// # Errors
+    /// As those two, and when `payload` is not `header.words` long.
+    pub fn send(&mut self, header: &Header, payload: &[f32]) -> Result<()> {
+        let link = each!(&*self, Sender, end => end.link());
+        link.check_outgoing(header)?;
+        if payload.len() != header.words as usize {
+            return Err(link.error(link.from_rank, format!("{header} was given {} words", payload.len())));
+        }
+        self.slot()?[..payload.len()].copy_from_slice(payload);
+        self.start(header)
+    }
+
+    /// Waits until all started messages have left: their buffers could be freed.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] as in [`Sender::slot`].
+    pub fn flush(&mut self) -> Result<()> {
+        each!(self, Sender, end => end.flush())
+    }
+}
+
+/// The receiving end of a link, owned by its worker's thread.
+pub enum Receiver {
+    /// From a worker of the same process.
+    Local(local::Receiver),
+    /// From a worker of another rank.
+    Mpi(mpi::Receiver),
+}
+
+impl Receiver {
+    /// Waits for the oldest unreleased message and returns its payload, in place.
+    ///
+    /// Until [`Receiver::release`] the same message is returned again, checked against `expected` each time.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when kind, edge, clip, step, shape or length are not those of `expected` (both are
+    /// shown), the sender ended, the links were stopped, or the timeout passed.
+    pub fn wait(&mut self, expected: &Header) -> Result<&[f32]> {
+        self.wait_flagged(expected).map(|(_, payload)| payload)
+    }
+
+    /// As [`Receiver::wait`], with the flags of the message's header in front of its payload.
+    ///
+    /// # Errors
+    /// As [`Receiver::wait`].
+    pub fn wait_flagged(&mut self, expected: &Header) -> Result<(u32, &[f32])> {
+        // Held and verified in two steps: the borrow of the payload must not keep the link from being named.
+        let header = each!(self, Receiver, end => end.hold(Some(expected)))?.0;
+        each!(&*self, Receiver, end => end.link()).verify(&header, expected)?;
+        Ok((header.flags, each!(self, Receiver, end => end.hold(Some(expected)))?.1))
+    }
+
+    /// Waits for the oldest unreleased message whatever its clip and step: for messages that say themselves
+    /// what they are, such as reports.
+    ///
+    /// # Errors
+    /// As [`Receiver::wait`], but only kind and edge are verified.
+    pub fn wait_any(&mut self) -> Result<(Header, &[f32])> {
+        let got = each!(self, Receiver, end => end.hold(None))?.0;
+        let link = each!(&*self, Receiver, end => end.link());
+        link.verify(&got, &Header { kind: link.spec.kind, edge: link.spec.id, ..got })?;
+        each!(self, Receiver, end => end.hold(None))
+    }
+
+    /// The oldest unreleased message's header if it has arrived; never waits.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when the links were stopped or what came is no message of this link.
+    pub fn peek_header(&mut self) -> Result<Option<Header>> {
+        if !self.ready()? {
+            return Ok(None);
+        }
+        each!(self, Receiver, end => end.hold(None)).map(|(header, _)| Some(header))
+    }
+
+    /// Has the oldest unreleased message arrived?
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when the links were stopped.
+    pub fn ready(&self) -> Result<bool> {
+        each!(self, Receiver, end => end.ready())
+    }
+
+    /// Gives the held message's buffer back, so that one more message can come in.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when no message is held: [`Receiver::wait`] comes first.
+    pub fn release(&mut self) -> Result<()> {
+        each!(self, Receiver, end => end.release())
+    }
+}
+
+/// Makes the ends of all links that touch this rank; every rank calls it once, with the same list.
+///
+/// `rank_of_worker[w]` is the rank that runs worker w. Links between workers of one rank stay inside the
+/// process, the others go through MPI, with their receives posted when this returns. `timeout` bounds every
+/// later wait; make it several times the longest time a neighbour may take for a step, compilation of kernels
+/// and first reads of a file system included.
+///
+/// # Errors
+/// [`Error::Input`] for a list that cannot work, or that is not the same on all ranks; [`Error::Transport`]
+/// when MPI refuses.
+pub fn connect(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
+    connect_outside(world, rank_of_worker, links, timeout, &HashMap::new())
+}
+
+/// As [`connect`], where some links between ranks carry values alone, in places outside: `depth` of each such link's end on
+/// this rank.
+///
+/// # Errors
+/// As [`connect`].
+pub fn connect_outside(
+    world: &World,
+    rank_of_worker: &[usize],
+    links: &[LinkSpec],
+    timeout: Duration,
+    outside: &HashMap<u32, Vec<Outside>>,
+) -> Result<Endpoints> {
+    world.first_error(check(world, rank_of_worker, links, timeout))?;
+    let list = format!("{links:?} {rank_of_worker:?} {timeout:?}");
+    world.agree(xxhash_rust::xxh3::xxh3_64(list.as_bytes()), "the list of links between modules")?;
+    // Doubles as a barrier: when it returns, every rank's receives are posted.
+    world.first_error(open(world, rank_of_worker, links, timeout, outside))
+}
+
+/// Makes this rank's ends of the links.
+fn open(
+    world: &World,
+    rank_of_worker: &[usize],
+    links: &[LinkSpec],
+    timeout: Duration,
+    outside: &HashMap<u32, Vec<Outside>>,
+) -> Result<Endpoints> {
+    let opening = match world {
+        World::Mpi(ranks) if ranks.session.size > 1 => {
+            let computes = |w: &usize| links.iter().any(|l| l.kind != Kind::Report && (l.from == *w || l.to == *w));
+            let here = (0..rank_of_worker.len()).filter(|&w| rank_of_worker[w] == world.rank()).filter(computes);
+            Some(ranks.session.open(here.count())?)
+        }
+        _ => None,
+    };
+    let breaker = Breaker::default();
+    let (senders, receivers, values) = (Vec::new(), Vec::new(), Vec::new());
+    let mut endpoints = Endpoints { values, senders, receivers, breaker: breaker.clone() };
+    let here = world.rank();
+    for spec in links {
+        let (from_rank, to_rank) = (rank_of_worker[spec.from], rank_of_worker[spec.to]);
+        let link = Arc::new(Link { spec: spec.clone(), from_rank, to_rank, timeout, breaker: breaker.clone() });
+        match &opening {
+            _ if from_rank == to_rank && from_rank == here => {
+                let (sender, receiver) = local::pair(&link);
+                endpoints.senders.push((spec.id, Sender::Local(sender)));
+                endpoints.receivers.push((spec.id, Receiver::Local(receiver)));
+            }
+            Some(opening) if outside.contains_key(&spec.id) => {
+                endpoints.values.push((spec.id, opening.values(&link, from_rank == here, &outside[&spec.id])?));
+            }
+            Some(opening) if from_rank == here => {
+                endpoints.senders.push((spec.id, Sender::Mpi(opening.sender(&link)?)));
+            }
+            Some(opening) if to_rank == here => {
+                endpoints.receivers.push((spec.id, Receiver::Mpi(opening.receiver(&link)?)));
+            }
+            _ => {}
+        }
+    }
+    if let World::Mpi(ranks) = world
+        && opening.is_some()
+    {
+        ranks.session.start_progress()?;
+    }
+    Ok(endpoints)
+}
+
+/// Refuses a list of links that cannot work.
+fn check(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<()> {
+    if timeout.is_zero() {
+        return Err(Error::input("the links' timeout is 0 s: nothing could ever arrive in time"));
+    }
+    if let Some((worker, rank)) = rank_of_worker.iter().enumerate().find(|(_, rank)| **rank >= world.size()) {
+        let size = world.size();
+        return Err(Error::input(format!(
+            "worker {worker} is placed on rank {rank}, but there are only {size} ranks (0 to {})",
+            size - 1
+        )));
+    }
+    let mut ids = HashMap::new();
+    for link in links {
+        let LinkSpec { id, from, to, words, depth, name, .. } = link;
+        let fail = |text: String| Err(Error::input(format!("link {id} \"{name}\": {text}")));
+        if let Some(other) = ids.insert(*id, name) {
+            return fail(format!("its number is also that of \"{other}\""));
+        }
+        if let Some(worker) = [from, to].into_iter().find(|worker| **worker >= rank_of_worker.len()) {
+            return fail(format!("worker {worker} does not exist: there are {}", rank_of_worker.len()));
+        }
+        if *depth == 0 {
+            return fail("its depth is 0: it needs at least one buffer".into());
+        }
+        // MPI counts in a C int; header and payload travel as 32-bit words.
+        if words.saturating_add(HEADER_WORDS) > i32::MAX as usize {
+            return fail(format!(
+                "{words} words ({} GiB) are more than one message can carry ({} words): use a smaller batch or more modules",
+                words >> 28,
+                i32::MAX as usize - HEADER_WORDS
+            ));
+        }
+    }
+    match world {
+        World::Mpi(ranks) => ranks.session.check_tags(links),
+        World::Alone => Ok(()),
+    }
+}

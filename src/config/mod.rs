@@ -1,0 +1,179 @@
+//! The configuration of a run: one TOML file, strict keys, every default beside its key; a section a file.
+//!
+//! [`Config::load`] reads a file and applies `--set` overrides; [`Config::validate`] is the only place where values
+//! are checked that need no dataset and no shapes (those follow in [`crate::network::Network::new`]).
+
+mod data;
+mod load;
+mod model;
+mod run;
+mod train;
+
+use serde::{Deserialize, Serialize};
+
+pub use data::{DataConfig, Globs};
+pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge, Task};
+pub use run::{DeviceChoice, Exchange, OnCheckpointError, OnNonfinite, Precision, RunConfig, Wire};
+pub use train::{ClipWord, Rule, TrainConfig, UpdateEvery};
+
+use crate::method::graph::{Edge, Graph};
+use crate::nn::module::Fuse;
+use crate::{Error, Result};
+
+/// A whole run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// What is read.
+    pub data: DataConfig,
+    /// The network and how it is cut.
+    pub model: ModelConfig,
+    /// How it is trained.
+    pub train: TrainConfig,
+    /// Where and on what it runs.
+    pub run: RunConfig,
+}
+
+impl Config {
+    /// Checks every value that needs neither dataset nor shapes.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the key, its value, and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("data.frames", self.data.frames),
+            ("data.stride", self.data.stride),
+            ("data.batch", self.data.batch),
+            ("data.crop", self.data.crop.unwrap_or(1)),
+            ("data.decode_threads", self.data.decode_threads),
+            ("data.prefetch", self.data.prefetch),
+            ("model.horizon", self.model.horizon),
+            ("model.classes", self.model.classes.unwrap_or(1)),
+            ("model.modules", self.model.modules.unwrap_or(1)),
+            ("train.replicas", self.train.replicas),
+            ("run.threads", self.run.threads),
+            ("run.keep", self.run.keep),
+            ("train.epochs", self.train.epochs.min(1) as usize),
+            ("train.clips", self.train.clips.unwrap_or(1).min(1) as usize),
+            ("run.checkpoint_every", self.run.checkpoint_every.min(1) as usize),
+            ("run.timeout", self.run.timeout.min(1) as usize),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::input(format!("{key} = 0: it must be at least 1")));
+        }
+        if self.data.std.iter().any(|s| !s.is_finite() || *s <= 0.0) || self.data.mean.iter().any(|m| !m.is_finite()) {
+            return Err(Error::input(format!(
+                "data.mean = {:?}, data.std = {:?}: means must be finite and deviations positive",
+                self.data.mean, self.data.std
+            )));
+        }
+        self.data.augmentation().validate(self.data.crop)?;
+        match (&self.model.preset, &self.model.layers) {
+            (Some(_), Some(_)) => return Err(Error::input("model.preset and model.layers are both given: keep one")),
+            (None, None) => {
+                return Err(Error::input(
+                    "no network: set model.preset (for instance \"motion-small\") or write out model.layers",
+                ));
+            }
+            (None, Some(layers)) if layers.is_empty() => {
+                return Err(Error::input("model.layers is empty: a network needs at least one layer"));
+            }
+            _ => {}
+        }
+        if let (Some(modules), Some(cuts)) = (self.model.modules, &self.model.cuts)
+            && modules != cuts.len() + 1
+        {
+            return Err(Error::input(format!(
+                "model.modules = {modules}, but model.cuts = {cuts:?} makes {} modules: keep one of the two",
+                cuts.len() + 1
+            )));
+        }
+        let has_skips = self.model.skip.as_ref().is_some_and(|s| !s.spans.is_empty() || !s.edges.is_empty());
+        if self.train.rule == Rule::Sideways && has_skips {
+            return Err(Error::input(
+                "train.rule = \"sideways\" has no skips, but model.skip gives some: use rule = \"skip-sideways\" or \
+                 remove model.skip",
+            ));
+        }
+        if self.train.rule == Rule::Bp && self.train.replicas > 1 {
+            return Err(Error::input(
+                "train.rule = \"bp\" runs in one process with train.replicas = 1; raise data.batch instead",
+            ));
+        }
+        if let UpdateEvery::Steps(steps) = self.train.update_every {
+            if steps == 0 {
+                return Err(Error::input("train.update_every = 0: it is \"clip\" or a number of steps from 1"));
+            }
+            if self.train.rule == Rule::Bp {
+                return Err(Error::input(
+                    "train.update_every = a number of steps does not go with rule = \"bp\", which updates once a clip",
+                ));
+            }
+        }
+        if let Some(norm) = self.train.clip_norm
+            && !(norm.is_finite() && norm > 0.0)
+        {
+            return Err(Error::input(format!("train.clip_norm = {norm}: it must be a positive number")));
+        }
+        self.train.optimizer.validate()?;
+        self.train.schedule.validate()?;
+        self.validate_device()
+    }
+
+    /// What must fit together for a GPU; whether there is one is not asked here: a cluster's configuration is checked on laptops.
+    fn validate_device(&self) -> Result<()> {
+        let run = &self.run;
+        if run.device != DeviceChoice::Cuda && run.precision != Precision::F32 {
+            return Err(Error::input(
+                "run.precision: \"tf32\" and \"bf16\" need run.device = \"cuda\"; on the CPU everything is \"f32\"",
+            ));
+        }
+        if run.device != DeviceChoice::Cuda && run.exchange != Exchange::Auto {
+            return Err(Error::input(
+                "run.exchange is about GPUs: it needs run.device = \"cuda\"; on the CPU leave it at \"auto\"",
+            ));
+        }
+        if run.device != DeviceChoice::Cuda && run.wire == Wire::Bf16 {
+            return Err(Error::input(
+                "run.wire = \"bf16\" needs run.device = \"cuda\"; on the CPU messages are \"f32\"",
+            ));
+        }
+        if run.device == DeviceChoice::Cuda && self.train.rule == Rule::Bp {
+            return Err(Error::input(
+                "train.rule = \"bp\" is exact back-propagation on the CPU: set run.device = \"cpu\"",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The graph for `modules` modules.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a skip that does not fit.
+    pub fn graph(&self, modules: usize) -> Result<Graph> {
+        let mut skips = Vec::new();
+        if let Some(skip) = &self.model.skip {
+            for &span in &skip.spans {
+                skips.extend(Graph::skips_of_spans(modules, &[span], skip.delay.ticks(span))?);
+            }
+            for edge in &skip.edges {
+                let (from, to, delay) = match *edge {
+                    SkipEdge::Pair(from, to) => (from, to, skip.delay),
+                    SkipEdge::Full { from, to, delay } => (from, to, delay),
+                };
+                skips.push(Edge { from, to, delay: delay.ticks(to.saturating_sub(from)) });
+            }
+        }
+        Graph::new(modules, &skips)
+    }
+
+    /// Whether it is left open where the network is cut.
+    pub fn cut_is_open(&self) -> bool {
+        self.model.modules.is_none() && self.model.cuts.is_none()
+    }
+
+    /// How skips join the main path.
+    pub fn fuse(&self) -> Fuse {
+        self.model.skip.as_ref().map_or(Fuse::Sum, |s| s.fuse)
+    }
+}

@@ -1,0 +1,239 @@
+//! A module: the layers one worker runs, and how its inputs become one.
+//!
+//! Module i computes `y = H(a)` with `a = fuse(main, skips)`. Skips come pooled to the main input's height and width (see
+//! [`pool_for_edge`]: the sender does it, so that links carry less); a sum needs equal channels too, which a learned 1x1
+//! convolution, the *adapter*, provides where they differ (Skip-Sideways, arXiv 2106.08318).
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::layers::{Conv2d, Layer, Pass, Tape};
+use super::param::{Init, Param};
+use super::spec::{LayerSpec, Shape};
+use crate::backend::cpu::conv::Conv;
+use crate::backend::cpu::{Window, activation, pool};
+use crate::{Error, Result};
+
+/// How a module's inputs become one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fuse {
+    /// Element by element, adapters making channels equal.
+    #[default]
+    Sum,
+    /// Channels of the main input, then of each skip in the order of growing span.
+    Concat,
+}
+
+/// One skip input of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SkipInput {
+    /// The module it comes from.
+    pub from: usize,
+    /// Height, width and channels after the sender's pooling: height and width are the main input's.
+    pub shape: Shape,
+}
+
+/// The layers of one module, its adapters, and their parameters.
+pub struct Module {
+    fuse: Fuse,
+    /// Channels of the main input, then of each skip.
+    channels: Vec<usize>,
+    adapters: Vec<Option<Conv2d>>,
+    layers: Vec<Box<dyn Layer>>,
+    /// For each layer, whether it or one before it (or an adapter) has parameters: then a cotangent must reach it.
+    learned_before: Vec<bool>,
+    output: Shape,
+}
+
+impl Module {
+    /// Module number `index` (from 1), of `layers` (each with its place in the whole network), for a `main` input of
+    /// `[H, W, C]` and `skips` in the order of growing span.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where shapes do not fit, with the shapes and the layer's or skip's place.
+    pub fn new(
+        index: usize,
+        layers: &[(usize, LayerSpec)],
+        main: Shape,
+        skips: &[SkipInput],
+        fuse: Fuse,
+        init: &Init,
+    ) -> Result<Module> {
+        let mut adapters = Vec::new();
+        for skip in skips {
+            if skip.shape[..2] != main[..2] {
+                return Err(Error::input(format!(
+                    "the skip from module {} to {index} brings {:?} (after pooling) where the main input is {main:?}: \
+                     height and width must agree",
+                    skip.from, skip.shape
+                )));
+            }
+            let needed = fuse == Fuse::Sum && skip.shape[2] != main[2];
+            let name = format!("skips.{}_{index}", skip.from);
+            let adapter = || Conv2d::new(&name, Conv::pointwise(), skip.shape[2], main[2], true, init);
+            adapters.push(needed.then(adapter).transpose()?);
+        }
+        let skip_shapes: Vec<Shape> = skips.iter().map(|s| s.shape).collect();
+        let mut output = fused_shape(main, &skip_shapes, fuse);
+        let mut learned = adapters.iter().any(Option::is_some);
+        let (mut built, mut learned_before) = (Vec::new(), Vec::new());
+        let mut rest = layers.iter();
+        while let Some((n, spec)) = rest.next() {
+            let place = |e: Error| match e {
+                Error::Input(text) => Error::Input(format!("layer {n} (module {index}): {text}")),
+                other => other,
+            };
+            let absorbed = built.last_mut().is_some_and(|layer: &mut Box<dyn Layer>| layer.absorb(spec));
+            if !absorbed {
+                learned_before.push(learned);
+                built.push(match spec.build_stem(*n, output, rest.clone().next(), init).map_err(place)? {
+                    // The norm's shapes are its input's.
+                    Some(stem) => {
+                        rest.next();
+                        stem
+                    }
+                    None => spec.build(*n, output, init).map_err(place)?,
+                });
+            }
+            learned |= spec.params(output) > 0;
+            output = spec.output_shape(output).map_err(place)?;
+        }
+        let channels = std::iter::once(main[2]).chain(skips.iter().map(|s| s.shape[2])).collect();
+        Ok(Module { fuse, channels, adapters, layers: built, learned_before, output })
+    }
+
+    /// Height, width and channels of the output.
+    pub fn output_shape(&self) -> Shape {
+        self.output
+    }
+
+    /// The output `[B, H, W, C]` for `inputs`: main, then skips in the order of growing span. What the vjp needs goes on
+    /// `tape`, which should be empty.
+    ///
+    /// # Errors
+    /// [`Error::Run`] or [`Error::Tensor`] where shapes do not fit.
+    pub fn forward(&mut self, inputs: &[Tensor], pass: &Pass, tape: &mut Tape) -> Result<Tensor> {
+        if inputs.len() != self.channels.len() {
+            return Err(Error::Run(format!("a module got {} inputs and has {}", inputs.len(), self.channels.len())));
+        }
+        let mut y = match self.fuse {
+            Fuse::Concat if inputs.len() > 1 => Tensor::cat(inputs, 3)?.contiguous()?,
+            Fuse::Sum | Fuse::Concat => {
+                let mut sum = inputs[0].clone();
+                for (skip, adapter) in inputs[1..].iter().zip(&mut self.adapters) {
+                    let skip = match adapter {
+                        Some(adapter) => adapter.forward(skip, pass, tape)?,
+                        None => skip.clone(),
+                    };
+                    sum = activation::add(&sum, &skip)?;
+                }
+                sum
+            }
+        };
+        for layer in &mut self.layers {
+            y = layer.forward(&y, pass, tape)?;
+        }
+        Ok(y)
+    }
+
+    /// Adds the parameters' gradients for the output's cotangent `gy` into [`Param::grad`], at the activations on `tape`,
+    /// which it leaves empty. Returns for each input its cotangent where `wanted`; what nobody wants is not computed.
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    pub fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        if wanted.len() != self.channels.len() {
+            return Err(Error::Run(format!("a module has {} inputs, not {}", self.channels.len(), wanted.len())));
+        }
+        let result = self.pull_back(gy, pass, tape, wanted);
+        tape.clear();
+        result
+    }
+
+    fn pull_back(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let any = wanted.contains(&true);
+        let mut g = gy.clone();
+        for (layer, &learned_before) in self.layers.iter_mut().zip(&self.learned_before).rev() {
+            match layer.vjp(&g, pass, tape, any || learned_before)? {
+                Some(gx) => g = gx,
+                None => return Ok(vec![None; wanted.len()]),
+            }
+        }
+        match self.fuse {
+            Fuse::Sum => {
+                let mut cotangents = vec![None; wanted.len()];
+                // The tape is a stack: the last adapter's input lies on top.
+                for (k, adapter) in self.adapters.iter_mut().enumerate().rev() {
+                    cotangents[k + 1] = match adapter {
+                        Some(adapter) => adapter.vjp(&g, pass, tape, wanted[k + 1])?,
+                        None => wanted[k + 1].then(|| g.clone()),
+                    };
+                }
+                cotangents[0] = wanted[0].then_some(g);
+                Ok(cotangents)
+            }
+            Fuse::Concat => {
+                let mut first = 0;
+                let parts = self.channels.iter().zip(wanted).map(|(&channels, &wanted)| {
+                    let part = wanted.then(|| Ok(g.narrow(3, first, channels)?.contiguous()?));
+                    first += channels;
+                    part.transpose()
+                });
+                parts.collect()
+            }
+        }
+    }
+
+    /// Calls `f` on every parameter and buffer in a fixed order: adapters, then layers.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
+        self.adapters.iter_mut().flatten().try_for_each(|adapter| adapter.visit(f))?;
+        self.layers.iter_mut().try_for_each(|layer| layer.visit(f))
+    }
+}
+
+/// The shape of a module's fused input; see [`Fuse`].
+pub fn fused_shape(main: Shape, skips: &[Shape], fuse: Fuse) -> Shape {
+    let [h, w, c] = main;
+    match fuse {
+        Fuse::Sum => main,
+        Fuse::Concat => [h, w, c + skips.iter().map(|s| s[2]).sum::<usize>()],
+    }
+}
+
+/// The sender's average pooling of an output `[B, H, W, C]` by whole factors: `[B, H/fh, W/fw, C]`. Factors of 1 copy
+/// nothing.
+///
+/// # Errors
+/// [`Error::Input`] where the factors do not divide height and width.
+pub fn pool_for_edge(y: &Tensor, fh: usize, fw: usize) -> Result<Tensor> {
+    if (fh, fw) == (1, 1) {
+        return Ok(y.clone());
+    }
+    let (_, h, w, _) = y.dims4()?;
+    if fh == 0 || fw == 0 || h % fh != 0 || w % fw != 0 {
+        return Err(Error::input(format!(
+            "a skip's output of {h}x{w} cannot be pooled by {fh}x{fw}: not a whole ratio"
+        )));
+    }
+    pool::average(y, &edge_window(fh, fw))
+}
+
+/// The transpose of [`pool_for_edge`]: from the pooled cotangent `g` to the output's, `[B, H, W, C]`.
+///
+/// # Errors
+/// [`Error::Run`] on devices without a kernel.
+pub fn pool_for_edge_vjp(g: &Tensor, fh: usize, fw: usize) -> Result<Tensor> {
+    if (fh, fw) == (1, 1) {
+        return Ok(g.clone());
+    }
+    let (b, h, w, c) = g.dims4()?;
+    pool::average_vjp(&[b, h * fh, w * fw, c], &edge_window(fh, fw), g)
+}
+
+fn edge_window(fh: usize, fw: usize) -> Window {
+    Window { kernel: [fh, fw], stride: [fh, fw], padding: [0, 0] }
+}

@@ -1,0 +1,287 @@
+//! From a configuration to everything that is fixed before a tensor is made: the same on every rank.
+
+pub mod footprint;
+pub mod grid;
+pub mod site;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::config::{Config, Rule, Task};
+use crate::data::{Dataset, Sampler, StreamOptions, missing_shards};
+use crate::method::schedule::{LossAt, Schedule};
+use crate::network::Network;
+use crate::pipeline::report::Report;
+use crate::setup::grid::{Grid, Truth, Wiring};
+use crate::{Error, Result};
+
+/// What a run is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Training on `data.train`.
+    Train,
+    /// One pass over `data.test` with fixed parameters.
+    Evaluate,
+}
+
+/// A run, planned.
+pub struct Setup {
+    /// The configuration as resolved.
+    pub config: Config,
+    /// What for.
+    pub purpose: Purpose,
+    /// The videos; absent in a dry run without data.
+    pub dataset: Option<Arc<Dataset>>,
+    /// Classes in label order; empty for future frames.
+    pub class_names: Vec<String>,
+    /// K; 0 for future frames.
+    pub classes: usize,
+    /// Layers, modules, edges, shapes.
+    pub network: Network,
+    /// Who does what at which tick.
+    pub schedule: Schedule,
+    /// Who runs where.
+    pub grid: Grid,
+    /// How they are joined.
+    pub wiring: Wiring,
+    /// Future frames: how many frames after a step's own its target is.
+    pub ahead: Option<usize>,
+}
+
+impl Setup {
+    /// Plans a run on `ranks` ranks with its dataset.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for whatever in configuration, dataset or number of ranks cannot work.
+    pub fn new(config: &Config, ranks: usize, purpose: Purpose) -> Result<Self> {
+        config.validate()?;
+        let (key, globs) = match purpose {
+            Purpose::Train => ("data.train", config.data.train.list()),
+            Purpose::Evaluate => ("data.test", config.data.test.list()),
+        };
+        if globs.is_empty() {
+            return Err(Error::input(format!("{key} is not set: give a glob of shards, such as \"data/train-*.h5\"")));
+        }
+        let dataset = Dataset::open(&globs).map_err(|e| match e {
+            Error::Input(text) => Error::Input(format!("{key}: {text}")),
+            e => e,
+        })?;
+        Self::plan(config, ranks, purpose, Some(Arc::new(dataset)))
+    }
+
+    /// Plans a run without opening its shards where they are not there: the frame size is `data.crop`, the classes
+    /// are `model.classes`.
+    ///
+    /// # Errors
+    /// As [`Setup::new`], and if size or classes are then unknown.
+    pub fn dry(config: &Config, ranks: usize) -> Result<Self> {
+        config.validate()?;
+        let globs = config.data.train.list();
+        let present = globs.iter().any(|g| glob::glob(g).is_ok_and(|mut found| found.next().is_some()));
+        if present {
+            return Self::new(config, ranks, Purpose::Train);
+        }
+        Self::plan(config, ranks, Purpose::Train, None)
+    }
+
+    fn plan(config: &Config, ranks: usize, purpose: Purpose, dataset: Option<Arc<Dataset>>) -> Result<Self> {
+        let (height, width) = frame_size(config, dataset.as_deref())?;
+        let class_names = match config.model.task {
+            Task::Recognition => class_names(config, dataset.as_deref())?,
+            Task::FutureFrames => Vec::new(),
+        };
+        let classes = class_names.len();
+        let replicas = if purpose == Purpose::Train { config.train.replicas } else { 1 };
+        if config.train.rule == Rule::Bp && purpose == Purpose::Train && ranks > 1 {
+            return Err(Error::input(format!(
+                "train.rule = \"bp\" runs in one process, but there are {ranks} ranks: start it without mpirun or srun"
+            )));
+        }
+        let network = Network::new(config, [height, width, 3], classes, ranks.div_ceil(replicas))?;
+        let ahead =
+            (config.model.task == Task::FutureFrames).then(|| network.graph.newest_lead() + config.model.horizon);
+        let loss = ahead.map_or(LossAt::EveryStep, LossAt::Ahead);
+        let training = purpose == Purpose::Train;
+        let schedule = Schedule::new(&network.graph, config.data.frames, config.train.boundary, loss, training)?;
+        let grid = Grid::new(network.graph.modules(), replicas, ranks)?;
+        let truth = if ahead.is_some() { Truth::Targets } else { Truth::Labels };
+        let last = grid.modules;
+        let report_words = |w| match purpose {
+            Purpose::Evaluate if grid.module_and_replica(w).0 == last => Report::words(config.data.batch, classes),
+            _ => Report::words(0, 0),
+        };
+        let mut wiring = Wiring::new(&network, &schedule, grid, config.data.batch, truth, report_words, training);
+        if config.run.halves_messages() {
+            wiring.halve_messages();
+        }
+        Ok(Setup {
+            config: config.clone(),
+            purpose,
+            dataset,
+            class_names,
+            classes,
+            network,
+            schedule,
+            grid,
+            wiring,
+            ahead,
+        })
+    }
+
+    /// The same run, cut before the layers `cuts`.
+    ///
+    /// # Errors
+    /// As [`Setup::new`].
+    pub fn recut(&self, cuts: Vec<usize>) -> Result<Self> {
+        let mut config = self.config.clone();
+        (config.model.modules, config.model.cuts) = (None, Some(cuts));
+        Self::plan(&config, self.grid.ranks, self.purpose, self.dataset.clone())
+    }
+
+    /// The layers before which the network is cut.
+    pub fn cuts(&self) -> Vec<usize> {
+        self.network.modules.iter().skip(1).map(|m| m.layers.start).collect()
+    }
+
+    /// The warnings a user should see before training starts.
+    pub fn warnings(&self) -> Vec<String> {
+        let d = self.grid.modules;
+        let mut warnings = Vec::new();
+        if self.purpose == Purpose::Train && self.schedule.frames() < 2 * d - 1 && self.config.train.rule != Rule::Bp {
+            warnings.push(format!(
+                "clips of {} frames are shorter than 2D - 1 = {} for D = {d} modules: module 1 is trained through \
+                 skips only, the main path's cotangent never reaches it",
+                self.schedule.frames(),
+                2 * d - 1
+            ));
+        }
+        if self.purpose == Purpose::Train
+            && self.config.train.rule == Rule::SkipSideways
+            && self.config.model.skip.is_none()
+        {
+            warnings.push("train.rule = \"skip-sideways\" without model.skip is plain Sideways".into());
+        }
+        if let (Purpose::Train, Some(dataset)) = (self.purpose, &self.dataset) {
+            warnings.extend(self.data_warnings(dataset));
+        }
+        warnings
+    }
+
+    fn data_warnings(&self, dataset: &Dataset) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let data = &self.config.data;
+        let wanted = (data.frames as u64 - 1) * data.stride as u64 + 1;
+        let short = dataset.videos.iter().filter(|video| video.frames < wanted).count();
+        if short > 0 {
+            warnings.push(format!(
+                "{short} of {} videos have fewer than the {wanted} frames of a clip (data.frames = {}, data.stride = {}): \
+                 their last frame is repeated",
+                dataset.videos.len(),
+                data.frames,
+                data.stride
+            ));
+        }
+        let missing = missing_shards(&dataset.shards);
+        if let Some(first) = missing.first() {
+            warnings.push(format!(
+                "data.train: {} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
+                missing.len(),
+                first.display()
+            ));
+        }
+        warnings
+    }
+
+    /// How replica `replica`'s frames are read, from batch of clips `first` to before `end`.
+    pub fn stream(&self, replica: usize, first: u64, end: u64) -> StreamOptions {
+        let data = &self.config.data;
+        StreamOptions {
+            frames: data.frames,
+            stride: data.stride,
+            batch: data.batch,
+            crop: data.crop,
+            augmentation: data.augmentation(),
+            verify: data.verify,
+            shuffle: data.shuffle,
+            seed: self.config.train.seed,
+            training: self.purpose == Purpose::Train,
+            mean: data.mean,
+            std: data.std,
+            replicas: self.grid.replicas,
+            replica,
+            ahead: self.ahead.unwrap_or(0),
+            first_clip: first,
+            end_clip: end,
+            decoders: data.decode_threads,
+            ..StreamOptions::default()
+        }
+        .reading_ahead(data.prefetch)
+    }
+
+    /// Batches of clips in the whole run: `train.clips`, or `train.epochs` passes; one pass in evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if there are fewer videos than one batch takes.
+    pub fn total_clips(&self) -> Result<u64> {
+        let Some(dataset) = &self.dataset else { return Ok(self.config.train.clips.unwrap_or(0)) };
+        let an_epoch = Sampler::of(dataset, self.stream(0, 0, u64::MAX).sampler())?.clips_per_epoch();
+        Ok(match (self.purpose, self.config.train.clips) {
+            (Purpose::Evaluate, _) => an_epoch,
+            (Purpose::Train, Some(clips)) => clips,
+            (Purpose::Train, None) => an_epoch * self.config.train.epochs,
+        })
+    }
+
+    /// A number that is the same on two ranks only if they plan the same run.
+    ///
+    /// # Errors
+    /// As [`Config::to_toml`].
+    pub fn fingerprint(&self, first_clip: u64) -> Result<u64> {
+        let data = self.dataset.as_ref().map(|d| d.digest()).unwrap_or_default();
+        let text = format!(
+            "{}\n{:?}\n{}\n{data}\n{first_clip}\n{}",
+            env!("CARGO_PKG_VERSION"),
+            self.class_names,
+            self.config.to_toml()?,
+            self.wiring.links.len()
+        );
+        Ok(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+    }
+
+    /// The folder of this run's checkpoints.
+    pub fn checkpoints(&self) -> std::path::PathBuf {
+        Path::new(&self.config.run.dir).join("checkpoints")
+    }
+}
+
+fn frame_size(config: &Config, dataset: Option<&Dataset>) -> Result<(usize, usize)> {
+    match (config.data.crop, dataset) {
+        (Some(crop), Some(data)) if crop > data.height || crop > data.width => Err(Error::input(format!(
+            "data.crop = {crop}, but the shards' frames are {}x{} (height x width): crop at most {}",
+            data.height,
+            data.width,
+            data.height.min(data.width)
+        ))),
+        (Some(crop), _) => Ok((crop, crop)),
+        (None, Some(data)) => Ok((data.height, data.width)),
+        (None, None) => Err(Error::input(
+            "the frame size is unknown: no shards match data.train, and data.crop is not set; set data.crop to plan \
+             without data",
+        )),
+    }
+}
+
+fn class_names(config: &Config, dataset: Option<&Dataset>) -> Result<Vec<String>> {
+    match (config.model.classes, dataset) {
+        (Some(classes), Some(data)) if classes != data.class_names.len() => Err(Error::input(format!(
+            "model.classes = {classes}, but the shards have {} classes: remove the key, it follows the data",
+            data.class_names.len()
+        ))),
+        (_, Some(data)) => Ok(data.class_names.clone()),
+        (Some(classes), None) => Ok((0..classes).map(|k| format!("class {k}")).collect()),
+        (None, None) => Err(Error::input(
+            "the number of classes is unknown: no shards match data.train, and model.classes is not set; set it to \
+             plan without data",
+        )),
+    }
+}

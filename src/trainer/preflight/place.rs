@@ -1,0 +1,106 @@
+//! What each rank finds where it runs.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::comm::{World, hostname};
+use crate::setup::site;
+use crate::sys::machine::{free_space, memory, own_processors, program_hash};
+use crate::{Error, Result};
+
+/// What one rank finds where it runs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Place {
+    /// Its host.
+    pub host: String,
+    /// The processors it may run on, by number.
+    pub processors: Vec<usize>,
+    /// Processors' worth of time that a container leaves it, which may be less.
+    pub parallelism: usize,
+    /// Bytes of memory that may still be taken there.
+    pub available: u64,
+    /// Bytes it may take at most, of the host or of the control group that it is in.
+    pub limit: u64,
+    /// Free bytes of `/dev/shm`, through which ranks of a host exchange messages; `None` without it.
+    pub shared: Option<u64>,
+    /// NVIDIA GPUs of the host.
+    pub gpus: usize,
+    /// Of these, how many the program can use; and if none, why.
+    pub usable: usize,
+    /// Why none can be used.
+    pub unusable: String,
+    /// xxh3-64 of the program's file.
+    pub program: u64,
+}
+
+impl Place {
+    /// Looks around.
+    pub fn here() -> Self {
+        let (available, limit) = memory();
+        let (usable, unusable) = site::usable();
+        Place {
+            host: hostname(),
+            processors: own_processors(),
+            parallelism: std::thread::available_parallelism().map_or(1, usize::from),
+            available,
+            limit,
+            shared: free_space(Path::new("/dev/shm")),
+            gpus: std::fs::read_dir("/dev").map_or(0, |entries| {
+                let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().into_string().ok();
+                let gpu = |name: &String| {
+                    name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+                };
+                entries.filter_map(name).filter(gpu).count()
+            }),
+            usable,
+            unusable,
+            program: program_hash(),
+        }
+    }
+}
+
+/// Every rank's place. Collective.
+///
+/// # Errors
+/// [`Error::Transport`] when MPI fails.
+pub fn places(world: &World) -> Result<Vec<Place>> {
+    let mine = serde_json::to_vec(&Place::here()).map_err(|e| Error::Run(e.to_string()))?;
+    let parse =
+        |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::Transport(format!("a rank's place: {e}")));
+    world.gather(&mine)?.into_iter().map(parse).collect()
+}
+
+/// The ranks of this rank's host, itself among them.
+pub struct Neighbours {
+    /// How many.
+    pub ranks: usize,
+    /// Whether rank 0 is one of them.
+    pub chief: bool,
+    /// Whether each has processors of its own.
+    pub apart: bool,
+}
+
+impl Neighbours {
+    /// Looks around. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] when MPI fails.
+    pub fn of(world: &World) -> Result<Self> {
+        let own = own_processors();
+        let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
+        let places: Vec<Vec<String>> = world
+            .gather(mine.as_bytes())?
+            .iter()
+            .map(|place| String::from_utf8_lossy(place).split(' ').map(String::from).collect())
+            .collect();
+        let host = &places[world.rank()][0];
+        let here: Vec<&Vec<String>> = places.iter().filter(|place| &place[0] == host).collect();
+        // As many different processors as all of them together count?
+        let mut all: Vec<&String> = here.iter().flat_map(|place| &place[1..]).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        Ok(Neighbours { ranks: here.len(), chief: places[0][0] == *host, apart: all.len() == count })
+    }
+}
