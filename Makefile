@@ -79,11 +79,14 @@ EMULATOR := $(CURDIR)/target/cuda-emulator
 
 test-cuda: deps ## modules on GPUs, on an emulator of CUDA's libraries (tests/cuda-emulator)
 	tests/cuda-emulator/build.sh $(EMULATOR)
-	LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH $(CARGO) test $(PROFILE) --features cuda --test 'cuda*' -- --test-threads=2
+	LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH $(CARGO) test $(PROFILE) --features cuda --test cuda --test cuda_emulator -- --test-threads=2
+
+# Whether a program of tests has such tests: cargo takes a name that none has for success.
+drill = $(CARGO) test $(PROFILE) --test $(1) -- --list $(2) | grep ': test$$'
 
 drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkpoints are written, time limits (some 15 minutes; slurm/README.md)
-	FAULTS=50 $(CARGO) test $(PROFILE) --test faults a_kill -- --nocapture --test-threads=1
-	$(CARGO) test $(PROFILE) --test slurm -- --nocapture --ignored
+	$(call drill,trainer,faults::a_kill) && FAULTS=50 $(CARGO) test $(PROFILE) --test trainer faults::a_kill -- --nocapture --test-threads=1
+	$(call drill,cluster,--ignored) && $(CARGO) test $(PROFILE) --test cluster -- --nocapture --ignored
 
 clean: ## remove what was built and made here
 	$(CARGO) clean

@@ -9,7 +9,7 @@ tree=target/gpu/tree
 
 "$cargo" build --release --locked --features cuda
 tests=$("$cargo" test --release --locked --features cuda --no-run --message-format=json \
-    --test cuda --test cuda_ops --test cuda_exchange --test cuda_bench | grep -o '"executable":"[^"]*"' | cut -d'"' -f4)
+    --test cuda | grep -o '"executable":"[^"]*"' | cut -d'"' -f4)
 rm -rf "$tree"
 mkdir -p "$tree"/{bin,lib,openmpi/bin,openmpi/plugins,pmix}
 strip -o "$tree/bin/sideways" target/release/sideways

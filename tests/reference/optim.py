@@ -1,4 +1,4 @@
-"""Prints the literals of tests/optim.rs: the update rules as PyTorch's documentation states them (torch.optim.SGD, AdamW,
+"""Prints the literals of tests/method/optim.rs: the update rules as PyTorch's documentation states them (torch.optim.SGD, AdamW,
 RMSprop; defaults of dampening, amsgrad, centered), in float64. Needs numpy. Usage: python tests/reference/optim.py"""
 
 import numpy as np

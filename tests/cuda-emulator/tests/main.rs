@@ -2,7 +2,6 @@
 //! does, and notices what would go wrong on a GPU.
 //!
 //! The libraries are found as a process starts, so every test runs again in a process of its own that finds them.
-#![cfg(feature = "cuda")]
 
 mod convolutions;
 mod driver;

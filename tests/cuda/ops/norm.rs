@@ -7,7 +7,7 @@ use sideways::backend::cpu::{activation, batch_norm, norm as host};
 use sideways::backend::cuda::ops::{self, Norm, NormShape, Over};
 use sideways::backend::cuda::{Array, Element};
 
-use crate::{EPSILON, On, SHAPES, bits, random, tensor};
+use super::{EPSILON, On, SHAPES, bits, random, tensor};
 
 /// Arrays of a norm's test.
 struct NormCase {

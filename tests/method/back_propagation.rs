@@ -4,11 +4,9 @@
 //! With an update period longer than the run, a checkpoint holds the sum of the pseudo-gradients (`gradient.…`), so
 //! gradients are compared and not only what an optimiser makes of them.
 
-mod common;
-
 use std::path::Path;
 
-use common::runs::{assert_close, config, shard, tensors, train, with_prefix};
+use crate::common::runs::{assert_close, config, shard, tensors, train, with_prefix};
 use sideways::config::Config;
 use sideways::data::FrameStream;
 use sideways::pipeline::head::Head;

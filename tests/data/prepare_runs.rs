@@ -1,7 +1,5 @@
 //! `sideways data prepare` as users run it: on several ranks, killed and run again, on a full disk, with files missing.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -9,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::mpirun::{descendants, mpirun, text};
-use common::tmpfs::Tmpfs;
+use crate::common::mpirun::{descendants, mpirun, text};
+use crate::common::tmpfs::Tmpfs;
 use sideways::data::prepare::record::State;
 use sideways::data::{Dataset, ShardReader};
 

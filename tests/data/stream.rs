@@ -1,11 +1,9 @@
 //! The sampler's order and the frame stream: purity, replicas, windows, resuming, crops, damage.
 
-mod data_support;
-
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use data_support::shard;
+use crate::support::shard;
 use sideways::data::sampler::MIXED_SHARDS;
 use sideways::data::{
     Augmentation, Clip, Dataset, Encoding, FrameStream, Sampler, SamplerOptions, StreamOptions, VideoWindow,
@@ -336,7 +334,7 @@ fn damage_video_4(data: &Dataset) {
         assert_eq!(starts.len(), 9 + 15 + 7 + 30);
         starts[9 + 4]
     } else {
-        let frame = data_support::pixels(4, 4, 16, 24);
+        let frame = crate::support::pixels(4, 4, 16, 24);
         (0..bytes.len()).find(|&i| bytes[i..].starts_with(&frame)).unwrap()
     };
     bytes[at..at + 100].fill(0);

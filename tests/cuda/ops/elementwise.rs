@@ -4,7 +4,7 @@ use sideways::Result;
 use sideways::backend::cpu::activation;
 use sideways::backend::cuda::{Element, ops};
 
-use crate::{On, bits, list, random, tensor};
+use super::{On, bits, list, random, tensor};
 
 #[test]
 fn elementwise() -> Result<()> {

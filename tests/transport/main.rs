@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use sideways::comm::{Endpoints, Header, Kind, LinkSpec, Receiver, Sender, World, connect};
 use sideways::{Error, Result};
 
+#[path = "../common/mod.rs"]
 mod common;
 use common::mpirun::{mpirun, text};
 

@@ -1,6 +1,7 @@
 //! The batch scripts on a real Slurm cluster of five hosts, made of network namespaces (slurm/testbed). Needs root and
 //! Slurm's packages; skipped, loudly, where they are missing. One test, since there is one testbed.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::path::{Path, PathBuf};

@@ -5,7 +5,7 @@ use sideways::Result;
 use sideways::backend::cuda::{Element, ops};
 use sideways::nn::loss::{self, PixelLoss};
 
-use crate::{On, integers, random, tensor};
+use super::{On, integers, random, tensor};
 
 #[test]
 fn cross_entropy() -> Result<()> {

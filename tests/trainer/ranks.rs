@@ -1,13 +1,11 @@
 //! The program under mpirun: the same parameters wherever modules run, and what happens when something is wrong.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use common::mpirun::{mpirun, text};
-use common::runs::{config, shard, tensors};
+use crate::common::mpirun::{mpirun, text};
+use crate::common::runs::{config, shard, tensors};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");

@@ -1,17 +1,14 @@
 //! Messages between modules on GPUs: whichever way they go, the results are the same; and what happens where a way does not
 //! work, or a rank is lost.
-#![cfg(feature = "cuda")]
-
-mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::cuda::{MINUTE, Place, environment, program, real};
-use common::mpirun::{mpirun, text};
-use common::runs::tensors;
+use crate::common::cuda::{MINUTE, Place, environment, program, real};
+use crate::common::mpirun::{mpirun, text};
+use crate::common::runs::tensors;
 
 const CUDA: &str = "run.device=cuda";
 const SKIPS: &str = "model.skip={ spans = [2, 3] }";

@@ -5,7 +5,7 @@ use sideways::Result;
 use sideways::backend::cpu::activation;
 use sideways::backend::cuda::{Array, ops};
 
-use crate::{On, bits, random, tensor};
+use super::{On, bits, random, tensor};
 
 #[test]
 fn biases_and_their_gradients() -> Result<()> {

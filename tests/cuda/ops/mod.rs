@@ -4,8 +4,6 @@
 //! 2e-5 of the largest value of a result for float arithmetic, and for results in bfloat16 half a unit in the last place
 //! of each value beside it.
 
-#![cfg(feature = "cuda")]
-
 mod bias;
 mod elementwise;
 mod loss;

@@ -4,7 +4,7 @@ use sideways::Result;
 use sideways::backend::cpu::{Window, pool, resample};
 use sideways::backend::cuda::ops;
 
-use crate::{On, SHAPES, list, tensor};
+use super::{On, SHAPES, list, tensor};
 
 fn windows(dims: [usize; 4]) -> Vec<Window> {
     let tall = Window { kernel: [3, 2], stride: [1, 2], padding: [1, 0] };

@@ -1,13 +1,10 @@
 //! Shards: what is written comes back, and every malformed file is told by name and by what is wrong with it.
 
-mod common;
-mod data_support;
-
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use common::tmpfs::Tmpfs;
-use data_support::{CLASSES, header, pixels, shard};
+use crate::common::tmpfs::Tmpfs;
+use crate::support::{CLASSES, header, pixels, shard};
 use sideways::data::inspect::{contact_sheet, find, inspect};
 use sideways::data::{Dataset, Encoding, ShardHeader, ShardReader, ShardWriter, jpeg, missing_shards};
 

@@ -4,7 +4,7 @@ use sideways::Result;
 use sideways::backend::cpu::Window;
 use sideways::backend::cuda::ops::{self, Norm, NormShape, Over};
 
-use crate::{EPSILON, On};
+use super::{EPSILON, On};
 
 #[test]
 fn sizes_that_do_not_fit_are_refused() -> Result<()> {

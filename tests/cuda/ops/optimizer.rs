@@ -7,7 +7,7 @@ use sideways::backend::cuda::{Array, Element, Gpu};
 use sideways::nn::optim::{Optimizer, OptimizerSpec};
 use sideways::nn::param::Param;
 
-use crate::{bf16, bits, close, random};
+use super::{bf16, bits, close, random};
 
 fn rule(text: &str) -> OptimizerSpec {
     toml::from_str(&text.replace(", ", "\n")).expect("a valid optimiser")

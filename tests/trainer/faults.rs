@@ -1,15 +1,13 @@
 //! What happens to a run that is asked to stop, killed, or cannot write: nothing is lost but work since the last checkpoint.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
-use common::mpirun::{mpirun, text};
-use common::runs::tensors;
-use common::tmpfs::Tmpfs;
+use crate::common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
+use crate::common::mpirun::{mpirun, text};
+use crate::common::runs::tensors;
+use crate::common::tmpfs::Tmpfs;
 use sideways::checkpoint;
 
 /// SIGTERM and SIGUSR1 to one process of all modules, and to exact back-propagation: a checkpoint, exit 75, the same bits.

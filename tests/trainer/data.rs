@@ -1,14 +1,12 @@
 //! Training and its data: shards that go away, damaged videos, and what must not depend on how frames are read.
 
-mod common;
-
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
-use common::mpirun::{mpirun, text};
-use common::runs::{SIDE, config, shard, tensors, train};
+use crate::common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
+use crate::common::mpirun::{mpirun, text};
+use crate::common::runs::{SIDE, config, shard, tensors, train};
 use sideways::comm::World;
 use sideways::config::Rule;
 use sideways::pipeline::bp;

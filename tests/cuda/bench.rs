@@ -1,13 +1,10 @@
 //! Benchmarks and plans on a GPU, or on the emulator (tests/cuda-emulator): they run, add up, and say clearly what cannot be.
-#![cfg(feature = "cuda")]
-
-mod common;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::cuda::{MINUTE, environment, program, real};
-use common::mpirun::{mpirun, text};
+use crate::common::cuda::{MINUTE, environment, program, real};
+use crate::common::mpirun::{mpirun, text};
 use serde_json::Value;
 
 fn run(ranks: usize, args: &[&str], more: &[(&str, &str)]) -> Output {

@@ -2,16 +2,13 @@
 //!
 //! Without a GPU the program runs on an emulator of CUDA's libraries (tests/cuda-emulator), which the first test builds;
 //! with `SIDEWAYS_TEST_GPU=1` on the libraries and the GPU that are there.
-#![cfg(feature = "cuda")]
-
-mod common;
 
 use std::collections::HashMap;
 use std::process::Command;
 
-use common::cuda::{Place, program, real};
-use common::mpirun::text;
-use common::runs::{assert_close, tensors};
+use crate::common::cuda::{Place, program, real};
+use crate::common::mpirun::text;
+use crate::common::runs::{assert_close, tensors};
 
 const CUDA: &str = "run.device=cuda";
 const CPU: &str = "run.device=cpu";

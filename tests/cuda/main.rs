@@ -1,0 +1,8 @@
+//! The GPU: its operators, training, messages and benchmarks; without a GPU on the emulator of CUDA's libraries.
+
+mod bench;
+#[path = "../common/mod.rs"]
+mod common;
+mod exchange;
+mod ops;
+mod training;

@@ -1,0 +1,13 @@
+//! The method and its arithmetic, in one process: schedules, cuts, layers and their products, update rules, and the engine
+//! beside exact back-propagation.
+
+mod back_propagation;
+#[path = "../common/mod.rs"]
+mod common;
+mod kernels;
+mod optim;
+mod plan;
+mod schedule;
+mod spec;
+mod stem;
+mod vjp;

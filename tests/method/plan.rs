@@ -1,0 +1,154 @@
+//! Cutting networks against exhaustive search on random instances; predictions where the answer is known.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use sideways::config::Config;
+use sideways::method::graph::{Edge, Graph};
+use sideways::network::partition::{Piece, partition, pieces};
+use sideways::plan::simulate::{Processors, StepCost, simulate};
+use sideways::setup::Setup;
+
+use crate::common::runs::LAYERS;
+
+/// A number from 0 to below 1 that depends on nothing but its arguments.
+fn noise(seed: u64, of: &[usize]) -> f64 {
+    let bytes: Vec<u8> = of.iter().flat_map(|n| n.to_le_bytes()).collect();
+    (xxhash_rust::xxh3::xxh3_64_with_seed(&bytes, seed) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Every way to choose `count` growing cuts from 1..blocks.
+fn all_cuts(blocks: usize, count: usize) -> Vec<Vec<usize>> {
+    let masks = 0u32..1 << (blocks - 1);
+    let chosen = masks.filter(|mask| mask.count_ones() as usize == count);
+    chosen.map(|mask| (1..blocks).filter(|n| mask >> (n - 1) & 1 == 1).collect()).collect()
+}
+
+/// Random chains with random skips; costs that depend on the module's number, on its blocks and on where skips come from, some
+/// of them impossible.
+#[test]
+fn no_way_to_cut_is_better_than_the_one_found() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let mut below = |n: usize| (rng.next_u64() % n as u64) as usize;
+    let (mut possible, mut refused, mut with_skips) = (0, 0, 0);
+    for case in 0..400u64 {
+        let blocks = 1 + below(10);
+        let modules = 1 + below(blocks);
+        let mut skips = Vec::new();
+        for to in 3..=modules {
+            for from in 1..=to - 2 {
+                if below(4) == 0 {
+                    skips.push(Edge { from, to, delay: 1 });
+                }
+            }
+        }
+        with_skips += usize::from(!skips.is_empty());
+        let graph = Graph::new(modules, &skips).unwrap();
+        let block: Vec<f64> = (0..blocks).map(|b| noise(case, &[b])).collect();
+        let mut cost = |p: &Piece| {
+            let own: f64 = block[p.start..p.end].iter().sum();
+            let mut cost = own * (1.0 + 0.2 * noise(case, &[p.module, 77])) + 0.2 * noise(case, &[p.start, p.end]);
+            for &from in &p.skips {
+                assert!(from <= p.start && from > 0);
+                let extra = noise(case, &[from, p.start, 9]);
+                if extra > 0.8 {
+                    return None;
+                }
+                cost += 0.3 * extra;
+            }
+            Some(cost)
+        };
+        let mut judge = |cuts: &[usize]| -> Option<(f64, f64)> {
+            let costs: Option<Vec<f64>> = pieces(cuts, blocks, &graph).iter().map(&mut cost).collect();
+            costs.map(|c| (c.iter().copied().fold(0.0, f64::max), c.iter().sum()))
+        };
+        let all: Vec<(f64, f64)> = all_cuts(blocks, modules - 1).iter().filter_map(|c| judge(c)).collect();
+        let least = all.iter().map(|(largest, _)| *largest).fold(f64::INFINITY, f64::min);
+        let slack = [0.0, 0.1][below(2)];
+        let near = all.iter().filter(|(largest, _)| *largest <= least * (1.0 + slack));
+        let total = near.map(|(_, total)| *total).fold(f64::INFINITY, f64::min);
+        match partition(blocks, &graph, slack, &mut cost) {
+            Ok(found) => {
+                possible += 1;
+                assert!(found.exact);
+                assert_eq!(found.cuts.len(), modules - 1);
+                // Whole and in order: no block is dropped, none is in two modules.
+                let covered: Vec<usize> =
+                    pieces(&found.cuts, blocks, &graph).iter().flat_map(|p| p.start..p.end).collect();
+                assert_eq!(covered, (0..blocks).collect::<Vec<_>>());
+                assert!(pieces(&found.cuts, blocks, &graph).iter().all(|p| p.start < p.end));
+                let close = |a: f64, b: f64| (a - b).abs() <= 1e-12 * b.abs().max(1.0);
+                assert!(found.largest <= least * (1.0 + slack) + 1e-12, "case {case}: {found:?}, least {least}");
+                assert!(close(found.total, total), "case {case}: {found:?}, total {total}");
+            }
+            Err(e) => {
+                refused += 1;
+                assert!(all.is_empty(), "case {case}: {e}");
+            }
+        }
+    }
+    assert!(possible > 200 && refused > 20 && with_skips > 100, "{possible} {refused} {with_skips}");
+}
+
+fn planned(text: &str, ranks: usize) -> Setup {
+    Setup::dry(&Config::parse(text, "test", &[]).unwrap(), ranks).unwrap()
+}
+
+/// At 112 pixels resnet18's last stage has 4x4 where the one before has 7x7: no skip may cross that, and cuts by arithmetic alone
+/// would make one.
+#[test]
+fn cuts_go_around_skips_that_do_not_fit() {
+    let text = "[data]\ncrop = 112\n[model]\npreset = 'resnet18'\nclasses = 10\nmodules = 8\n";
+    let plain = planned(text, 8).cuts();
+    let skips = planned(&format!("{text}skip = {{ spans = [2] }}\n"), 8);
+    assert_ne!(skips.cuts(), plain);
+    assert!(skips.network.modules.iter().all(|m| !m.layers.is_empty()));
+    assert_eq!(skips.network.modules.iter().map(|m| m.layers.len()).sum::<usize>(), skips.network.layers.len());
+    // A block a module leaves no choice; the error still says which skip does not fit.
+    let text = text.replace("modules = 8", "modules = 10");
+    let all = Config::parse(&format!("{text}skip = {{ spans = [2] }}\n"), "test", &[]).unwrap();
+    let error = Setup::dry(&all, 10).err().unwrap().to_string();
+    assert!(error.contains("(skip): the skip brings"), "{error}");
+}
+
+/// Modules of the small test network, `frames` frames a clip.
+fn chain(modules: usize, frames: usize, skip: &str) -> Setup {
+    let layers = LAYERS.replace('\n', " ");
+    let text = format!(
+        "[data]\ncrop = 8\nframes = {frames}\nbatch = 2\n[model]\nlayers = {layers}\nclasses = 4\n\
+         modules = {modules}\n{skip}\n"
+    );
+    planned(&text, modules)
+}
+
+#[test]
+fn a_simulated_tick_is_that_of_the_slowest_or_of_all() {
+    let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9 * b.max(1.0), "{a} is not {b}");
+    let cost = |forward: f64, backward: f64| StepCost { forward, backward, backward_leaf: backward, update: 0.0 };
+    for skip in ["", "skip = { spans = [2, 3] }", "skip = { spans = [2], delay = 'aligned' }"] {
+        // Long clips: nearly all steps have backward work, and the last module's always.
+        let setup = chain(5, 400, skip);
+        let mut costs = vec![cost(1.0, 2.0); 5];
+        costs[4] = cost(3.0, 5.0);
+        let own = Processors::of_ranks(5, 1);
+        near(simulate(&setup, &costs, &own).tick, 8.0);
+        // On one processor everything adds up: forward at every step, backward where the schedule has it.
+        let one = chain(5, 40, skip);
+        let expected: f64 = (1..=5)
+            .map(|i| {
+                let share = one.schedule.steps(i).iter().filter(|s| s.backward).count() as f64 / 40.0;
+                costs[i - 1].forward + share * costs[i - 1].backward
+            })
+            .sum();
+        let shared = Processors { pool_of_rank: vec![0; 5], slots: vec![1] };
+        let outcome = simulate(&one, &costs, &shared);
+        near(outcome.tick, expected);
+        near(outcome.busy.iter().sum(), expected);
+        // Two processors for five modules: no faster than half, no slower than one.
+        let two = simulate(&one, &costs, &Processors { pool_of_rank: vec![0; 5], slots: vec![2] });
+        assert!(two.tick >= expected / 2.0 - 1e-9 && two.tick < expected, "{}", two.tick);
+    }
+    // One module: forward, backward, and an update a clip.
+    let alone = chain(1, 10, "");
+    let cost = StepCost { forward: 1.0, backward: 9.0, backward_leaf: 2.0, update: 5.0 };
+    near(simulate(&alone, &[cost], &Processors::of_ranks(1, 1)).tick, 3.0 + 0.5);
+}

@@ -1,0 +1,8 @@
+//! Training as users run it: under mpirun, planned, disturbed, on data that go away.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod data;
+mod faults;
+mod plan;
+mod ranks;
