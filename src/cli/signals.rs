@@ -38,7 +38,8 @@ pub fn raise_on_signals(requests: &Requests, chief: bool) -> Result<()> {
                 Some(at) if at.elapsed() < ECHO => {}
                 Some(_) => {
                     log::error!("{name}: stopped at once, without a checkpoint");
-                    std::process::exit(128 + signal);
+                    // Without the libraries' destructors: the workers still use what those would free.
+                    signal_hook::low_level::exit(128 + signal);
                 }
             }
         }
