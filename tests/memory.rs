@@ -1,5 +1,6 @@
 //! Peak resident memory of a training process: flat in the clip's length under Skip-Sideways, not under exact
-//! back-propagation.
+//! back-propagation. A program of its own: the peak of a child counts that of the process that starts it, whose memory it has
+//! until it runs another program.
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! The batch scripts on a real Slurm cluster of five hosts, made of network namespaces (slurm/testbed). Needs root and
-//! Slurm's packages; skipped, loudly, where they are missing. One test, since there is one testbed.
+//! Slurm's packages; skipped where they are missing, but in continuous integration. One test, since there is one testbed.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -9,10 +9,11 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use common::mpirun::text;
+use common::program::PROGRAM;
 use common::runs::{config, shard, tensors};
+use common::skip_unless_ci;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
 
 /// The testbed, taken down when this goes.
 struct Testbed;
@@ -27,7 +28,7 @@ impl Testbed {
         let why = String::from_utf8_lossy(&output.stderr).into_owned();
         let missing = ["needs root", "is missing", "is up; take that one down", "Operation not permitted"];
         assert!(missing.iter().any(|m| why.contains(m)), "the testbed does not come up: {why}");
-        eprintln!("SKIPPED: no Slurm testbed here: {why}");
+        skip_unless_ci(&format!("no Slurm testbed comes up: {}", why.trim()));
         None
     }
 

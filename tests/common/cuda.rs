@@ -5,16 +5,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use super::mpirun::{mpirun, text};
+use super::program::{MINUTE, PROGRAM};
 use super::runs::{SIDE, config, shard_of_side, tensors};
-
-pub const MINUTE: Duration = Duration::from_secs(60);
 
 /// The program: the one built with the tests, or where they were carried elsewhere, `SIDEWAYS_TEST_PROGRAM`.
 pub fn program() -> String {
-    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_sideways").into())
+    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| PROGRAM.into())
 }
 
 /// Whether a real GPU is to be used.

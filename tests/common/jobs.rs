@@ -8,12 +8,8 @@ use std::time::{Duration, Instant};
 use sideways::checkpoint;
 
 use super::mpirun::text;
+use super::program::{MINUTE, PROGRAM, alone};
 use super::runs::{config, shard, tensors};
-
-/// The program under test.
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
-/// Longer than anything here takes.
-pub const MINUTE: Duration = Duration::from_secs(60);
 
 /// A configuration that trains for so long that it must be stopped.
 pub struct Run {
@@ -51,7 +47,7 @@ impl Run {
         let through = self.dir.path().join(format!("through-{clips}"));
         let (dir, stop) = (format!("run.dir={}", through.display()), clips.to_string());
         let args = ["train", &self.config, "--set", &dir, "--stop-after", &stop];
-        let output = Command::new(PROGRAM).args(args).output().unwrap();
+        let output = alone(&args);
         assert_eq!(output.status.code(), Some(75), "{}", text(&output));
         assert!(tensors(&through, clips) == tensors(&self.folder(), clips), "parameters differ after {clips} clips");
     }
@@ -60,14 +56,6 @@ impl Run {
         let text = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap_or_default();
         let clips = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["clips"].as_u64());
         text.lines().filter_map(clips).collect()
-    }
-}
-
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < MINUTE, "waited a minute for {what}");
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -87,10 +75,13 @@ impl Job {
         unsafe { libc::kill(self.0.id() as i32, signal) };
     }
 
+    /// Waits for its end. A job that ends by a signal (as where it crashes) fails the test.
+    #[track_caller]
     pub fn exit_code(&mut self) -> Option<i32> {
         let start = Instant::now();
         loop {
             if let Some(status) = self.0.try_wait().unwrap() {
+                assert!(status.code().is_some(), "the job did not end by itself: {status}");
                 return status.code();
             }
             assert!(start.elapsed() < MINUTE, "the job does not end");

@@ -14,6 +14,8 @@ use sideways::trainer::console::Totals;
 use sideways::trainer::run;
 use sideways::trainer::run_range::Span;
 
+use super::numbers::flat;
+
 /// Side of the frames.
 pub const SIDE: usize = 8;
 
@@ -84,10 +86,9 @@ pub fn train(config: &Config, stop_after: Option<u64>) -> Totals {
 pub fn tensors(run: &Path, clips: u64) -> HashMap<String, Vec<f64>> {
     let at: PathBuf = run.join(format!("checkpoints/step-{clips:08}"));
     let loaded = Checkpoint::open(&at).unwrap().load(|_| true).unwrap();
-    let flat = |t: candle_core::Tensor| {
-        t.to_dtype(candle_core::DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap()
-    };
-    loaded.into_iter().map(|(name, t)| (name, flat(t))).collect()
+    let all: HashMap<_, _> = loaded.into_iter().map(|(name, t)| (name, flat(&t).unwrap())).collect();
+    assert!(!all.is_empty() && all.values().flatten().any(|v| *v != 0.0), "{}: nothing in it", at.display());
+    all
 }
 
 /// The entries whose names begin with `prefix`, without it.
@@ -103,9 +104,10 @@ pub fn assert_close(a: &HashMap<String, Vec<f64>>, b: &HashMap<String, Vec<f64>>
         names
     };
     assert_eq!(names(a), names(b), "{what}: not the same tensors");
-    assert!(!a.is_empty(), "{what}: nothing to compare");
+    assert!(a.values().flatten().any(|x| *x != 0.0), "{what}: nothing to compare");
     for (name, x) in a {
         let y = &b[name];
+        assert_eq!(x.len(), y.len(), "{what}: {name} has not as many elements");
         let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
         let difference: Vec<f64> = x.iter().zip(y).map(|(x, y)| x - y).collect();
         let (off, size) = (norm(&difference), norm(x).max(norm(y)));

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::cuda::{MINUTE, environment, program, real};
+use crate::common::cuda::{environment, program, real};
 use crate::common::mpirun::{mpirun, text};
+use crate::common::program::MINUTE;
 use serde_json::Value;
 
 fn run(ranks: usize, args: &[&str], more: &[(&str, &str)]) -> Output {
@@ -61,13 +62,20 @@ fn layers_and_ticks() {
             assert!(rows.iter().all(|row| row["forward"]["seconds"].as_f64().unwrap() > 0.0), "{found}");
         }
         assert_eq!(found["ticks"].as_array().unwrap().len(), 3);
+        for key in ["launches", "graphs", "allocated", "predicted"] {
+            assert_eq!(numbers(&found["ticks"], key).len(), 3, "{key}: {found}");
+        }
         for ((launches, graphs), (allocated, predicted)) in numbers(&found["ticks"], "launches")
             .into_iter()
             .zip(numbers(&found["ticks"], "graphs"))
             .zip(numbers(&found["ticks"], "allocated").into_iter().zip(numbers(&found["ticks"], "predicted")))
         {
             assert!(launches > 0.0 && graphs > 0.0);
-            assert!(allocated > 0.3 * predicted, "{allocated} bytes allocated, {predicted} predicted");
+            eprintln!("{allocated} bytes allocated, {predicted} predicted");
+            assert!(
+                allocated > 0.3 * predicted && allocated < 2.0 * predicted,
+                "{allocated} bytes allocated, {predicted} predicted"
+            );
         }
     }
 }
@@ -80,7 +88,8 @@ fn plans() {
     let plan = json(&[&["plan", config.as_str(), "--json"], &set[..]].concat());
     assert_eq!((&plan["gpu"]["precision"], &plan["busy"]), (&"bf16".into(), &1.into()));
     assert!(plan["gpu"]["name"].as_str().is_some_and(|name| !name.is_empty()));
-    assert!(numbers(&plan["modules"], "forward").iter().all(|&seconds| seconds > 0.0));
+    let forward = numbers(&plan["modules"], "forward");
+    assert!(forward.len() == 3 && forward.iter().all(|&seconds| seconds > 0.0), "{forward:?}");
     let float = json(&["plan", &config, "--json"]);
     let memory = |plan: &Value| numbers(&plan["modules"], "memory").iter().sum::<f64>();
     assert!(memory(&plan) < memory(&float), "bfloat16 takes as much memory as float32");
@@ -142,4 +151,5 @@ fn links_and_overlap() {
     }
     let busy = run(0, &["bench", "overlap", "--device", "cuda", "--busy", "--workers", "2"], &[]);
     assert_eq!(busy.status.code(), Some(2), "{}", text(&busy));
+    assert!(text(&busy).contains("--busy"), "{}", text(&busy));
 }

@@ -22,7 +22,7 @@ fn film(path: &Path, source: &str, seconds: &str) {
         .stdin(Stdio::null())
         .status()
         .expect("the tests of `data prepare` need ffmpeg");
-    assert!(status.success());
+    assert!(status.success(), "ffmpeg makes no {source}");
 }
 
 fn target(height: usize, width: usize, fps: f64) -> Target {
@@ -107,6 +107,8 @@ fn class_folders_become_shards_and_broken_videos_are_set_aside() {
     assert_eq!(frames("a test/-two: 50%.mkv"), Some((0, 16)), "5 frames a second become 10");
     assert_eq!(frames("fractal/m1.mp4"), Some((1, 10)));
     assert_eq!(frames("fractal/m2.AVI"), Some((1, 10)));
+    // 4 videos, 3 a shard.
+    assert_eq!(shards.len(), 2);
     for shard in shards {
         let r = ShardReader::open(shard).unwrap();
         (0..r.videos()).for_each(|v| r.verify(v).unwrap());

@@ -20,6 +20,7 @@ fn what_is_written_comes_back() {
         for v in 0..3 {
             r.verify(v).unwrap();
             let (bytes, spans) = r.read(r.frames_of(v)).unwrap();
+            assert_eq!(spans.len(), [3, 1, 40][v]);
             for (t, span) in spans.into_iter().enumerate() {
                 let rgb = pixels(5 + v, t, 16, 20);
                 match encoding {
@@ -74,6 +75,7 @@ fn an_unfinished_shard_leaves_nothing_and_bad_videos_are_refused() {
 fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
     let dir = tempfile::tempdir().unwrap();
     let Some(disk) = Tmpfs::mount(dir.path(), "1m") else { return };
+    let (mut complete, mut given_up) = (0, 0);
     for round in 0..100 {
         let path = disk.0.join(format!("{round}.h5"));
         let encoding = [Encoding::Raw, Encoding::Jpeg][round % 2];
@@ -83,8 +85,8 @@ fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
             frames.map(|rgb| if encoding == Encoding::Raw { rgb } else { jpeg::encode(&rgb, 40, 40, 95).unwrap() });
         writer.append("video", 0, stored).unwrap();
         let filler = disk.fill();
-        // Room for some of it.
-        let room = std::fs::metadata(&filler).unwrap().len() - ((round as u64 / 2 * 7) % 30 + 1) * 4096;
+        // Room for less than a chunk of frames (64 pages), for that and some of the lists, or for all of it.
+        let room = std::fs::metadata(&filler).unwrap().len() - ((round as u64 / 2 * 7) % 30 + 55) * 4096;
         std::fs::File::options().write(true).open(&filler).unwrap().set_len(room).unwrap();
         let done = AtomicBool::new(false);
         let finished = std::thread::scope(|scope| {
@@ -104,11 +106,17 @@ fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
                 assert!(round >= 2, "there was no room for {}", path.display());
                 ShardReader::open(&path).unwrap().verify(0).unwrap();
                 std::fs::remove_file(path).unwrap();
+                complete += 1;
             }
-            Err(e) => assert!(e.to_string().contains("No space left on device"), "{e}"),
+            Err(e) => {
+                assert!(e.to_string().contains("No space left on device"), "{e}");
+                given_up += 1;
+            }
         }
         assert_eq!(std::fs::read_dir(&disk.0).unwrap().count(), 0);
     }
+    eprintln!("{complete} shards complete, {given_up} given up");
+    assert!(complete > 0 && given_up >= 2, "{complete} shards complete, {given_up} given up");
 }
 
 /// The error of opening a good shard that `damage` was done to.
@@ -176,7 +184,7 @@ fn attributes_that_make_no_sense() {
     assert!(opened(Raw, attribute("format", string("other"))).contains("not a shard"));
     assert!(opened(Raw, attribute("version", 2i64)).contains("shard version 2"));
     assert!(opened(Raw, attribute("version", string("one"))).contains("`version`"));
-    assert!(opened(Raw, attribute("encoding", string("png"))).contains("\"png\""));
+    assert!(opened(Raw, attribute("encoding", string("png"))).contains("encoding \"png\" is neither"));
     assert!(opened(Raw, attribute("fps", -1.0f64)).contains("fps is -1"));
     assert!(opened(Raw, attribute("height", -16i64)).contains("`height` is -16"));
     assert!(opened(Raw, attribute("width", 1i64 << 40)).contains("a side must be"));

@@ -78,6 +78,7 @@ fn five_modules_on_moving_frames_are_not_back_propagation() {
     let first = "layers.0.conv2d.weight";
     let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
     let (a, b) = (&sideways[first], &exact[first]);
+    assert_eq!(a.len(), b.len());
     let cosine = a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>() / norm(a) / norm(b);
     assert!(cosine < 0.999, "cosine {cosine}");
 }
@@ -108,7 +109,10 @@ fn identical_frames_give_the_true_gradient() {
             let (short, long) = (sum("short", "data.frames=19"), sum("long", "data.frames=20"));
             let added = long
                 .iter()
-                .map(|(name, v)| (name.clone(), v.iter().zip(&short[name]).map(|(l, s)| l - s).collect()))
+                .map(|(name, v)| {
+                    assert_eq!(v.len(), short[name].len(), "{name}");
+                    (name.clone(), v.iter().zip(&short[name]).map(|(l, s)| l - s).collect())
+                })
                 .collect();
             let sets: Vec<&str> = sets.iter().copied().chain(["data.frames=20"]).collect();
             let exact = exact(&config(dir.path(), &sets), |t, steps| t + 1 == steps);

@@ -2,9 +2,6 @@
 //! number of threads.
 
 use candle_core::{DType, Device, Tensor};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
 use sideways::backend::cpu::conv::{self, Algorithm, Conv, Convolution, InputCotangent};
 use sideways::backend::cpu::norm::GroupNorm;
@@ -15,11 +12,7 @@ use sideways::nn::module::{Fuse, Module};
 use sideways::nn::param::Init;
 use sideways::nn::spec::LayerSpec;
 
-fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
-    let rng = ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> = StandardNormal.sample_iter(rng).take(shape.iter().product()).collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-}
+use crate::common::numbers::{self, flat, random_f32 as random};
 
 fn values(t: &Tensor) -> Result<Vec<f32>> {
     Ok(t.flatten_all()?.to_vec1()?)
@@ -54,10 +47,7 @@ fn products(conv: &Conv, x: &[usize], w: &[usize], y: &[usize], mut visit: impl 
 }
 
 fn close(what: &str, found: &Tensor, expected: &[f64], tolerance: f64) -> Result<()> {
-    let scale = expected.iter().fold(1.0f64, |m, v| m.max(v.abs()));
-    for (f, e) in found.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.iter().zip(expected) {
-        assert!((f - e).abs() < tolerance * scale, "{what}: {f} where loops give {e} (scale {scale})");
-    }
+    numbers::close(what, &flat(found)?, expected, tolerance);
     Ok(())
 }
 
@@ -179,11 +169,12 @@ fn a_norm_takes_over_the_relu_behind_it() -> Result<()> {
     let (found, found_statistics) = norm::group(&x, &scale, &shift, &together)?;
     let (found_gx, found_gw, found_gb) = norm::group_vjp(&x, &scale, &shift, &found_statistics, &gy, &together, true)?;
     for (a, b) in [(&y, &found), (&gw, &found_gw), (&gb, &found_gb), (&gx.unwrap(), &found_gx.unwrap())] {
+        assert_eq!(a.dims(), b.dims());
         assert_eq!(values(a)?, values(b)?);
     }
     let exact = x.to_dtype(DType::F64)?;
     let (scale, shift) = (scale.to_dtype(DType::F64)?, shift.to_dtype(DType::F64)?);
-    close("norm", &normal, &norm::group(&exact, &scale, &shift, &apart)?.0.flatten_all()?.to_vec1()?, 1e-4)
+    close("norm", &normal, &flat(&norm::group(&exact, &scale, &shift, &apart)?.0)?, 1e-4)
 }
 
 /// A relu and a max pool done in the norm's passes give what the three give apart but for the order of their sums. Windows side
@@ -200,8 +191,10 @@ fn a_norm_takes_over_the_pool_behind_its_relu() -> Result<()> {
         let g = pool::max_vjp(x.dims(), &window, &winners, &gy)?;
         let (gx, gw, gb) = norm::group_vjp(&x, &scale, &shift, &statistics, &g, &norm, true)?;
         let (found, kept) = norm_pool::forward(&x, &scale, &shift, &norm, &window)?;
-        close("y", &found, &y.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?, 1e-6)?;
+        close("y", &found, &flat(&y)?, 1e-6)?;
         // Where the relu leaves nothing, all are equal.
+        assert_eq!(kept.winners.dims(), winners.dims());
+        assert_eq!(winners.dims(), y.dims());
         let both =
             kept.winners.flatten_all()?.to_vec1::<u8>()?.into_iter().zip(winners.flatten_all()?.to_vec1::<u8>()?);
         for ((found, expected), y) in both.zip(values(&y)?) {
@@ -212,7 +205,7 @@ fn a_norm_takes_over_the_pool_behind_its_relu() -> Result<()> {
         for (name, found, expected) in
             [("gx", &found_gx.unwrap(), &gx.unwrap()), ("gw", &found_gw, &gw), ("gb", &found_gb, &gb)]
         {
-            close(name, found, &expected.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?, 1e-5)?;
+            close(name, found, &flat(expected)?, 1e-5)?;
         }
         let (none, alone_gw, alone_gb) = vjp(false)?;
         assert!(none.is_none() && values(&alone_gw)? == values(&found_gw)? && values(&alone_gb)? == values(&found_gb)?);

@@ -4,6 +4,7 @@
 mod back_propagation;
 #[path = "../common/mod.rs"]
 mod common;
+mod comparisons;
 mod kernels;
 mod optim;
 mod plan;

@@ -21,20 +21,23 @@ fn layers_read_and_write_as_toml() -> Result<()> {
     let conv = parse(r#"kind = "conv2d", out = 8, kernel = 3"#).expect("valid");
     assert_eq!(conv, LayerSpec::Conv2d { out: 8, kernel: 3, stride: 1, padding: 0, groups: 1, bias: true });
     for name in PRESETS.map(|(name, _)| name) {
-        for layer in preset(name, 5)? {
+        let layers = preset(name, 5)?;
+        assert!(layers.len() > 3, "{name}");
+        for layer in layers {
             let text = toml::to_string(&layer).expect("serialisable");
             assert!(text.starts_with(&format!("kind = \"{}\"", layer.kind())), "{text}");
             assert_eq!(toml::from_str::<LayerSpec>(&text).expect("its own output"), layer);
         }
     }
-    for wrong in [
-        r#"kind = "conv2d", out = 8"#,
-        r#"kind = "conv2d", out = 8, kernel = 3, strid = 2"#,
-        r#"kind = "relu", slope = 1"#,
-        r#"kind = "residual", out = 8, norn = "batch""#,
-        r#"kind = "conv3d", out = 8"#,
+    for (wrong, why) in [
+        (r#"kind = "conv2d", out = 8"#, "missing field `kernel`"),
+        (r#"kind = "conv2d", out = 8, kernel = 3, strid = 2"#, "unknown field `strid`"),
+        (r#"kind = "relu", slope = 1"#, "unknown field `slope`"),
+        (r#"kind = "residual", out = 8, norn = "batch""#, "unknown field `norn`"),
+        (r#"kind = "conv3d", out = 8"#, "unknown variant `conv3d`"),
     ] {
-        assert!(parse(wrong).is_err(), "{wrong} should be refused");
+        let error = parse(wrong).expect_err(wrong).to_string();
+        assert!(error.contains(why), "{wrong}: {error}");
     }
     Ok(())
 }
@@ -58,7 +61,8 @@ fn what_does_not_fit_is_refused_with_its_shape() {
         let error = layer.output_shape(input).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains(expected), "{error}");
-        assert!(layer.build(0, input, &init()).is_err());
+        let built = layer.build(0, input, &init()).err().expect("it does not fit").to_string();
+        assert!(built.contains(expected), "{built}");
     }
     let skip = SkipInput { from: 1, shape: [2, 4, 8] };
     let error = Module::new(3, &[], [4, 4, 8], &[skip], Fuse::Sum, &init()).err().expect("heights differ");
@@ -99,7 +103,8 @@ fn presets_are_what_they_say() -> Result<()> {
         let x = Tensor::ones((2, side, side, 3), DType::F32, &Device::Cpu)?;
         let kept = 2 * kept;
         module.forward(&[x], &Pass { training: true, key: 0 }, &mut tape)?;
-        assert!(tape.bytes() as u64 <= 4 * kept, "{name}: {} bytes on the tape, {} promised", tape.bytes(), 4 * kept);
+        let (found, promised) = (tape.bytes() as u64, 4 * kept);
+        assert!(found <= promised && 3 * found > promised, "{name}: {found} bytes on the tape, {promised} promised");
     }
     let error = preset("resnet-18", 10).unwrap_err().to_string();
     assert!(error.contains("did you mean \"resnet18\"?"), "{error}");

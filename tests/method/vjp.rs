@@ -4,15 +4,14 @@
 //! Each subject is a module, so that one test helper serves layers (a module of one) and fused inputs alike.
 
 use candle_core::{DType, Device, Tensor};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
 use sideways::Result;
 use sideways::nn::layers::{Pass, Tape};
 use sideways::nn::loss::{PixelLoss, cross_entropy, pixel};
 use sideways::nn::module::{Fuse, Module, SkipInput, pool_for_edge, pool_for_edge_vjp};
 use sideways::nn::param::Init;
 use sideways::nn::spec::LayerSpec;
+
+use crate::common::numbers::{close, flat as values, random_f64 as random};
 
 const TRAINING: Pass = Pass { training: true, key: 11 };
 /// Step of the central differences: their error is about STEP squared plus rounding over STEP, both near 1e-10.
@@ -24,27 +23,14 @@ fn init() -> Init {
     Init { seed: 3, dtype: DType::F64, device: Device::Cpu }
 }
 
-fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
-    let rng = ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f64> = StandardNormal.sample_iter(rng).take(shape.iter().product()).collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-}
-
-fn values(t: &Tensor) -> Result<Vec<f64>> {
-    Ok(t.flatten_all()?.to_vec1()?)
-}
-
 fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
+    assert_eq!(a.dims(), b.dims());
     Ok(values(a)?.iter().zip(values(b)?).map(|(a, b)| a * b).sum())
 }
 
 #[track_caller]
 fn assert_close(what: &str, found: &[f64], expected: &[f64]) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    let scale = expected.iter().fold(1.0f64, |m, v| m.max(v.abs()));
-    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
-        assert!((f - e).abs() <= CLOSE * scale, "{what}, element {i}: {f} where differences give {e}");
-    }
+    close(what, found, expected, CLOSE);
 }
 
 /// The gradient of `f` at `x` by central differences.
@@ -106,6 +92,7 @@ fn check(mut module: Module, shapes: &[&[usize]], pass: Pass) -> Result<()> {
     let (gy, other) = (random(y.dims(), 100)?, random(y.dims(), 101)?);
     let (cotangents, of_params) = gradients(&mut module, &inputs, &gy, &pass, true)?;
 
+    assert_eq!(cotangents.len(), inputs.len());
     for (k, cotangent) in cotangents.iter().enumerate() {
         let cotangent = cotangent.as_ref().expect("wanted");
         assert_eq!(cotangent.dims(), inputs[k].dims());
@@ -128,7 +115,8 @@ fn check(mut module: Module, shapes: &[&[usize]], pass: Pass) -> Result<()> {
     }
 
     let (nothing, alone) = gradients(&mut module, &inputs, &gy, &pass, false)?;
-    assert!(nothing.iter().all(Option::is_none));
+    assert!(nothing.len() == inputs.len() && nothing.iter().all(Option::is_none));
+    assert_eq!(alone.len(), of_params.len());
     for ((name, _), (a, b)) in named.iter().zip(alone.iter().zip(&of_params)) {
         assert_eq!(values(a)?, values(b)?, "{name} with the input's cotangent not wanted");
     }
@@ -139,7 +127,9 @@ fn check(mut module: Module, shapes: &[&[usize]], pass: Pass) -> Result<()> {
     let flat =
         |list: Vec<Option<Tensor>>, params: Vec<Tensor>| list.into_iter().flatten().chain(params).collect::<Vec<_>>();
     let (a, b) = (flat(cotangents, of_params), flat(cotangents_other, params_other));
-    for ((a, b), m) in a.iter().zip(&b).zip(flat(cotangents_mix, params_mix)) {
+    let mix = flat(cotangents_mix, params_mix);
+    assert!(a.len() == inputs.len() + named.len() && b.len() == a.len() && mix.len() == a.len());
+    for ((a, b), m) in a.iter().zip(&b).zip(mix) {
         assert_close("linearity", &values(&m)?, &values(&((a * 2.0)? + (b * -3.0)?)?)?);
     }
     Ok(())
@@ -278,7 +268,9 @@ fn module_with_some_cotangents_wanted() -> Result<()> {
         };
         let both = run(&[true, true])?;
         for wanted in [[true, false], [false, true], [false, false]] {
-            for (k, (found, all)) in run(&wanted)?.iter().zip(&both).enumerate() {
+            let some = run(&wanted)?;
+            assert_eq!((some.len(), both.iter().flatten().count()), (2, 2));
+            for (k, (found, all)) in some.iter().zip(&both).enumerate() {
                 let expected = if wanted[k] { all.as_ref() } else { None };
                 assert_eq!(found.as_ref().map(values).transpose()?, expected.map(values).transpose()?);
             }

@@ -4,8 +4,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::jobs::{Job, MINUTE, PROGRAM, Run, wait_for};
+use crate::common::jobs::{Job, Run};
 use crate::common::mpirun::{mpirun, text};
+use crate::common::program::{MINUTE, PROGRAM, wait_for};
 use crate::common::runs::{SIDE, config, shard, tensors, train};
 use sideways::comm::World;
 use sideways::config::Rule;
@@ -51,7 +52,7 @@ fn assert_ends_with_all_that_was_done(run: &Run, lost: &Path, cut: bool, mend: i
     let clips = run.newest();
     assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>() && clips >= 5, "{clips} clips");
     let (said, checkpoint) = (log(run), format!("step-{clips:08}"));
-    let why = if cut { "truncated while in use" } else { "train2.h5" };
+    let why = if cut { "truncated while in use" } else { "No such file" };
     for part in [why, &lost.display().to_string(), "clip ", &checkpoint, "the same command goes on"] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }

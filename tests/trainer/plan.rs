@@ -2,15 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
 
 use sideways::checkpoint::newest_manifest;
 
 use crate::common::mpirun::{mpirun, text};
+use crate::common::program::{MINUTE, PROGRAM};
 use crate::common::runs::{config, shard, tensors};
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// A folder with a shard, a configuration that leaves the cut open, and a cache of its own.
 struct Place {
@@ -64,6 +61,7 @@ fn training_plans_an_open_cut_and_keeps_it() {
     // More ranks than the kept cut has modules.
     let more = place.ranks(4, &[&args[..], &["--set", "train.clips=9"]].concat());
     assert_eq!(more.status.code(), Some(2), "{}", text(&more));
+    assert!(text(&more).contains("at most 3 can be used"), "{}", text(&more));
     // What is there is another network's: said so, whatever the cut.
     let other = place.run(&[&args[..], &["--set", "model.layers=[{ kind = 'linear', out = 4 }]"]].concat());
     assert_eq!(other.status.code(), Some(2), "{}", text(&other));

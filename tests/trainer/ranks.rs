@@ -1,14 +1,12 @@
 //! The program under mpirun: the same parameters wherever modules run, and what happens when something is wrong.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::{Duration, Instant};
 
 use crate::common::mpirun::{mpirun, text};
+use crate::common::program::{MINUTE, PROGRAM, alone};
 use crate::common::runs::{config, shard, tensors};
-
-const MINUTE: Duration = Duration::from_secs(60);
-const PROGRAM: &str = env!("CARGO_BIN_EXE_sideways");
 
 /// Writes shards and a configuration file; returns the latter.
 fn prepare(dir: &Path, sets: &[&str]) -> String {
@@ -20,10 +18,6 @@ fn prepare(dir: &Path, sets: &[&str]) -> String {
 
 fn set(key: &str, path: &Path) -> String {
     format!("{key}={}", path.display())
-}
-
-fn alone(args: &[&str]) -> Output {
-    Command::new(PROGRAM).args(args).output().unwrap()
 }
 
 /// Threads of one process, one rank, several modules a rank, one module a rank; skips, delays, replicas: the same bits.
@@ -138,6 +132,7 @@ fn a_rank_that_fails_ends_the_job() {
     let begun = Instant::now();
     let output = mpirun(3, Path::new("sh"), &["-c", &kill], &[], MINUTE);
     assert!(!output.status.success() && begun.elapsed() < Duration::from_secs(15), "{}", text(&output));
+    assert!(text(&output).contains("signal 9"), "{}", text(&output));
 
     let config = prepare(dir.path(), &["train.clips=1000000", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
     let begun = Instant::now();

@@ -11,8 +11,7 @@ use sideways::{Error, Result};
 #[path = "../common/mod.rs"]
 mod common;
 use common::mpirun::{mpirun, text};
-
-const MINUTE: Duration = Duration::from_secs(60);
+use common::program::MINUTE;
 
 /// A chain of workers with links down, back up and skips of some spans, each with one tick of delay.
 #[derive(Clone, Copy)]
@@ -432,10 +431,17 @@ fn an_error_at_the_start_is_printed_once() {
 fn rank(work: impl FnOnce(&World) -> Result<()>) {
     env_logger::builder().filter_level(log::LevelFilter::Warn).init();
     let world = World::join().expect("the ranks find each other");
-    assert!(world.size() > 1 && world.local_rank() < world.local_size());
+    let size = world.size();
+    assert!(size > 1 && world.local_rank() < world.local_size());
     let result = work(&world);
-    std::process::exit(world.conclude(result));
+    let code = world.conclude(result);
+    // The process ends here, so the test harness does not say that it ran a test.
+    eprintln!("{CONCLUDED}{size}");
+    std::process::exit(code);
 }
+
+/// What a rank says when it has done its work, with the number of ranks behind it.
+const CONCLUDED: &str = "rank concluded, one of ";
 
 fn job(n: usize, function: &str) -> (std::process::Output, Duration) {
     let program: PathBuf = std::env::current_exe().unwrap();
@@ -444,9 +450,19 @@ fn job(n: usize, function: &str) -> (std::process::Output, Duration) {
     (output, start.elapsed())
 }
 
+/// All ranks must have run the function to its end: the test harness calls it success if there is none of that name.
 fn passes(n: usize, function: &str) {
     let (output, _) = job(n, function);
-    assert!(output.status.success(), "{}", text(&output));
+    let all = text(&output);
+    assert!(output.status.success(), "{all}");
+    assert_eq!(all.matches(&format!("{CONCLUDED}{n}\n")).count(), n, "not all of {n} ranks ran {function}: {all}");
+}
+
+#[test]
+fn a_function_that_is_not_there_does_not_pass() {
+    let said =
+        *std::panic::catch_unwind(|| passes(2, "rank_that_is_not_there")).unwrap_err().downcast::<String>().unwrap();
+    assert!(said.contains("not all of 2 ranks ran") && said.contains("running 0 tests"), "{said}");
 }
 
 /// Runs a job that must end by itself, well before its ranks' timeouts, with this exit code and these words.

@@ -80,7 +80,8 @@ fn dropout_has_the_cpus_masks() -> Result<()> {
             let zeros = on.down(&y)?.iter().map(|&v| v == 0.0).collect::<Vec<_>>();
             assert_eq!(zeros, list(&expected).iter().map(|&v| v == 0.0).collect::<Vec<_>>());
         }
-        assert!(ops::dropout(&on.gpu, &device, &y, 0.5, &keys, 6).is_err());
+        let beyond = ops::dropout(&on.gpu, &device, &y, 0.5, &keys, 6).unwrap_err().to_string();
+        assert!(beyond.contains("with key 6 of an array of 48 bytes"), "{beyond}");
         Ok(())
     })
 }

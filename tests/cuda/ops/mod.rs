@@ -14,12 +14,11 @@ mod refusals;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
-use rand_distr::{Distribution, StandardNormal};
+use candle_core::{Device, Tensor};
 use sideways::Result;
 use sideways::backend::cuda::{Array, Element, Gpu, ops};
+
+use crate::common::numbers::{close_each, flat, normal};
 
 /// Of norms.
 const EPSILON: f64 = 1e-5;
@@ -36,7 +35,7 @@ const SHAPES: [[usize; 4]; 8] = [
 ];
 
 fn random(n: usize, seed: u64) -> Vec<f32> {
-    StandardNormal.sample_iter(ChaCha8Rng::seed_from_u64(seed)).take(n).collect()
+    normal(n, seed)
 }
 
 /// The GPU with one type of activations.
@@ -120,19 +119,16 @@ fn tensor(values: &[f32], shape: &[usize]) -> Result<Tensor> {
 }
 
 fn list(t: &Tensor) -> Vec<f64> {
-    t.to_dtype(DType::F64).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1()).expect("values")
+    flat(t).expect("values")
 }
 
 #[track_caller]
 fn close(what: &str, found: &[f32], expected: &Tensor, element: Element) {
     let expected = list(expected);
-    assert_eq!(found.len(), expected.len(), "{what}");
+    let found: Vec<f64> = found.iter().map(|&v| f64::from(v)).collect();
     let largest = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    for (i, (&f, &e)) in found.iter().zip(&expected).enumerate() {
-        let last_place = if element == Element::Bf16 { e.abs() / 256.0 } else { 0.0 };
-        let error = (f64::from(f) - e).abs();
-        assert!(error <= 2e-5 * largest + last_place, "{what}: element {i} is {f}, not {e}");
-    }
+    let last_place = |e: f64| if element == Element::Bf16 { e.abs() / 256.0 } else { 0.0 };
+    close_each(what, &found, &expected, |e| 2e-5 * largest + last_place(e));
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

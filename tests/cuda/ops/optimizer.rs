@@ -87,8 +87,10 @@ fn updates_are_the_cpus() -> Result<()> {
                 assert!(gpu.download(g)?.iter().all(|&v| v == 0.0), "gradients are cleared");
             }
         }
-        for ((_, host), device) in host.state()?.iter().filter(|(n, _)| !n.ends_with(".step")).zip(of.iter().flatten())
-        {
+        let state = host.state()?;
+        let memory: Vec<&Tensor> = state.iter().filter(|(n, _)| !n.ends_with(".step")).map(|(_, t)| t).collect();
+        assert_eq!(memory.len(), number * sizes.len(), "{text}");
+        for (host, device) in memory.into_iter().zip(of.iter().flatten()) {
             close(&format!("{text}: buffers"), &gpu.download(device)?, host, Element::F32);
         }
         // A gradient that is not finite changes nothing.

@@ -24,24 +24,29 @@ fn sizes_that_do_not_fit_are_refused() -> Result<()> {
             scratch: &scratch,
         };
         let short = Norm { over: Over::Groups(3), ..norm };
-        let errors = [
-            ops::relu(gpu, &a, &b).unwrap_err(),
-            ops::add(gpu, &a, &b, &a).unwrap_err(),
-            ops::add_to(gpu, &b, &a).unwrap_err(),
-            ops::from_f32(gpu, &c, &a).unwrap_err(),
-            ops::Accumulation::new(gpu, &[(a.clone(), c.clone())]).unwrap_err(),
-            ops::bias(gpu, &b, &c, 3).unwrap_err(),
-            ops::bias(gpu, &a, &c, 4).unwrap_err(),
-            norm.forward(gpu, &a, &a).unwrap_err(),
-            short.forward(gpu, &a, &a).unwrap_err(),
-            ops::max_pool(gpu, dims, &Window::square(3, 1, 0), &a, &b, &c).unwrap_err(),
-            ops::average_pool(gpu, dims, &Window::square(2, 1, 0), &a, &b).unwrap_err(),
-            ops::global_average(gpu, dims, &a, &b).unwrap_err(),
-            ops::upsample(gpu, dims, 0, &a, &a).unwrap_err(),
-            ops::cross_entropy(gpu, &b, &c, None, None, &c, &scratch).unwrap_err(),
-            ops::set_words(gpu, &c, 0, &[1, 2]).unwrap_err(),
-        ];
-        assert!(errors.iter().all(|e| !e.to_string().is_empty()));
+        for (result, expected) in [
+            (ops::relu(gpu, &a, &b), "is an array of 11 elements"),
+            (ops::add(gpu, &a, &b, &a), "is an array of 11 elements"),
+            (ops::add_to(gpu, &b, &a), "elements of"),
+            (ops::from_f32(gpu, &c, &a), "what is cast is an array of 3 elements"),
+            (ops::Accumulation::new(gpu, &[(a.clone(), c.clone())]).map(drop), "a gradient is an array of 12 elements"),
+            (ops::bias(gpu, &b, &c, 3), "of 3 channels with an array of 11 elements"),
+            (ops::bias(gpu, &a, &c, 4), "a bias is an array of 3 elements"),
+            (norm.forward(gpu, &a, &a), "normalisation of 3 channels in 2 groups"),
+            (short.forward(gpu, &a, &a), "the norm's statistics is an array of 3 elements"),
+            (ops::max_pool(gpu, dims, &Window::square(3, 1, 0), &a, &b, &c), "2x2"),
+            (
+                ops::average_pool(gpu, dims, &Window::square(2, 1, 0), &a, &b),
+                "a pool's output is an array of 11 elements",
+            ),
+            (ops::global_average(gpu, dims, &a, &b), "global pooling's output is an array of 11 elements"),
+            (ops::upsample(gpu, dims, 0, &a, &a), "up-sampling by 0"),
+            (ops::cross_entropy(gpu, &b, &c, None, None, &c, &scratch), "a loss of 11 elements with 3 labels"),
+            (ops::set_words(gpu, &c, 0, &[1, 2]), "setting 2 words from word 0 on of an array of 12 bytes"),
+        ] {
+            let error = result.expect_err(expected).to_string();
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
         Ok(())
     })
 }
