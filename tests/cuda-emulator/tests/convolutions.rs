@@ -173,7 +173,9 @@ fn convolve<T: Value>(gpu: &Gpu, case: &Case, tolerance: f64) {
         }
         ok(cudnnConvolutionBackwardBias(handle, one, yd, pdy, zero, bd, pdb));
         let close = |got: &CudaSlice<T>, wanted: &[f64], what: &str| {
-            for (got, wanted) in stream.clone_dtoh(got).unwrap().iter().zip(wanted) {
+            let got = stream.clone_dtoh(got).unwrap();
+            assert_eq!(got.len(), wanted.len(), "{case:?}, {what}");
+            for (got, wanted) in got.iter().zip(wanted) {
                 let off = (got.to() - wanted).abs() / (1.0 + wanted.abs());
                 assert!(off < tolerance, "{case:?}, {what}: {} for {wanted}", got.to());
             }

@@ -28,10 +28,11 @@ fn memory_is_counted_bounded_and_unset() {
         let (at, mut host) = (address(&unset, &stream), [0f32; 200]);
         // SAFETY: out of bounds on purpose, which is refused.
         unsafe {
-            assert!(sys::cuMemcpyDtoH_v2(host.as_mut_ptr().cast(), at, 404).result().is_err());
-            assert!(sys::cuMemcpyHtoDAsync_v2(at + 4, host.as_ptr().cast(), 400, stream.cu_stream()).result().is_err());
-            assert!(sys::cuMemsetD8_v2(at + 390, 0, 20).result().is_err());
-            assert!(sys::cuMemFree_v2(at + 4).result().is_err());
+            let invalid = sys::CUresult::CUDA_ERROR_INVALID_VALUE;
+            assert_eq!(sys::cuMemcpyDtoH_v2(host.as_mut_ptr().cast(), at, 404), invalid);
+            assert_eq!(sys::cuMemcpyHtoDAsync_v2(at + 4, host.as_ptr().cast(), 400, stream.cu_stream()), invalid);
+            assert_eq!(sys::cuMemsetD8_v2(at + 390, 0, 20), invalid);
+            assert_eq!(sys::cuMemFree_v2(at + 4), invalid);
         }
         stream.synchronize().unwrap();
     });
@@ -87,7 +88,7 @@ fn kernels_with_barriers_and_shuffles() {
         // SAFETY: the arguments are the kernel's, here and below.
         unsafe { launch.arg(&mut dy).arg(&dx).arg(&2.5f32).arg(&n).launch(LaunchConfig::for_num_elems(n as u32)) }
             .unwrap();
-        assert!(stream.clone_dtoh(&dy).unwrap().iter().zip(&x).all(|(y, x)| *y == 2.5 * x));
+        assert_eq!(stream.clone_dtoh(&dy).unwrap(), x.iter().map(|x| 2.5 * x).collect::<Vec<_>>());
         let sum = gpu.kernel("block_sum");
         for size in [32, 96, 256, 1000, 1024] {
             let mut out = stream.alloc_zeros::<f32>(7).unwrap();
@@ -109,10 +110,12 @@ fn kernels_with_barriers_and_shuffles() {
         assert!(format!("{:?}", cudarc::nvrtc::compile_ptx(source).err().unwrap()).contains("nothing"));
         let add = gpu.kernel("add_one");
         for bad in [threads(1, 2048), threads(0, 32), LaunchConfig { shared_mem_bytes: 100 << 10, ..threads(1, 32) }] {
-            assert!(unsafe { stream.launch_builder(&add).arg(&mut dy).arg(&n).launch(bad) }.is_err());
+            let launched = unsafe { stream.launch_builder(&add).arg(&mut dy).arg(&n).launch(bad) };
+            assert_eq!(launched.err().map(|e| e.0), Some(sys::CUresult::CUDA_ERROR_INVALID_VALUE), "{bad:?}");
         }
         let host = x.as_ptr() as u64;
-        assert!(unsafe { stream.launch_builder(&add).arg(&host).arg(&n).launch(threads(1, 32)) }.is_err());
+        let launched = unsafe { stream.launch_builder(&add).arg(&host).arg(&n).launch(threads(1, 32)) };
+        assert_eq!(launched.err().map(|e| e.0), Some(sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS));
         context.check_err().unwrap();
     });
 }
@@ -155,13 +158,17 @@ fn graphs_replay_what_was_captured() {
         assert!(stream.clone_dtoh(&y).unwrap().iter().all(|&v| v == 6.0));
         assert_eq!(count("kernel"), 15);
         // What a capture forbids ends it.
-        use sys::CUresult::{CUDA_ERROR_STREAM_CAPTURE_UNJOINED, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED};
+        use sys::CUresult::{
+            CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
+            CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        };
+        let invalidated = || assert_eq!(end().err().unwrap().0, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         begin();
         assert_eq!(code(stream.synchronize()), Some(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
-        assert!(end().is_err());
+        invalidated();
         begin();
-        assert!(stream.alloc_zeros::<f32>(4).is_err());
-        assert!(end().is_err());
+        assert_eq!(stream.alloc_zeros::<f32>(4).err().unwrap().0, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        invalidated();
         begin();
         beside.join(stream).unwrap();
         launch(&beside, &y);
@@ -174,7 +181,7 @@ fn graphs_replay_what_was_captured() {
             let waited = scope.spawn(waits).join().unwrap();
             assert_eq!(code(waited), Some(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
         });
-        assert!(end().is_err());
+        invalidated();
         stream.synchronize().unwrap();
     });
 }

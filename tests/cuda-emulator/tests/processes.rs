@@ -67,10 +67,11 @@ fn memory_and_events_are_shared_between_processes() {
             sys::cuMemcpyDtoH_v2(back.as_mut_ptr().cast(), array, bytes).result().unwrap();
             assert!(back.iter().all(|&v| v == 5.0));
             sys::cuMemFree_v2(array).result().unwrap();
-            assert!(sys::cuMemFree_v2(array).result().is_err());
+            assert_eq!(sys::cuMemFree_v2(array), sys::CUresult::CUDA_ERROR_INVALID_VALUE);
             // Memory of the stream-ordered allocator cannot be shared.
             let pooled = gpu.stream.alloc_zeros::<f32>(8).unwrap();
-            assert!(sys::cuIpcGetMemHandle(&mut memory, address(&pooled, &gpu.stream)).result().is_err());
+            let shared = sys::cuIpcGetMemHandle(&mut memory, address(&pooled, &gpu.stream));
+            assert_eq!(shared, sys::CUresult::CUDA_ERROR_INVALID_VALUE);
         }
     });
 }
