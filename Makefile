@@ -21,7 +21,7 @@ deps: ## install the missing system packages (with apt where it may, else says w
 	@.ci/install-packages $(PACKAGES)
 
 slurm-deps:
-	@.ci/install-packages $(SLURM_PACKAGES) || echo "Without them nothing runs on a Slurm testbed here: its test is skipped." >&2
+	@.ci/install-packages $(SLURM_PACKAGES) || echo "Without them nothing runs on a Slurm testbed here: its test is skipped, and fails with CI=true." >&2
 
 build: deps ## the program, target/release/sideways
 	$(CARGO) build $(PROFILE)
