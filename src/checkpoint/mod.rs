@@ -44,8 +44,9 @@ pub struct Manifest {
     pub format: String,
     /// 1
     pub version: u32,
-    /// Batches of clips trained on.
-    pub clips: u64,
+    /// Batches trained on.
+    #[serde(alias = "clips")]
+    pub batches: u64,
     /// Classes in label order (empty for future frames).
     pub class_names: Vec<String>,
     /// `[H, W, C]` of a frame.
@@ -65,7 +66,7 @@ impl Manifest {
     /// A manifest without files yet.
     pub fn new(config: String, class_names: Vec<String>, input: [usize; 3], cuts: Vec<usize>) -> Self {
         let (format, version) = (FORMAT.to_string(), VERSION);
-        Manifest { format, version, clips: 0, class_names, input, cuts, config, data: None, files: Vec::new() }
+        Manifest { format, version, batches: 0, class_names, input, cuts, config, data: None, files: Vec::new() }
     }
 }
 
@@ -138,7 +139,7 @@ pub fn finish(dir: &Path, clips: u64, modules: usize, manifest: Manifest, keep: 
 
 fn complete(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest) -> Result<PathBuf> {
     let folder = partial_of(dir, clips);
-    manifest.clips = clips;
+    manifest.batches = clips;
     manifest.files.clear();
     for module in 1..=modules {
         let beside = folder.join(entry_name(module));
@@ -373,7 +374,7 @@ mod tests {
         let left: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(c, _)| c).collect();
         assert_eq!(left, [0, 2, 3], "the start and the newest two");
         let newest = latest(dir.path()).unwrap().unwrap();
-        assert_eq!(newest.manifest().clips, 3);
+        assert_eq!(newest.manifest().batches, 3);
         let tensors = newest.load(|n| n.starts_with("layers.0")).unwrap();
         assert_eq!(tensors.len(), 1);
         assert_eq!(tensors["layers.0.conv2d.weight"].to_vec1::<f32>().unwrap(), [3.0, 4.0]);
@@ -392,7 +393,7 @@ mod tests {
         let error = Checkpoint::open(&newest).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("module-001.safetensors: damaged"), "{error}");
-        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 1);
+        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().batches, 1);
     }
 
     /// A run goes back behind a damaged checkpoint; what it writes then must not be removed for being the older one.
@@ -402,7 +403,7 @@ mod tests {
         write(dir.path(), 10, 1);
         let newer = write(dir.path(), 20, 2);
         fs::write(newer.join("module-001.safetensors"), "damaged").unwrap();
-        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 10);
+        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().batches, 10);
         let written = write(dir.path(), 15, 1);
         assert_eq!(latest(dir.path()).unwrap().unwrap().path(), written);
         write(dir.path(), 25, 1);
@@ -416,7 +417,7 @@ mod tests {
         write(dir.path(), 1, 1);
         fs::create_dir_all(dir.path().join(format!(".step-00000001{DISCARDED}/held"))).unwrap();
         write(dir.path(), 2, 1);
-        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().clips, 2);
+        assert_eq!(latest(dir.path()).unwrap().unwrap().manifest().batches, 2);
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Span {
         let (first, from) = match (newest, &setup.config.train.init) {
             (Some(newest), _) => {
                 check_same_run(setup, &newest)?;
-                (newest.manifest().clips, Some((newest, Fit::Exact)))
+                (newest.manifest().batches, Some((newest, Fit::Exact)))
             }
             (None, Some(init)) => (0, Some((Checkpoint::open(init)?, Fit::NewHead))),
             (None, None) => (0, None),
@@ -59,7 +59,7 @@ fn newest_of_all(setup: &Setup, world: &World) -> Result<Option<Checkpoint>> {
     let dir = setup.checkpoints();
     let found = if world.rank() == 0 { checkpoint::latest(&dir) } else { Ok(None) };
     let found = world.first_error(found)?;
-    let clips = found.as_ref().map(|newest| newest.manifest().clips);
+    let clips = found.as_ref().map(|newest| newest.manifest().batches);
     let all = world.gather(&clips.map_or(Vec::new(), |clips| clips.to_le_bytes().to_vec()))?;
     match (found, <[u8; 8]>::try_from(all[0].as_slice())) {
         (None, Ok(clips)) => Checkpoint::trusted(&checkpoint::folder_of(&dir, u64::from_le_bytes(clips))).map(Some),

@@ -88,7 +88,7 @@ impl Place {
         let output = self.train(name, ranks, sets, env);
         assert!(output.status.success(), "{name}: {}", text(&output));
         let run = self.at(name);
-        let last = sideways::checkpoint::newest_manifest(&run.join("checkpoints")).unwrap().unwrap().clips;
+        let last = sideways::checkpoint::newest_manifest(&run.join("checkpoints")).unwrap().unwrap().batches;
         tensors(&run, last)
     }
 }
