@@ -29,7 +29,7 @@ fn a_steady_tick_takes_no_new_memory() {
     let dir = tempfile::tempdir().unwrap();
     shard(&dir.path().join("train.h5"), 64, 14, false);
     let layers = format!("model.layers={}", LAYERS.replace('\n', " "));
-    let sets = ["data.batch=64", "model.modules=4", "model.skip={ spans = [2] }", "train.clips=8", &layers];
+    let sets = ["data.batch=64", "model.modules=4", "model.skip={ spans = [2] }", "train.batches=8", &layers];
     let config = config(dir.path(), &[&sets[..], &["run.checkpoint_every=1000"]].concat());
     let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
     let span = Span::of_training(&setup, &World::Alone, None).unwrap();

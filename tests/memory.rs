@@ -40,7 +40,7 @@ fn memory_does_not_grow_with_the_clip_except_under_exact_back_propagation() {
             format!("run.dir={}/{rule}-{frames}", dir.path().display()),
             "model.skip={ spans = [2] }".into(),
             "data.batch=32".into(),
-            "train.clips=6".into(),
+            "train.batches=6".into(),
         ];
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         std::fs::write(&path, config(dir.path(), &sets).to_toml().unwrap()).unwrap();

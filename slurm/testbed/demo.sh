@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What `make cluster-demo` runs: a Slurm cluster of five hosts on this machine, a training job submitted to it that is told
-# to stop, loses a host and goes on each time, and its evaluation, as a second job. CLIPS=N sets the length.
+# to stop, loses a host and goes on each time, and its evaluation, as a second job. BATCHES=N sets the length.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 testbed=slurm/testbed/testbed.sh
@@ -16,7 +16,7 @@ rm -rf "$run" && mkdir -p "$run"
 
 submit() { $testbed run sbatch --parsable --output="$run/%x.log" --export=ALL,NODE_WAIT=40 "$@"; }
 state() { $testbed run squeue -h -t all -j "$1" -o %T; }
-clips() { { wc -l <"$run/metrics.jsonl"; } 2>/dev/null || echo 0; }
+batches() { { wc -l <"$run/metrics.jsonl"; } 2>/dev/null || echo 0; }
 # wait_until COMMAND…: waits while the job lives.
 wait_until() {
   until "$@"; do
@@ -24,12 +24,12 @@ wait_until() {
     sleep 1
   done
 }
-past() { [ "$(clips)" -ge "$1" ]; }
+past() { [ "$(batches)" -ge "$1" ]; }
 restarted() { grep -q "restart $1\$" "$run/sideways.log"; }
 ended() { [ "$(state "$1")" = COMPLETED ]; }
 
 job=$(submit --nodes=3 --ntasks-per-node=2 slurm/train.sbatch datasets/motion/demo.toml --set "run.dir=$run" \
-  --set "train.clips=${CLIPS:-200}" --set run.checkpoint_every=25 --set run.timeout=15)
+  --set "train.batches=${BATCHES:-200}" --set run.checkpoint_every=25 --set run.timeout=15)
 echo "== job $job: six modules on six ranks of three hosts"
 wait_until past 30
 echo "== SIGUSR1, as before a time limit: a checkpoint, and the job requeues itself"

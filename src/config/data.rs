@@ -86,7 +86,7 @@ impl Default for DataConfig {
 
 /// One glob or a list of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a glob of shards or a list of them")]
 pub enum Globs {
     /// `"data/train-*.h5"`
     One(String),

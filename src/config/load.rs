@@ -29,16 +29,25 @@ impl Config {
         // The file alone first: its errors carry line numbers.
         toml::from_str::<Config>(text).map_err(|e| Error::input(format!("{source}: {}", with_suggestion(&e))))?;
         let mut table: toml::Table = toml::from_str(text).map_err(|e| Error::input(format!("{source}: {e}")))?;
-        for setting in overrides {
-            apply(&mut table, setting)?;
+        if let Some(train) = table.get_mut("train").and_then(toml::Value::as_table_mut) {
+            for (old, new) in FORMER_NAMES {
+                train.remove(old).map(|value| train.insert(new.to_string(), value));
+            }
         }
-        // `clips` counts where both are given: epochs asked for here replace the file's clips.
-        let given = |key: &str| overrides.iter().any(|s| s.split('=').next().is_some_and(|k| k.trim() == key));
-        if given("train.epochs")
-            && !given("train.clips")
+        let keys = overrides.iter().map(|setting| apply(&mut table, setting)).collect::<Result<Vec<Vec<&str>>>>()?;
+        let given = |key: &str| keys.iter().any(|path| path.starts_with(&["train", key]));
+        if let Some((old, new)) = FORMER_NAMES.iter().find(|(old, new)| given(old) && given(new)) {
+            return Err(Error::input(format!(
+                "--set train.{old} is the former name of train.{new}: keep one of the two"
+            )));
+        }
+        // `batches` counts where both are given: epochs asked for here replace the file's batches.
+        if given("epochs")
+            && !given("batches")
+            && !given("clips")
             && let Some(train) = table.get_mut("train").and_then(toml::Value::as_table_mut)
         {
-            train.remove("clips");
+            train.remove("batches");
         }
         table.try_into::<Config>().map_err(|e| {
             let list = overrides.iter().map(|s| format!("--set {s}")).collect::<Vec<_>>().join(" ");
@@ -55,8 +64,12 @@ impl Config {
     }
 }
 
-/// Sets `section.key=value` in a TOML table. A value that is not TOML is taken as a string.
-fn apply(table: &mut toml::Table, setting: &str) -> Result<()> {
+/// Keys of `[train]` that once had another name, which is still read.
+const FORMER_NAMES: [(&str, &str); 2] = [("clips", "batches"), ("schedule", "lr_schedule")];
+
+/// Sets `section.key=value` in a TOML table and returns the key's parts as written. A value that is not TOML is taken as a
+/// string.
+fn apply<'a>(table: &mut toml::Table, setting: &'a str) -> Result<Vec<&'a str>> {
     let (key, value) = setting.split_once('=').ok_or_else(|| {
         Error::input(format!("--set {setting}: expected section.key=value, for instance --set train.epochs=2"))
     })?;
@@ -64,13 +77,19 @@ fn apply(table: &mut toml::Table, setting: &str) -> Result<()> {
         .ok()
         .and_then(|mut t| t.remove("v"))
         .unwrap_or_else(|| toml::Value::String(value.to_string()));
-    let mut parts: Vec<&str> = key.trim().split('.').collect();
-    let last = parts.pop().unwrap_or_default();
-    if last.is_empty() {
+    let written: Vec<&str> = key.trim().split('.').collect();
+    if written.last().is_none_or(|last| last.is_empty()) {
         return Err(Error::input(format!("--set {setting}: the key is empty")));
     }
+    let mut path = written.clone();
+    if let ["train", key, ..] = &mut path[..]
+        && let Some((_, new)) = FORMER_NAMES.iter().find(|(old, _)| old == key)
+    {
+        *key = new;
+    }
+    let last = path.pop().unwrap_or_default();
     let mut at = table;
-    for part in parts {
+    for part in path {
         at = at
             .entry(part)
             .or_insert_with(|| toml::Value::Table(toml::Table::new()))
@@ -78,24 +97,19 @@ fn apply(table: &mut toml::Table, setting: &str) -> Result<()> {
             .ok_or_else(|| Error::input(format!("--set {setting}: {part} is a value, not a section")))?;
     }
     at.insert(last.to_string(), value);
-    Ok(())
+    Ok(written)
 }
 
 /// Serde's words for what it expected, and words that users know.
-const PLAIN: [(&str, &str); 13] = [
+const PLAIN: [(&str, &str); 8] = [
     ("expected u64", "expected a whole number, 0 or more"),
     ("expected usize", "expected a whole number, 0 or more"),
     ("expected u32", "expected a whole number, 0 or more"),
     ("expected f64", "expected a number"),
     ("expected f32", "expected a number"),
     ("expected a sequence", "expected a list in [ ]"),
-    ("data did not match any variant of untagged enum UpdateEvery", "expected \"clip\" or a number of steps"),
-    ("data did not match any variant of untagged enum Globs", "expected a glob of shards or a list of them"),
-    ("data did not match any variant of untagged enum Delay", "expected \"aligned\" or a number of ticks"),
-    ("data did not match any variant of untagged enum SkipEdge", "expected [from, to] or { from, to, delay }"),
-    ("expected internally tagged enum OptimizerSpec", "expected a table, such as { kind = \"sgd\", lr = 0.1 }"),
-    ("expected internally tagged enum ScheduleSpec", "expected a table, such as { kind = \"cosine\" }"),
-    ("expected struct SkipConfig", "expected a table, such as { spans = [2] }"),
+    ("duplicate field `batches`", "`clips` is the former name of `batches`: keep one of the two"),
+    ("duplicate field `lr_schedule`", "`schedule` is the former name of `lr_schedule`: keep one of the two"),
 ];
 
 /// A TOML error with "did you mean" where an unknown key looks like a known one.
@@ -152,29 +166,85 @@ mod tests {
         refused(SMALL, &["train.boundary=flwo"], &["did you mean `flow`"]);
     }
 
+    fn train(text: &str, sets: &[&str]) -> crate::config::TrainConfig {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        Config::parse(&format!("{SMALL}[train]\n{text}"), "c.toml", &sets).unwrap().train
+    }
+
     #[test]
-    fn epochs_asked_for_replace_the_files_clips() {
-        let text = format!("{SMALL}[train]\nclips = 9\n");
-        let clips = |sets: &[&str]| {
-            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-            Config::parse(&text, "c.toml", &sets).unwrap().train.clips
+    fn epochs_asked_for_replace_the_files_batches() {
+        for name in ["batches", "clips"] {
+            let text = format!("{name} = 9\n");
+            assert_eq!(train(&text, &[]).batches, Some(9));
+            assert_eq!(train(&text, &["train.epochs=2"]).batches, None);
+            for set in ["train.batches=3", "train.clips=3"] {
+                assert_eq!(train(&text, &[set]).batches, Some(3));
+                assert_eq!(train(&text, &["train.epochs=2", set]).batches, Some(3));
+            }
+        }
+    }
+
+    #[test]
+    fn former_names_are_read_and_the_present_ones_written() {
+        let old = "clips = 9\nschedule = { kind = 'cosine', warmup = 3 }\nupdate_every = 'clip'\n";
+        let new = "batches = 9\nlr_schedule = { kind = 'cosine', warmup = 3 }\n";
+        assert_eq!(train(old, &[]), train(new, &[]));
+        assert_eq!(train(old, &["train.lr_schedule.warmup=5"]), train(new, &["train.schedule.warmup=5"]));
+        let written = Config::parse(&format!("{SMALL}[train]\n{old}"), "c.toml", &[]).unwrap().to_toml().unwrap();
+        assert!(written.contains("batches = 9") && written.contains("lr_schedule") && !written.contains("clips ="));
+    }
+
+    #[test]
+    fn a_key_under_both_of_its_names_is_refused() {
+        let both = |new: &str, old: &str| format!("{SMALL}[train]\n{new}\n{old}\n");
+        refused(&both("batches = 1", "clips = 1"), &[], &["line 4", "`clips` is the former name of `batches`"]);
+        refused(
+            &both("lr_schedule = { kind = 'cosine' }", "schedule = { kind = 'cosine' }"),
+            &[],
+            &["`schedule` is the former name of `lr_schedule`"],
+        );
+        refused(SMALL, &["train.clips=1", "train.batches=1"], &["train.clips", "train.batches", "keep one"]);
+        refused(
+            SMALL,
+            &["train.schedule.kind=cosine", "train.lr_schedule.warmup=1"],
+            &["train.lr_schedule", "keep one"],
+        );
+    }
+
+    #[test]
+    fn a_table_in_part_leaves_the_rest_at_its_default() {
+        use crate::nn::optim::{LrSchedule, OptimizerSpec};
+        let OptimizerSpec::Adamw { betas, eps, weight_decay, .. } = OptimizerSpec::default() else {
+            panic!("another default")
         };
-        assert_eq!(clips(&[]), Some(9));
-        assert_eq!(clips(&["train.epochs=2"]), None);
-        assert_eq!(clips(&["train.epochs=2", "train.clips=3"]), Some(3));
+        let adamw = OptimizerSpec::Adamw { lr: 0.01, betas, eps, weight_decay };
+        assert_eq!(train("", &["train.optimizer.lr=0.01"]).optimizer, adamw);
+        assert_eq!(train("optimizer = { lr = 0.01 }\n", &[]).optimizer, adamw);
+        let sgd = OptimizerSpec::Sgd { lr: 0.01, momentum: 0.9, weight_decay: 0.0, nesterov: false };
+        for kind in ["train.optimizer.kind=sgd", "train.optimizer={ kind = 'sgd' }"] {
+            let momentum = "train.optimizer.momentum=0.9";
+            assert_eq!(train("", &[kind, "train.optimizer.lr=0.01", momentum]).optimizer, sgd);
+        }
+        let file = "optimizer = { kind = 'sgd', lr = 0.1, momentum = 0.9 }\n";
+        assert_eq!(train(file, &["train.optimizer.lr=0.01"]).optimizer, sgd);
+        assert_eq!(train("", &["train.lr_schedule.warmup=3"]).lr_schedule, LrSchedule::Constant { warmup: 3 });
+        let cosine = LrSchedule::Cosine { warmup: 0, floor: 0.0 };
+        assert_eq!(train("", &["train.lr_schedule.kind=cosine"]).lr_schedule, cosine);
+        refused(SMALL, &["train.optimizer.momentum=0.9"], &["in `train.optimizer`", "unknown field `momentum`"]);
+        refused(SMALL, &["train.optimizer.kind=adam"], &["did you mean `adamw`"]);
     }
 
     #[test]
     fn wrong_types_are_told_in_plain_words() {
-        refused(SMALL, &["train.clips=abc"], &["in `train.clips`", "\"abc\"", "expected a whole number"]);
+        refused(SMALL, &["train.batches=abc"], &["in `train.batches`", "\"abc\"", "expected a whole number"]);
         refused(SMALL, &["data.batch=-1"], &["in `data.batch`", "expected a whole number, 0 or more"]);
         refused(SMALL, &["train.clip_norm=much"], &["in `train.clip_norm`", "expected a number"]);
         refused(SMALL, &["train.update_every=day"], &["expected \"clip\" or a number of steps"]);
         refused(SMALL, &["data.train=3"], &["in `data.train`", "expected a glob of shards"]);
         refused(SMALL, &["model.skip.delay=true"], &["expected \"aligned\" or a number"]);
         refused(SMALL, &["model.skip.edges=[2]"], &["expected [from, to] or { from, to, delay }"]);
-        refused(SMALL, &["train.optimizer=adam"], &["in `train.optimizer`", "{ kind = \"sgd\", lr = 0.1 }"]);
-        refused(SMALL, &["train.schedule=cosine"], &["in `train.schedule`", "{ kind = \"cosine\" }"]);
+        refused(SMALL, &["train.optimizer=adam"], &["in `train.optimizer`", "such as { kind = \"adamw\" }"]);
+        refused(SMALL, &["train.lr_schedule=cosine"], &["in `train.lr_schedule`", "such as { kind = \"constant\" }"]);
         refused(SMALL, &["model.skip=3"], &["in `model.skip`", "{ spans = [2] }"]);
         refused(SMALL, &["model.skip.spans=2"], &["expected a list"]);
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use data::{DataConfig, Globs};
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge, Task};
 pub use run::{DeviceChoice, Exchange, OnCheckpointError, OnNonfinite, Precision, RunConfig, Wire};
-pub use train::{ClipWord, Rule, TrainConfig, UpdateEvery};
+pub use train::{NamedPeriod, Rule, TrainConfig, UpdateEvery};
 
 use crate::method::graph::{Edge, Graph};
 use crate::nn::module::Fuse;
@@ -54,7 +54,7 @@ impl Config {
             ("run.threads", self.run.threads),
             ("run.keep", self.run.keep),
             ("train.epochs", self.train.epochs.min(1) as usize),
-            ("train.clips", self.train.clips.unwrap_or(1).min(1) as usize),
+            ("train.batches", self.train.batches.unwrap_or(1).min(1) as usize),
             ("run.checkpoint_every", self.run.checkpoint_every.min(1) as usize),
             ("run.timeout", self.run.timeout.min(1) as usize),
         ];
@@ -116,7 +116,7 @@ impl Config {
             return Err(Error::input(format!("train.clip_norm = {norm}: it must be a positive number")));
         }
         self.train.optimizer.validate()?;
-        self.train.schedule.validate()?;
+        self.train.lr_schedule.validate()?;
         self.validate_device()
     }
 

@@ -66,7 +66,7 @@ pub enum Task {
 
 /// `[model.skip]`: spans, single edges, or both.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table, such as { spans = [2] }")]
 pub struct SkipConfig {
     /// Span s adds every skip from module i − s to module i.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -88,7 +88,7 @@ impl Default for SkipConfig {
 
 /// A skip's delay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected \"aligned\" or a number of ticks")]
 pub enum Delay {
     /// So many ticks.
     Ticks(usize),
@@ -116,7 +116,7 @@ impl Delay {
 
 /// One skip edge: `[from, to]`, or `{ from, to, delay }`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected [from, to] or { from, to, delay }")]
 pub enum SkipEdge {
     /// `[1, 3]`
     Pair(usize, usize),

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use crate::method::schedule::Boundary;
-use crate::nn::optim::{OptimizerSpec, ScheduleSpec};
+use crate::nn::optim::{LrSchedule, OptimizerSpec};
 
 /// `[train]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -15,15 +16,17 @@ pub struct TrainConfig {
     pub rule: Rule,
     /// How modules cross from one clip to the next.
     pub boundary: Boundary,
-    /// Passes over the training videos (unless `clips` is given).
+    /// Passes over the training videos (unless `batches` is given).
     pub epochs: u64,
-    /// Stop after so many batches of clips instead.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub clips: Option<u64>,
+    /// Stop after so many batches instead (formerly `clips`).
+    #[serde(alias = "clips", skip_serializing_if = "Option::is_none")]
+    pub batches: Option<u64>,
     /// The optimiser and its settings.
+    #[serde(deserialize_with = "with_default_kind")]
     pub optimizer: OptimizerSpec,
-    /// The learning rate over the run, in batches of clips.
-    pub schedule: ScheduleSpec,
+    /// The learning rate over the run, in batches (formerly `schedule`).
+    #[serde(alias = "schedule", deserialize_with = "with_default_kind")]
+    pub lr_schedule: LrSchedule,
     /// Scale a module's gradient down to this Euclidean norm; absent: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_norm: Option<f64>,
@@ -44,11 +47,11 @@ impl Default for TrainConfig {
             rule: Rule::default(),
             boundary: Boundary::default(),
             epochs: 10,
-            clips: None,
+            batches: None,
             optimizer: OptimizerSpec::default(),
-            schedule: ScheduleSpec::default(),
+            lr_schedule: LrSchedule::default(),
             clip_norm: None,
-            update_every: UpdateEvery::Named(ClipWord::Clip),
+            update_every: UpdateEvery::Named(NamedPeriod::Clip),
             replicas: 1,
             seed: 1,
             init: None,
@@ -71,18 +74,32 @@ pub enum Rule {
 
 /// When the optimiser is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected \"clip\" or a number of steps")]
 pub enum UpdateEvery {
     /// After so many steps with backward work, clips notwithstanding.
     Steps(u64),
     /// `"clip"`: at the end of a module's window.
-    Named(ClipWord),
+    Named(NamedPeriod),
 }
 
 /// The one named update period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ClipWord {
+pub enum NamedPeriod {
     /// Once a clip.
     Clip,
+}
+
+/// A table with a `kind`; one that names none is of the default's kind.
+fn with_default_kind<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Serialize + DeserializeOwned,
+{
+    let default = toml::Value::try_from(T::default()).map_err(D::Error::custom)?;
+    let toml::Value::Table(mut table) = toml::Value::deserialize(deserializer)? else {
+        return Err(D::Error::custom(format!("expected a table, such as {{ kind = {} }}", default["kind"])));
+    };
+    table.entry("kind").or_insert_with(|| default["kind"].clone());
+    table.try_into().map_err(|e: toml::de::Error| D::Error::custom(e.message()))
 }

@@ -16,7 +16,7 @@ use crate::method::schedule::StepPlan;
 use crate::network::EdgeSpec;
 use crate::nn::layers::Pass;
 use crate::nn::module::Module;
-use crate::nn::optim::{Optimizer, ScheduleSpec};
+use crate::nn::optim::{LrSchedule, Optimizer};
 use crate::pipeline::metrics::Stopwatch;
 use crate::trainer::state::Saver;
 use crate::{Error, Result};
@@ -128,7 +128,7 @@ pub struct Update {
     /// The optimiser with its state.
     pub optimizer: Optimizer,
     /// Learning rate over the run.
-    pub schedule: ScheduleSpec,
+    pub schedule: LrSchedule,
     /// Batches of clips in the whole run, for the schedule.
     pub total_clips: u64,
     /// When.

@@ -218,14 +218,14 @@ impl Setup {
         .reading_ahead(data.prefetch)
     }
 
-    /// Batches of clips in the whole run: `train.clips`, or `train.epochs` passes; one pass in evaluation.
+    /// Batches of clips in the whole run: `train.batches`, or `train.epochs` passes; one pass in evaluation.
     ///
     /// # Errors
     /// [`Error::Input`] if there are fewer videos than one batch takes.
     pub fn total_clips(&self) -> Result<u64> {
-        let Some(dataset) = &self.dataset else { return Ok(self.config.train.clips.unwrap_or(0)) };
+        let Some(dataset) = &self.dataset else { return Ok(self.config.train.batches.unwrap_or(0)) };
         let an_epoch = Sampler::of(dataset, self.stream(0, 0, u64::MAX).sampler())?.clips_per_epoch();
-        Ok(match (self.purpose, self.config.train.clips) {
+        Ok(match (self.purpose, self.config.train.batches) {
             (Purpose::Evaluate, _) => an_epoch,
             (Purpose::Train, Some(clips)) => clips,
             (Purpose::Train, None) => an_epoch * self.config.train.epochs,

@@ -238,7 +238,7 @@ pub fn update(setup: &Setup, span: &Span) -> Update {
     Update {
         rate: train.optimizer.lr(),
         optimizer: Optimizer::new(train.optimizer),
-        schedule: train.schedule,
+        schedule: train.lr_schedule,
         total_clips: span.total,
         every: train.update_every,
         clip_norm: train.clip_norm,

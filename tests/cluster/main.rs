@@ -79,7 +79,7 @@ impl Run {
         let conv = "{ kind = 'conv2d', out = 8, kernel = 3, padding = 1 }, { kind = 'relu' }, ";
         let layers =
             format!("model.layers=[{}{{ kind = 'global-avg-pool' }}, {{ kind = 'linear', out = 4 }}]", conv.repeat(7));
-        let clips = format!("train.clips={clips}");
+        let clips = format!("train.batches={clips}");
         let sets = [
             layers.as_str(),
             "model.modules=8",
@@ -147,8 +147,11 @@ impl Run {
         assert!(matches!(output.status.code(), Some(0 | 75)), "{}", text(&output));
         assert!(tensors(&alone, clips) == tensors(&self.folder(), clips), "the job's parameters differ");
         let lines = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap();
-        let clips_of = |l: &str| serde_json::from_str::<serde_json::Value>(l).unwrap()["clips"].as_u64().unwrap();
-        assert!(lines.lines().map(clips_of).eq(1..=clips), "every clip once in the metrics");
+        let batches = |l: &str| {
+            let line = serde_json::from_str::<serde_json::Value>(l).unwrap();
+            line.get("batches").or(line.get("clips")).unwrap().as_u64().unwrap()
+        };
+        assert!(lines.lines().map(batches).eq(1..=clips), "every batch once in the metrics");
     }
 }
 

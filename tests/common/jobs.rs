@@ -23,7 +23,7 @@ impl Run {
         shard(&dir.path().join("train.h5"), 24, 14, false);
         let path = dir.path().join("config.toml");
         let always = [
-            "train.clips=1000000",
+            "train.batches=1000000",
             "run.checkpoint_every=1000000",
             "model.skip={ spans = [2] }",
             // So little that it does not diverge in the thousands of clips of the long drills.
@@ -39,7 +39,7 @@ impl Run {
 
     /// Batches of clips of the newest checkpoint.
     pub fn newest(&self) -> u64 {
-        checkpoint::latest(&self.folder().join("checkpoints")).unwrap().unwrap().manifest().clips
+        checkpoint::latest(&self.folder().join("checkpoints")).unwrap().unwrap().manifest().batches
     }
 
     /// Trains `clips` batches in one piece and compares the parameters with those of `folder`.
@@ -54,7 +54,11 @@ impl Run {
 
     pub fn lines_of_metrics(&self) -> Vec<u64> {
         let text = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap_or_default();
-        let clips = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["clips"].as_u64());
+        let clips = |line: &str| {
+            serde_json::from_str::<serde_json::Value>(line)
+                .ok()
+                .and_then(|v| v.get("batches").or(v.get("clips"))?.as_u64())
+        };
         text.lines().filter_map(clips).collect()
     }
 }

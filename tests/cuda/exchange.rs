@@ -37,7 +37,7 @@ fn every_exchange_gives_the_same_bits() {
         (&[SKIPS, HALF], &[5]),
         (&["train.replicas=2", "model.modules=2", "train.rule=sideways"], &[4]),
     ] {
-        let place = Place::new(&[sets, &[CUDA, "train.clips=2"]].concat());
+        let place = Place::new(&[sets, &[CUDA, "train.batches=2"]].concat());
         let staged = place.trained("staged", 0, &[STAGED], &LATE);
         for exchange in [PEER, "run.exchange=auto"] {
             assert!(place.trained(exchange, 0, &[exchange], &LATE) == staged, "{sets:?} {exchange} in one process");
@@ -57,7 +57,8 @@ fn large_messages_between_two_gpus() {
     let layers = "model.layers=[{ kind = 'conv2d', out = 512, kernel = 3, padding = 1 }, { kind = 'relu' }, \
                   { kind = 'conv2d', out = 4, kernel = 3, stride = 2, padding = 1 }, { kind = 'relu' }, \
                   { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
-    let place = Place::new(&[layers, "model.modules=2", "train.rule=sideways", "data.batch=8", "train.clips=1", CUDA]);
+    let place =
+        Place::new(&[layers, "model.modules=2", "train.rule=sideways", "data.batch=8", "train.batches=1", CUDA]);
     let threads = place.trained("threads", 0, &[STAGED], &[]);
     let env = [("SIDEWAYS_EMULATOR_DEVICES", "2"), ("SIDEWAYS_EMULATOR_JITTER_US", "500"), MPI];
     for exchange in ways() {
@@ -124,7 +125,7 @@ fn without_peer_access() {
         eprintln!("not on a real GPU: the emulator is told what to refuse and counts");
         return;
     }
-    let place = Place::new(&[SKIPS, CUDA, "train.clips=1"]);
+    let place = Place::new(&[SKIPS, CUDA, "train.batches=1"]);
     let env = [("SIDEWAYS_EMULATOR_PEER", "0"), ("SIDEWAYS_EMULATOR_DEVICES", "2")];
     let auto = place.train("auto", 2, &[], &env);
     let said = text(&auto);
@@ -189,7 +190,7 @@ fn auto_lets_mpi_move_values_between_hosts() {
 #[test]
 fn a_killed_rank_ends_the_job() {
     for &exchange in ways() {
-        let place = Place::new(&[SKIPS, CUDA, "train.clips=100000", exchange]);
+        let place = Place::new(&[SKIPS, CUDA, "train.batches=100000", exchange]);
         let (metrics, killed) = (place.dir.path().join("run/metrics.jsonl"), place.at("killed"));
         let script = format!(
             "if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (until [ $(cat {} 2>/dev/null | wc -l) -ge 2 ]; do sleep 0.05; done; \
@@ -221,7 +222,7 @@ fn a_steady_tick_between_peers_stays_on_the_gpu() {
     let counts = |clips: usize, frames: usize| -> HashMap<String, u64> {
         let name = format!("{clips}-{frames}");
         let file = place.at(&name).with_extension("counts");
-        let (clips, frames) = (format!("train.clips={clips}"), format!("data.frames={frames}"));
+        let (clips, frames) = (format!("train.batches={clips}"), format!("data.frames={frames}"));
         let env = [("SIDEWAYS_EMULATOR_COUNTERS", file.to_str().unwrap())];
         let output = place.train(&name, 0, &[&clips, &frames], &env);
         assert!(output.status.success(), "{}", text(&output));

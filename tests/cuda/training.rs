@@ -41,7 +41,7 @@ fn twenty_clips_end_where_the_cpus_do() {
         &[FUTURE[0], FUTURE[1], FUTURE[2], "train.rule=sideways", rmsprop],
         &["train.replicas=2", "train.rule=sideways", gentle],
     ] {
-        let place = Place::new(&[sets, &["train.clips=20", "run.checkpoint_every=20"]].concat());
+        let place = Place::new(&[sets, &["train.batches=20", "run.checkpoint_every=20"]].concat());
         let cpu = place.trained("cpu", 0, &[CPU], &[]);
         let gpu = place.trained("gpu", 0, &[CUDA], &[]);
         assert_close(&cpu, &gpu, 1e-3, &format!("{sets:?}"));
@@ -73,7 +73,7 @@ fn large_frames_arrive_whole() {
     let layers = "model.layers=[{ kind = 'conv2d', out = 8, kernel = 5, stride = 4, padding = 2 }, { kind = 'relu' }, \
                   { kind = 'conv2d', out = 8, kernel = 3, stride = 2, padding = 1 }, { kind = 'relu' }, \
                   { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
-    let sets = [layers, "model.modules=2", "train.rule=sideways", "train.clips=8", "run.checkpoint_every=8"];
+    let sets = [layers, "model.modules=2", "train.rule=sideways", "train.batches=8", "run.checkpoint_every=8"];
     let place = Place::of_side(80, &sets);
     let cpu = place.trained("cpu", 0, &[CPU], &[]);
     assert_close(&cpu, &place.trained("gpu", 0, &[CUDA], &[]), 1e-3, "large frames");
@@ -86,7 +86,7 @@ fn large_messages_between_ranks_on_a_gpu() {
     let layers = "model.layers=[{ kind = 'conv2d', out = 512, kernel = 3, padding = 1 }, { kind = 'relu' }, \
                   { kind = 'conv2d', out = 4, kernel = 3, stride = 2, padding = 1 }, { kind = 'relu' }, \
                   { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
-    let sets = [layers, "model.modules=2", "train.rule=sideways", "data.batch=8", "train.clips=2", CUDA];
+    let sets = [layers, "model.modules=2", "train.rule=sideways", "data.batch=8", "train.batches=2", CUDA];
     let place = Place::new(&sets);
     let threads = place.trained("threads", 0, &[], &[]);
     assert!(place.trained("ranks", 2, &[], &[("SIDEWAYS_EMULATOR_JITTER_US", "500")]) == threads);
@@ -96,7 +96,7 @@ fn large_messages_between_ranks_on_a_gpu() {
 /// unfinished mean of an update that is not due at a clip's end.
 #[test]
 fn checkpoints_move_between_cpu_and_gpu() {
-    let place = Place::new(&[SKIPS, "train.update_every=3", "train.clips=6"]);
+    let place = Place::new(&[SKIPS, "train.update_every=3", "train.batches=6"]);
     let through = place.trained("through", 0, &[CPU], &[]);
     let all_gpu = place.trained("gpu", 0, &[CUDA], &[]);
     let (run, part) = (format!("run.dir={}", place.at("parts").display()), place.config.as_str());
@@ -117,7 +117,7 @@ fn checkpoints_move_between_cpu_and_gpu() {
 /// bfloat16 activations: the loss of a run is that of 32-bit floats to a few per cent.
 #[test]
 fn bfloat16_learns_the_same() {
-    let place = Place::new(&[SKIPS, "train.clips=20", "run.checkpoint_every=20", CUDA]);
+    let place = Place::new(&[SKIPS, "train.batches=20", "run.checkpoint_every=20", CUDA]);
     let loss = |name: &str, sets: &[&str]| -> f64 {
         let output = place.train(name, 0, sets, &[]);
         assert!(output.status.success(), "{}", text(&output));
@@ -139,7 +139,7 @@ fn an_update_is_the_same_in_every_precision() {
         { kind = 'gelu' }, { kind = 'conv2d', out = 16, kernel = 3, groups = 2, padding = 1 }, { kind = 'group-norm', groups = 4 }, \
         { kind = 'gelu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
     let one = "train.optimizer={ kind = 'sgd', lr = 0.1, momentum = 0.0 }";
-    let place = Place::new(&[layers, "model.modules=3", "train.rule=sideways", one, "train.clips=1", CUDA]);
+    let place = Place::new(&[layers, "model.modules=3", "train.rule=sideways", one, "train.batches=1", CUDA]);
     let change = |precision: &str| {
         let after = place.trained(precision, 0, &[&format!("run.precision={precision}")], &[]);
         let before = tensors(&place.at(precision), 0);
@@ -189,7 +189,7 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
     let sets = [SKIPS, "run.checkpoint_every=100", "train.boundary=cut", "run.exchange=peer", CUDA];
     let counts = |place: &Place, name: &str, clips: usize, frames: usize| -> HashMap<String, u64> {
         let file = place.at(name).with_extension("counts");
-        let (clips, frames) = (format!("train.clips={clips}"), format!("data.frames={frames}"));
+        let (clips, frames) = (format!("train.batches={clips}"), format!("data.frames={frames}"));
         let env = [("SIDEWAYS_EMULATOR_COUNTERS", file.to_str().unwrap())];
         let output = place.train(name, 0, &[&clips, &frames], &env);
         assert!(output.status.success(), "{}", text(&output));
@@ -220,7 +220,7 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
 /// A worker whose part is done gives its GPU back while others of its process still capture their graphs.
 #[test]
 fn workers_may_end_while_others_capture() {
-    let place = Place::new(&[SKIPS, "train.clips=2", CUDA]);
+    let place = Place::new(&[SKIPS, "train.batches=2", CUDA]);
     let whole = place.trained("whole", 0, &["run.graphs=false"], &[]);
     for n in 0..5 {
         let slow = [("SIDEWAYS_EMULATOR_CAPTURE_DELAY_US", "5000")];
@@ -256,7 +256,7 @@ fn clear_errors() {
 /// A run that diverges ends with exit code 1 and says so; or leaves out what is not finite, and counts it.
 #[test]
 fn what_is_not_finite_stops_the_run_or_is_left_out() {
-    let place = Place::new(&["train.optimizer={ kind = 'sgd', lr = 1e30 }", "train.clips=6", CUDA]);
+    let place = Place::new(&["train.optimizer={ kind = 'sgd', lr = 1e30 }", "train.batches=6", CUDA]);
     let stopped = place.train("stop", 2, &[], &[]);
     assert_eq!(stopped.status.code(), Some(1), "{}", text(&stopped));
     assert!(text(&stopped).contains("not finite") || text(&stopped).contains("diverged"), "{}", text(&stopped));

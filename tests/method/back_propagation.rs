@@ -52,7 +52,7 @@ fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collec
 
 fn sum_of_pseudo_gradients(dir: &Path, name: &str, sets: &[&str]) -> std::collections::HashMap<String, Vec<f64>> {
     let run = format!("run.dir={}", dir.join(name).display());
-    let sets: Vec<&str> = sets.iter().copied().chain([run.as_str(), PILE_UP, "train.clips=1"]).collect();
+    let sets: Vec<&str> = sets.iter().copied().chain([run.as_str(), PILE_UP, "train.batches=1"]).collect();
     train(&config(dir, &sets), None);
     with_prefix(&tensors(&dir.join(name), 1), "gradient.")
 }
@@ -141,7 +141,7 @@ fn replicas_on_a_split_batch_are_one_on_the_whole() {
     let run = |name: &str, sets: &[&str]| {
         let run = format!("run.dir={}", dir.path().join(name).display());
         let skip = "model.skip={ spans = [2] }";
-        train(&config(dir.path(), &[&[run.as_str(), skip, "train.clips=2"], sets].concat()), None);
+        train(&config(dir.path(), &[&[run.as_str(), skip, "train.batches=2"], sets].concat()), None);
         tensors(&dir.path().join(name), 2)
     };
     let whole = run("whole", &["data.batch=6"]);
@@ -162,7 +162,7 @@ fn replicas_on_the_same_clips_are_one() {
     std::fs::copy(dir.path().join("train-a.h5"), dir.path().join("train-b.h5")).unwrap();
     let run = |name: &str, sets: &[&str]| {
         let run = format!("run.dir={}", dir.path().join(name).display());
-        train(&config(dir.path(), &[&[run.as_str(), "data.shuffle=false", "train.clips=2"], sets].concat()), None);
+        train(&config(dir.path(), &[&[run.as_str(), "data.shuffle=false", "train.batches=2"], sets].concat()), None);
         tensors(&dir.path().join(name), 2)
     };
     let first = format!("data.train={}/train-a.h5", dir.path().display());
@@ -180,7 +180,7 @@ fn a_stopped_and_resumed_run_is_bit_identical() {
     for (case, sets) in [
         &["model.skip={ spans = [2, 3] }"][..],
         &["train.update_every=5"],
-        &["train.optimizer={ kind = 'adamw', lr = 0.01 }", "train.schedule={ kind = 'cosine', warmup = 2 }"],
+        &["train.optimizer={ kind = 'adamw', lr = 0.01 }", "train.lr_schedule={ kind = 'cosine', warmup = 2 }"],
         &["train.rule=bp", "model.skip={ spans = [2] }"],
     ]
     .into_iter()

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use sideways::Result;
-use sideways::nn::optim::{Optimizer, OptimizerSpec, ScheduleSpec};
+use sideways::nn::optim::{LrSchedule, Optimizer, OptimizerSpec};
 use sideways::nn::param::{Init, Param};
 
 use crate::common::numbers::{close, close_each};
@@ -127,13 +127,13 @@ fn state_is_named_by_parameter_and_checked() -> Result<()> {
 
 #[test]
 fn schedules() -> Result<()> {
-    let factors = |s: ScheduleSpec, clips: &[u64]| clips.iter().map(|&c| s.factor(c, 10)).collect::<Vec<_>>();
-    assert_eq!(factors(ScheduleSpec::default(), &[0, 9]), [1.0, 1.0]);
-    assert_eq!(factors(ScheduleSpec::Constant { warmup: 4 }, &[0, 1, 3, 4]), [0.25, 0.5, 1.0, 1.0]);
-    assert_eq!(factors(ScheduleSpec::Step { warmup: 0, every: 3, gamma: 0.5 }, &[0, 2, 3, 6]), [1.0, 1.0, 0.5, 0.25]);
-    let cosine = factors(ScheduleSpec::Cosine { warmup: 2, floor: 0.2 }, &[0, 2, 6, 10, 11]);
+    let factors = |s: LrSchedule, clips: &[u64]| clips.iter().map(|&c| s.factor(c, 10)).collect::<Vec<_>>();
+    assert_eq!(factors(LrSchedule::default(), &[0, 9]), [1.0, 1.0]);
+    assert_eq!(factors(LrSchedule::Constant { warmup: 4 }, &[0, 1, 3, 4]), [0.25, 0.5, 1.0, 1.0]);
+    assert_eq!(factors(LrSchedule::Step { warmup: 0, every: 3, gamma: 0.5 }, &[0, 2, 3, 6]), [1.0, 1.0, 0.5, 0.25]);
+    let cosine = factors(LrSchedule::Cosine { warmup: 2, floor: 0.2 }, &[0, 2, 6, 10, 11]);
     close("cosine", &cosine, &[0.5, 1.0, 0.6, 0.2, 0.2], 1e-12);
-    let never = ScheduleSpec::Step { warmup: 0, every: 0, gamma: 0.5 }.validate().unwrap_err();
+    let never = LrSchedule::Step { warmup: 0, every: 0, gamma: 0.5 }.validate().unwrap_err();
     assert!(never.to_string().contains("every should be at least 1"), "{never}");
     for (wrong, why) in [
         (r#"kind = "sgd", lr = -1"#, "lr = -1 should be at least 0"),

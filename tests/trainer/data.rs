@@ -152,7 +152,7 @@ fn where_others_cannot_be_told_the_last_checkpoint_resumes() {
 fn damaged_videos_are_skipped_and_counted() {
     for rule in ["skip-sideways", "bp"] {
         let run =
-            Run::new(&["train.clips=24", &format!("train.rule={rule}"), "model.skip={}", "run.checkpoint_every=24"]);
+            Run::new(&["train.batches=24", &format!("train.rule={rule}"), "model.skip={}", "run.checkpoint_every=24"]);
         let path = run.dir.path().join("train.h5");
         let mut bytes = std::fs::read(&path).unwrap();
         let frame = |t: usize| -> Vec<u8> {
@@ -180,7 +180,7 @@ fn damaged_videos_are_skipped_and_counted() {
 /// that are not the checkpoint's.
 #[test]
 fn doubtful_data_and_changed_settings_are_named_at_the_start() {
-    let run = Run::new(&["data.frames=15", "train.clips=9"]);
+    let run = Run::new(&["data.frames=15", "train.batches=9"]);
     let lost = run.dir.path().join("part-00000.h5");
     shard(&run.dir.path().join("part-00001.h5"), 4, 20, false);
     let start = |sets: &[&str]| {
@@ -197,7 +197,7 @@ fn doubtful_data_and_changed_settings_are_named_at_the_start() {
     assert!(first.contains(&format!("the first is {}: was a part", lost.display())), "{first}");
     assert!(!first.contains("other settings"), "{first}");
     let second = start(&["data.flip=true", "train.epochs=3"]);
-    for part in ["data.flip was false, is true", "train.clips was 9, is not set", "train.epochs was 10, is 3"] {
+    for part in ["data.flip was false, is true", "train.batches was 9, is not set", "train.epochs was 10, is 3"] {
         assert!(second.contains(part), "{part:?} is not in {second}");
     }
     assert!(!second.contains("other data"), "{second}");
@@ -210,8 +210,14 @@ fn doubtful_data_and_changed_settings_are_named_at_the_start() {
 #[test]
 fn decode_threads_reading_ahead_and_ranks_change_nothing() {
     let augmented = "data.crop_scale=[0.4, 1.0]";
-    let sets =
-        ["data.crop=8", augmented, "data.flip=true", "data.brightness=0.3", "train.clips=6", "run.checkpoint_every=6"];
+    let sets = [
+        "data.crop=8",
+        augmented,
+        "data.flip=true",
+        "data.brightness=0.3",
+        "train.batches=6",
+        "run.checkpoint_every=6",
+    ];
     let run = Run::new(&sets);
     let of = |name: &str, more: &[&str], ranks: usize| {
         let dir = format!("run.dir={}", run.dir.path().join(name).display());

@@ -283,7 +283,7 @@ fn a_damaged_end_of_the_metrics_keeps_no_run_from_going_on() {
 /// Values that are not finite end the run where they appear, or are left out and counted.
 #[test]
 fn values_that_are_not_finite_are_caught_and_counted() {
-    let run = Run::new(&["train.clips=6", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
+    let run = Run::new(&["train.batches=6", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
     let train = |more: &[&str]| Command::new(PROGRAM).args(["train", &run.config]).args(more).output().unwrap();
     let output = train(&[]);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));

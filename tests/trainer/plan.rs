@@ -59,7 +59,7 @@ fn training_plans_an_open_cut_and_keeps_it() {
     assert!(whole.status.success(), "{}", text(&whole));
     assert!(tensors(&run, 4) == tensors(&told, 4));
     // More ranks than the kept cut has modules.
-    let more = place.ranks(4, &[&args[..], &["--set", "train.clips=9"]].concat());
+    let more = place.ranks(4, &[&args[..], &["--set", "train.batches=9"]].concat());
     assert_eq!(more.status.code(), Some(2), "{}", text(&more));
     assert!(text(&more).contains("at most 3 can be used"), "{}", text(&more));
     // What is there is another network's: said so, whatever the cut.

@@ -126,7 +126,7 @@ fn different_configurations_are_refused() {
 #[test]
 fn a_rank_that_fails_ends_the_job() {
     let dir = tempfile::tempdir().unwrap();
-    let config = prepare(dir.path(), &["train.clips=1000000", "run.checkpoint_every=1000000"]);
+    let config = prepare(dir.path(), &["train.batches=1000000", "run.checkpoint_every=1000000"]);
     let kill =
         format!("if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (sleep 2; kill -9 $$) & fi; exec {PROGRAM} train {config}");
     let begun = Instant::now();
@@ -134,7 +134,7 @@ fn a_rank_that_fails_ends_the_job() {
     assert!(!output.status.success() && begun.elapsed() < Duration::from_secs(15), "{}", text(&output));
     assert!(text(&output).contains("signal 9"), "{}", text(&output));
 
-    let config = prepare(dir.path(), &["train.clips=1000000", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
+    let config = prepare(dir.path(), &["train.batches=1000000", "train.optimizer={ kind = 'sgd', lr = 1e30 }"]);
     let begun = Instant::now();
     let run = set("run.dir", &dir.path().join("diverges"));
     let output = mpirun(5, Path::new(PROGRAM), &["train", &config, "--set", &run], &[], MINUTE);

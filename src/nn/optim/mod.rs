@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-pub use rate::ScheduleSpec;
+pub use rate::LrSchedule;
 
 use crate::backend::cpu::{Host, Real, by_dtype, update_together, vectorized};
 use crate::nn::param::Param;

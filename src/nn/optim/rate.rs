@@ -7,7 +7,7 @@ use crate::{Error, Result};
 /// How the learning rate changes over a run. The unit is one batch of clips; all begin with a linear warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum ScheduleSpec {
+pub enum LrSchedule {
     /// The same throughout.
     Constant {
         /// Batches of the warm-up.
@@ -40,25 +40,24 @@ fn tenth() -> f64 {
     0.1
 }
 
-impl Default for ScheduleSpec {
+impl Default for LrSchedule {
     fn default() -> Self {
-        ScheduleSpec::Constant { warmup: 0 }
+        LrSchedule::Constant { warmup: 0 }
     }
 }
 
-impl ScheduleSpec {
+impl LrSchedule {
     /// What the learning rate is multiplied by at batch `clip` (from 0) of `total`. In the warm-up (clip + 1) / warmup.
     pub fn factor(&self, clip: u64, total: u64) -> f64 {
-        let (ScheduleSpec::Constant { warmup }
-        | ScheduleSpec::Step { warmup, .. }
-        | ScheduleSpec::Cosine { warmup, .. }) = *self;
+        let (LrSchedule::Constant { warmup } | LrSchedule::Step { warmup, .. } | LrSchedule::Cosine { warmup, .. }) =
+            *self;
         if clip < warmup {
             return (clip + 1) as f64 / warmup as f64;
         }
         match *self {
-            ScheduleSpec::Constant { .. } => 1.0,
-            ScheduleSpec::Step { every, gamma, .. } => gamma.powf((clip / every.max(1)) as f64),
-            ScheduleSpec::Cosine { floor, .. } => {
+            LrSchedule::Constant { .. } => 1.0,
+            LrSchedule::Step { every, gamma, .. } => gamma.powf((clip / every.max(1)) as f64),
+            LrSchedule::Cosine { floor, .. } => {
                 let span = total.saturating_sub(warmup).max(1) as f64;
                 let progress = ((clip - warmup) as f64 / span).min(1.0);
                 floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
@@ -72,11 +71,9 @@ impl ScheduleSpec {
     /// [`Error::Input`] that names the setting and its range.
     pub fn validate(&self) -> Result<()> {
         match *self {
-            ScheduleSpec::Step { every: 0, .. } => Err(Error::input("schedule: every should be at least 1")),
-            ScheduleSpec::Step { gamma: v, .. } | ScheduleSpec::Cosine { floor: v, .. }
-                if !(0.0..=1.0).contains(&v) =>
-            {
-                Err(Error::input(format!("schedule: gamma and floor should be from 0 to 1, not {v}")))
+            LrSchedule::Step { every: 0, .. } => Err(Error::input("lr_schedule: every should be at least 1")),
+            LrSchedule::Step { gamma: v, .. } | LrSchedule::Cosine { floor: v, .. } if !(0.0..=1.0).contains(&v) => {
+                Err(Error::input(format!("lr_schedule: gamma and floor should be from 0 to 1, not {v}")))
             }
             _ => Ok(()),
         }
