@@ -86,10 +86,10 @@ suite() {
 }
 
 benches() {
-    local vgg=benches/pytorch/vgg8.toml on="--set run.device=cuda" small="--set data.batch=16" ms=5 ticks=100 to=64MiB clips=3 sizes="256KiB 4MiB 16MiB"
+    local vgg=benches/pytorch/vgg8.toml on="--set run.device=cuda" small="--set data.batch=16" ms=5 ticks=100 to=64MiB batches=3 sizes="256KiB 4MiB 16MiB"
     if [ -n "$emulated" ]; then
         small="--set data.crop=16 --set data.batch=1 --classes 5"
-        ms=10 ticks=20 to=256KiB clips=1 sizes="64KiB 256KiB"
+        ms=10 ticks=20 to=256KiB batches=1 sizes="64KiB 256KiB"
     fi
     local mods="--set model.modules=8 --set model.skip.spans=[2]" precision
     for precision in f32 tf32 bf16; do
@@ -97,18 +97,18 @@ benches() {
         # shellcheck disable=SC2086
         step "layers $precision" 200 '^(peaks|all layers)' "$sideways" bench layers $vgg $on $small --set model.modules=8 \
             --set run.precision=$precision
-        step "train $precision" 200 'frames/s' "$sideways" bench train $vgg $on $small $mods --clips $clips \
+        step "train $precision" 200 'frames/s' "$sideways" bench train $vgg $on $small $mods --batches $batches \
             --set run.precision=$precision
     done
-    step "train graphs off" 200 'frames/s' "$sideways" bench train $vgg $on $small $mods --clips $clips \
+    step "train graphs off" 200 'frames/s' "$sideways" bench train $vgg $on $small $mods --batches $batches \
         --set run.precision=f32 --set run.graphs=false
     for ranks in 2 4; do
-        step "train $ranks ranks" 200 'frames/s' mpirun -n $ranks "$sideways" bench train $vgg $on $small $mods --clips $clips
+        step "train $ranks ranks" 200 'frames/s' mpirun -n $ranks "$sideways" bench train $vgg $on $small $mods --batches $batches
     done
     for frames in 8 64; do
         [ -n "$emulated" ] && [ $frames = 64 ] && frames=16
         step "memory T=$frames" 200 'of its memory' "$sideways" bench train $vgg $on $small --set model.modules=1 \
-            --set train.rule=sideways --set data.frames=$frames --clips 1
+            --set train.rule=sideways --set data.frames=$frames --batches 1
     done
     step "link threads" 200 '[KM]iB \|' "$sideways" bench link --device cuda --to $to --repeat 3
     step "link 2 ranks" 200 '[KM]iB \|' mpirun -n 2 "$sideways" bench link --device cuda --to $to --repeat 3

@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="B, clips")
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--classes", type=int, default=600)
-    parser.add_argument("--clips", type=int, default=3, help="batches of clips that count, after two of warm-up")
+    parser.add_argument("--batches", type=int, default=3, help="batches that count, after two of warm-up")
     args = parser.parse_args()
     at_once = args.at_once or args.frames
     if args.frames % at_once:
@@ -60,7 +60,7 @@ def main():
     step()
     step()
     seconds = []
-    for _ in range(args.clips):
+    for _ in range(args.batches):
         begun = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begun)

@@ -32,14 +32,14 @@ def run(args, command, cores=None):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def pytorch(args, net, threads, frames, at_once, layout, clips):
+def pytorch(args, net, threads, frames, at_once, layout, batches):
     command = [args.python, f"{HERE}/bp.py", "--net", net, "--threads", str(threads), "--frames", str(frames)]
-    command += ["--at-once", str(at_once), "--layout", layout, "--clips", str(clips)]
+    command += ["--at-once", str(at_once), "--layout", layout, "--batches", str(batches)]
     return run(args, command, range(threads))
 
 
-def sideways(args, net, cores, sets, clips, ranks=1):
-    command = [args.sideways, "bench", "train", f"{HERE}/{net}.toml", "--json", "--clips", str(clips)]
+def sideways(args, net, cores, sets, batches, ranks=1):
+    command = [args.sideways, "bench", "train", f"{HERE}/{net}.toml", "--json", "--batches", str(batches)]
     for setting in sets:
         command += ["--set", setting]
     if ranks > 1:
@@ -53,7 +53,7 @@ def baseline(args, net):
     for threads in (1, 2):
         for at_once, what in ((16, "all of T at once"), (1, "a frame at a time")):
             for layout in ("nchw", "channels_last"):
-                found = pytorch(args, net, threads, 16, at_once, layout, args.clips)
+                found = pytorch(args, net, threads, 16, at_once, layout, args.batches)
                 rows.append((f"PyTorch bp, {what}, {layout}", threads, 16, found))
     layout = max(rows[:2], key=lambda row: row[3]["frames_per_second"])[3]["layout"]
     rows.append((f"PyTorch bp, all of T at once, {layout}", 1, 64, pytorch(args, net, 1, 64, 64, layout, 1)))
@@ -68,8 +68,8 @@ def pairs(args, net):
     cut = ["train.rule=sideways", f"model.cuts={cuts}"]
     found = []
     for _ in range(args.pairs):
-        two = sideways(args, net, None, cut, 2 * args.clips, ranks=2)
-        one = sideways(args, net, [0], cut, 2 * args.clips)
+        two = sideways(args, net, None, cut, 2 * args.batches, ranks=2)
+        one = sideways(args, net, [0], cut, 2 * args.batches)
         found.append((two["frames_per_second"] / one["frames_per_second"], one, two))
     return sorted(found, key=lambda pair: pair[0])
 
@@ -89,10 +89,10 @@ def compare(args, net, known):
     def add(what, cores, frames, found):
         rows.append((f"sideways, {what}", cores, frames, found))
 
-    add("8 modules, spans [2], one process", 1, 16, sideways(args, net, [0], modules, args.clips))
+    add("8 modules, spans [2], one process", 1, 16, sideways(args, net, [0], modules, args.batches))
     add("8 modules, spans [2], one process", 1, 64, sideways(args, net, [0], modules + ["data.frames=64"], 1))
-    add("1 module (exact bp, frame by frame)", 1, 16, sideways(args, net, [0], whole, args.clips))
-    add("8 modules, spans [2], one process", 2, 16, sideways(args, net, [0, 1], modules, args.clips))
+    add("1 module (exact bp, frame by frame)", 1, 16, sideways(args, net, [0], whole, args.batches))
+    add("8 modules, spans [2], one process", 2, 16, sideways(args, net, [0, 1], modules, args.batches))
     both = pairs(args, net)
     gain, one, two = both[len(both) // 2]
     add(f"cut before {two['cuts']}, 1 rank", 1, 16, one)
@@ -123,7 +123,7 @@ def main():
     parser.add_argument("--nets", default="vgg8,resnet18")
     parser.add_argument("--sideways", default="target/release/sideways")
     parser.add_argument("--python", default=sys.executable, help="one that has torch")
-    parser.add_argument("--clips", type=int, default=2, help="batches of clips that count; of 2 ranks over 1 twice as many")
+    parser.add_argument("--batches", type=int, default=2, help="batches that count; of 2 ranks over 1 twice as many")
     parser.add_argument("--pairs", type=int, default=5, help="runs of 2 ranks, and of 1 rank with the same cut")
     parser.add_argument("--under", default="", help="a command put in front of every measurement")
     parser.add_argument("--json", help="also write all figures there")

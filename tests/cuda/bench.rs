@@ -109,10 +109,10 @@ fn plans() {
 #[test]
 fn training_on_made_up_frames() {
     let (_dir, config) = configuration();
-    let found = json(&["bench", "train", &config, "--json", "--clips", "1", "--set", "model.skip={ spans = [2] }"]);
+    let found = json(&["bench", "train", &config, "--json", "--batches", "1", "--set", "model.skip={ spans = [2] }"]);
     assert!(found["frames_per_second"].as_f64().unwrap() > 0.0 && found["gpu"]["name"].is_string(), "{found}");
     assert!(found["predicted_tick_ms"].as_f64().unwrap() > 0.0);
-    assert!(succeeds(2, &["bench", "train", &config, "--clips", "1"]).contains("modules on "));
+    assert!(succeeds(2, &["bench", "train", &config, "--batches", "1"]).contains("modules on "));
 }
 
 /// Device arrays over links between threads and ranks; modules that wait on the GPU take as long as they wait.

@@ -38,9 +38,9 @@ pub struct TrainArgs {
     /// Classes to tell apart [default: model.classes].
     #[arg(long, value_name = "K")]
     pub classes: Option<usize>,
-    /// Batches of clips that count, after two or more of warm-up.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub clips: u64,
+    /// Batches that count, after two or more of warm-up.
+    #[arg(long, alias = "clips", value_name = "N", default_value_t = 3)]
+    pub batches: u64,
     /// Measure the layers anew for the prediction, whatever was measured before.
     #[arg(long)]
     pub fresh: bool,
@@ -95,7 +95,7 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     // The first batches fill the pipeline, and the next, with its first update, may still touch memory for the first time;
     // the last ones let it run empty.
     let from = depth + 1;
-    let (to, end) = (from + args.clips, from + args.clips + depth);
+    let (to, end) = (from + args.batches, from + args.batches + depth);
     let span = Span { first: 0, end, total: end, from: None, record: false };
     let mut begun = Instant::now();
     let mut seconds = 0.0;
@@ -151,7 +151,7 @@ fn outcome(
     predicted: Option<&Prediction>,
 ) -> Outcome {
     let (grid, config) = (setup.grid, &setup.config);
-    let ticks = (args.clips as usize * config.data.frames) as f64;
+    let ticks = (args.batches as usize * config.data.frames) as f64;
     let steps: usize = (1..=grid.modules).map(|i| setup.schedule.steps(i).len()).sum();
     let backward = (1..=grid.modules).flat_map(|i| setup.schedule.steps(i)).filter(|s| s.backward).count();
     let mut busy = vec![0.0; grid.ranks];
