@@ -9,7 +9,7 @@ use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
 use crate::setup::Setup;
 use crate::setup::footprint::{bytes, gpu_memory, memory, sent};
-use crate::sys::machine::at_once;
+use crate::sys::cpus::at_once;
 
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each rank's share.
 ///

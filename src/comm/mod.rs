@@ -35,7 +35,7 @@ pub use link::Breaker;
 pub use message::{HEADER_WORDS, Header, Kind};
 pub(crate) use mpi::Baseline;
 pub use mpi::Values;
-pub use world::{World, hostname};
+pub use world::World;
 
 use link::Link;
 

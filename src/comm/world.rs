@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::launch::{self, Launch};
 use super::mpi::{Baseline, Session};
+use crate::sys::host::hostname;
 use crate::{Error, Result};
 
 /// The ranks of this run: this process alone, or an MPI job.
@@ -223,17 +224,5 @@ fn say(error: &Error) {
     match error {
         Error::Stopped(_) => log::info!("{error}"),
         _ => log::error!("{error}"),
-    }
-}
-
-/// This machine's name, up to the first dot.
-pub fn hostname() -> String {
-    let mut bytes = [0u8; 256];
-    // SAFETY: the length is the buffer's; the last byte stays zero.
-    let code = unsafe { libc::gethostname(bytes.as_mut_ptr().cast(), bytes.len() - 1) };
-    let length = bytes.iter().position(|byte| *byte == 0).unwrap_or(0);
-    match code == 0 && length > 0 {
-        true => String::from_utf8_lossy(&bytes[..length]).split('.').next().unwrap_or_default().to_string(),
-        false => "unknown host".to_string(),
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::sys::machine::keep_to;
+use crate::sys::cpus::keep_to;
 
 /// Turns at computing for the workers of one process.
 struct Turns {
@@ -135,7 +135,7 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::machine::own_processors;
+    use crate::sys::cpus::own_processors;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::channel;
 

@@ -7,7 +7,7 @@ use crate::comm::World;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
 use crate::setup::Setup;
-use crate::sys::machine::at_once;
+use crate::sys::cpus::at_once;
 use crate::trainer::preflight::Neighbours;
 use crate::{Error, Result};
 

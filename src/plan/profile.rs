@@ -13,7 +13,8 @@ use crate::nn::module::Fuse;
 use crate::nn::optim::OptimizerSpec;
 use crate::nn::spec::{LayerSpec, Shape};
 use crate::plan::gpu::OnGpu;
-use crate::sys::machine::{processor_name, program_hash};
+use crate::sys::cpus::processor_name;
+use crate::sys::host::program_hash;
 use crate::{Error, Result};
 
 /// A module to be timed.

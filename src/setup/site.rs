@@ -1,9 +1,9 @@
 //! Which GPU a rank's modules compute on.
 
 use crate::comm::World;
-#[cfg(feature = "cuda")]
-use crate::comm::hostname;
 use crate::config::DeviceChoice;
+#[cfg(feature = "cuda")]
+use crate::sys::host::hostname;
 use crate::{Error, Result};
 #[cfg(feature = "cuda")]
 pub use on::{Edges, Place, registers};

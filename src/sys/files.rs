@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all.
+//! Files that are there whole or not at all, and the room for them.
 
 use std::fs::File;
 use std::io::Write;
@@ -24,4 +24,10 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         let _ = std::fs::remove_file(&partial);
         Error::io(path, e)
     })
+}
+
+/// Bytes free for this user on the file system of `path`.
+pub fn free_space(path: &Path) -> Option<u64> {
+    let status = nix::sys::statvfs::statvfs(path).ok()?;
+    Some(status.blocks_available() as u64 * status.fragment_size() as u64)
 }

@@ -1,4 +1,6 @@
 //! The machine and its operating system: processors, memory, files.
 
+pub mod cpus;
 pub mod files;
-pub mod machine;
+pub mod host;
+pub mod memory;

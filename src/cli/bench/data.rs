@@ -17,6 +17,7 @@ use super::wrong_size;
 use crate::comm::World;
 use crate::data::augment::{Geometry, Scaling, View};
 use crate::data::{Augmentation, Dataset, Encoding, FrameStream, ShardReader, StreamOptions, jpeg};
+use crate::sys::cpus::{parallelism, processor_seconds};
 use crate::{Error, Result};
 
 /// Options of `sideways bench data`.
@@ -111,7 +112,7 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
         frame.copy_from_slice(stored[0]);
     }
     stages.push(("crop, flip, scale".into(), augment(&frame, geometry, &augmentation, args.seconds)?));
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = parallelism();
     let doubling = || std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n <= cores).collect();
     let threads: Vec<usize> = if args.threads.is_empty() { doubling() } else { args.threads.clone() };
     for threads in threads {
@@ -166,19 +167,6 @@ fn timed(seconds: f64, mut round: impl FnMut() -> Result<(u64, u64)>) -> Result<
         frames_per_core_second: frames as f64 / used,
         bytes_per_second: bytes as f64 / clock,
     })
-}
-
-/// Processor time of all of the process's threads so far, and of its children that have ended.
-fn processor_seconds() -> f64 {
-    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
-    let of = |who| {
-        // SAFETY: a structure of plain numbers, for which zeros are values.
-        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointer is to a structure that is written and outlives the call.
-        unsafe { libc::getrusage(who, &mut usage) };
-        seconds(usage.ru_utime) + seconds(usage.ru_stime)
-    };
-    of(libc::RUSAGE_SELF) + of(libc::RUSAGE_CHILDREN)
 }
 
 /// Whole files, one after the other, into one buffer.

@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::backend::cpu;
-use crate::comm::{World, hostname};
+use crate::comm::World;
 use crate::config::{Config, Globs, Rule, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
 use crate::pipeline::bp;
@@ -21,7 +21,9 @@ use crate::plan::predict::{Parts, Prediction, predict};
 use crate::plan::simulate::Processors;
 use crate::setup::site;
 use crate::setup::{Purpose, Setup};
-use crate::sys::machine::{at_once, own_processors};
+use crate::sys::cpus::{at_once, own_processors, parallelism};
+use crate::sys::host::hostname;
+use crate::sys::memory::peak_memory;
 use crate::trainer::console::ClipSummary;
 use crate::trainer::run;
 use crate::trainer::run_range::Span;
@@ -48,6 +50,9 @@ pub struct TrainArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// Bytes of a MiB.
+const MIB: f64 = 1_048_576.0;
 
 /// What is printed, on rank 0.
 #[derive(Serialize)]
@@ -118,7 +123,7 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
         Rule::Bp => bp::train(&setup, &span, &requests, &mut observer)?,
         Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &requests, &mut observer)?,
     };
-    let peaks = world.gather(&peak_kib().to_le_bytes())?;
+    let peaks = world.gather(&peak_memory().to_le_bytes())?;
     // Behind the peak memory, which measuring layers would raise.
     let gpu = world.first_error(chosen(&config.run))?;
     let processors = processors(world, &config, gpu.is_some())?;
@@ -130,8 +135,8 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     if world.rank() > 0 {
         return Ok(());
     }
-    let kib: u64 = peaks.iter().map(|b| b.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte))).sum();
-    let outcome = outcome(&setup, world, args, seconds, &time, kib as f64 / 1024.0, predicted.as_ref());
+    let peak: u64 = peaks.iter().filter_map(|peak| Some(u64::from_le_bytes(peak.as_slice().try_into().ok()?))).sum();
+    let outcome = outcome(&setup, world, args, seconds, &time, peak as f64 / MIB, predicted.as_ref());
     let outcome = Outcome { gpu, ..outcome };
     if args.json {
         outln!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
@@ -164,7 +169,7 @@ fn outcome(
         replicas: grid.replicas,
         ranks: world.size(),
         threads: config.run.threads,
-        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        cores: parallelism(),
         frames: config.data.frames,
         batch: config.data.batch,
         rule: config.train.rule,
@@ -327,11 +332,4 @@ impl Drop for Folder {
             let _ = std::fs::remove_dir_all(&self.path);
         }
     }
-}
-
-/// The most resident memory this process has had, in KiB; 0 where the system does not say.
-fn peak_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }

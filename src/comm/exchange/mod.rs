@@ -111,8 +111,9 @@ mod on {
     use super::carried::Carried;
     use super::trial;
     use crate::backend::cuda::shared::{Port, Ring};
-    use crate::comm::{LinkSpec, Outside, World, hostname};
+    use crate::comm::{LinkSpec, Outside, World};
     use crate::config::Exchange as Choice;
+    use crate::sys::host::hostname;
     use crate::{Error, Result};
 
     /// The two links between two modules: activations there, and where any is used cotangents back.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::super::message::Kind;
 use super::Core;
 use super::calls::{PROCESSOR_WORDS, Place, Processors};
+use crate::sys::cpus::own_processors;
 use crate::{Error, Result};
 
 /// Polls before a waiting worker starts to yield its core.
@@ -43,15 +44,7 @@ pub(super) struct Backoff {
 /// to put theirs together to know whether they share.
 pub(super) fn processors() -> Processors {
     let mut set: Processors = [0; PROCESSOR_WORDS];
-    #[cfg(target_os = "linux")]
-    // SAFETY: the length is the array's; where it is too short the call fails and changes nothing.
-    unsafe {
-        libc::sched_getaffinity(0, size_of::<Processors>(), set.as_mut_ptr().cast());
-    }
-    if set.iter().all(|word| *word == 0) {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        (0..cores.min(64 * PROCESSOR_WORDS)).for_each(|core| set[core / 64] |= 1 << (core % 64));
-    }
+    own_processors().into_iter().filter(|n| n / 64 < PROCESSOR_WORDS).for_each(|n| set[n / 64] |= 1 << (n % 64));
     set
 }
 

@@ -4,9 +4,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::comm::{World, hostname};
+use crate::comm::World;
 use crate::setup::site;
-use crate::sys::machine::{free_space, memory, own_processors, program_hash};
+use crate::sys::cpus::{own_processors, parallelism};
+use crate::sys::files::free_space;
+use crate::sys::host::{hostname, program_hash};
+use crate::sys::memory::memory;
 use crate::{Error, Result};
 
 /// What one rank finds where it runs.
@@ -42,7 +45,7 @@ impl Place {
         Place {
             host: hostname(),
             processors: own_processors(),
-            parallelism: std::thread::available_parallelism().map_or(1, usize::from),
+            parallelism: parallelism(),
             available,
             limit,
             shared: free_space(Path::new("/dev/shm")),

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::Check;
-use crate::comm::{World, hostname};
+use crate::comm::World;
 use crate::setup::Setup;
 use crate::setup::footprint::bytes;
-use crate::sys::machine::free_space;
+use crate::sys::files::free_space;
+use crate::sys::host::hostname;
 use crate::{Error, Result};
 
 /// Does every rank see the run folder, and has it room for the checkpoints that it will hold? Rank 0 makes the folder.

@@ -18,7 +18,7 @@ use crate::plan::measure::measure;
 use crate::plan::predict::{Parts, block_parts, conditions, module_parts};
 use crate::plan::profile::{Conditions, Part, Times};
 use crate::setup::Setup;
-use crate::sys::machine::{own_processors, processor_name};
+use crate::sys::cpus::{own_processors, processor_name};
 use crate::{Error, Result};
 
 #[cfg_attr(not(feature = "cuda"), path = "no_gpu.rs")]

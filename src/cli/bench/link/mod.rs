@@ -8,7 +8,8 @@
 use std::time::Instant;
 
 use super::{LinkArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
-use crate::comm::{Baseline, Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect, hostname};
+use crate::comm::{Baseline, Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
+use crate::sys::host::hostname;
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]

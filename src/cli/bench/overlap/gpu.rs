@@ -10,7 +10,8 @@ use super::super::{OverlapArgs, show_bytes};
 use crate::backend::cuda::gpu::failed;
 use crate::backend::cuda::wait::Wait;
 use crate::backend::cuda::{Gpu, peak};
-use crate::comm::{Endpoints, Kind, LinkSpec, World, hostname};
+use crate::comm::{Endpoints, Kind, LinkSpec, World};
+use crate::sys::host::hostname;
 use crate::{Error, Result};
 
 /// What one worker found: seconds of a tick by the GPU's clock, and of a wait by itself.

@@ -7,7 +7,9 @@
 use std::time::{Duration, Instant};
 
 use super::{OverlapArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
-use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect, hostname};
+use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
+use crate::sys::cpus::processor_seconds;
+use crate::sys::host::hostname;
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
@@ -226,16 +228,4 @@ fn compute(args: &OverlapArgs) -> Result<()> {
         std::hint::spin_loop();
     }
     Ok(())
-}
-
-/// Processor time this process has used, in seconds.
-fn processor_seconds() -> f64 {
-    // SAFETY: a plain query into zeroed memory.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
