@@ -1,7 +1,7 @@
 //! How long modules take on this machine: measured, and remembered with the conditions they were measured under.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,6 +14,7 @@ use crate::nn::optim::OptimizerSpec;
 use crate::nn::spec::{LayerSpec, Shape};
 use crate::plan::gpu::OnGpu;
 use crate::sys::cpus::processor_name;
+use crate::sys::files::write_whole;
 use crate::sys::host::program_hash;
 use crate::{Error, Result};
 
@@ -188,17 +189,10 @@ fn read(file: &PathBuf, conditions: &Conditions) -> Option<Profile> {
     }
 }
 
-/// Whole or not at all: two programs may write at once.
-fn write(file: &PathBuf, profile: &Profile) -> Result<()> {
+fn write(file: &Path, profile: &Profile) -> Result<()> {
     let folder = file.parent().unwrap_or(file);
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
-    let text = serde_json::to_vec_pretty(profile).map_err(|e| Error::io(file, e.into()))?;
-    let partial = file.with_extension(format!("{}.partial", std::process::id()));
-    std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, file)).map_err(|e| {
-        // A part of it, on a full disk.
-        let _ = std::fs::remove_file(&partial);
-        Error::io(file, e)
-    })
+    write_whole(file, &serde_json::to_vec_pretty(profile).map_err(|e| Error::io(file, e.into()))?)
 }
 
 /// The middle one, or the mean of the two in the middle; 0 of none.

@@ -34,8 +34,7 @@ pub(crate) fn check_split(split: &str) -> Result<()> {
 pub(crate) fn make_folder(out: &Path) -> Result<()> {
     let refused = |e: std::io::Error| Error::input(format!("{}: cannot write into this folder: {e}", out.display()));
     std::fs::create_dir_all(out).map_err(refused)?;
-    let probe = out.join(format!(".sideways-{}.partial", std::process::id()));
-    std::fs::write(&probe, b"").and_then(|_| std::fs::remove_file(&probe)).map_err(refused)
+    tempfile::NamedTempFile::new_in(out).map(drop).map_err(refused)
 }
 
 /// Makes the folder, checks that it can be written, and deals with shards of these splits that it holds: refused, or
