@@ -41,11 +41,11 @@ pub fn cut(setup: Setup, world: &World) -> Result<Setup> {
     let blocks = world.first_error(Blocks::new(&setup.network.layers, setup.network.input))?;
     let profile = times_together(world, &setup, Parts::Blocks(&blocks), false)?;
     let mine = profile.map_or(Ok(Vec::new()), |profile| measured_cuts(&setup, &blocks, &profile));
-    let bytes: Vec<u8> = world.first_error(mine)?.iter().flat_map(|&cut| (cut as u64).to_le_bytes()).collect();
-    let all = world.gather(&bytes)?;
-    let number = |eight: &[u8]| eight.iter().rev().fold(0, |n, &byte| n << 8 | usize::from(byte));
-    let setup = world.first_error(setup.recut(all[0].chunks_exact(8).map(number).collect()))?;
-    if setup.grid.modules != all[0].len() / 8 + 1 {
+    let all = world.gather(bytemuck::cast_slice(&world.first_error(mine)?))?;
+    let cuts: Vec<usize> = bytemuck::pod_collect_to_vec(&all[0]);
+    let arrived = cuts.len();
+    let setup = world.first_error(setup.recut(cuts))?;
+    if setup.grid.modules != arrived + 1 {
         return Err(Error::Run("rank 0's cuts did not arrive whole".into()));
     }
     Ok(setup)

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::CudaEvent;
 
 use super::super::device_link::{In, Out};
@@ -15,24 +16,11 @@ use crate::sys::host::hostname;
 use crate::{Error, Result};
 
 /// What one worker found: seconds of a tick by the GPU's clock, and of a wait by itself.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 pub(super) struct Found {
     tick: f64,
     alone: f64,
-}
-
-impl Found {
-    pub(super) fn to_bytes(self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&self.tick.to_le_bytes());
-        bytes[8..].copy_from_slice(&self.alone.to_le_bytes());
-        bytes
-    }
-
-    pub(super) fn from_bytes(bytes: &[u8]) -> Vec<Found> {
-        let number = |b: &[u8]| f64::from_bits(b.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
-        bytes.chunks_exact(16).map(|b| Found { tick: number(&b[..8]), alone: number(&b[8..]) }).collect()
-    }
 }
 
 /// One module's stand-in.

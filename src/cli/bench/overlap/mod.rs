@@ -6,6 +6,8 @@
 
 use std::time::{Duration, Instant};
 
+use bytemuck::{Pod, Zeroable};
+
 use super::{OverlapArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
 use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
 use crate::sys::cpus::processor_seconds;
@@ -16,26 +18,14 @@ use crate::{Error, Result};
 mod gpu;
 
 /// Seconds of one worker, over the ticks that count.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+#[repr(C)]
 struct Spent {
     wall: f64,
     compute: f64,
     activation: f64,
     cotangent: f64,
     send: f64,
-}
-
-impl Spent {
-    fn to_bytes(self) -> Vec<u8> {
-        [self.wall, self.compute, self.activation, self.cotangent, self.send].map(f64::to_le_bytes).concat()
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Vec<Spent> {
-        let numbers = bytes.chunks_exact(8).map(|eight| eight.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b)));
-        let numbers: Vec<f64> = numbers.map(f64::from_bits).collect();
-        let spent = |n: &[f64]| Spent { wall: n[0], compute: n[1], activation: n[2], cotangent: n[3], send: n[4] };
-        numbers.chunks_exact(5).map(spent).collect()
-    }
 }
 
 pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
@@ -79,8 +69,7 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
             let joined = threads.into_iter().map(|thread| thread.join());
             joined.map(|found| found.map_err(|_| Error::Run("a worker panicked".into()))?).collect()
         });
-        let bytes: Vec<u8> = found?.into_iter().flat_map(gpu::Found::to_bytes).collect();
-        let all: Vec<_> = world.gather(&bytes)?.iter().flat_map(|bytes| gpu::Found::from_bytes(bytes)).collect();
+        let all = gather::<gpu::Found>(world, &found?)?;
         if world.rank() == 0 {
             gpu::print(args, world, &all);
         }
@@ -98,13 +87,17 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
         let joined = threads.into_iter().map(|thread| thread.join());
         joined.map(|spent| spent.map_err(|_| Error::Run("a worker panicked".into()))?).collect()
     });
-    let bytes: Vec<u8> = spent?.into_iter().flat_map(Spent::to_bytes).collect();
-    let cpu = processor_seconds();
-    let all: Vec<Spent> = world.gather(&bytes)?.iter().flat_map(|bytes| Spent::from_bytes(bytes)).collect();
+    let (spent, cpu) = (spent?, processor_seconds());
+    let all = gather::<Spent>(world, &spent)?;
     if world.rank() == 0 {
         print(args, world, &all, cpu);
     }
     Ok(())
+}
+
+/// What the workers of all ranks found, in their order. Collective.
+fn gather<T: Pod>(world: &World, mine: &[T]) -> Result<Vec<T>> {
+    Ok(world.gather(bytemuck::cast_slice(mine))?.iter().flat_map(|all| bytemuck::pod_collect_to_vec(all)).collect())
 }
 
 fn print(args: &OverlapArgs, world: &World, all: &[Spent], cpu: f64) {
