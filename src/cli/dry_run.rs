@@ -1,6 +1,9 @@
 //! `sideways train --dry-run`: a whole configuration checked on a laptop, without ranks or data.
 
+use bytesize::ByteSize;
+
 use crate::Result;
+use crate::cli::output::table;
 use crate::comm::Kind;
 use crate::config::{Config, DeviceChoice, Precision, Rule};
 use crate::network::blocks::Blocks;
@@ -8,7 +11,7 @@ use crate::plan::cut::resume_cut;
 use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
 use crate::setup::Setup;
-use crate::setup::footprint::{bytes, gpu_memory, memory, sent};
+use crate::setup::footprint::{gpu_memory, memory, sent};
 use crate::sys::cpus::at_once;
 
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each rank's share.
@@ -48,37 +51,25 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     for warning in setup.warnings() {
         outln!("warning: {warning}");
     }
-    outln!(
-        "{:>4} {:>7} {:>4} {:>10} {:>15} {:>15} {:>11} {:>10} {:>10} {:>10}",
-        "rank",
-        "replica",
-        "mod",
-        "layers",
-        "input",
-        "output",
-        "parameters",
-        "GFLOP/tick",
-        "memory",
-        "sent/tick"
-    );
-    for w in 0..grid.workers() {
+    let header = "rank\treplica\tmodule\tlayers\tinput\toutput\tparameters\tGFLOP/tick\tmemory\tsent/tick";
+    let row = |w: usize| {
         let (i, r) = grid.module_and_replica(w);
         let module = &setup.network.modules[i - 1];
-        outln!(
-            "{:>4} {:>7} {:>4} {:>10} {:>15} {:>15} {:>11} {:>10.3} {:>10} {:>10}",
+        format!(
+            "{}\t{r}\t{i}\t{}-{}\t{:?}\t{:?}\t{}\t{:.3}\t{}\t{}",
             grid.rank_of(w),
-            r,
-            i,
-            format!("{}-{}", module.layers.start, module.layers.end - 1),
-            format!("{:?}", module.main),
-            format!("{:?}", module.output),
+            module.layers.start,
+            module.layers.end - 1,
+            module.main,
+            module.output,
             module.params,
             // Forward, and as much again for each of the two gradients.
             3.0 * (module.flops * config.data.batch as u64) as f64 / 1e9,
-            bytes(needed(&setup, w)),
-            bytes(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
-        );
-    }
+            ByteSize(needed(&setup, w)),
+            ByteSize(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
+        )
+    };
+    table(0, header, (0..grid.workers()).map(row));
     match config.run.device {
         DeviceChoice::Cuda => outln!(
             "memory: the GPU's, for parameters, gradient, optimizer and a copy of these, activations, messages; without cuDNN's \

@@ -6,6 +6,8 @@ use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 use std::sync::OnceLock;
 
+use comfy_table::{CellAlignment, Table, presets};
+
 use crate::{Error, Result};
 
 /// Why nothing more is written.
@@ -22,6 +24,20 @@ pub(crate) fn line(text: Arguments) {
     if REFUSED.get().is_none() {
         keep(write());
     }
+}
+
+/// Prints a table: the header and the rows are cells with tabs between them. Columns from `left` on are aligned to the right.
+pub(crate) fn table(left: usize, header: &str, rows: impl IntoIterator<Item = String>) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.split('\t'));
+    for row in rows {
+        table.add_row(row.split('\t'));
+    }
+    for (n, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        column.set_cell_alignment(if n < left { CellAlignment::Left } else { CellAlignment::Right });
+    }
+    outln!("{}", table.trim_fmt());
 }
 
 fn keep(result: std::io::Result<()>) {

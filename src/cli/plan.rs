@@ -3,19 +3,22 @@
 use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
+use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
 
+use crate::cli::output::table;
 use crate::comm::Kind;
 use crate::config::{Config, Rule};
 use crate::method::schedule::{Boundary, StepPlan};
+use crate::network::ModuleSpec;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
 use crate::plan::predict::{Parts, Prediction, best_cuts, predict};
 use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
 use crate::setup::Setup;
-use crate::setup::footprint::{bytes, gpu_memory, memory, sent};
+use crate::setup::footprint::{gpu_memory, memory, sent};
 use crate::{Error, Result};
 
 /// Arguments of `sideways plan`.
@@ -182,48 +185,35 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
     for warning in setup.warnings() {
         outln!("warning: {warning}");
     }
-    outln!(
-        "{:>4} {:>6} {:>7} {:>15} {:>11} {:>10} {:>9} {:>9} {:>8} {:>9} {:>11} {:>11}",
-        "rank",
-        "module",
-        "layers",
-        "output",
-        "parameters",
-        "memory",
-        "forward",
-        "backward",
-        "update",
-        "busy/tick",
-        "down/tick",
-        "up/tick"
-    );
-    for w in 0..grid.modules {
-        let module = &network.modules[w];
+    let header =
+        "rank\tmodule\tlayers\toutput\tparameters\tmemory\tforward\tbackward\tupdate\tbusy/tick\tdown/tick\tup/tick";
+    let row = |(w, module): (usize, &ModuleSpec)| {
         let times = &profile.times[w];
-        outln!(
-            "{:>4} {:>6} {:>7} {:>15} {:>11} {:>10} {:>9.3} {:>9.3} {:>8.3} {:>9.3} {:>11} {:>11}",
+        format!(
+            "{}\t{}\t{}-{}\t{:?}\t{}\t{}\t{:.3}\t{:.3}\t{:.3}\t{:.3}\t{}\t{}",
             grid.rank_of(w),
             w + 1,
-            format!("{}-{}", module.layers.start, module.layers.end - 1),
-            format!("{:?}", module.output),
+            module.layers.start,
+            module.layers.end - 1,
+            module.output,
             module.params,
-            bytes(needed(setup, profile, w)),
+            ByteSize(needed(setup, profile, w)),
             1e3 * times.forward,
             1e3 * if w == 0 { times.backward_leaf } else { times.backward },
             1e3 * times.update,
             1e3 * prediction.outcome.busy[w],
-            bytes(sent(setup, w, &[Kind::Activation, Kind::Target])),
-            bytes(sent(setup, w, &[Kind::Cotangent])),
-        );
+            ByteSize(sent(setup, w, &[Kind::Activation, Kind::Target])),
+            ByteSize(sent(setup, w, &[Kind::Cotangent])),
+        )
+    };
+    table(0, header, network.modules.iter().enumerate().map(row));
+    for (w, module) in network.modules.iter().enumerate() {
         for skip in &module.skips {
-            outln!("{:12}skip from module {}, {:?} as sent", "", skip.from, skip.shape);
+            outln!("module {}: skip from module {}, {:?} as sent", w + 1, skip.from, skip.shape);
         }
         for n in module.layers.clone().filter(|_| layers) {
-            outln!(
-                "{:12}layer {n}: {}",
-                "",
-                toml::to_string(&network.layers[n]).unwrap_or_default().replace('\n', "  ")
-            );
+            let layer = toml::to_string(&network.layers[n]).unwrap_or_default().replace('\n', "  ");
+            outln!("module {}: layer {n}: {layer}", w + 1);
         }
     }
     outln!(

@@ -21,21 +21,6 @@ pub fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
     links.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
 }
 
-/// `12.3 MiB`
-pub fn bytes(n: u64) -> String {
-    let mut value = n as f64;
-    let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter();
-    let mut unit = units.next().unwrap_or_default();
-    for next in units {
-        if value < 1024.0 {
-            break;
-        }
-        value /= 1024.0;
-        unit = next;
-    }
-    format!("{value:.1} {unit}")
-}
-
 /// Bytes of GPU memory that worker `w` takes with activations of `element` bytes each, but for cuDNN's workspace and the
 /// driver's own: parameters with gradient, the optimiser's memory and a copy of all three to go back to, every layer's output, the
 /// cotangents between layers, and messages on their way.

@@ -98,6 +98,8 @@ pub fn usable() -> (usize, String) {
 mod on {
     //! A worker's registers on a GPU.
 
+    use bytesize::ByteSize;
+
     use crate::backend::cuda::module::{Module, Placing};
     use crate::backend::cuda::{Element, Gpu};
     use crate::config::{OnNonfinite, Precision};
@@ -105,7 +107,7 @@ mod on {
     use crate::pipeline::compute::{Compute, Device, Making, Routes};
     use crate::pipeline::worker::Update;
     use crate::setup::Setup;
-    use crate::setup::footprint::{bytes, gpu_memory};
+    use crate::setup::footprint::gpu_memory;
     use crate::{Error, Result};
 
     /// A GPU by its number, and how many ranks share it.
@@ -151,10 +153,10 @@ mod on {
             return Err(Error::input(format!(
                 "module {i} needs {} of GPU memory, and {here} module(s) share {} of {} ({} are free): use more GPUs, a \
                  smaller data.batch, more modules, or run.precision = \"bf16\"",
-                bytes(needed),
-                bytes(all as u64),
+                ByteSize(needed),
+                ByteSize(all as u64),
                 gpu.name(),
-                bytes(free as u64)
+                ByteSize(free as u64)
             )));
         }
         let batch = setup.config.data.batch;
@@ -186,8 +188,8 @@ mod on {
             place.ordinal,
             gpu.name(),
             run.precision,
-            bytes(gpu.allocated() as u64),
-            bytes(needed)
+            ByteSize(gpu.allocated() as u64),
+            ByteSize(needed)
         );
         Ok(Compute::Device(Box::new(device)))
     }

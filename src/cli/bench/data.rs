@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::videos::Videos;
 use super::wrong_size;
+use crate::cli::output::table;
 use crate::comm::World;
 use crate::data::augment::{Geometry, Scaling, View};
 use crate::data::{Augmentation, Dataset, Encoding, FrameStream, ShardReader, StreamOptions, jpeg};
@@ -138,15 +139,12 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
         result.encoding,
         dataset.shards.len()
     );
-    outln!("{:<28} {:>12} {:>17} {:>10}", "stage", "frames/s", "frames/s a core", "MB/s");
-    for (name, rate) in &result.stages {
-        outln!(
-            "{name:<28} {:>12.0} {:>17.0} {:>10.0}",
-            rate.frames_per_second,
-            rate.frames_per_core_second,
-            rate.bytes_per_second / 1e6
-        );
-    }
+    let row = |(name, rate): &(String, Rate)| {
+        let Rate { frames_per_second, frames_per_core_second, bytes_per_second } = rate;
+        format!("{name}\t{frames_per_second:.0}\t{frames_per_core_second:.0}\t{:.0}", bytes_per_second / 1e6)
+    };
+    let header = "stage\tframes/s\tframes/s a core\tMB/s";
+    table(1, header, result.stages.iter().map(row));
     let of = |name: &str| result.stages.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, r)| r.bytes_per_second);
     outln!("read / plain read: {:.2}", of("read") / of("plain read of the files"));
     Ok(())

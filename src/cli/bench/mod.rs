@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::comm::World;
@@ -116,29 +117,16 @@ pub fn run(command: &BenchCommand, world: &World) -> Result<()> {
 
 /// Reads `64`, `1KiB`, `16MiB` or `1GiB` as a number of bytes that is a multiple of 4.
 fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
-    let digits = text.trim().trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let number: usize = digits.trim().parse().map_err(|_| "write a size as 64, 1KiB, 16MiB or 1GiB".to_string())?;
-    let unit: usize = match text.trim()[digits.len()..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "kib" => 1 << 10,
-        "m" | "mib" => 1 << 20,
-        "g" | "gib" => 1 << 30,
-        other => return Err(format!("unknown unit {other:?}: use KiB, MiB or GiB")),
-    };
-    match number.checked_mul(unit) {
-        Some(bytes) if bytes > 0 && bytes % 4 == 0 => Ok(bytes),
-        _ => Err("a payload is a multiple of 4 bytes, and not zero".to_string()),
+    match text.parse::<ByteSize>() {
+        Ok(ByteSize(bytes)) if bytes > 0 && bytes % 4 == 0 => Ok(bytes as usize),
+        Ok(_) => Err("a payload is a multiple of 4 bytes, and not zero".to_string()),
+        Err(_) => Err("write a size as 64, 1KiB, 16MiB or 1GiB".to_string()),
     }
 }
 
-/// `1.5 MiB` and the like.
-fn show_bytes(bytes: usize) -> String {
-    match bytes {
-        0..0x400 => format!("{bytes} B"),
-        0x400..0x10_0000 => format!("{} KiB", bytes as f64 / 1024.0),
-        0x10_0000..0x4000_0000 => format!("{} MiB", bytes as f64 / 1_048_576.0),
-        _ => format!("{} GiB", bytes as f64 / 1_073_741_824.0),
-    }
+/// As people read it: `1.5 MiB`.
+fn show_bytes(bytes: usize) -> ByteSize {
+    ByteSize(bytes as u64)
 }
 
 /// An unsuitable number of ranks.
@@ -154,10 +142,7 @@ mod tests {
     fn sizes_are_read_and_shown() {
         let read = |text: &str| parse_bytes(text);
         assert_eq!((read("64"), read("1KiB"), read("16 mib")), (Ok(64), Ok(1024), Ok(16 << 20)));
-        assert!(read("1.5MiB").is_err() && read("6").is_err() && read("1kB").is_err() && read("").is_err());
-        assert_eq!(
-            (show_bytes(64), show_bytes(1536), show_bytes(1 << 24)),
-            ("64 B".into(), "1.5 KiB".into(), "16 MiB".into())
-        );
+        assert!(["6", "0", "", "1 mile"].iter().all(|text| read(text).is_err()));
+        assert_eq!([64, 1536, 1 << 24].map(|n| show_bytes(n).to_string()), ["64 B", "1.5 KiB", "16.0 MiB"]);
     }
 }

@@ -9,6 +9,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::backend::cpu;
+use crate::cli::output::table;
 use crate::comm::World;
 use crate::config::{Config, Globs, Rule, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
@@ -219,16 +220,14 @@ fn print(setup: &Setup, o: &Outcome) {
     if setup.config.train.rule == Rule::Bp {
         return;
     }
-    outln!(
-        "ms a tick (wall, so modules that share a core count each other's): forward, backward, optimiser, data, send"
-    );
-    for (w, [forward, backward, optimizer, data, send]) in o.module_ms.iter().enumerate() {
+    outln!("ms a tick (wall, so modules that share a core count each other's):");
+    let row = |(w, ms): (usize, &[f64; 5])| {
         let (i, r) = setup.grid.module_and_replica(w);
-        let rank = setup.grid.rank_of(w);
-        outln!(
-            "  module {i} replica {r} rank {rank}: {forward:9.3} {backward:9.3} {optimizer:9.3} {data:9.3} {send:9.3}"
-        );
-    }
+        let ms = ms.map(|ms| format!("\t{ms:.3}")).concat();
+        format!("{i}\t{r}\t{}{ms}", setup.grid.rank_of(w))
+    };
+    let header = "module\treplica\trank\tforward\tbackward\toptimiser\tdata\tsend";
+    table(0, header, o.module_ms.iter().enumerate().map(row));
     outln!("balance of the ranks' busy time, mean/max: {:.3}", o.balance);
     if let (Some(tick), Some(balance)) = (o.predicted_tick_ms, o.predicted_balance) {
         outln!(

@@ -1,9 +1,11 @@
 //! What is said about the places of a run's ranks.
 
+use bytesize::ByteSize;
+
 use super::{Check, Place};
 use crate::config::DeviceChoice;
 use crate::setup::Setup;
-use crate::setup::footprint::{bytes, memory};
+use crate::setup::footprint::memory;
 
 /// Checks hosts, processors and memory; `setup` says what is needed, where it is known.
 pub fn check(places: &[Place], setup: Option<&Setup>) -> Vec<Check> {
@@ -134,7 +136,7 @@ fn memories(places: &[Place], hosts: &[(&str, Vec<usize>)], setup: Option<&Setup
     for (host, ranks) in hosts {
         let (available, limit) = ranks.iter().map(|&r| (places[r].available, places[r].limit)).min().unwrap_or((0, 0));
         let Some(setup) = setup else {
-            let found = format!("{} of it free on {host}; no host has less", bytes(available));
+            let found = format!("{} of it free on {host}; no host has less", ByteSize(available));
             if tightest.as_ref().is_none_or(|(least, _)| -(available as f64) > *least) {
                 tightest = Some((-(available as f64), found));
             }
@@ -145,14 +147,14 @@ fn memories(places: &[Place], hosts: &[(&str, Vec<usize>)], setup: Option<&Setup
             workers.map(|w| memory(setup, w)).sum::<u64>() + PROGRAM
         };
         let needed: u64 = ranks.iter().map(|&rank| of_rank(rank)).sum();
-        let found = format!("{} needed of {} free on {host}", bytes(needed), bytes(available));
+        let found = format!("{} needed of {} free on {host}", ByteSize(needed), ByteSize(available));
         if needed > limit {
             return Check::failure(
                 "memory",
                 format!(
                     "{} needed on {host}, which has {}: more hosts, or smaller data.batch",
-                    bytes(needed),
-                    bytes(limit)
+                    ByteSize(needed),
+                    ByteSize(limit)
                 ),
             );
         }
@@ -179,15 +181,15 @@ fn shared_memory(places: &[Place], hosts: &[(&str, Vec<usize>)]) -> Check {
                 format!(
                     "{} free on {host}, {} ranks there want about {}: make it larger (docker run --shm-size), or remove \
                      what dead jobs left",
-                    bytes(free),
+                    ByteSize(free),
                     ranks.len(),
-                    bytes(wanted)
+                    ByteSize(wanted)
                 ),
             );
         }
     }
     let least = places.iter().filter_map(|place| place.shared).min();
-    Check::fine("/dev/shm", least.map_or("not there".into(), |free| format!("{} free at least", bytes(free))))
+    Check::fine("/dev/shm", least.map_or("not there".into(), |free| format!("{} free at least", ByteSize(free))))
 }
 
 fn gpus(places: &[Place], hosts: &[(&str, Vec<usize>)], setup: Option<&Setup>) -> Check {

@@ -5,10 +5,11 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use bytesize::ByteSize;
+
 use super::Check;
 use crate::comm::World;
 use crate::setup::Setup;
-use crate::setup::footprint::bytes;
 use crate::sys::files::free_space;
 use crate::sys::host::hostname;
 use crate::{Error, Result};
@@ -61,13 +62,13 @@ pub fn check_run_folder(world: &World, setup: &Setup) -> Result<Check> {
         * setup.network.modules.iter().map(|m| m.params).sum::<u64>()
         * (1 + setup.config.train.optimizer.buffers().len() as u64);
     let free = free_space(dir).unwrap_or(u64::MAX);
-    let found = format!("{}, seen by all ranks, {} free", dir.display(), bytes(free));
+    let found = format!("{}, seen by all ranks, {} free", dir.display(), ByteSize(free));
     Ok(match free < kept * a_checkpoint {
         true => Check::warning(
             WHAT,
             format!(
                 "{found}; {kept} checkpoints (run.keep and the one being written) take {}",
-                bytes(kept * a_checkpoint)
+                ByteSize(kept * a_checkpoint)
             ),
         ),
         false => Check::fine(WHAT, found),

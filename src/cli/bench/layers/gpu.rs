@@ -1,17 +1,19 @@
 //! `sideways bench layers` on a GPU: layers by the GPU's own clock, launched kernel by kernel and as graphs, and whole modules'
 //! ticks with the memory they take.
 
+use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::super::peak::Peak;
 use super::{LayersArgs, Row, layer_parts, module_rows, modules_or_blocks, print_modules, print_rows, rows};
 use crate::backend::cuda::peak::Peaks;
+use crate::cli::output::table;
 use crate::config::Precision;
 use crate::network::blocks::Blocks;
 use crate::plan::gpu::{OnGpu, Ticks, ticks};
 use crate::plan::profile::Conditions;
 use crate::setup::Setup;
-use crate::setup::footprint::{bytes, gpu_memory};
+use crate::setup::footprint::gpu_memory;
 use crate::{Error, Result};
 
 /// A module's tick.
@@ -123,29 +125,19 @@ fn print_sums(tables: &[Vec<Row>]) {
 
 fn print_ticks(ticks: &[TickRow]) {
     outln!("Ticks (forward + vjp + update), many back to back:");
-    outln!(
-        "{:<28} {:>13} {:>13} {:>7} {:>12} {:>12}",
-        "module (or block)",
-        "launched",
-        "as graphs",
-        "ratio",
-        "GPU memory",
-        "predicted"
-    );
-    for TickRow { layers: [first, end], ticks, predicted } in ticks {
-        outln!(
-            "{:<28} {:>10.3} ms {:>10.3} ms {:>7.3} {:>12} {:>12}",
-            format!("layers {first}-{}", end - 1),
-            1e3 * ticks.launches,
-            1e3 * ticks.graphs,
-            ticks.graphs / ticks.launches.max(1e-12),
-            bytes(ticks.allocated as u64),
-            predicted.map_or("-".into(), bytes)
-        );
-    }
-    let (launches, graphs) =
-        ticks.iter().fold((0.0, 0.0), |(l, g), row| (l + row.ticks.launches, g + row.ticks.graphs));
-    outln!("{:<28} {:>10.3} ms {:>10.3} ms {:>7.3}", "all", 1e3 * launches, 1e3 * graphs, graphs / launches.max(1e-12));
+    let row = |name: String, launches: f64, graphs: f64| {
+        let ratio = graphs / launches.max(1e-12);
+        format!("{name}\t{:.3}\t{:.3}\t{ratio:.3}", 1e3 * launches, 1e3 * graphs)
+    };
+    let each = ticks.iter().map(|TickRow { layers: [first, end], ticks, predicted }| {
+        let times = row(format!("layers {first}-{}", end - 1), ticks.launches, ticks.graphs);
+        let predicted = predicted.map_or("-".into(), |bytes| ByteSize(bytes).to_string());
+        format!("{times}\t{}\t{predicted}", ByteSize(ticks.allocated as u64))
+    });
+    let sum = |of: fn(&Ticks) -> f64| ticks.iter().map(|row| of(&row.ticks)).sum::<f64>();
+    let all = row("all".into(), sum(|t| t.launches), sum(|t| t.graphs));
+    let header = "module (or block)\tlaunched ms\tas graphs ms\tratio\tGPU memory\tpredicted";
+    table(1, header, each.chain([all]));
     outln!(
         "GPU memory: the module, its optimizer and cuDNN's workspace; predicted: what training asks for, with messages and a \
          copy to go back to, without the workspace"

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::peak::Peak;
 use crate::backend::cpu;
+use crate::cli::output::table;
 use crate::config::{Config, Task};
 use crate::network::blocks::Blocks;
 use crate::nn::spec::{LayerSpec, Shape};
@@ -63,12 +64,12 @@ impl Work {
     fn cells(&self, peak: &Peak) -> String {
         // Differences of two times can come out as nothing.
         if self.seconds < 1e-9 || self.bytes == 0.0 {
-            return format!("{:>9} {:>6} {:>6} {:>5}", "-", "", "", "");
+            return "-\t\t\t".into();
         }
         let rate = |amount: f64| amount / self.seconds / 1e9;
         let gflops = if self.flops > 0.0 { format!("{:.1}", rate(self.flops)) } else { String::new() };
         let share = 100.0 * self.of_roofline(peak);
-        format!("{:>9.3} {gflops:>6} {:>6.1} {share:>4.0}%", 1e3 * self.seconds, rate(self.bytes))
+        format!("{:.3}\t{gflops}\t{:.1}\t{share:.0}%", 1e3 * self.seconds, rate(self.bytes))
     }
 }
 
@@ -154,37 +155,26 @@ fn print(base: &Conditions, peak: &Peak, rows: &[Row], modules: &[ModuleRow]) {
 }
 
 fn print_rows(peak: &Peak, rows: &[Row]) {
-    let head = format!("{:>9} {:>6} {:>6} {:>5}", "ms", "GF/s", "GB/s", "roof");
-    outln!("{:<28} {:>15} {:>15} | forward{:>23} | weights{:>23} | inputs", "", "", "", "", "");
-    outln!("{:<28} {:>15} {:>15} |{head} |{head} |{head}", "layer", "input", "output");
-    for row in rows {
-        outln!(
-            "{:<28} {:>15} {:>15} |{} |{} |{}",
-            row.name,
-            format!("{:?}", row.input),
-            format!("{:?}", row.output),
-            row.forward.cells(peak),
-            row.weights.cells(peak),
-            row.inputs.cells(peak)
-        );
-    }
+    let work = "\tGF/s\tGB/s\troof";
+    let header = format!("layer\tinput\toutput\tforward ms{work}\tweights ms{work}\tinputs ms{work}");
+    let row = |row: &Row| {
+        let passes = [row.forward, row.weights, row.inputs].map(|pass| pass.cells(peak)).join("\t");
+        format!("{}\t{:?}\t{:?}\t{passes}", row.name, row.input, row.output)
+    };
+    table(1, &header, rows.iter().map(row));
 }
 
 fn print_modules(modules: &[ModuleRow]) {
-    outln!("{:<28} {:>13} {:>22} {:>7}", "module (or block)", "forward + vjp", "its products alone", "ratio");
-    for module in modules {
-        let [first, end] = module.layers;
-        outln!(
-            "{:<28} {:>10.3} ms {:>19.3} ms {:>7.3}",
-            format!("layers {first}-{}", end - 1),
-            1e3 * module.seconds,
-            1e3 * module.products,
-            module.seconds / module.products.max(1e-12)
-        );
-    }
-    let (all, products) =
-        modules.iter().fold((0.0, 0.0), |(all, products), m| (all + m.seconds, products + m.products));
-    outln!("{:<28} {:>10.3} ms {:>19.3} ms {:>7.3}", "all", 1e3 * all, 1e3 * products, all / products.max(1e-12));
+    let row = |name: String, seconds: f64, products: f64| {
+        let ratio = seconds / products.max(1e-12);
+        format!("{name}\t{:.3}\t{:.3}\t{ratio:.3}", 1e3 * seconds, 1e3 * products)
+    };
+    let each =
+        modules.iter().map(|m| row(format!("layers {}-{}", m.layers[0], m.layers[1] - 1), m.seconds, m.products));
+    let sum = |of: fn(&ModuleRow) -> f64| modules.iter().map(of).sum::<f64>();
+    let all = row("all".into(), sum(|m| m.seconds), sum(|m| m.products));
+    let header = "module (or block)\tforward + vjp ms\tits products alone ms\tratio";
+    table(1, header, each.chain([all]));
 }
 
 /// Every layer as a part of its own, and behind a residual block its convolutions.

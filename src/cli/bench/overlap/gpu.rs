@@ -11,6 +11,7 @@ use super::super::{OverlapArgs, show_bytes};
 use crate::backend::cuda::gpu::failed;
 use crate::backend::cuda::wait::Wait;
 use crate::backend::cuda::{Gpu, peak};
+use crate::cli::output::table;
 use crate::comm::{Endpoints, Kind, LinkSpec, World};
 use crate::sys::host::hostname;
 use crate::{Error, Result};
@@ -122,17 +123,14 @@ pub(super) fn print(args: &OverlapArgs, world: &World, all: &[Found]) {
         args.ticks,
         args.compute_ms
     );
-    outln!("ms a tick  {:>9} {:>13} {:>9} {:>10}", "tick", "waits alone", "exposed", "of a tick");
     let exposed = |found: &Found| (found.tick - 2.0 * found.alone).max(0.0);
-    for (worker, found) in all.iter().enumerate() {
-        outln!(
-            "worker {worker:<3} {:>9.3} {:>13.3} {:>9.3} {:>9.2}%",
-            1e3 * found.tick,
-            2e3 * found.alone,
-            1e3 * exposed(found),
-            100.0 * exposed(found) / found.tick
-        );
-    }
+    let row = |(worker, found): (usize, &Found)| {
+        let (alone, exposed) = (2e3 * found.alone, exposed(found));
+        let share = 100.0 * exposed / found.tick;
+        format!("worker {worker}\t{:.3}\t{alone:.3}\t{:.3}\t{share:.2}%", 1e3 * found.tick, 1e3 * exposed)
+    };
+    let header = "ms a tick\ttick\twaits alone\texposed\tof a tick";
+    table(1, header, all.iter().enumerate().map(row));
     let worst = all.iter().map(|found| exposed(found) / found.tick).fold(0.0, f64::max);
     outln!("exposed communication: {:.2} % of the tick at most", 100.0 * worst);
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytemuck::{Pod, Zeroable};
 
 use super::{OverlapArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
+use crate::cli::output::table;
 use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
 use crate::sys::cpus::processor_seconds;
 use crate::sys::host::hostname;
@@ -113,25 +114,13 @@ fn print(args: &OverlapArgs, world: &World, all: &[Spent], cpu: f64) {
         args.compute_ms,
         if args.busy { "busy" } else { "asleep" }
     );
-    outln!(
-        "ms a tick  {:>9} {:>9} {:>16} {:>15} {:>7}",
-        "tick",
-        "compute",
-        "wait activation",
-        "wait cotangent",
-        "send"
-    );
-    for (worker, spent) in all.iter().enumerate() {
+    let row = |(worker, spent): (usize, &Spent)| {
         let Spent { wall, compute, activation, cotangent, send } = *spent;
-        outln!(
-            "worker {worker:<3} {:>9.3} {:>9.3} {:>16.3} {:>15.3} {:>7.3}",
-            ms(wall),
-            ms(compute),
-            ms(activation),
-            ms(cotangent),
-            ms(send)
-        );
-    }
+        let ms = [wall, compute, activation, cotangent, send].map(|seconds| format!("\t{:.3}", ms(seconds))).concat();
+        format!("worker {worker}{ms}")
+    };
+    let header = "ms a tick\ttick\tcompute\twait activation\twait cotangent\tsend";
+    table(1, header, all.iter().enumerate().map(row));
     let tick = all.iter().map(|spent| ms(spent.wall)).fold(0.0, f64::max);
     let compute = all.iter().map(|spent| ms(spent.compute)).fold(0.0, f64::max);
     outln!(
