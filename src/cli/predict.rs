@@ -1,7 +1,5 @@
 //! `sideways predict`: future frames as pictures, and their error beside the copy of the newest frame seen.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -11,6 +9,7 @@ use super::eval::config_of;
 use crate::checkpoint::Checkpoint;
 use crate::config::Task;
 use crate::data::FrameStream;
+use crate::data::inspect::png_writer;
 use crate::pipeline::reference;
 use crate::pipeline::worker::pass;
 use crate::setup::{Purpose, Setup};
@@ -38,12 +37,8 @@ pub struct PredictArgs {
     pub out: PathBuf,
 }
 
-/// Three pictures of one step, `[H, W, 3]` in 0..=1.
-struct Step {
-    seen: Vec<f32>,
-    target: Vec<f32>,
-    prediction: Vec<f32>,
-}
+/// Three pictures of one step, `[H, W, 3]` in 0..=1: newest frame seen, target, prediction.
+type Step = [Vec<f32>; 3];
 
 /// Runs it, in one process.
 ///
@@ -87,15 +82,12 @@ pub fn run(args: &PredictArgs) -> Result<()> {
         };
         let mut steps = Vec::new();
         for (t, y) in run.last().iter().enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
-            steps.push(Step {
-                seen: pixels(&frames[t + ahead - horizon])?,
-                target: pixels(&frames[t + ahead])?,
-                prediction: pixels(y)?,
-            });
+            let [seen, target, prediction] = [&frames[t + ahead - horizon], &frames[t + ahead], y].map(pixels);
+            steps.push([seen?, target?, prediction?]);
         }
-        for step in &steps {
-            errors.0 += mean_square(&step.prediction, &step.target);
-            errors.1 += mean_square(&step.seen, &step.target);
+        for [seen, target, prediction] in &steps {
+            errors.0 += mean_square(prediction, target);
+            errors.1 += mean_square(seen, target);
             errors.2 += 1;
         }
         strip(&args.out.join(format!("clip-{clip:04}.png")), &steps, h, w)?;
@@ -118,46 +110,29 @@ fn psnr(mean_square: f64) -> f64 {
     -10.0 * mean_square.log10()
 }
 
-fn bytes(pixels: &[f32]) -> impl Iterator<Item = u8> + '_ {
-    pixels.iter().map(|x| (x * 255.0).round() as u8)
+/// Pictures side by side, as bytes.
+fn beside(pictures: &[&[f32]], h: usize, w: usize) -> Vec<u8> {
+    let row = |y: usize| pictures.iter().flat_map(move |picture| &picture[y * w * 3..(y + 1) * w * 3]);
+    (0..h).flat_map(row).map(|x| (x * 255.0).round() as u8).collect()
 }
 
 /// Columns: steps; rows: newest frame seen, target, prediction.
 fn strip(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
-    let mut image = Vec::with_capacity(3 * h * w * 3 * steps.len());
-    for row in [|s: &Step| s.seen.clone(), |s: &Step| s.target.clone(), |s: &Step| s.prediction.clone()] {
-        let pictures: Vec<Vec<f32>> = steps.iter().map(row).collect();
-        for y in 0..h {
-            pictures.iter().for_each(|p| image.extend(bytes(&p[y * w * 3..(y + 1) * w * 3])));
-        }
-    }
-    let mut writer = encoder(path, w * steps.len(), 3 * h, None)?;
-    writer.write_image_data(&image).and_then(|()| writer.finish()).map_err(|e| Error::io(path, e.into()))
+    let row = |k: usize| beside(&steps.iter().map(|step| &step[k][..]).collect::<Vec<_>>(), h, w);
+    let mut writer = png_writer(path, w * steps.len(), 3 * h, None)?;
+    writer
+        .write_image_data(&[0, 1, 2].map(row).concat())
+        .and_then(|()| writer.finish())
+        .map_err(|e| Error::io(path, e.into()))
 }
 
 /// A frame a step: newest frame seen, target, prediction side by side, five steps a second.
 fn animation(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
-    let mut writer = encoder(path, 3 * w, h, Some(steps.len() as u32))?;
-    for step in steps {
-        let mut image = Vec::with_capacity(h * w * 9);
-        for y in 0..h {
-            let row = y * w * 3..(y + 1) * w * 3;
-            [&step.seen, &step.target, &step.prediction].iter().for_each(|p| image.extend(bytes(&p[row.clone()])));
-        }
-        writer.write_image_data(&image).map_err(|e| Error::io(path, e.into()))?;
-    }
-    writer.finish().map_err(|e| Error::io(path, e.into()))
-}
-
-/// A PNG of `width` × `height` RGB pixels, animated if `frames` are given.
-fn encoder(path: &Path, width: usize, height: usize, frames: Option<u32>) -> Result<png::Writer<BufWriter<File>>> {
-    let file = File::create(path).map_err(|e| Error::io(path, e))?;
-    let mut encoder = png::Encoder::new(BufWriter::new(file), width as u32, height as u32);
-    encoder.set_color(png::ColorType::Rgb);
-    encoder.set_depth(png::BitDepth::Eight);
-    let animated = match frames {
-        Some(frames) => encoder.set_animated(frames, 0).and_then(|()| encoder.set_frame_delay(1, 5)),
-        None => Ok(()),
-    };
-    animated.and_then(|()| encoder.write_header()).map_err(|e| Error::io(path, e.into()))
+    let mut writer = png_writer(path, 3 * w, h, Some(steps.len() as u32))?;
+    let frames = steps.iter().map(|step| beside(&step.each_ref().map(|picture| &picture[..]), h, w));
+    frames
+        .into_iter()
+        .try_for_each(|frame| writer.write_image_data(&frame))
+        .and_then(|()| writer.finish())
+        .map_err(|e| Error::io(path, e.into()))
 }

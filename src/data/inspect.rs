@@ -1,6 +1,7 @@
 //! What is in shards, checked: structure, offsets, labels, checksums, JPEG headers; counts; a contact sheet.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
@@ -176,7 +177,8 @@ pub fn contact_sheet(files: &[PathBuf], out: &Path, rows: usize, columns: usize)
             }
         }
     }
-    write_png(out, &pixels, sheet_h, sheet_w)?;
+    let mut writer = png_writer(out, sheet_w, sheet_h, None)?;
+    writer.write_image_data(&pixels).and_then(|()| writer.finish()).map_err(|e| Error::io(out, e.into()))?;
     let name = |i: usize| dataset.class_names[dataset.videos[i].label as usize].clone();
     Ok(Sheet { rows: order.iter().map(|&(_, _, i)| (dataset.videos[i].id.clone(), name(i))).collect(), columns })
 }
@@ -202,20 +204,25 @@ fn draw_cross(rgb: &mut [u8], height: usize, width: usize) {
     }
 }
 
-/// Writes `[height, width, 3]` bytes of RGB as a PNG file.
-fn write_png(path: &Path, rgb: &[u8], height: usize, width: usize) -> Result<()> {
+/// A PNG file of `width` x `height` pixels of RGB, animated if `frames` are given.
+///
+/// # Errors
+/// [`Error::Input`] for a picture larger than PNG allows; [`Error::Io`] when `path` cannot be written.
+pub(crate) fn png_writer(
+    path: &Path,
+    width: usize,
+    height: usize,
+    frames: Option<u32>,
+) -> Result<png::Writer<BufWriter<File>>> {
     let (Ok(w), Ok(h)) = (u32::try_from(width), u32::try_from(height)) else {
-        return Err(Error::input(format!("{}: a sheet of {height}x{width} pixels is too large", path.display())));
+        return Err(Error::input(format!("{}: {height}x{width} pixels are too large a picture", path.display())));
     };
-    let file = std::fs::File::create(path).map_err(|e| Error::io(path, e))?;
-    let failed = |e: png::EncodingError| match e {
-        png::EncodingError::IoError(e) => Error::io(path, e),
-        other => Error::Run(format!("{}: {other}", path.display())),
-    };
-    let mut encoder = png::Encoder::new(BufWriter::new(file), w, h);
+    let mut encoder = png::Encoder::new(BufWriter::new(File::create(path).map_err(|e| Error::io(path, e))?), w, h);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    let mut writer = encoder.write_header().map_err(failed)?;
-    writer.write_image_data(rgb).map_err(failed)?;
-    writer.finish().map_err(failed)
+    let animated = match frames {
+        Some(frames) => encoder.set_animated(frames, 0).and_then(|()| encoder.set_frame_delay(1, 5)),
+        None => Ok(()),
+    };
+    animated.and_then(|()| encoder.write_header()).map_err(|e| Error::io(path, e.into()))
 }
