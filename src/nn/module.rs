@@ -78,8 +78,7 @@ impl Module {
         let mut output = fused_shape(main, &skip_shapes, fuse);
         let mut learned = adapters.iter().any(Option::is_some);
         let (mut built, mut learned_before) = (Vec::new(), Vec::new());
-        let mut rest = layers.iter();
-        while let Some((n, spec)) = rest.next() {
+        for (n, spec) in layers {
             let place = |e: Error| match e {
                 Error::Input(text) => Error::Input(format!("layer {n} (module {index}): {text}")),
                 other => other,
@@ -87,14 +86,7 @@ impl Module {
             let absorbed = built.last_mut().is_some_and(|layer: &mut Box<dyn Layer>| layer.absorb(spec));
             if !absorbed {
                 learned_before.push(learned);
-                built.push(match spec.build_stem(*n, output, rest.clone().next(), init).map_err(place)? {
-                    // The norm's shapes are its input's.
-                    Some(stem) => {
-                        rest.next();
-                        stem
-                    }
-                    None => spec.build(*n, output, init).map_err(place)?,
-                });
+                built.push(spec.build(*n, output, init).map_err(place)?);
             }
             learned |= spec.params(output) > 0;
             output = spec.output_shape(output).map_err(place)?;

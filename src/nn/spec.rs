@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layers::batch_norm::MOMENTUM;
 use super::layers::{
-    AvgPool, BatchNorm, Conv2d, Dropout, Gelu, GlobalAvgPool, GroupNorm, Layer, Linear, MaxPool, Relu, Residual, Stem,
+    AvgPool, BatchNorm, Conv2d, Dropout, Gelu, GlobalAvgPool, GroupNorm, Layer, Linear, MaxPool, Relu, Residual,
     Upsample,
 };
 use super::param::Init;
@@ -258,7 +258,10 @@ impl LayerSpec {
         let [h, w, c] = input;
         let name = format!("layers.{n}.{}", self.kind());
         Ok(match *self {
-            LayerSpec::Conv2d { .. } => Box::new(self.build_conv(n, c, init)?),
+            LayerSpec::Conv2d { out, kernel, stride, padding, groups, bias } => {
+                let conv = Conv { window: Window::square(kernel, stride, padding), groups };
+                Box::new(Conv2d::new(&name, conv, c, out, bias, init)?)
+            }
             LayerSpec::Linear { out, bias } => Box::new(Linear::new(&name, h * w * c, out, bias, init)?),
             LayerSpec::GroupNorm { groups } => Box::new(GroupNorm::new(&name, c, groups, init)?),
             LayerSpec::BatchNorm { momentum } => Box::new(BatchNorm::new(&name, c, momentum, init)?),
@@ -275,39 +278,6 @@ impl LayerSpec {
             LayerSpec::Upsample { factor } => Box::new(Upsample { factor }),
             LayerSpec::Dropout { rate } => Box::new(Dropout::new(&name, rate)),
         })
-    }
-}
-
-impl LayerSpec {
-    /// This layer and `next`, the one behind it with its place, as one where they can be (see [`Stem`]).
-    ///
-    /// # Errors
-    /// As [`LayerSpec::output_shape`], of this layer; where `next` does not fit there is no stem.
-    pub(super) fn build_stem(
-        &self,
-        n: usize,
-        input: Shape,
-        next: Option<&(usize, LayerSpec)>,
-        init: &Init,
-    ) -> Result<Option<Box<dyn Layer>>> {
-        let output = self.output_shape(input)?;
-        match next {
-            Some((behind, next @ LayerSpec::GroupNorm { groups }))
-                if Stem::begins(self, input[2]) && next.output_shape(output).is_ok() =>
-            {
-                let norm = GroupNorm::new(&format!("layers.{behind}.{}", next.kind()), output[2], *groups, init)?;
-                Ok(Some(Box::new(Stem::new(self.build_conv(n, input[2], init)?, norm))))
-            }
-            _ => Ok(None),
-        }
-    }
-
-    fn build_conv(&self, n: usize, channels: usize, init: &Init) -> Result<Conv2d> {
-        let LayerSpec::Conv2d { out, kernel, stride, padding, groups, bias } = *self else {
-            return Err(Error::Run(format!("a {} was built as a convolution (a bug)", self.kind())));
-        };
-        let conv = Conv { window: Window::square(kernel, stride, padding), groups };
-        Conv2d::new(&format!("layers.{n}.{}", self.kind()), conv, channels, out, bias, init)
     }
 }
 

@@ -10,5 +10,4 @@ mod optim;
 mod plan;
 mod schedule;
 mod spec;
-mod stem;
 mod vjp;

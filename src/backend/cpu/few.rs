@@ -1,8 +1,7 @@
 //! Convolutions of few input channels, such as a network's first of three colours, in 32-bit floats: products straight from the
 //! image, a line at a time.
 //!
-//! What oneDNN and [`patches`](super::patches) have to copy first, here only is padded. Lines are independent but for sums,
-//! so [`stem`](super::stem) can do the layers behind a convolution while its line is in a cache.
+//! What oneDNN and [`patches`](super::patches) have to copy first, here only is padded.
 
 use std::ops::Range;
 
@@ -63,32 +62,9 @@ impl Padded {
         }
     }
 
-    /// Subtracts `centre` from every pixel, also those of the border, until the next are taken in.
-    pub(crate) fn shift(&mut self, centre: &[f32]) {
-        let line: Vec<f32> = centre.iter().copied().cycle().take(self.length - self.before).collect();
-        simd::vectorized(
-            #[inline(always)]
-            || {
-                for to in self.data.chunks_exact_mut(self.length) {
-                    to[self.before..].iter_mut().zip(&line).for_each(|(x, c)| *x -= c);
-                }
-            },
-        );
-    }
-
-    /// Elements from one line to the next.
-    pub(crate) fn length(&self) -> usize {
-        self.length
-    }
-
     /// What was taken in from the first pixel of line `k` on.
     pub(crate) fn from(&self, k: usize) -> &[f32] {
         &self.data[k * self.length + self.before..]
-    }
-
-    /// The same from `before` elements earlier on, where there are zeros for as many as a kernel's row has.
-    pub(crate) fn reaching_before(&self, k: usize, before: usize) -> &[f32] {
-        &self.data[k * self.length + self.before - before..]
     }
 }
 

@@ -19,15 +19,12 @@ pub mod norm;
 pub mod norm_pool;
 #[cfg(onednn)]
 mod onednn;
-mod patch_moments;
 mod patches;
 pub mod pool;
-mod pooled_gradient;
 mod real;
 mod reduce;
 pub mod resample;
 mod simd;
-pub mod stem;
 pub mod threads;
 mod unpacked;
 mod winograd;

@@ -41,15 +41,9 @@ pub(crate) fn each_tap(s: &Shape, oy: usize, mut f: impl FnMut(usize, usize, usi
 }
 
 /// Whether windows lie side by side and cover the input: each element belongs to one.
-pub(crate) fn tiles(s: &Shape) -> bool {
+fn tiles(s: &Shape) -> bool {
     let Window { kernel, stride, .. } = s.window;
     kernel == stride && [s.oh * stride[0], s.ow * stride[1]] == [s.h, s.w]
-}
-
-/// Where a window's elements lie behind its first in a row-major input, without padding.
-pub(crate) fn taps(s: &Shape) -> Vec<usize> {
-    let [kh, kw] = s.window.kernel;
-    (0..kh * kw).map(|tap| (tap / kw * s.w + tap % kw) * s.c).collect()
 }
 
 /// `(y, winners)`: each window's maximum by channel, and which of the window's elements (counted row-major, u8) it was:

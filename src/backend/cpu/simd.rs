@@ -24,18 +24,3 @@ pub(crate) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
 pub(crate) fn fused() -> bool {
     cfg!(not(target_arch = "x86_64")) || !matches!(*ARCH, Arch::Scalar)
 }
-
-/// The best instruction set found at start.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn arch() -> Arch {
-    *ARCH
-}
-
-/// Has the cache line at the front of `data`, which will be read soon, brought in meanwhile.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn prefetch<T>(data: &[T]) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    // SAFETY: a hint; every x86-64 has the instruction, and it reads nothing a program could see.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast()) }
-}

@@ -9,9 +9,9 @@ use crate::nn::param::{Init, Param};
 
 /// A two-dimensional convolution, with or without a bias. Weight `[O, C/groups, kH, kW]`.
 pub struct Conv2d {
-    pub(super) conv: Convolution,
-    pub(super) weight: Param,
-    pub(super) bias: Option<Param>,
+    conv: Convolution,
+    weight: Param,
+    bias: Option<Param>,
     input: Vec<usize>,
 }
 

@@ -16,10 +16,10 @@ const EPSILON: f64 = 1e-5;
 /// a shift by channel, and the relu that follows, if one does, and a max pool behind that. The same in training and evaluation, and blind to the
 /// batch: the norm of choice for Sideways.
 pub struct GroupNorm {
-    pub(super) norm: norm::GroupNorm,
-    pub(super) pool: Option<Window>,
-    pub(super) weight: Param,
-    pub(super) bias: Param,
+    norm: norm::GroupNorm,
+    pool: Option<Window>,
+    weight: Param,
+    bias: Param,
 }
 
 impl GroupNorm {

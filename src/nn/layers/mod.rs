@@ -12,7 +12,6 @@ mod linear;
 mod norm;
 mod pool;
 mod residual;
-mod stem;
 mod upsample;
 
 use std::collections::HashSet;
@@ -28,7 +27,6 @@ pub use linear::Linear;
 pub use norm::Norm;
 pub use pool::{AvgPool, GlobalAvgPool, MaxPool};
 pub use residual::Residual;
-pub use stem::Stem;
 pub use upsample::Upsample;
 
 use super::param::Param;
