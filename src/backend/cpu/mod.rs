@@ -10,7 +10,6 @@
 pub mod activation;
 pub mod batch_norm;
 pub mod conv;
-mod few;
 mod host;
 mod im2col;
 mod matmul;

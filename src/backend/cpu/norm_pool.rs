@@ -11,8 +11,11 @@ use candle_core::{Device, Tensor};
 
 use super::im2col::Shape;
 use super::norm::{self, GroupNorm};
-use super::{Host, Real, Window, by_dtype, few, overwritten, overwritten_bytes, pool, reduce, simd, tensor, threads};
+use super::{Host, Real, Window, by_dtype, overwritten, overwritten_bytes, pool, reduce, simd, tensor, threads};
 use crate::Result;
+
+/// Output lines of one piece of work, at most.
+const LINES: usize = 8;
 
 /// What [`vjp`] needs of [`forward`].
 pub struct Kept {
@@ -49,8 +52,13 @@ fn line_of(s: &Shape, oy: usize) -> usize {
     if oy == s.oh { s.h } else { (oy * s.window.stride[0]).saturating_sub(s.window.padding[0]).min(s.h) }
 }
 
+/// How many of `lines` output lines make a piece of work: pieces are of one size, so that they never lie in two samples.
+fn lines_of_a_piece(lines: usize) -> usize {
+    (1..=LINES).rev().find(|n| lines.is_multiple_of(*n)).unwrap_or(1)
+}
+
 fn of_samples<T: Real>(s: &Shape, norm: &GroupNorm, x: &[T], [weight, bias]: [&[T]; 2]) -> Result<(Tensor, Kept)> {
-    let (lines, line, size) = (few::piece(s.oh), s.ow * s.c, s.b * s.oh * s.ow * s.c);
+    let (lines, line, size) = (lines_of_a_piece(s.oh), s.ow * s.c, s.b * s.oh * s.ow * s.c);
     let (piece, pooled, order) = (lines * line, s.oh * line, order(weight));
     let (mut inputs, mut winners, mut y) = (overwritten::<T>(size), overwritten_bytes(size), overwritten::<T>(size));
     let mut statistics = vec![T::ZERO; s.b * norm.groups * 2];

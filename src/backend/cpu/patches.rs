@@ -141,7 +141,7 @@ pub(crate) fn pack<T: Real>(s: &Shape, weight: &[T]) -> Vec<T> {
 }
 
 /// The inverse of [`pack`].
-pub(crate) fn unpack<T: Real>(s: &Shape, packed: &[T]) -> Vec<T> {
+fn unpack<T: Real>(s: &Shape, packed: &[T]) -> Vec<T> {
     let (cg, og, taps) = (s.cg(), s.og(), s.patch() / s.cg());
     let mut weight = overwritten(packed.len());
     for (o, to) in weight.chunks_exact_mut(cg * taps).enumerate() {

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use pulp::{Arch, WithSimd};
+use pulp::Arch;
 
 static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 
@@ -12,15 +12,4 @@ static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 #[inline(always)]
 pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     ARCH.dispatch(f)
-}
-
-/// Runs `op`, written in vectors, on the widest ones there are.
-#[inline(always)]
-pub(crate) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
-    ARCH.dispatch(op)
-}
-
-/// Whether a fused multiply-add is an instruction here; where it is not, it takes a function of a hundred.
-pub(crate) fn fused() -> bool {
-    cfg!(not(target_arch = "x86_64")) || !matches!(*ARCH, Arch::Scalar)
 }

@@ -1,20 +1,20 @@
 //! Two-dimensional convolution of NHWC tensors and its gradients.
 //!
 //! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A layer
-//! holds a [`Convolution`], which chooses among five ways by the shape alone and keeps what it made ready:
-//! `winograd` for 3x3 kernels of stride 1, `unpacked` where weights outweigh activations, `few` for an image's colours, oneDNN where
-//! the program was built with it, else `patches`.
+//! holds a [`Convolution`], which chooses among four ways by the shape alone and keeps what it made ready:
+//! `winograd` for 3x3 kernels of stride 1, `unpacked` where weights outweigh activations, oneDNN where the program was built
+//! with it, else `patches`.
 
 use candle_core::{Tensor, TensorId, WithDType};
 
 use super::im2col::{Shape, add};
-use super::{
-    Host, Real, Window, activation, by_dtype, few, host, overwritten, patches, reduce, tensor, unpacked, winograd,
-};
+use super::{Host, Real, Window, activation, by_dtype, host, overwritten, patches, reduce, tensor, unpacked, winograd};
 use crate::{Error, Result};
 
 #[cfg(onednn)]
 mod products;
+#[cfg(onednn)]
+use products::{floats, floats_mut};
 
 /// A convolution's geometry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +75,6 @@ pub enum Algorithm {
     Winograd,
     /// Patches, and products with the weights as they lie.
     Unpacked,
-    /// Products straight from the image, where its channels are few.
-    Few,
     /// oneDNN's direct convolution.
     OneDnn,
     /// Patches laid out as matrix rows, and a matrix product.
@@ -88,8 +86,6 @@ fn choose(s: &Shape, f32: bool) -> Algorithm {
         Algorithm::Winograd
     } else if unpacked::suits(s) {
         Algorithm::Unpacked
-    } else if f32 && few::suits(s) {
-        Algorithm::Few
     } else if cfg!(onednn) && f32 {
         Algorithm::OneDnn
     } else {
@@ -188,18 +184,10 @@ impl Convolution {
                     unpacked::forward(&s, input, w, bias, &mut y);
                     x.clone()
                 }
-                Algorithm::Few => {
-                    let packed = keep(&mut ready.forward, || patches::pack(&s, w))?;
-                    let bias = bias.map(floats).transpose()?;
-                    let y = T::as_f32_mut(&mut y).ok_or_else(mistaken)?;
-                    few::forward(&s, floats(input)?, Host::of(&packed)?.slice()?, bias, y);
-                    x.clone()
-                }
                 #[cfg(onednn)]
                 Algorithm::OneDnn => {
                     let bias = bias.map(floats).transpose()?;
-                    let y = T::as_f32_mut(&mut y).ok_or_else(mistaken)?;
-                    ready.onednn_forward(floats(input)?, floats(w)?, bias, y)?;
+                    ready.onednn_forward(floats(input)?, floats(w)?, bias, floats_mut(&mut y)?)?;
                     x.clone()
                 }
                 _ => {
@@ -299,10 +287,6 @@ impl Ready {
     fn add_weight_gradient<T: Real>(&mut self, x: &[T], gy: &[T], sum: &Tensor) -> Result<()> {
         let s = self.shape;
         match self.algorithm {
-            Algorithm::Few => {
-                let gw = patches::unpack(&s, &few::weight_gradient(&s, floats(x)?, floats(gy)?));
-                host::update::<f32>(sum, |sum| add(sum, &gw))
-            }
             algorithm if algorithm == Algorithm::Unpacked || unpacked::suits_weight_gradient(&s) => {
                 host::update::<T>(sum, |sum| unpacked::add_weight_gradient(&s, x, gy, sum))
             }
@@ -324,10 +308,7 @@ impl Ready {
         match self.algorithm {
             Algorithm::Unpacked => unpacked::input_gradient(&s, gy, w, gx),
             #[cfg(onednn)]
-            Algorithm::OneDnn => {
-                let gx = T::as_f32_mut(gx).ok_or_else(mistaken)?;
-                self.onednn_input_gradient(floats(gy)?, floats(w)?, gx)?;
-            }
+            Algorithm::OneDnn => self.onednn_input_gradient(floats(gy)?, floats(w)?, floats_mut(gx)?)?,
             _ => {
                 let packed = keep(&mut self.backward, || patches::pack_backward(&s, w))?;
                 patches::input_gradient(&s, gy, Host::of(&packed)?.slice()?, gx);
@@ -365,12 +346,4 @@ fn same(found: usize, expected: usize, what: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::Run(format!("a convolution's {what} has {found} elements where its shapes give {expected}")))
-}
-
-fn floats<T: Real>(values: &[T]) -> Result<&[f32]> {
-    T::as_f32(values).ok_or_else(mistaken)
-}
-
-fn mistaken() -> Error {
-    Error::Run("oneDNN or a kernel for f32 was chosen for a product that it does not compute here (a bug)".into())
 }

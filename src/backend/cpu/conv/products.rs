@@ -3,8 +3,8 @@
 use candle_core::Tensor;
 
 use super::super::im2col::{Shape, add};
-use super::super::{Host, onednn, overwritten, tensor, threads};
-use super::{Ready, mistaken};
+use super::super::{Host, Real, onednn, overwritten, tensor, threads};
+use super::Ready;
 use crate::{Error, Result};
 
 /// oneDNN's products for pieces of a batch, made when first used. A batch falls into pieces by its shape alone, so that
@@ -124,4 +124,18 @@ impl Failed {
     fn result(self) -> Result<()> {
         self.0.into_inner().ok().flatten().map_or(Ok(()), Err)
     }
+}
+
+/// The same slice, which is of f32 where oneDNN was chosen.
+pub(super) fn floats<T: Real>(values: &[T]) -> Result<&[f32]> {
+    T::as_f32(values).ok_or_else(mistaken)
+}
+
+/// As [`floats`], to be written.
+pub(super) fn floats_mut<T: Real>(values: &mut [T]) -> Result<&mut [f32]> {
+    T::as_f32_mut(values).ok_or_else(mistaken)
+}
+
+fn mistaken() -> Error {
+    Error::Run("oneDNN was chosen for a product that it does not compute here (a bug)".into())
 }
