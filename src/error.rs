@@ -47,6 +47,17 @@ impl Error {
         Error::Io { path: path.as_ref().to_path_buf(), source }
     }
 
+    /// The same with `place` in front of its text; a file says for itself where it is.
+    pub fn within(self, place: &str) -> Self {
+        match self {
+            Error::Input(text) => Error::Input(format!("{place}: {text}")),
+            Error::Transport(text) => Error::Transport(format!("{place}: {text}")),
+            Error::NonFinite(text) => Error::NonFinite(format!("{place}: {text}")),
+            e @ (Error::Io { .. } | Error::Stopped(_)) => e,
+            e @ (Error::Run(_) | Error::Tensor(_)) => Error::Run(format!("{place}: {e}")),
+        }
+    }
+
     /// The process's exit code: 2 input, 75 stopped with a checkpoint, 1 anything else.
     pub fn exit_code(&self) -> i32 {
         match self {

@@ -5,10 +5,7 @@ mod common;
 use common::runs::{config, shard};
 use sideways::backend::cpu::Recycling;
 use sideways::comm::World;
-use sideways::pipeline::stop::Requests;
-use sideways::setup::{Purpose, Setup};
-use sideways::trainer::run;
-use sideways::trainer::run_range::Span;
+use sideways::trainer::Trainer;
 
 #[global_allocator]
 static HEAP: Recycling = Recycling::new();
@@ -31,10 +28,9 @@ fn a_steady_tick_takes_no_new_memory() {
     let layers = format!("model.layers={}", LAYERS.replace('\n', " "));
     let sets = ["data.batch=64", "model.modules=4", "model.skip={ spans = [2] }", "train.batches=8", &layers];
     let config = config(dir.path(), &[&sets[..], &["run.checkpoint_every=1000"]].concat());
-    let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
-    let span = Span::of_training(&setup, &World::Alone, None).unwrap();
+    let trainer = Trainer::new(&World::Alone, &config, None).unwrap();
     let mut fresh = Vec::new();
-    run::train(&setup, &World::Alone, &span, &Requests::default(), &mut |_| fresh.push(HEAP.fresh())).unwrap();
+    trainer.run(&mut |_| fresh.push(HEAP.fresh())).unwrap();
     assert!(fresh[0] > 50, "the allocator is not in use: {fresh:?}");
     // The first clips find how much is alive at once; which modules run at the same time varies a little from clip to
     // clip. The last clip writes a checkpoint.

@@ -70,30 +70,30 @@ impl Manifest {
     }
 }
 
-fn name_of(clips: u64) -> String {
-    format!("step-{clips:08}")
+fn name_of(batches: u64) -> String {
+    format!("step-{batches:08}")
 }
 
-/// The folder of the checkpoint of `clips` batches under `dir`, whether it is there or not.
-pub fn folder_of(dir: &Path, clips: u64) -> PathBuf {
-    dir.join(name_of(clips))
+/// The folder of the checkpoint of `batches` batches under `dir`, whether it is there or not.
+pub fn folder_of(dir: &Path, batches: u64) -> PathBuf {
+    dir.join(name_of(batches))
 }
 
-fn partial_of(dir: &Path, clips: u64) -> PathBuf {
-    dir.join(format!(".{}{PARTIAL}", name_of(clips)))
+fn partial_of(dir: &Path, batches: u64) -> PathBuf {
+    dir.join(format!(".{}{PARTIAL}", name_of(batches)))
 }
 
 fn sync(path: &Path) -> Result<()> {
     fs::File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io(path, e))
 }
 
-/// Writes one module's tensors into the unfinished checkpoint of `clips` under `dir`, with a small entry beside them
+/// Writes one module's tensors into the unfinished checkpoint of `batches` under `dir`, with a small entry beside them
 /// that [`finish`] gathers. Called by the module's rank.
 ///
 /// # Errors
 /// [`Error::Io`] if the disk refuses (full, read-only); earlier checkpoints are untouched.
-pub fn write_module(dir: &Path, clips: u64, module: usize, tensors: Vec<(String, Tensor)>) -> Result<()> {
-    let folder = partial_of(dir, clips);
+pub fn write_module(dir: &Path, batches: u64, module: usize, tensors: Vec<(String, Tensor)>) -> Result<()> {
+    let folder = partial_of(dir, batches);
     fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
     let name = format!("module-{module:03}.safetensors");
     let path = folder.join(&name);
@@ -120,26 +120,26 @@ fn entry_name(module: usize) -> String {
     format!("module-{module:03}.entry.json")
 }
 
-/// Completes the checkpoint of `clips` once all `modules` have been written: manifest, sync, rename. Then removes older
+/// Completes the checkpoint of `batches` once all `modules` have been written: manifest, sync, rename. Then removes older
 /// ones, so that `keep` are left with this one (and the start), and what failed before it. Called by one rank. Returns the
 /// checkpoint's folder.
 ///
 /// # Errors
 /// [`Error::Io`] if the disk refuses or a module's entry is not there; nothing of it is left then.
-pub fn finish(dir: &Path, clips: u64, modules: usize, manifest: Manifest, keep: usize) -> Result<PathBuf> {
-    let complete = complete(dir, clips, modules, manifest).inspect_err(|_| {
-        let _ = fs::remove_dir_all(partial_of(dir, clips));
+pub fn finish(dir: &Path, batches: u64, modules: usize, manifest: Manifest, keep: usize) -> Result<PathBuf> {
+    let complete = complete(dir, batches, modules, manifest).inspect_err(|_| {
+        let _ = fs::remove_dir_all(partial_of(dir, batches));
     })?;
     // The checkpoint is there: a run need not end because something else is in the way of tidying up.
-    if let Err(e) = remove_old(dir, clips, keep) {
+    if let Err(e) = remove_old(dir, batches, keep) {
         log::warn!("old checkpoints cannot be removed: {e}");
     }
     Ok(complete)
 }
 
-fn complete(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest) -> Result<PathBuf> {
-    let folder = partial_of(dir, clips);
-    manifest.batches = clips;
+fn complete(dir: &Path, batches: u64, modules: usize, mut manifest: Manifest) -> Result<PathBuf> {
+    let folder = partial_of(dir, batches);
+    manifest.batches = batches;
     manifest.files.clear();
     for module in 1..=modules {
         let beside = folder.join(entry_name(module));
@@ -152,7 +152,7 @@ fn complete(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest) -> R
     fs::write(&path, text).map_err(|e| Error::io(&path, e))?;
     sync(&path)?;
     sync(&folder)?;
-    let complete = folder_of(dir, clips);
+    let complete = folder_of(dir, batches);
     if complete.exists() {
         discard(&complete)?;
     }
@@ -161,14 +161,14 @@ fn complete(dir: &Path, clips: u64, modules: usize, mut manifest: Manifest) -> R
     Ok(complete)
 }
 
-/// After the checkpoint of `clips`. One that is further on is from before the run went back behind it, since it was damaged:
+/// After the checkpoint of `batches`. One that is further on is from before the run went back behind it, since it was damaged:
 /// it counts for nothing, or it would take the place of a good one.
-fn remove_old(dir: &Path, clips: u64, keep: usize) -> Result<()> {
-    for (_, path) in named(dir, ".step-", PARTIAL)?.into_iter().filter(|(of, _)| *of < clips) {
+fn remove_old(dir: &Path, batches: u64, keep: usize) -> Result<()> {
+    for (_, path) in named(dir, ".step-", PARTIAL)?.into_iter().filter(|(of, _)| *of < batches) {
         fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
     }
     let mut found = list(dir)?;
-    found.retain(|(of, _)| (1..=clips).contains(of));
+    found.retain(|(of, _)| (1..=batches).contains(of));
     let old = found.len().saturating_sub(keep);
     found.drain(..old).try_for_each(|(_, path)| discard(&path))
 }
@@ -205,7 +205,7 @@ pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// What is called `beginning`, batches of clips, `ending` under `dir`, in their order.
+/// What is called `beginning`, batches, `ending` under `dir`, in their order.
 fn named(dir: &Path, beginning: &str, ending: &str) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     let entries = match fs::read_dir(dir) {
@@ -216,8 +216,8 @@ fn named(dir: &Path, beginning: &str, ending: &str) -> Result<Vec<(u64, PathBuf)
     for entry in entries {
         let path = entry.map_err(|e| Error::io(dir, e))?.path();
         let name = path.file_name().and_then(|n| n.to_str());
-        let clips = name.and_then(|n| n.strip_prefix(beginning)?.strip_suffix(ending)?.parse().ok());
-        found.extend(clips.map(|clips| (clips, path)));
+        let batches = name.and_then(|n| n.strip_prefix(beginning)?.strip_suffix(ending)?.parse().ok());
+        found.extend(batches.map(|batches| (batches, path)));
     }
     found.sort();
     Ok(found)
@@ -359,17 +359,17 @@ mod tests {
         Tensor::new(&[x, x + 1.0], &Device::Cpu).unwrap()
     }
 
-    fn write(dir: &Path, clips: u64, keep: usize) -> PathBuf {
-        write_module(dir, clips, 1, vec![("layers.0.conv2d.weight".into(), tensor(clips as f32))]).unwrap();
-        write_module(dir, clips, 2, vec![("layers.1.linear.weight".into(), tensor(7.0))]).unwrap();
-        finish(dir, clips, 2, Manifest::new("".into(), vec![], [1, 1, 3], vec![1]), keep).unwrap()
+    fn write(dir: &Path, batches: u64, keep: usize) -> PathBuf {
+        write_module(dir, batches, 1, vec![("layers.0.conv2d.weight".into(), tensor(batches as f32))]).unwrap();
+        write_module(dir, batches, 2, vec![("layers.1.linear.weight".into(), tensor(7.0))]).unwrap();
+        finish(dir, batches, 2, Manifest::new("".into(), vec![], [1, 1, 3], vec![1]), keep).unwrap()
     }
 
     #[test]
     fn round_trip_and_keep() {
         let dir = tempfile::tempdir().unwrap();
-        for clips in [0, 1, 2, 3] {
-            write(dir.path(), clips, 2);
+        for batches in [0, 1, 2, 3] {
+            write(dir.path(), batches, 2);
         }
         let left: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(c, _)| c).collect();
         assert_eq!(left, [0, 2, 3], "the start and the newest two");
@@ -424,8 +424,8 @@ mod tests {
     fn what_failed_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let manifest = || Manifest::new("".into(), vec![], [1, 1, 3], vec![1]);
-        for clips in [3, 4, 6] {
-            write_module(dir.path(), clips, 2, vec![("a".into(), tensor(0.0))]).unwrap();
+        for batches in [3, 4, 6] {
+            write_module(dir.path(), batches, 2, vec![("a".into(), tensor(0.0))]).unwrap();
         }
         finish(dir.path(), 4, 2, manifest(), 1).unwrap_err();
         write(dir.path(), 5, 1);

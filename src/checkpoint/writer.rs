@@ -9,7 +9,7 @@ use crate::checkpoint;
 use crate::config::OnCheckpointError;
 use crate::{Error, Result};
 
-/// A module at a clip: how many batches of clips were done, and its tensors, which nobody changes any more.
+/// A module after a batch: how many batches were done, and its tensors, which nobody changes any more.
 type Job = (u64, Vec<(String, Tensor)>);
 
 /// Writes one worker's module on a thread of its own. One checkpoint is written at a time; the next waits.
@@ -30,9 +30,9 @@ impl Writer {
         let (jobs, todo) = sync_channel::<Job>(1);
         let (report, done) = sync_channel(4);
         let body = move || {
-            for (clips, tensors) in todo {
-                let result = checkpoint::write_module(&dir, clips, module, tensors);
-                if report.send((clips, result)).is_err() {
+            for (batches, tensors) in todo {
+                let result = checkpoint::write_module(&dir, batches, module, tensors);
+                if report.send((batches, result)).is_err() {
                     return;
                 }
             }
@@ -48,20 +48,20 @@ impl Writer {
     ///
     /// # Errors
     /// That of an earlier write, unless the policy is to go on.
-    pub fn begin(&mut self, clips: u64, tensors: Vec<(String, Tensor)>) -> Result<()> {
+    pub fn begin(&mut self, batches: u64, tensors: Vec<(String, Tensor)>) -> Result<()> {
         self.wait()?;
-        self.jobs.send((clips, tensors)).map_err(|_| gone())?;
+        self.jobs.send((batches, tensors)).map_err(|_| gone())?;
         self.under_way += 1;
         Ok(())
     }
 
-    /// The newest checkpoint (batches of clips done) that this worker's part of is on disk; never waits.
+    /// The newest checkpoint (batches done) that this worker's part of is on disk; never waits.
     ///
     /// # Errors
     /// As [`Writer::begin`].
     pub fn written(&mut self) -> Result<Option<u64>> {
-        while let Ok((clips, result)) = self.done.try_recv() {
-            self.note(clips, result)?;
+        while let Ok((batches, result)) = self.done.try_recv() {
+            self.note(batches, result)?;
         }
         Ok(self.written)
     }
@@ -72,18 +72,18 @@ impl Writer {
     /// As [`Writer::begin`].
     pub fn wait(&mut self) -> Result<Option<u64>> {
         while self.under_way > 0 {
-            let (clips, result) = self.done.recv().map_err(|_| gone())?;
-            self.note(clips, result)?;
+            let (batches, result) = self.done.recv().map_err(|_| gone())?;
+            self.note(batches, result)?;
         }
         Ok(self.written)
     }
 
-    fn note(&mut self, clips: u64, result: Result<()>) -> Result<()> {
+    fn note(&mut self, batches: u64, result: Result<()>) -> Result<()> {
         self.under_way -= 1;
         match (result, self.policy) {
-            (Ok(()), _) => self.written = Some(clips),
+            (Ok(()), _) => self.written = Some(batches),
             (Err(e), OnCheckpointError::Continue) => {
-                log::error!("checkpoint {clips} could not be written, the run goes on without it: {e}");
+                log::error!("checkpoint {batches} could not be written, the run goes on without it: {e}");
             }
             (Err(e), OnCheckpointError::Stop) => return Err(e),
         }

@@ -8,9 +8,10 @@ use clap::Args;
 use crate::backend::cpu;
 use crate::comm::World;
 use crate::config::Config;
+use crate::pipeline::RunRange;
 use crate::setup::{Purpose, Setup};
-use crate::trainer::preflight::{Check, Verdict, check, check_run_folder, places};
-use crate::trainer::run_range::Span;
+use crate::trainer::preflight::{Check, Verdict, check, places};
+use crate::trainer::{resume, run_folder};
 use crate::{Error, Result};
 
 /// Arguments of `sideways doctor`.
@@ -49,9 +50,9 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
         Some(Err(error)) => table.push(Check::failure("configuration", error.to_string())),
         Some(Ok(setup)) => {
             table.push(configuration(setup));
-            table.push(check_run_folder(world, setup)?);
-            table.push(match Span::of_training(setup, world, None) {
-                Ok(span) => Check::fine("goes on from", starts(&span)),
+            table.push(run_folder::check(world, setup)?);
+            table.push(match resume::range(setup, world, None) {
+                Ok(range) => Check::fine("goes on from", starts(&range)),
                 Err(error) => Check::failure("goes on from", error.to_string()),
             });
         }
@@ -120,12 +121,12 @@ fn configuration(setup: &Setup) -> Check {
     }
 }
 
-fn starts(span: &Span) -> String {
-    match &span.from {
+fn starts(range: &RunRange) -> String {
+    match &range.from {
         Some((checkpoint, _)) => {
-            format!("{}: {} of {} batches of clips are done", checkpoint.path().display(), span.first, span.total)
+            format!("{}: {} of {} batches are done", checkpoint.path().display(), range.first, range.total)
         }
-        None => format!("nothing: a new run of {} batches of clips", span.total),
+        None => format!("nothing: a new run of {} batches", range.total),
     }
 }
 

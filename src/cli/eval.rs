@@ -9,11 +9,8 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::{Config, DeviceChoice, Exchange, Globs, Precision, Task, Wire};
 use crate::nn::loss::topk_correct;
-use crate::setup::{Purpose, Setup};
-use crate::trainer::console::ClipSummary;
-use crate::trainer::run;
-use crate::trainer::run_range::Span;
-use crate::trainer::state::Fit;
+use crate::setup::Purpose;
+use crate::trainer::{BatchSummary, Evaluator};
 use crate::{Error, Result};
 
 /// Arguments of `sideways eval`.
@@ -50,13 +47,10 @@ impl Tally {
         Tally { classes, clips: 0, top1: 0, top5: 0, confusion: vec![0; classes * classes] }
     }
 
-    fn add(&mut self, summary: &ClipSummary) {
-        let Some(last) = summary.reports.last().filter(|r| !r.logits.is_empty()) else { return };
-        for (row, &label) in last.logits.chunks_exact(self.classes).zip(&last.labels) {
-            if label < 0.0 {
-                continue;
-            }
-            let label = label as usize;
+    fn add(&mut self, summary: &BatchSummary) {
+        let Some(last) = summary.reports.last().filter(|r| !r.outputs.is_empty()) else { return };
+        for (row, &label) in last.outputs.chunks_exact(self.classes).zip(&last.labels) {
+            let Ok(label) = usize::try_from(label) else { continue };
             self.clips += 1;
             self.top1 += u64::from(topk_correct(row, label as i32, 1));
             self.top5 += u64::from(topk_correct(row, label as i32, 5));
@@ -114,30 +108,32 @@ fn classes(names: &[String]) -> String {
 /// As the parts.
 pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let planned = Checkpoint::open(&args.checkpoint).and_then(|checkpoint| {
-        let setup = Setup::new(&config_of(&checkpoint, &args.set, &args.data)?, world.size(), Purpose::Evaluate)?;
-        if setup.class_names != checkpoint.manifest().class_names {
+        let config = config_of(&checkpoint, &args.set, &args.data)?;
+        let (names, path) = (checkpoint.manifest().class_names.clone(), checkpoint.path().to_path_buf());
+        let evaluator = Evaluator::new(world, &config, checkpoint, Purpose::Evaluate, None)?;
+        let setup = evaluator.setup();
+        if setup.class_names != names {
             return Err(Error::input(format!(
                 "the shards have {}, but {} was trained on {}: give shards of the same dataset (--data)",
                 classes(&setup.class_names),
-                checkpoint.path().display(),
-                classes(&checkpoint.manifest().class_names)
+                path.display(),
+                classes(&names)
             )));
         }
-        let total = setup.total_clips()?;
-        let span = Span { first: 0, end: total, total, from: Some((checkpoint, Fit::Exact)), record: false };
-        Ok((setup, span))
+        Ok(evaluator)
     });
-    let (setup, span) = world.first_error(planned)?;
+    let evaluator = world.first_error(planned)?;
+    let setup = evaluator.setup();
     let chief = world.rank() == 0;
     let mut tally = Tally::new(setup.classes);
     let mut progress = chief.then(|| Progress::new(setup.config.model.task == Task::Recognition));
-    let mut observer = |summary: &ClipSummary| {
+    let mut observer = |summary: &BatchSummary| {
         tally.add(summary);
         if let Some(progress) = &mut progress {
             progress.show(summary);
         }
     };
-    let totals = run::evaluate(&setup, world, &span, &mut observer);
+    let totals = evaluator.run(&mut observer);
     if let Some(progress) = progress {
         progress.finish();
     }

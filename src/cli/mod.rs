@@ -18,7 +18,6 @@ pub mod logging;
 pub mod plan;
 pub mod predict;
 pub mod progress;
-mod signals;
 pub mod train;
 
 /// Training of deep video networks without the backward lock.
@@ -63,7 +62,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Data(command) => alone(data::run(&World::Alone, command)),
         Command::Train(args) if args.plans_only() => alone(train::plan(&args)),
         Command::Train(args) => with_world(|world| train::run(world, &args)),
-        Command::Predict(args) => alone(predict::run(&args)),
+        Command::Predict(args) => with_world(|world| predict::run(world, &args)),
         Command::Plan(args) => alone(plan::run(&args)),
         Command::MeasureLayers => alone(measure_on_request()),
         Command::Bench(command) => with_world(|world| bench::run(&command, world)),

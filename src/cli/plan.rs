@@ -9,8 +9,9 @@ use serde::Serialize;
 
 use crate::cli::output::table;
 use crate::comm::Kind;
-use crate::config::{Config, Rule};
-use crate::method::schedule::{Boundary, StepPlan};
+use crate::config::Config;
+use crate::method::Boundary;
+use crate::method::schedule::Tick;
 use crate::network::ModuleSpec;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
@@ -48,7 +49,7 @@ pub struct PlanArgs {
     #[arg(long)]
     pub ticks: bool,
     /// With --ticks: how many clips to draw.
-    #[arg(long, value_name = "N", default_value_t = 2, requires = "ticks")]
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "ticks", value_parser = clap::value_parser!(u64).range(1..=100))]
     pub clips: u64,
 }
 
@@ -87,9 +88,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         return Err(Error::input("--ranks and --cores must be at least 1"));
     }
     let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1));
-    let ranks = match config.train.rule {
-        Rule::Bp => 1,
-        _ => args.ranks.unwrap_or(modules.unwrap_or(1) * config.train.replicas),
+    let ranks = match config.train.rule.is_exact() {
+        true => 1,
+        false => args.ranks.unwrap_or(modules.unwrap_or(1) * config.train.replicas),
     };
     let mut setup = Setup::dry(&config, ranks)?;
     if args.ticks {
@@ -217,7 +218,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         }
     }
     outln!(
-        "ms: a forward pass, a vector-Jacobian product, an update (once a clip); all of it a tick{}",
+        "ms: a forward pass, a vector-Jacobian product, an update (once a batch); all of it a tick{}",
         match c.gpu {
             Some(_) => {
                 ", beside which messages are copied and sent. Memory: the GPU's, without cuDNN's workspace; parameters, \
@@ -312,12 +313,23 @@ fn age(profile: &Profile) -> String {
 
 /// The schedule as text: a row a module, a column a tick.
 pub fn picture(setup: &Setup, clips: u64) -> String {
-    let (d, frames) = (setup.grid.modules, setup.schedule.frames());
-    let ticks = clips as usize * frames + d - 1;
+    let (d, frames, schedule) = (setup.grid.modules, setup.schedule.frames(), &setup.schedule);
+    let rule = setup.config.train.rule;
+    let end = |i: usize| schedule.window(i).last().map_or(0, |tick| tick.at + 1);
+    let ticks = (clips - 1) as usize * schedule.period() + (1..=d).map(end).max().unwrap_or(0);
+    let explanation = match rule.is_exact() {
+        false => {
+            "Each module works on one frame a tick. F3: forward only, on the clip's main-path frame 3; B3: also backward,\n\
+             with the cotangent that has just arrived."
+        }
+        true => {
+            "F3: forward, on the clip's main-path frame 3; B3: backward, at the activations kept of it, which ends the clip's\n\
+             work on it. A module waits where it has neither."
+        }
+    };
     let mut text = format!(
-        "Each module works on one frame a tick. F3: forward only, on the clip's main-path frame 3; B3: also backward,\n\
-         with the cotangent that has just arrived. Clips alternate between upper and lower case. `.`: idle.\n\
-         {d} modules, clips of T = {frames} frames, boundary {}.\n\n",
+        "{explanation} Clips alternate between upper and lower case. `.`: idle.\n\
+         {d} modules, rule {rule}, clips of T = {frames} frames, boundary {}.\n\n",
         if setup.config.train.boundary == Boundary::Flow { "flow" } else { "cut" }
     );
     let width = 1 + frames.saturating_sub(1).to_string().len().max(ticks.to_string().len());
@@ -328,8 +340,10 @@ pub fn picture(setup: &Setup, clips: u64) -> String {
         text += &format!("{:<10}", format!("module {i}"));
         let mut row = vec![".".to_string(); ticks];
         for clip in 0..clips {
-            for (t, step) in setup.schedule.steps(i).iter().enumerate() {
-                row[setup.schedule.tick(clip, i, t) as usize] = cell(step, t, clip);
+            for tick in schedule.window(i) {
+                if let Some(cell) = cell(tick, clip) {
+                    row[schedule.first_tick(clip) as usize + tick.at] = cell;
+                }
             }
         }
         row.iter().for_each(|cell| text += &format!("{cell:>width$} "));
@@ -344,21 +358,22 @@ pub fn picture(setup: &Setup, clips: u64) -> String {
         };
     }
     for i in 1..=d {
-        let first = setup.schedule.steps(i).iter().position(|s| s.backward);
-        let count = setup.schedule.steps(i).iter().filter(|s| s.backward).count();
-        if let Some(first) = first {
-            text += &format!("module {i}: first cotangent at step {first}, {count} steps with backward work a clip\n");
+        let first = schedule.window(i).iter().find(|tick| tick.backward.is_some());
+        let count = schedule.backwards(i).count();
+        if let (Some(first), false) = (first, rule.is_exact()) {
+            let step = first.step();
+            text += &format!("module {i}: first cotangent at step {step}, {count} steps with backward work a clip\n");
         }
     }
     text
 }
 
-fn cell(step: &StepPlan, t: usize, clip: u64) -> String {
-    let letter = match (step.backward, clip % 2) {
-        (true, 0) => 'B',
-        (true, _) => 'b',
-        (false, 0) => 'F',
-        (false, _) => 'f',
+fn cell(tick: &Tick, clip: u64) -> Option<String> {
+    let letter = match (&tick.forward, &tick.backward) {
+        (_, Some(_)) => 'B',
+        (Some(_), None) => 'F',
+        (None, None) => return None,
     };
-    format!("{letter}{t}")
+    let letter = if clip.is_multiple_of(2) { letter } else { letter.to_ascii_lowercase() };
+    Some(format!("{letter}{}", tick.step()))
 }

@@ -2,19 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use clap::Args;
 
 use super::eval::config_of;
 use crate::checkpoint::Checkpoint;
+use crate::comm::World;
 use crate::config::Task;
 use crate::data::FrameStream;
 use crate::data::inspect::png_writer;
-use crate::pipeline::reference;
-use crate::pipeline::worker::pass;
-use crate::setup::{Purpose, Setup};
-use crate::trainer::run::{last_layer, modules};
-use crate::trainer::state::{Fit, restore};
+use crate::setup::Purpose;
+use crate::trainer::Evaluator;
 use crate::{Error, Result};
 
 /// Arguments of `sideways predict`.
@@ -40,50 +37,48 @@ pub struct PredictArgs {
 /// Three pictures of one step, `[H, W, 3]` in 0..=1: newest frame seen, target, prediction.
 type Step = [Vec<f32>; 3];
 
-/// Runs it, in one process.
+/// Runs it.
 ///
 /// # Errors
 /// [`Error::Input`] for a checkpoint of a recognition network; as the parts.
-pub fn run(args: &PredictArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let mut config = config_of(&checkpoint, &args.set, &args.data)?;
-    if config.model.task != Task::FutureFrames {
-        return Err(Error::input(format!(
-            "{}: this network was trained for recognition; score it with `sideways eval`",
-            checkpoint.path().display()
-        )));
+pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
+    let planned = Checkpoint::open(&args.checkpoint).and_then(|checkpoint| {
+        let mut config = config_of(&checkpoint, &args.set, &args.data)?;
+        if config.model.task != Task::FutureFrames {
+            return Err(Error::input(format!(
+                "{}: this network was trained for recognition; score it with `sideways eval`",
+                checkpoint.path().display()
+            )));
+        }
+        config.data.batch = 1;
+        Evaluator::new(world, &config, checkpoint, Purpose::Predict, Some(args.clips))
+    });
+    let evaluator = world.first_error(planned)?;
+    let mut predictions: Vec<Vec<f32>> = Vec::new();
+    evaluator.run(&mut |summary| predictions.extend(summary.reports.last().map(|last| last.outputs.clone())))?;
+    if world.rank() > 0 {
+        return Ok(());
     }
-    config.data.batch = 1;
-    let setup = Setup::new(&config, 1, Purpose::Evaluate)?;
-    let mut modules = modules(&setup)?;
-    for module in &mut modules {
-        restore(module, None, &checkpoint, Fit::Exact, &last_layer(&setup))?;
-    }
+    let (setup, clips) = (evaluator.setup(), evaluator.batches());
     std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;
     let dataset = setup.dataset.clone().ok_or_else(|| Error::input("there is no dataset to read"))?;
-    let clips = args.clips.min(setup.total_clips()?);
     let mut stream = FrameStream::open(dataset, setup.stream(0, 0, clips))?;
+    let data = &setup.config.data;
     let [h, w, c] = setup.network.input;
-    let (ahead, horizon) = (setup.ahead.unwrap_or(1), config.model.horizon);
+    let (ahead, horizon) = (setup.ahead.unwrap_or(1), setup.config.model.horizon);
+    let pixels = |values: &[f32]| -> Vec<f32> {
+        values.iter().enumerate().map(|(n, v)| (v * data.std[n % c] + data.mean[n % c]).clamp(0.0, 1.0)).collect()
+    };
     let mut errors = (0.0, 0.0, 0usize);
-    for clip in 0..clips {
+    for (clip, outputs) in (0..clips).zip(&predictions) {
         stream.begin(clip)?;
         let mut frames = Vec::new();
-        for t in 0..config.data.frames {
-            frames.push(stream.frame(t)?);
+        for t in 0..data.frames {
+            frames.push(pixels(&stream.frame(t)?.flatten_all()?.to_vec1::<f32>()?));
         }
-        let mut frame = |t: usize| Ok(frames[t].clone());
-        let passes = |t: usize| pass(false, 0, clip, t);
-        let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame)?;
-        let pixels = |x: &Tensor| -> Result<Vec<f32>> {
-            let (mean, std) = (&config.data.mean, &config.data.std);
-            let x = x.flatten_all()?.to_vec1::<f32>()?;
-            Ok(x.iter().enumerate().map(|(n, v)| (v * std[n % c] + mean[n % c]).clamp(0.0, 1.0)).collect())
-        };
         let mut steps = Vec::new();
-        for (t, y) in run.last().iter().enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
-            let [seen, target, prediction] = [&frames[t + ahead - horizon], &frames[t + ahead], y].map(pixels);
-            steps.push([seen?, target?, prediction?]);
+        for (t, y) in outputs.chunks_exact(h * w * c).enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
+            steps.push([frames[t + ahead - horizon].clone(), frames[t + ahead].clone(), pixels(y)]);
         }
         for [seen, target, prediction] in &steps {
             errors.0 += mean_square(prediction, target);

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::logging;
-use crate::pipeline::metrics::Score;
-use crate::trainer::console::ClipSummary;
+use crate::nn::head::Score;
+use crate::trainer::BatchSummary;
 
 /// Plain lines come this often.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// Shows batches of clips as they are done.
+/// Shows batches as they are done.
 pub struct Progress {
     bar: Option<ProgressBar>,
     recognition: bool,
@@ -41,9 +41,9 @@ impl Progress {
         Progress { bar, recognition, since, begun: now, first: None, last_line: now, lines, speed: 0.0 }
     }
 
-    /// One more batch of clips is done.
-    pub fn show(&mut self, summary: &ClipSummary) {
-        let first = *self.first.get_or_insert(summary.clips - 1);
+    /// One more batch is done.
+    pub fn show(&mut self, summary: &BatchSummary) {
+        let first = *self.first.get_or_insert(summary.batches - 1);
         self.speed = if self.speed == 0.0 {
             summary.frames_per_second
         } else {
@@ -51,13 +51,13 @@ impl Progress {
         };
         self.since.add(&summary.score);
         self.lines.add(&summary.score);
-        let finished = summary.clips == summary.total;
+        let finished = summary.batches == summary.total;
         if let Some(bar) = &self.bar {
             bar.set_length(summary.total);
             if bar.position() == 0 && first > 0 {
                 bar.reset_eta();
             }
-            bar.set_position(summary.clips);
+            bar.set_position(summary.batches);
             bar.set_message(self.text(&self.since));
             // The bar shows a moving window.
             if self.since.loss_steps > 50.0 * summary.score.loss_steps {
@@ -65,10 +65,10 @@ impl Progress {
             }
         }
         if self.last_line.elapsed() >= EVERY || finished {
-            let rate = (summary.clips - first) as f64 / self.begun.elapsed().as_secs_f64().max(1e-9);
-            let left = (summary.total - summary.clips) as f64 / rate;
+            let rate = (summary.batches - first) as f64 / self.begun.elapsed().as_secs_f64().max(1e-9);
+            let left = (summary.total - summary.batches) as f64 / rate;
             let line =
-                format!("batch {}/{}  {}  ETA {:.0} s", summary.clips, summary.total, self.text(&self.lines), left);
+                format!("batch {}/{}  {}  ETA {:.0} s", summary.batches, summary.total, self.text(&self.lines), left);
             match self.bar {
                 Some(_) => logging::to_file(&line),
                 None => log::info!("{line}"),

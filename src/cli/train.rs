@@ -1,24 +1,16 @@
 //! `sideways train`: alone, under mpirun, or under srun.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Args;
 
-use super::{logging, progress::Progress, signals};
+use super::{logging, progress::Progress};
 use crate::Result;
 use crate::backend::cpu;
 use crate::comm::World;
-use crate::config::{Config, Rule, Task};
-use crate::pipeline::bp;
-use crate::pipeline::stop::{self, Requests};
-use crate::plan::cut::{cut, resume_cut};
-use crate::setup::{Purpose, Setup};
-use crate::trainer::console::Totals;
-use crate::trainer::limits;
-use crate::trainer::preflight;
-use crate::trainer::run;
-use crate::trainer::run_range::Span;
+use crate::config::{Config, Task};
+use crate::setup::Setup;
+use crate::trainer::{Totals, Trainer, limits};
 
 /// Arguments of `sideways train`.
 #[derive(Args, Debug)]
@@ -37,7 +29,7 @@ pub struct TrainArgs {
     /// With --dry-run: how many ranks to plan for.
     #[arg(long, value_name = "N", requires = "dry_run")]
     pub ranks: Option<usize>,
-    /// Stop after so many batches of clips with a checkpoint (exit code 75); the same command goes on from there.
+    /// Stop after so many batches with a checkpoint (exit code 75); the same command goes on from there.
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
 }
@@ -66,67 +58,41 @@ pub fn plan(args: &TrainArgs) -> Result<()> {
 /// Trains.
 ///
 /// # Errors
-/// As the parts; [`crate::Error::Stopped`] after `--stop-after`.
+/// As [`Trainer`]; [`crate::Error::Stopped`] after `--stop-after`.
 pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
-    let planned = Config::load(&args.config, &args.set).and_then(|mut config| {
-        resume_cut(&mut config)?;
-        Setup::new(&config, world.size(), Purpose::Train)
-    });
-    let setup = cut(world.first_error(planned)?, world)?;
-    preflight::require(world, &setup)?;
+    let config = world.first_error(Config::load(&args.config, &args.set))?;
+    let trainer = Trainer::new(world, &config, args.stop_after)?;
     let chief = world.rank() == 0;
-    let hold = || preflight::hold_run_folder(&setup.config.run.dir, patience());
-    let _held = world.first_error(chief.then(hold).transpose())?;
-    let span = Span::of_training(&setup, world, args.stop_after)?;
     if chief {
-        logging::also_to(&setup.config.run.dir.join("log.txt"))?;
-        announce(&setup, world, &span);
+        logging::also_to(&trainer.setup().config.run.dir.join("log.txt"))?;
+        announce(world, &trainer);
     }
-    if span.first >= span.end {
+    if trainer.is_done() {
         if chief {
-            log::info!("nothing to do: {} of {} batches of clips are done", span.first, span.total);
+            log::info!("nothing to do: {} of {} batches are done", trainer.range().first, trainer.range().total);
         }
         return Ok(());
     }
-    let mut progress = chief.then(|| Progress::new(setup.config.model.task == Task::Recognition));
-    let mut observer = |summary: &_| {
+    trainer.listen_to_signals()?;
+    let mut progress = chief.then(|| Progress::new(config.model.task == Task::Recognition));
+    let totals = trainer.run(&mut |summary| {
         if let Some(progress) = &mut progress {
             progress.show(summary);
         }
-    };
-    let requests = Requests::default();
-    signals::raise_on_signals(&requests, chief)?;
-    let totals = match setup.config.train.rule {
-        Rule::Bp => bp::train(&setup, &span, &requests, &mut observer),
-        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &requests, &mut observer),
-    };
+    });
     if let Some(progress) = progress {
         progress.finish();
     }
     let totals = totals?;
     if chief && totals.batches > 0 {
-        conclude(&setup, &totals);
+        summarise(trainer.setup(), &totals);
     }
-    if totals.decision & stop::UNDO != 0 {
-        let failure = totals.failure.as_ref().map(|why| stop::undone(why, span.first + totals.batches));
-        return world.first_error(failure.map_or(Ok(()), Err));
-    }
-    match totals.decision {
-        decision if decision & stop::FINISH != 0 => Ok(()),
-        decision if decision & stop::STOP != 0 => Err(stop::stopped("a signal")),
-        _ if span.end < span.total => Err(stop::stopped("--stop-after")),
-        _ => Ok(()),
-    }
+    trainer.conclude(&totals)
 }
 
-/// How long to wait for a run folder that another run holds: NFS gives the locks of a dead host back after 90 s.
-fn patience() -> Duration {
-    Duration::from_secs(if std::env::var_os("SLURM_JOB_ID").is_some() { 120 } else { 0 })
-}
-
-fn announce(setup: &Setup, world: &World, span: &Span) {
-    let train = &setup.config.train;
-    let rule = toml::Value::try_from(train.rule).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
+fn announce(world: &World, trainer: &Trainer) {
+    let setup = trainer.setup();
+    let rule = setup.config.train.rule;
     log::info!(
         "{rule}: {} modules x {} replicas on {} rank(s), {} parameters; batches of {} x {} clips of {} frames",
         setup.grid.modules,
@@ -141,7 +107,7 @@ fn announce(setup: &Setup, world: &World, span: &Span) {
         log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (README, \"oneDNN\")");
     }
     log::info!("convolutions: {}, {} thread(s) a module", cpu::back_end(), setup.config.run.threads);
-    if let Some((from, _)) = &span.from {
+    if let Some((from, _)) = &trainer.range().from {
         log::info!("from {}", from.path().display());
     }
     for warning in setup.warnings() {
@@ -150,7 +116,7 @@ fn announce(setup: &Setup, world: &World, span: &Span) {
 }
 
 /// The last module's figures and where every worker's time went.
-fn conclude(setup: &Setup, totals: &Totals) {
+fn summarise(setup: &Setup, totals: &Totals) {
     let recent = &totals.recent;
     let accuracy = if setup.config.model.task == Task::Recognition {
         format!(", top-1 {:.1} %", 100.0 * recent.top1 / recent.clips.max(1.0))
@@ -173,9 +139,6 @@ fn conclude(setup: &Setup, totals: &Totals) {
     }
     if totals.skipped > 0 {
         log::warn!("{} losses, cotangents or updates were left out because they were not finite", totals.skipped);
-    }
-    if setup.config.train.rule == Rule::Bp {
-        return;
     }
     log::info!("{}", limits::describe(setup, totals));
     log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other");

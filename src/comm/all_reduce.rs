@@ -1,4 +1,4 @@
-//! Averaging a module's gradients over its replicas: the same bits whatever the transport.
+//! All-reduce: the mean of a module's gradients over its replicas, the same bits whatever the transport.
 //!
 //! The values are cut into R chunks, chunk c being replica c's. In a *reduce-scatter* every replica sends each other
 //! one its chunk and sums what it gets for its own **in the order of replicas**; in the *all-gather* that follows it
@@ -8,15 +8,15 @@
 //! Values are worked through in buckets, so that buffers stay small for large modules.
 
 use super::{Endpoints, Header, Kind, LinkSpec, Receiver, Sender};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Words of a bucket's chunk, at most: 1 MiB.
 const CHUNK: usize = 1 << 18;
 /// Buffers of a link: one bucket's chunk and its mean may be on their way at once.
 const DEPTH: usize = 2;
 
-/// One replica's part in averaging.
-pub struct ReplicaAverage {
+/// One replica's part in it.
+pub struct AllReduce {
     replica: usize,
     chunk: usize,
     /// To and from every other replica, by replica; `None` at its own place.
@@ -29,12 +29,12 @@ struct Peer {
     from: (u32, Receiver),
 }
 
-/// The number of the link from replica `a` to replica `b` among R·(R − 1), in the order of [`ReplicaAverage::links`].
+/// The number of the link from replica `a` to replica `b` among R·(R − 1), in the order of [`AllReduce::links`].
 fn place(replicas: usize, a: usize, b: usize) -> usize {
     a * (replicas - 1) + b - usize::from(b > a)
 }
 
-impl ReplicaAverage {
+impl AllReduce {
     /// The links between the `workers` that are one module's replicas (in their order), numbered from `first`; each
     /// carries values of up to `words` in buckets. `name` is for errors.
     pub fn links(first: u32, name: &str, workers: &[usize], words: usize) -> Vec<LinkSpec> {
@@ -60,7 +60,7 @@ impl ReplicaAverage {
     /// Replica `replica`'s part, with its ends of `links`.
     ///
     /// # Errors
-    /// [`Error::Transport`] if an end is not on this rank.
+    /// [`crate::Error::Transport`] if an end is not on this rank.
     pub fn new(endpoints: &mut Endpoints, links: &[LinkSpec], replica: usize) -> Result<Self> {
         // R (R − 1) links.
         let replicas = (1..).find(|r| r * (r - 1) >= links.len()).unwrap_or(1);
@@ -70,22 +70,20 @@ impl ReplicaAverage {
                 None
             } else {
                 let (out, back) = (&links[place(replicas, replica, other)], &links[place(replicas, other, replica)]);
-                let missing = |link: &LinkSpec| Error::Transport(format!("\"{}\" does not end here", link.name));
-                let to = endpoints.sender(out.id).ok_or_else(|| missing(out))?;
-                let from = endpoints.receiver(back.id).ok_or_else(|| missing(back))?;
+                let (to, from) = (endpoints.sender(out.id)?, endpoints.receiver(back.id)?);
                 Some(Peer { to: (out.id, to), from: (back.id, from) })
             });
         }
         let chunk = links.first().map_or(1, |link| link.words);
-        Ok(ReplicaAverage { replica, chunk, peers, sum: Vec::with_capacity(chunk) })
+        Ok(AllReduce { replica, chunk, peers, sum: Vec::with_capacity(chunk) })
     }
 
-    /// Replaces `values` by their mean over the replicas, which all call it with as many values. `clip` and `step` say
+    /// Replaces `values` by their mean over the replicas, which all call it with as many values. `batch` and `step` say
     /// in messages which update this is.
     ///
     /// # Errors
-    /// [`Error::Transport`] if a replica is gone or sends something else.
-    pub fn average(&mut self, values: &mut [f32], clip: u64, step: u32) -> Result<()> {
+    /// [`crate::Error::Transport`] if a replica is gone or sends something else.
+    pub fn mean(&mut self, values: &mut [f32], batch: u64, step: u32) -> Result<()> {
         let replicas = self.peers.len();
         for bucket in values.chunks_mut(self.chunk * replicas) {
             let chunk = bucket.len().div_ceil(replicas);
@@ -93,7 +91,7 @@ impl ReplicaAverage {
             let ranges: Vec<_> = (0..replicas).map(range).collect();
             for (other, peer) in self.peers.iter_mut().enumerate() {
                 if let Some(peer) = peer {
-                    peer.send(clip, step, &bucket[ranges[other].clone()])?;
+                    peer.send(batch, step, &bucket[ranges[other].clone()])?;
                 }
             }
             let own = ranges[self.replica].clone();
@@ -101,20 +99,20 @@ impl ReplicaAverage {
             self.sum.resize(own.len(), 0.0);
             for peer in &mut self.peers {
                 match peer {
-                    Some(peer) => peer.receive(clip, step, own.len(), |x| add(&mut self.sum, x))?,
+                    Some(peer) => peer.receive(batch, step, own.len(), |x| add(&mut self.sum, x))?,
                     None => add(&mut self.sum, &bucket[own.clone()]),
                 }
             }
             let scale = 1.0 / replicas as f32;
             self.sum.iter_mut().for_each(|x| *x *= scale);
             for peer in self.peers.iter_mut().flatten() {
-                peer.send(clip, step, &self.sum)?;
+                peer.send(batch, step, &self.sum)?;
             }
             bucket[own].copy_from_slice(&self.sum);
             for (other, peer) in self.peers.iter_mut().enumerate() {
                 if let Some(peer) = peer {
                     let range = ranges[other].clone();
-                    peer.receive(clip, step, range.len(), |x| bucket[range].copy_from_slice(x))?;
+                    peer.receive(batch, step, range.len(), |x| bucket[range].copy_from_slice(x))?;
                 }
             }
         }
@@ -123,13 +121,13 @@ impl ReplicaAverage {
 }
 
 impl Peer {
-    fn send(&mut self, clip: u64, step: u32, values: &[f32]) -> Result<()> {
+    fn send(&mut self, batch: u64, step: u32, values: &[f32]) -> Result<()> {
         let shape = [values.len() as u32, 1, 1, 1];
-        self.to.1.send(&Header::new(Kind::Gradient, self.to.0, clip, step, shape), values)
+        self.to.1.send(&Header::new(Kind::Gradient, self.to.0, batch, step, shape), values)
     }
 
-    fn receive(&mut self, clip: u64, step: u32, words: usize, use_it: impl FnOnce(&[f32])) -> Result<()> {
-        let due = Header::new(Kind::Gradient, self.from.0, clip, step, [words as u32, 1, 1, 1]);
+    fn receive(&mut self, batch: u64, step: u32, words: usize, use_it: impl FnOnce(&[f32])) -> Result<()> {
+        let due = Header::new(Kind::Gradient, self.from.0, batch, step, [words as u32, 1, 1, 1]);
         use_it(self.from.1.wait(&due)?);
         self.from.1.release()
     }
@@ -151,17 +149,17 @@ mod tests {
     fn replicas_agree_to_the_bit_on_the_ordered_mean() {
         for (replicas, words) in [(2, 5), (3, 2), (3, 1000), (4, 4 * CHUNK + 77)] {
             let workers: Vec<usize> = (0..replicas).collect();
-            let links = ReplicaAverage::links(0, "module 1", &workers, words);
+            let links = AllReduce::links(0, "module 1", &workers, words);
             let mut endpoints = connect(&World::Alone, &vec![0; replicas], &links, Duration::from_secs(30)).unwrap();
             let value = |r: usize, n: usize| ((n * 7 + r * 13) as f32).sin() / 3.0;
             let results: Vec<Vec<f32>> = std::thread::scope(|scope| {
                 let threads: Vec<_> = (0..replicas)
                     .map(|r| {
-                        let mut part = ReplicaAverage::new(&mut endpoints, &links, r).unwrap();
+                        let mut part = AllReduce::new(&mut endpoints, &links, r).unwrap();
                         scope.spawn(move || {
                             let mut values: Vec<f32> = (0..words).map(|n| value(r, n)).collect();
-                            for clip in 0..2 {
-                                part.average(&mut values, clip, 3).unwrap();
+                            for batch in 0..2 {
+                                part.mean(&mut values, batch, 3).unwrap();
                             }
                             values
                         })

@@ -96,9 +96,9 @@ impl Link {
     /// Refuses a header that does not belong on this link, before it is sent.
     pub(super) fn check_outgoing(&self, header: &Header) -> Result<()> {
         let LinkSpec { id, kind, words, .. } = &self.spec;
-        if header.edge != *id || header.kind != *kind {
+        if header.link != *id || header.kind != *kind {
             return Err(
-                self.error(self.from_rank, format!("{header} was given to a link of {kind} messages on edge {id}"))
+                self.error(self.from_rank, format!("{header} was given to a link of {kind} messages on link {id}"))
             );
         }
         if header.words as usize > *words {

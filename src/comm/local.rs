@@ -115,7 +115,7 @@ impl Sender {
         self.link.check_outgoing(header)?;
         self.slot()?;
         let Some(mut buffer) = self.filling.take() else { return Ok(()) };
-        *buffer.header_mut() = header.encode(self.sequence);
+        buffer.set_header(header.encode(self.sequence));
         self.ring.lock().queue.push_back(buffer);
         self.ring.changed.notify_all();
         self.sequence = self.sequence.wrapping_add(1);
@@ -171,7 +171,7 @@ impl Receiver {
                         Ok(buffer)
                     },
                 )?;
-                (link.check_incoming(buffer.header(), self.sequence, None)?, buffer)
+                (link.check_incoming(&buffer.header(), self.sequence, None)?, buffer)
             }
         };
         let (header, buffer) = self.held.insert((header, buffer));

@@ -1,13 +1,11 @@
-//! What travels on a link: a 64-byte header in front of a payload of 32-bit floats, in one buffer.
-//!
-//! | word | 0 | 1 | 2 | 3 | 4–5 | 6–7 | 8 | 9 | 10–13 | 14 | 15 |
-//! |---|---|---|---|---|---|---|---|---|---|---|---|
-//! | holds | magic | version, kind | edge | step | clip | tick | flags | words | shape | sequence | zero |
+//! What travels on a link: a 64-byte header ([`Header`]) in front of a payload of 32-bit words, in one buffer.
 //!
 //! Every message says what it is, so that a receiver finds a message that is out of place at once and can
 //! name both what came and what was due, instead of computing with the wrong frame.
 
 use std::fmt;
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::{Error, Result};
 
@@ -15,8 +13,8 @@ use crate::{Error, Result};
 pub const HEADER_WORDS: usize = 16;
 /// First word of every message.
 const MAGIC: u32 = 0x5344_5759;
-/// Version of the layout above; programs of different versions refuse each other's messages.
-const VERSION: u16 = 1;
+/// Version of headers and payloads; programs of different versions refuse each other's messages.
+const VERSION: u16 = 2;
 
 /// What a message carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,7 +32,7 @@ pub enum Kind {
     Gradient = 5,
     /// Losses, counts and times on their way to whoever prints them.
     Report = 6,
-    /// What one replica's first module tells the others'.
+    /// What the first module of replica 0 tells the other replicas'.
     Control = 7,
 }
 
@@ -59,38 +57,74 @@ impl fmt::Display for Kind {
     }
 }
 
+bitflags::bitflags! {
+    /// What is to be done when a batch ends: asked for, or decided. Travels in the headers of messages that are sent anyway.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Orders: u32 {
+        /// Write a checkpoint and go on.
+        const CHECKPOINT = 1;
+        /// Write a checkpoint and end, to be resumed (exit code 75).
+        const STOP = 2;
+        /// Write a checkpoint and end for good (exit code 0).
+        const FINISH = 4;
+        /// The batch's frames cannot be read: undo it, write a checkpoint of what was before it, and end with the reader's error.
+        /// Decided by module 1 alone, never asked for.
+        const UNDO = 8;
+        /// Any of those that end a run.
+        const ENDS = Self::STOP.bits() | Self::FINISH.bits() | Self::UNDO.bits();
+    }
+}
+
 /// What a message says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// What the payload is.
     pub kind: Kind,
     /// The link's number ([`super::LinkSpec::id`]).
-    pub edge: u32,
-    /// Clip batch, counted from the start of training.
-    pub clip: u64,
+    pub link: u32,
+    /// Batch, counted from the start of training.
+    pub batch: u64,
     /// The sender's step within the clip.
     pub step: u32,
     /// The sender's tick; for people reading logs, not verified.
     pub tick: u64,
-    /// Bits the engine gives a meaning (a request to stop, to write a checkpoint); not verified.
-    pub flags: u32,
+    /// What is asked for, or was decided; not verified.
+    pub orders: Orders,
     /// The payload's shape; unused trailing dimensions are 1.
     pub shape: [u32; 4],
     /// Payload length in 32-bit words.
     pub words: u32,
 }
 
+/// A header in a message, little-endian as all machines that this program runs on.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Wire {
+    magic: u32,
+    kind: u16,
+    version: u16,
+    link: u32,
+    step: u32,
+    batch: u64,
+    tick: u64,
+    orders: u32,
+    words: u32,
+    shape: [u32; 4],
+    sequence: u32,
+    reserved: u32,
+}
+
 impl Header {
-    /// A header for a payload of `shape` on link `edge`; tick and flags are zero.
-    pub fn new(kind: Kind, edge: u32, clip: u64, step: u32, shape: [u32; 4]) -> Self {
+    /// A header for a payload of `shape` on link `link`, without tick and orders.
+    pub fn new(kind: Kind, link: u32, batch: u64, step: u32, shape: [u32; 4]) -> Self {
         // Saturates instead of wrapping: a shape too large is then refused by the link's capacity check.
         let words = shape.iter().fold(1u32, |product, &dim| product.saturating_mul(dim));
-        Header { kind, edge, clip, step, tick: 0, flags: 0, shape, words }
+        Header { kind, link, batch, step, tick: 0, orders: Orders::empty(), shape, words }
     }
 
-    /// The same header, stamped with the sender's tick and flags.
-    pub fn stamped(mut self, tick: u64, flags: u32) -> Self {
-        (self.tick, self.flags) = (tick, flags);
+    /// The same header, stamped with the sender's tick, and orders.
+    pub fn stamped(mut self, tick: u64, orders: Orders) -> Self {
+        (self.tick, self.orders) = (tick, orders);
         self
     }
 
@@ -103,70 +137,56 @@ impl Header {
 
     /// The wire form; `sequence` counts the messages of a link (modulo 2³²).
     pub fn encode(&self, sequence: u32) -> [u32; HEADER_WORDS] {
-        let [a, b, c, d] = self.shape;
-        let (low, high) = (|x: u64| x as u32, |x: u64| (x >> 32) as u32);
-        [
-            MAGIC,
-            u32::from(VERSION) << 16 | u32::from(self.kind as u16),
-            self.edge,
-            self.step,
-            low(self.clip),
-            high(self.clip),
-            low(self.tick),
-            high(self.tick),
-            self.flags,
-            self.words,
-            a,
-            b,
-            c,
-            d,
+        let Header { kind, link, batch, step, tick, orders, shape, words } = *self;
+        bytemuck::cast(Wire {
+            magic: MAGIC,
+            kind: kind as u16,
+            version: VERSION,
+            link,
+            step,
+            batch,
+            tick,
+            orders: orders.bits(),
+            words,
+            shape,
             sequence,
-            0,
-        ]
+            reserved: 0,
+        })
     }
 
     /// Reads the wire form: the header and its sequence number.
     ///
     /// Fails if the words are no header, or one of another version of this program.
     pub fn decode(words: &[u32; HEADER_WORDS]) -> Result<(Header, u32)> {
-        if words[0] != MAGIC {
+        let wire: Wire = bytemuck::cast(*words);
+        if wire.magic != MAGIC {
             return Err(Error::Transport(format!(
                 "the first word of a message is {:#010x}, expected {MAGIC:#010x}: not a message of this program",
-                words[0]
+                wire.magic
             )));
         }
-        let version = words[1] >> 16;
-        if version != u32::from(VERSION) {
+        if wire.version != VERSION {
             return Err(Error::Transport(format!(
-                "a message has format version {version}, this program speaks version {VERSION}: \
-                 run the same build on all ranks"
+                "a message has format version {}, this program speaks version {VERSION}: run the same build on all ranks",
+                wire.version
             )));
         }
-        let code = words[1] as u16;
-        let kind = Kind::from_code(code)
-            .ok_or_else(|| Error::Transport(format!("a message has the unknown kind {code} (1 to 7 are known)")))?;
-        let long = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
-        let header = Header {
-            kind,
-            edge: words[2],
-            clip: long(words[4], words[5]),
-            step: words[3],
-            tick: long(words[6], words[7]),
-            flags: words[8],
-            shape: [words[10], words[11], words[12], words[13]],
-            words: words[9],
-        };
-        Ok((header, words[14]))
+        let kind = Kind::from_code(wire.kind).ok_or_else(|| {
+            Error::Transport(format!("a message has the unknown kind {} (1 to 7 are known)", wire.kind))
+        })?;
+        let Wire { link, step, batch, tick, words, shape, sequence, .. } = wire;
+        let orders = Orders::from_bits_truncate(wire.orders);
+        Ok((Header { kind, link, batch, step, tick, orders, shape, words }, sequence))
     }
 
-    /// Is `self`, which came, the message that was due? Compares kind, edge, clip, step, shape and words.
+    /// Is `self`, which came, the message that was due? Compares kind, link, batch, step, shape and words.
     ///
     /// The error text shows both headers and names the fields that differ.
     pub fn verify(&self, expected: &Header) -> std::result::Result<(), String> {
         let fields = [
             ("kind", self.kind == expected.kind),
-            ("edge", self.edge == expected.edge),
-            ("clip", self.clip == expected.clip),
+            ("link", self.link == expected.link),
+            ("batch", self.batch == expected.batch),
             ("step", self.step == expected.step),
             ("shape", self.shape == expected.shape),
             ("words", self.words == expected.words),
@@ -182,20 +202,22 @@ impl Header {
 impl fmt::Display for Header {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d] = self.shape;
-        let Header { kind, edge, clip, step, tick, words, .. } = self;
-        write!(f, "[{kind} edge {edge} clip {clip} step {step} tick {tick} shape {a}x{b}x{c}x{d} ({words} words)]")
+        let Header { kind, link, batch, step, tick, words, .. } = self;
+        write!(f, "[{kind} link {link} batch {batch} step {step} tick {tick} shape {a}x{b}x{c}x{d} ({words} words)]")
     }
 }
 
-/// 64 bytes, the unit buffers are made of: one header, or 16 payload words.
-#[derive(Clone)]
-#[repr(C, align(64))]
-struct Block([u32; HEADER_WORDS]);
+/// Words of a page, the unit buffers are made of: a page that nothing else shares can be locked for a GPU's copies.
+const PAGE_WORDS: usize = 1024;
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(4096))]
+struct Page([u32; PAGE_WORDS]);
 
 /// One message's place in memory: header and payload side by side, made once and used again and again.
 pub(super) struct Buffer {
-    /// The header, then the payload rounded up to whole blocks.
-    blocks: Vec<Block>,
+    /// The header, then the payload, filled up to whole pages.
+    pages: Vec<Page>,
     /// Payload capacity in words.
     words: usize,
 }
@@ -203,39 +225,45 @@ pub(super) struct Buffer {
 impl Buffer {
     /// A zeroed buffer for up to `words` payload words.
     pub(super) fn new(words: usize) -> Self {
-        let number = 1 + words.div_ceil(HEADER_WORDS);
-        let mut blocks = Vec::with_capacity(number);
-        advise_huge_pages(&mut blocks);
-        blocks.resize(number, Block([0; HEADER_WORDS]));
-        Buffer { blocks, words }
+        let number = (HEADER_WORDS + words).div_ceil(PAGE_WORDS);
+        let mut pages = Vec::with_capacity(number);
+        advise_huge_pages(&mut pages);
+        pages.resize(number, Page::zeroed());
+        Buffer { pages, words }
+    }
+
+    fn all(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.pages)
+    }
+
+    fn all_mut(&mut self) -> &mut [u32] {
+        bytemuck::cast_slice_mut(&mut self.pages)
     }
 
     /// The header's words.
-    pub(super) fn header(&self) -> &[u32; HEADER_WORDS] {
-        &self.blocks[0].0
+    pub(super) fn header(&self) -> [u32; HEADER_WORDS] {
+        std::array::from_fn(|n| self.all()[n])
     }
 
-    /// The header's words, to be written.
-    pub(super) fn header_mut(&mut self) -> &mut [u32; HEADER_WORDS] {
-        &mut self.blocks[0].0
+    /// Writes the header's words.
+    pub(super) fn set_header(&mut self, words: [u32; HEADER_WORDS]) {
+        self.all_mut()[..HEADER_WORDS].copy_from_slice(&words);
     }
 
     /// The payload at full capacity.
     pub(super) fn payload(&self) -> &[f32] {
-        // SAFETY: the blocks behind the header are contiguous u32 memory of at least `words` words (see `new`);
-        // f32 has the size and alignment of u32 and every bit pattern is a value.
-        unsafe { std::slice::from_raw_parts(self.blocks[1..].as_ptr().cast(), self.words) }
+        bytemuck::cast_slice(&self.all()[HEADER_WORDS..HEADER_WORDS + self.words])
     }
 
     /// The payload at full capacity, to be written.
     pub(super) fn payload_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as in `payload`, and `&mut self` makes this the only view.
-        unsafe { std::slice::from_raw_parts_mut(self.blocks[1..].as_mut_ptr().cast(), self.words) }
+        let words = self.words;
+        bytemuck::cast_slice_mut(&mut self.all_mut()[HEADER_WORDS..HEADER_WORDS + words])
     }
 
     /// Where header and payload start, for a library that fills or reads them itself.
     pub(super) fn start(&mut self) -> *mut u32 {
-        self.blocks.as_mut_ptr().cast()
+        self.pages.as_mut_ptr().cast()
     }
 }
 
@@ -244,20 +272,12 @@ const LARGE: usize = 4 << 20;
 
 /// Asks for huge pages behind a large buffer before it is first touched. MPI copies between processes of a node through
 /// the kernel, which looks up every page: with small ones 16 MiB took half as long again.
-fn advise_huge_pages(blocks: &mut Vec<Block>) {
-    let bytes = blocks.capacity() * size_of::<Block>();
-    if bytes < LARGE {
-        return;
-    }
+fn advise_huge_pages(pages: &mut Vec<Page>) {
+    let bytes = pages.capacity() * size_of::<Page>();
     #[cfg(target_os = "linux")]
-    {
-        const PAGE: usize = 4096;
-        let unaligned = (blocks.as_mut_ptr() as usize).wrapping_neg() % PAGE;
-        // SAFETY: whole pages inside the vector's own memory; the advice changes no contents, and may be refused.
-        unsafe {
-            let start = blocks.as_mut_ptr().cast::<u8>().add(unaligned);
-            libc::madvise(start.cast(), (bytes - unaligned) / PAGE * PAGE, libc::MADV_HUGEPAGE);
-        }
+    if bytes >= LARGE {
+        // SAFETY: whole pages of the vector's own memory; the advice changes no contents, and may be refused.
+        unsafe { libc::madvise(pages.as_mut_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
     }
 }
 
@@ -266,7 +286,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Header {
-        Header::new(Kind::Cotangent, 7, 1 << 40, 5, [16, 28, 28, 64]).stamped(123_456_789_012, 3)
+        Header::new(Kind::Cotangent, 7, 1 << 40, 5, [16, 28, 28, 64]).stamped(123_456_789_012, Orders::STOP)
     }
 
     #[test]
@@ -280,7 +300,7 @@ mod tests {
     fn foreign_bytes_and_versions_are_refused() {
         let mut words = sample().encode(0);
         words[1] += 1 << 16;
-        assert!(Header::decode(&words).unwrap_err().to_string().contains("version 2"));
+        assert!(Header::decode(&words).unwrap_err().to_string().contains("version 3"));
         words = sample().encode(0);
         words[1] |= 0xff;
         assert!(Header::decode(&words).unwrap_err().to_string().contains("unknown kind 255"));
@@ -297,14 +317,20 @@ mod tests {
         for part in ["step 5", "step 6", "28x64", "28x32", "step, shape, words differ"] {
             assert!(text.contains(part), "{part:?} not in {text:?}");
         }
-        assert!(sample().stamped(9, 9).verify(&sample()).is_ok(), "tick and flags are not compared");
+        assert!(sample().stamped(9, Orders::UNDO).verify(&sample()).is_ok(), "tick and orders are not compared");
     }
 
     #[test]
-    fn a_payload_starts_on_a_cache_line() {
-        let mut buffer = Buffer::new(33);
-        assert_eq!((buffer.payload().len(), buffer.payload_mut().len()), (33, 33));
-        assert_eq!(buffer.payload().as_ptr() as usize % 64, 0);
-        assert_eq!(buffer.start() as usize + 64, buffer.payload().as_ptr() as usize);
+    fn a_header_has_64_bytes_and_a_payload_starts_behind_it() {
+        assert_eq!(size_of::<Wire>(), 4 * HEADER_WORDS);
+        for words in [0, 33, PAGE_WORDS, 3 * PAGE_WORDS] {
+            let mut buffer = Buffer::new(words);
+            assert_eq!((buffer.payload().len(), buffer.payload_mut().len()), (words, words));
+            assert_eq!(buffer.start() as usize % size_of::<Page>(), 0);
+            assert_eq!(buffer.start() as usize + 64, buffer.payload().as_ptr() as usize);
+            let header = sample().encode(7);
+            buffer.set_header(header);
+            assert_eq!(buffer.header(), header);
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! Rank 0 keeps the list at a *desk*; each rank, rank 0 included, has one worker that asks the desk for a task, does it,
 //! and asks again. While it works it sends tallies, so that the desk can show progress.
 //!
-//! | message | `step` | `clip` | payload |
+//! | message | `step` | `batch` | payload |
 //! |---|---|---|---|
 //! | worker → desk: I am free | `FREE` | 0 | zeros |
 //! | worker → desk: progress | `TALLY` | 0 | a [`Tally`] |
@@ -14,7 +14,7 @@
 use std::time::Duration;
 
 use super::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Progress since the worker's last one: counts whose meaning is the tasks' own.
 pub type Tally = [u32; 4];
@@ -73,10 +73,6 @@ fn link(kind: Kind, id: u32, from: usize, to: usize, name: String) -> LinkSpec {
     LinkSpec { id, kind, from, to, words: 4, depth: 4, name }
 }
 
-fn absent() -> Error {
-    Error::Transport("a link of the shared work is not there".into())
-}
-
 /// The end that works.
 struct Worker {
     number: usize,
@@ -86,8 +82,7 @@ struct Worker {
 
 impl Worker {
     fn new(ends: &mut Endpoints, number: usize) -> Result<Self> {
-        let up_end = ends.sender(up(number).id).ok_or_else(absent)?;
-        Ok(Worker { number, up: up_end, down: ends.receiver(down(number).id).ok_or_else(absent)? })
+        Ok(Worker { number, up: ends.sender(up(number).id)?, down: ends.receiver(down(number).id)? })
     }
 
     fn run<T>(&mut self, work: &Work<T>) -> Result<Vec<T>> {
@@ -100,7 +95,7 @@ impl Worker {
                 self.up.flush()?;
                 return Ok(done);
             }
-            done.push(work(header.clip, &mut |tally| self.tell(TALLY, tally))?);
+            done.push(work(header.batch, &mut |tally| self.tell(TALLY, tally))?);
         }
     }
 
@@ -118,10 +113,8 @@ struct Desk {
 
 impl Desk {
     fn new(ends: &mut Endpoints, workers: usize) -> Result<Self> {
-        let workers = (1..=workers)
-            .map(|w| Some((ends.receiver(up(w).id)?, ends.sender(down(w).id)?)))
-            .collect::<Option<Vec<_>>>();
-        Ok(Desk { workers: workers.ok_or_else(absent)? })
+        let ends = (1..=workers).map(|w| Ok((ends.receiver(up(w).id)?, ends.sender(down(w).id)?)));
+        Ok(Desk { workers: ends.collect::<Result<_>>()? })
     }
 
     /// Serves until every worker was told that there is no more, or `failed` says that this rank's own has ended early.
@@ -163,6 +156,7 @@ impl Desk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Error;
 
     #[test]
     fn alone_every_task_is_done_once_in_order_and_tallies_arrive() {

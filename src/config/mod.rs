@@ -12,11 +12,16 @@ mod train;
 use serde::{Deserialize, Serialize};
 
 pub use data::{DataConfig, Globs};
-pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge, Task};
-pub use run::{DeviceChoice, Exchange, OnCheckpointError, OnNonfinite, Precision, RunConfig, Wire};
-pub use train::{NamedPeriod, Rule, TrainConfig, UpdateEvery};
+pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
+pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
+pub use train::{NamedPeriod, TrainConfig, UpdateEvery};
 
-use crate::method::graph::{Edge, Graph};
+pub use crate::backend::Precision;
+pub use crate::comm::exchange::Exchange;
+pub use crate::method::Rule;
+pub use crate::nn::head::Task;
+
+use crate::method::{Edge, Graph};
 use crate::nn::module::Fuse;
 use crate::{Error, Result};
 
@@ -95,7 +100,7 @@ impl Config {
                  remove model.skip",
             ));
         }
-        if self.train.rule == Rule::Bp && self.train.replicas > 1 {
+        if self.train.rule.is_exact() && self.train.replicas > 1 {
             return Err(Error::input(
                 "train.rule = \"bp\" runs in one process with train.replicas = 1; raise data.batch instead",
             ));
@@ -104,9 +109,9 @@ impl Config {
             if steps == 0 {
                 return Err(Error::input("train.update_every = 0: it is \"clip\" or a number of steps from 1"));
             }
-            if self.train.rule == Rule::Bp {
+            if self.train.rule.is_exact() {
                 return Err(Error::input(
-                    "train.update_every = a number of steps does not go with rule = \"bp\", which updates once a clip",
+                    "train.update_every = a number of steps does not go with rule = \"bp\", which updates once a batch",
                 ));
             }
         }
@@ -118,6 +123,11 @@ impl Config {
         self.train.optimizer.validate()?;
         self.train.lr_schedule.validate()?;
         self.validate_device()
+    }
+
+    /// Where training computes: exact back-propagation keeps activations of several steps, in host memory.
+    pub fn training_device(&self) -> DeviceChoice {
+        if self.train.rule.is_exact() { DeviceChoice::Cpu } else { self.run.device }
     }
 
     /// What must fit together for a GPU; whether there is one is not asked here: a cluster's configuration is checked on laptops.
@@ -138,7 +148,7 @@ impl Config {
                 "run.wire = \"bf16\" needs run.device = \"cuda\"; on the CPU messages are \"f32\"",
             ));
         }
-        if run.device == DeviceChoice::Cuda && self.train.rule == Rule::Bp {
+        if run.device == DeviceChoice::Cuda && self.train.rule.is_exact() {
             return Err(Error::input(
                 "train.rule = \"bp\" is exact back-propagation on the CPU: set run.device = \"cpu\"",
             ));

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::nn::head::Task;
 use crate::nn::loss::PixelLoss;
 use crate::nn::module::Fuse;
 use crate::nn::spec::LayerSpec;
@@ -51,17 +52,6 @@ impl Default for ModelConfig {
             skip: None,
         }
     }
-}
-
-/// What the network is to learn.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Task {
-    /// Softmax cross-entropy at every step of the last module.
-    #[default]
-    Recognition,
-    /// The mean pixel difference to the frame `horizon` after the newest one seen.
-    FutureFrames,
 }
 
 /// `[model.skip]`: spans, single edges, or both.

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Precision;
+use crate::comm::exchange::Exchange;
+
 /// `[run]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -22,7 +25,7 @@ pub struct RunConfig {
     pub wire: Wire,
     /// Compute threads a module (CPU).
     pub threads: usize,
-    /// Batches of clips between checkpoints; one is also written at the start and at the end.
+    /// Batches between checkpoints; one is also written at the start and at the end.
     pub checkpoint_every: u64,
     /// Checkpoints kept, the newest ones (the start's is always kept).
     pub keep: usize,
@@ -73,35 +76,6 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// Number format of activations. Parameters and their gradients are 32-bit floats always.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32-bit floating point.
-    #[default]
-    F32,
-    /// The same, but factors of convolutions are rounded to 10 bits of mantissa (GPU only).
-    Tf32,
-    /// bfloat16, with sums in 32-bit floats (GPU only).
-    Bf16,
-}
-
-/// How activations and cotangents get from one module's GPU to another's. The results are the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Exchange {
-    /// On each edge the fastest that works, by a test when the run starts.
-    #[default]
-    Auto,
-    /// By way of host memory: works everywhere.
-    Staged,
-    /// Copied by the GPU into the receiver's memory: between modules of one process, and of processes of one node whose GPUs
-    /// have peer access.
-    Peer,
-    /// By an MPI library that works on GPU memory, between processes; as peers within one.
-    CudaAware,
-}
-
 /// Number format of activations and cotangents in messages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -131,7 +105,7 @@ pub enum OnCheckpointError {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnNonfinite {
-    /// End the run with an error that names rank, module, clip, step and tick.
+    /// End the run with an error that names rank, module, batch, step and tick.
     #[default]
     Stop,
     /// Leave it out (zeros in its place; an update is not made), and count it in the metrics.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use crate::method::schedule::Boundary;
+use crate::method::{Boundary, Rule};
 use crate::nn::optim::{LrSchedule, OptimizerSpec};
 
 /// `[train]`
@@ -59,24 +59,11 @@ impl Default for TrainConfig {
     }
 }
 
-/// How gradients are made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Rule {
-    /// Pseudo-gradients, main path only (Malinowski et al., CVPR 2020).
-    Sideways,
-    /// Pseudo-gradients with skips (Malinowski et al., CVPR 2021).
-    #[default]
-    SkipSideways,
-    /// Exact back-propagation through the same unrolled graph; blocking, in one process.
-    Bp,
-}
-
 /// When the optimiser is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected \"clip\" or a number of steps")]
 pub enum UpdateEvery {
-    /// After so many steps with backward work, clips notwithstanding.
+    /// After so many steps with backward work, wherever batches end.
     Steps(u64),
     /// `"clip"`: at the end of a module's window.
     Named(NamedPeriod),
@@ -86,7 +73,7 @@ pub enum UpdateEvery {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NamedPeriod {
-    /// Once a clip.
+    /// Once a batch.
     Clip,
 }
 

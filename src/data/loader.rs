@@ -57,10 +57,10 @@ pub struct StreamOptions {
     /// How many frames past the newest one asked for may be asked for before it again: frame t and frame
     /// t + `ahead` are both to be had at step t.
     pub ahead: usize,
-    /// The first clip (counted from the start of the run, across epochs) to deliver.
-    pub first_clip: u64,
-    /// The clip to stop before; `u64::MAX` for no end.
-    pub end_clip: u64,
+    /// The first batch (counted from the start of the run, across epochs) to deliver.
+    pub first_batch: u64,
+    /// The batch to stop before; `u64::MAX` for no end.
+    pub end_batch: u64,
     /// Frames read at a time from each video.
     pub chunk: usize,
     /// Chunks that wait to be used, at most.
@@ -86,8 +86,8 @@ impl Default for StreamOptions {
             replicas: 1,
             replica: 0,
             ahead: 0,
-            first_clip: 0,
-            end_clip: u64::MAX,
+            first_batch: 0,
+            end_batch: u64::MAX,
             chunk: CHUNK,
             prefetch: 3,
             decoders: 1,
@@ -119,9 +119,9 @@ impl StreamOptions {
     }
 }
 
-/// The videos of one clip: B places, in the order of the batch.
+/// The videos of one batch: B places, in the order of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Clip {
+pub struct BatchVideos {
     /// Their classes; -1 where the batch is padded, or a damaged video is passed over.
     pub labels: Vec<i32>,
     /// Their names; empty where the batch is padded.
@@ -130,15 +130,15 @@ pub struct Clip {
     pub videos: Vec<Option<usize>>,
 }
 
-/// Some successive frames of a clip, each `[B, h, w, 3]` values. (There is no message for a clip's
+/// Some successive frames of a clip, each `[B, h, w, 3]` values. (There is no message for a batch's
 /// beginning alone: it would take a chunk's place in the channel, and memory would depend on T after all.)
 pub(super) struct Chunk {
-    pub(super) clip: u64,
-    /// With the first chunk of a clip, the clip.
-    pub(super) begins: Option<Clip>,
+    pub(super) batch: u64,
+    /// With the first chunk of a batch, its videos.
+    pub(super) begins: Option<BatchVideos>,
     pub(super) first: usize,
     pub(super) frames: Vec<Tensor>,
-    /// Places that this clip's damaged videos leave empty, as far as is known by the end of the chunk.
+    /// Places that this batch's damaged videos leave empty, as far as is known by the end of the chunk.
     pub(super) skipped: Vec<usize>,
 }
 
@@ -146,15 +146,14 @@ pub(super) struct Chunk {
 pub struct FrameStream {
     options: StreamOptions,
     geometry: Geometry,
-    clips_per_epoch: u64,
     incoming: Option<Receiver<Result<Chunk>>>,
     thread: Option<JoinHandle<()>>,
     next: u64,
     current: Option<u64>,
     chunks: VecDeque<Chunk>,
-    /// The newest frame of the current clip asked for.
+    /// The newest frame of the current batch asked for.
     newest: usize,
-    /// Places of the current clip that damaged videos leave empty.
+    /// Places of the current batch that damaged videos leave empty.
     skipped: Vec<usize>,
     failure: Option<String>,
 }
@@ -179,7 +178,6 @@ impl FrameStream {
         options.augmentation.validate(options.crop)?;
         let geometry = Geometry::new(dataset.height, dataset.width, options.crop)?;
         let sampler = Sampler::of(&dataset, options.sampler())?;
-        let clips_per_epoch = sampler.clips_per_epoch();
         let (send, incoming) = sync_channel(options.prefetch);
         let mut reader = Reader::new(dataset, sampler, geometry, options.clone())?;
         let thread = std::thread::Builder::new()
@@ -187,10 +185,9 @@ impl FrameStream {
             .spawn(move || deliver(&mut reader, &send))
             .map_err(|e| Error::Run(format!("cannot start the frame reader's thread: {e}")))?;
         Ok(Self {
-            next: options.first_clip,
+            next: options.first_batch,
             options,
             geometry,
-            clips_per_epoch,
             incoming: Some(incoming),
             thread: Some(thread),
             current: None,
@@ -206,40 +203,35 @@ impl FrameStream {
         [self.geometry.out_height, self.geometry.out_width, 3]
     }
 
-    /// Clips in one epoch (see [`Sampler::clips_per_epoch`]).
-    pub fn clips_per_epoch(&self) -> u64 {
-        self.clips_per_epoch
-    }
-
-    /// Goes on to clip `clip`, dropping what is left of the one before. Clips come in order, from
-    /// [`StreamOptions::first_clip`] on.
+    /// Goes on to batch `batch`, dropping what is left of the one before. Batches come in order, from
+    /// [`StreamOptions::first_batch`] on.
     ///
     /// # Errors
-    /// [`Error::Run`] for another clip than the next; whatever went wrong in reading, naming shard and video.
-    pub fn begin(&mut self, clip: u64) -> Result<Clip> {
-        if clip != self.next || clip >= self.options.end_clip {
+    /// [`Error::Run`] for another batch than the next; whatever went wrong in reading, naming shard and video.
+    pub fn begin(&mut self, batch: u64) -> Result<BatchVideos> {
+        if batch != self.next || batch >= self.options.end_batch {
             return Err(Error::Run(format!(
-                "the frame stream was asked for clip {clip}; its next is {} and it ends before {}",
-                self.next, self.options.end_clip
+                "the frame stream was asked for batch {batch}; its next is {} and it ends before {}",
+                self.next, self.options.end_batch
             )));
         }
         self.chunks.clear();
         loop {
             let mut chunk = self.receive()?;
             let Some(info) = chunk.begins.take() else { continue };
-            if chunk.clip != clip {
-                return Err(Error::Run(format!("the frame reader sent clip {} instead of {clip}", chunk.clip)));
+            if chunk.batch != batch {
+                return Err(Error::Run(format!("the frame reader sent batch {} instead of {batch}", chunk.batch)));
             }
             self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
-            self.next = clip + 1;
+            self.next = batch + 1;
             self.newest = 0;
-            self.current = Some(clip);
+            self.current = Some(batch);
             return Ok(info);
         }
     }
 
-    /// Frame `t` of the current clip, `[B, h, w, 3]`, as `(u8/255 - mean)/std`; places that are padded or passed over
+    /// Frame `t` of the current batch's clips, `[B, h, w, 3]`, as `(u8/255 - mean)/std`; places that are padded or passed over
     /// are 0.
     ///
     /// Any frame may be asked for again until one more than [`StreamOptions::ahead`] past it has been asked for.
@@ -248,8 +240,8 @@ impl FrameStream {
     /// [`Error::Run`] before the first [`FrameStream::begin`], and for a frame past the clip or no longer held; whatever
     /// went wrong in reading, naming shard and video.
     pub fn frame(&mut self, t: usize) -> Result<Tensor> {
-        let Some(clip) = self.current else {
-            return Err(Error::Run(format!("frame {t} was asked for before any clip was begun")));
+        let Some(batch) = self.current else {
+            return Err(Error::Run(format!("frame {t} was asked for before any batch was begun")));
         };
         if t >= self.options.frames {
             return Err(Error::Run(format!("frame {t} of {} was asked for", self.options.frames)));
@@ -261,8 +253,11 @@ impl FrameStream {
         }
         while self.chunks.back().is_none_or(|c| c.first + c.frames.len() <= t) {
             let chunk = self.receive()?;
-            if chunk.clip != clip {
-                return Err(Error::Run(format!("the frame reader sent clip {} before the end of {clip}", chunk.clip)));
+            if chunk.batch != batch {
+                return Err(Error::Run(format!(
+                    "the frame reader sent batch {} before the end of {batch}",
+                    chunk.batch
+                )));
             }
             self.skipped.clone_from(&chunk.skipped);
             self.chunks.push_back(chunk);
@@ -277,25 +272,7 @@ impl FrameStream {
         Ok(chunk.frames[t - chunk.first].clone())
     }
 
-    /// Frame `t` as a target: as [`FrameStream::frame`], but not-a-number where a damaged video is passed over, which is
-    /// how the loss knows.
-    ///
-    /// # Errors
-    /// As [`FrameStream::frame`].
-    pub fn target(&mut self, t: usize) -> Result<Tensor> {
-        let target = self.frame(t)?;
-        if self.skipped.is_empty() {
-            return Ok(target);
-        }
-        let mut values = target.flatten_all()?.to_vec1::<f32>()?;
-        let frame = self.geometry.frame_len();
-        for &place in &self.skipped {
-            values[place * frame..][..frame].fill(f32::NAN);
-        }
-        Ok(Tensor::from_vec(values, target.shape(), target.device())?)
-    }
-
-    /// Places of the current clip's batch that damaged videos leave empty.
+    /// Places of the current batch that damaged videos leave empty.
     pub fn skipped(&self) -> &[usize] {
         &self.skipped
     }
@@ -316,6 +293,38 @@ impl FrameStream {
             }
             Err(_) => Err(Error::Run("the frame reader's thread ended unexpectedly (it panicked, see above)".into())),
         }
+    }
+}
+
+/// Batches of frames, in order: what the first module reads.
+pub trait Frames: Send {
+    /// Goes on to batch `batch`; the labels of its clips, −1 where a place is padded or a damaged video passed over.
+    ///
+    /// # Errors
+    /// Whatever went wrong in reading.
+    fn begin(&mut self, batch: u64) -> Result<Vec<i32>>;
+
+    /// Frame `t` of the batch's clips, `[B, H, W, 3]`.
+    ///
+    /// # Errors
+    /// As [`Frames::begin`].
+    fn frame(&mut self, t: usize) -> Result<Tensor>;
+
+    /// Places of the batch that damaged videos leave empty, as far as is known.
+    fn skipped(&self) -> &[usize];
+}
+
+impl Frames for FrameStream {
+    fn begin(&mut self, batch: u64) -> Result<Vec<i32>> {
+        FrameStream::begin(self, batch).map(|videos| videos.labels)
+    }
+
+    fn frame(&mut self, t: usize) -> Result<Tensor> {
+        FrameStream::frame(self, t)
+    }
+
+    fn skipped(&self) -> &[usize] {
+        FrameStream::skipped(self)
     }
 }
 

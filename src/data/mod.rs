@@ -7,7 +7,7 @@
 //! | [`shard`] | one HDF5 file of videos: written once, read in any order (the only file that names HDF5) |
 //! | [`jpeg`] | one frame to and from JPEG |
 //! | [`dataset`] | many shards seen as one list of videos |
-//! | [`sampler`] | which videos and windows make up clip number n: a pure function |
+//! | [`sampler`] | which videos and windows make up batch number n: a pure function |
 //! | [`augment`] | from a decoded frame to the values that module 1 reads |
 //! | [`loader`] | a thread that reads ahead and hands out batches of frames |
 //! | [`synth`] | a made-up dataset in which only motion tells the label |
@@ -29,6 +29,6 @@ pub mod synth;
 
 pub use augment::Augmentation;
 pub use dataset::{Dataset, Video, missing_shards};
-pub use loader::{Clip, FrameStream, StreamOptions};
+pub use loader::{BatchVideos, FrameStream, Frames, StreamOptions};
 pub use sampler::{Sampler, SamplerOptions, VideoWindow};
 pub use shard::{Encoding, ShardHeader, ShardReader, ShardWriter};

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::augment::{Geometry, Scaling, View};
 use super::dataset::Dataset;
 use super::jpeg;
-use super::loader::{Chunk, Clip, StreamOptions};
+use super::loader::{BatchVideos, Chunk, StreamOptions};
 use super::sampler::{Sampler, VideoWindow};
 use super::shard::{Encoding, ShardReader};
 use crate::backend::cpu::{overwritten, tensor};
@@ -41,7 +41,7 @@ pub(super) struct Reader {
     pool: rayon::ThreadPool,
     /// The most recently used last.
     open: Vec<(usize, ShardReader)>,
-    clip: u64,
+    batch: u64,
     /// The next frame of the clip.
     frame: usize,
     /// `None` where the batch is padded or a damaged video is passed over.
@@ -64,15 +64,15 @@ impl Reader {
             .thread_name(|i| format!("decode-{i}"))
             .build()
             .map_err(|e| Error::Run(format!("cannot start {} decoder threads: {e}", options.decoders)))?;
-        let clip = options.first_clip;
+        let batch = options.first_batch;
         let sound = vec![None; dataset.videos.len()];
         let (open, slots, skipped) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { dataset, sampler, geometry, options, pool, open, clip, frame: 0, slots, skipped, sound })
+        Ok(Self { dataset, sampler, geometry, options, pool, open, batch, frame: 0, slots, skipped, sound })
     }
 
-    /// The next chunk; `None` after the last clip.
+    /// The next chunk; `None` after the last batch.
     pub(super) fn next(&mut self) -> Result<Option<Chunk>> {
-        if self.clip >= self.options.end_clip {
+        if self.batch >= self.options.end_batch {
             return Ok(None);
         }
         let first = self.frame;
@@ -80,22 +80,22 @@ impl Reader {
         let frames = self.options.chunk.min(self.options.frames - first);
         let frames = self.chunk(first, frames)?;
         let skipped = self.skipped.clone();
-        if let Some(clip) = &mut begins {
-            skipped.iter().for_each(|&place| clip.labels[place] = -1);
+        if let Some(batch) = &mut begins {
+            skipped.iter().for_each(|&place| batch.labels[place] = -1);
         }
         self.frame = first + frames.len();
-        let chunk = Chunk { clip: self.clip, begins, first, frames, skipped };
+        let chunk = Chunk { batch: self.batch, begins, first, frames, skipped };
         if self.frame == self.options.frames {
             self.frame = 0;
-            self.clip += 1;
+            self.batch += 1;
         }
         Ok(Some(chunk))
     }
 
-    /// Chooses the clip's windows and views.
-    fn begin(&mut self) -> Result<Clip> {
-        let epoch = self.sampler.epoch(self.clip);
-        let windows = self.sampler.batch(self.clip);
+    /// Chooses the batch's windows and views.
+    fn begin(&mut self) -> Result<BatchVideos> {
+        let epoch = self.sampler.epoch(self.batch);
+        let windows = self.sampler.batch(self.batch);
         self.skipped.clear();
         let mut checked = Vec::new();
         for (place, window) in windows.iter().enumerate() {
@@ -115,7 +115,7 @@ impl Reader {
         };
         self.slots = windows.iter().enumerate().map(slot).collect();
         let of = |w: &Option<VideoWindow>| w.map(|w| &self.dataset.videos[w.video]);
-        Ok(Clip {
+        Ok(BatchVideos {
             labels: windows.iter().map(|w| of(w).map_or(-1, |v| v.label)).collect(),
             ids: windows.iter().map(|w| of(w).map_or_else(String::new, |v| v.id.clone())).collect(),
             videos: windows.iter().map(|w| w.map(|w| w.video)).collect(),

@@ -1,11 +1,11 @@
-//! Which videos, and which windows of them, make up clip number n. A pure function: no files, no state that a
+//! Which videos, and which windows of them, make up batch number n. A pure function: no files, no state that a
 //! resumed run would have to restore.
 //!
 //! An epoch's order takes the shards in an order of its own, [`MIXED_SHARDS`] at a time, and shuffles the videos of
 //! those: few files are open at a time, however many there are, and up to that many shards are shuffled as one.
 //!
-//! *Clip* c of replica r is a batch of B windows: the places `(c·R + r)·B ..+B` of the epoch's order. So the R
-//! replicas together work on exactly what one replica with batch R·B would work on at the same clip.
+//! Batch c of replica r is B windows: the places `(c·R + r)·B ..+B` of the epoch's order. So the R
+//! replicas together work on exactly what one replica with batch R·B would work on at the same batch.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -56,7 +56,7 @@ impl VideoWindow {
     }
 }
 
-/// The order of clips. See the module's page.
+/// The order of batches. See the module's page.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     options: SamplerOptions,
@@ -143,22 +143,23 @@ impl Sampler {
     }
 
     /// Clips (batches of all replicas) in one pass over the videos.
-    pub fn clips_per_epoch(&self) -> u64 {
+    pub fn batches_per_epoch(&self) -> u64 {
         let batch = self.options.batch * self.options.replicas;
-        let clips = if self.options.training { self.lengths.len() / batch } else { self.lengths.len().div_ceil(batch) };
-        clips as u64
+        let batches =
+            if self.options.training { self.lengths.len() / batch } else { self.lengths.len().div_ceil(batch) };
+        batches as u64
     }
 
-    /// The epoch that clip belongs to: always 0 in evaluation.
-    pub fn epoch(&self, clip: u64) -> u64 {
-        if self.options.training { clip / self.clips_per_epoch() } else { 0 }
+    /// The epoch that a batch belongs to: always 0 in evaluation.
+    pub fn epoch(&self, batch: u64) -> u64 {
+        if self.options.training { batch / self.batches_per_epoch() } else { 0 }
     }
 
-    /// The B windows of a clip of this replica; `None` pads an evaluation's last batch (and any clip past it).
-    pub fn batch(&mut self, clip: u64) -> Vec<Option<VideoWindow>> {
+    /// The B windows of a batch of this replica; `None` pads an evaluation's last batch (and any past it).
+    pub fn batch(&mut self, number: u64) -> Vec<Option<VideoWindow>> {
         let (b, r, replicas) = (self.options.batch as u64, self.options.replica as u64, self.options.replicas as u64);
-        let epoch = self.epoch(clip);
-        let within = if self.options.training { clip % self.clips_per_epoch() } else { clip };
+        let epoch = self.epoch(number);
+        let within = if self.options.training { number % self.batches_per_epoch() } else { number };
         let first = within.saturating_mul(replicas).saturating_add(r).saturating_mul(b);
         (0..b).map(|i| self.video_at(epoch, first.saturating_add(i)).map(|v| self.window(epoch, v))).collect()
     }

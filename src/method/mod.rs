@@ -1,4 +1,10 @@
-//! What is computed, before a tensor moves: the graph of modules, and who does what at which tick. Pure; uses nothing else.
+//! What is computed, before a tensor moves: the graph of modules, the rule, and who does what at which tick. Pure: this room
+//! uses nothing of the rest.
 
 pub mod graph;
+pub mod rule;
 pub mod schedule;
+
+pub use graph::{Edge, Graph};
+pub use rule::Rule;
+pub use schedule::{Boundary, LossAt, Schedule};

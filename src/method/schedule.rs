@@ -1,22 +1,32 @@
-//! Who does what at which tick: pure, computed before a tensor moves, then only followed.
+//! Who does what at which tick: pure lists, computed before a tensor moves, then only followed.
 //!
-//! A clip has T frames. Module i works on the clip's frame t at its *step* t, which is tick t + i − 1 counted from
-//! the clip's first. With three modules and T = 5 (`F` forward, `B` also backward; `sideways plan --ticks` draws
-//! this for any configuration):
+//! A clip has T frames. Module i works on frame t at its *step* t. `F2` is the forward pass of step 2, `B2` the vector–Jacobian
+//! product (backward pass) for step 2. With three modules and T = 5 (`sideways plan --ticks` draws this for any configuration):
 //!
 //! ```text
-//! tick        0   1   2   3   4   5   6
-//! module 1    F0  F1  F2  F3  B4
-//! module 2        F0  F1  B2  B3  B4
-//! module 3            B0  B1  B2  B3  B4
+//! sideways    tick  0    1    2    3    4    5    6
+//! module 1          F0   F1   F2   F3   F4B4
+//! module 2               F0   F1   F2B2 F3B3 F4B4
+//! module 3                    F0B0 F1B1 F2B2 F3B3 F4B4
+//!
+//! bp          tick  0    1    2    3    4    5    6    7    8    9    10   11   12   13
+//! module 1          F0   F1   F2   F3   F4                       B4   B3   B2   B1   B0
+//! module 2               F0   F1   F2   F3   F4             B4   B3   B2   B1   B0
+//! module 3                    F0   F1   F2   F3   F4   B4   B3   B2   B1   B0
 //! ```
 //!
-//! The cotangent module 3 makes at its step 0 (tick 2) is what module 2 uses at tick 3, its step 2, at that step's
-//! fresh activations: they come from different frames, and nobody waits.
+//! Every message takes one tick. Under `sideways` and `skip-sideways` the cotangent that module 3 makes at its step 0 (tick 2)
+//! is what module 2 uses at tick 3, its step 2, at that step's fresh activations: they come from different frames, and nobody
+//! waits. Under `bp` a cotangent is added to the sum of the step whose output was used, and meets that step's own activations.
+//! A rule is nothing but such lists: the tick loop is the same for all.
 
-use crate::method::graph::{Edge, Graph};
-use crate::{Error, Result};
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
+
+use super::graph::{Edge, Graph};
+use super::rule::Rule;
+use crate::{Error, Result};
 
 /// How a module crosses from one clip to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
@@ -38,46 +48,190 @@ pub enum LossAt {
     Ahead(usize),
 }
 
-/// What one module does at one step. Inputs and outputs are in the graph's order (main first, then growing span).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StepPlan {
-    /// For each input edge, the sender's step whose message arrives now; `None` holds the one before.
-    pub receive: Vec<Option<usize>>,
-    /// For each output edge: is this step's output ever used there?
-    pub send: Vec<bool>,
-    /// Is there a loss at this step (module D only)?
-    pub loss: bool,
-    /// For each output edge, the receiver's step whose cotangent arrives now.
-    pub cotangent: Vec<Option<usize>>,
-    /// Is there backward work at this step?
-    pub backward: bool,
-    /// For each input edge: will its sender use the cotangent of this step?
-    pub wanted: Vec<bool>,
+/// What one module does at one tick, in the order of the fields. Inputs and outputs are numbered in the graph's order: main
+/// first, then growing span.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tick {
+    /// Which tick, counted from module 1's first of the clip.
+    pub at: usize,
+    /// F(t): a forward pass.
+    pub forward: Option<Forward>,
+    /// The cotangents that arrive.
+    pub cotangents: Vec<Arrival>,
+    /// B(τ): a vector–Jacobian product.
+    pub backward: Option<Backward>,
 }
 
-/// The whole clip for every module.
+impl Tick {
+    /// The step it is about, for messages to people: that of the forward pass where there is one.
+    pub fn step(&self) -> usize {
+        let forward = self.forward.as_ref().map(|forward| forward.step);
+        let backward = self.backward.as_ref().map(|backward| backward.step);
+        forward.or(backward).or(self.cotangents.first().map(|arrival| arrival.step)).unwrap_or(0)
+    }
+
+    /// Whether there is a loss.
+    pub fn has_loss(&self) -> bool {
+        self.forward.as_ref().is_some_and(|forward| forward.loss)
+    }
+
+    /// Whether anything is computed behind the forward pass.
+    pub fn has_backward_work(&self) -> bool {
+        self.has_loss() || self.backward.is_some() || !self.cotangents.is_empty()
+    }
+}
+
+/// F(t) with its messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// t
+    pub step: usize,
+    /// For each input edge, the sender's step whose output arrives; `None` holds the one before.
+    pub receive: Vec<Option<usize>>,
+    /// For each output edge, whether this step's output is ever used there.
+    pub send: Vec<bool>,
+    /// Module D: whether there is a loss.
+    pub loss: bool,
+}
+
+/// A cotangent that arrives from a receiver of this module's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// The output edge it comes back along.
+    pub output: usize,
+    /// The step of the module there that computed it.
+    pub sent_at: usize,
+    /// The own step to whose sum it is added.
+    pub step: usize,
+}
+
+/// B(τ) with its messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backward {
+    /// τ
+    pub step: usize,
+    /// For each input edge, whether its sender uses the cotangent.
+    pub send: Vec<bool>,
+}
+
+/// One clip for every module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
     frames: usize,
     boundary: Boundary,
-    plans: Vec<Vec<StepPlan>>,
+    /// Ticks from one clip's first to the next one's.
+    period: usize,
+    /// Steps whose activations a module keeps at most.
+    kept: usize,
+    mean_over: Option<usize>,
+    windows: Vec<Vec<Tick>>,
 }
 
 impl Schedule {
-    /// The schedule of one clip of `frames` frames over `graph`, with backward work if `training`.
+    /// The schedule of training by `rule` on clips of `frames` frames over `graph`.
     ///
     /// # Errors
     /// [`Error::Input`] if the clip is too short to train module 1, or has no step with a loss.
-    pub fn new(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt, training: bool) -> Result<Self> {
-        let d = graph.modules();
-        if training && frames < graph.shortest_clip() {
+    pub fn training(graph: &Graph, frames: usize, rule: Rule, boundary: Boundary, loss: LossAt) -> Result<Self> {
+        let clip = Clip::new(graph, frames, boundary, loss)?;
+        if rule.is_exact() {
+            return Ok(clip.exact());
+        }
+        if frames < graph.shortest_clip() {
             return Err(Error::input(format!(
-                "clips of {frames} frames are too short: with {d} modules (shortest path {}) module 1 is trained from \
-                 {} frames on; raise data.frames or use fewer modules",
+                "clips of {frames} frames are too short: with {} modules (shortest path {}) module 1 is trained from {} frames \
+                 on; raise data.frames or use fewer modules",
+                graph.modules(),
                 graph.fewest_modules(),
                 graph.shortest_clip()
             )));
         }
+        Ok(clip.pseudo())
+    }
+
+    /// The schedule of evaluation: forward passes and losses alone.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the clip has no step with a loss.
+    pub fn evaluation(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Self> {
+        let clip = Clip::new(graph, frames, boundary, loss)?;
+        let windows = (1..=graph.modules()).map(|i| clip.forward_ticks(i).collect()).collect();
+        Ok(clip.schedule(frames, windows))
+    }
+
+    /// T, the frames of a clip.
+    pub fn frames(&self) -> usize {
+        self.frames
+    }
+
+    /// How modules cross from one clip to the next.
+    pub fn boundary(&self) -> Boundary {
+        self.boundary
+    }
+
+    /// What module `i` (from 1) does for one clip: its ticks, in order.
+    pub fn window(&self, i: usize) -> &[Tick] {
+        &self.windows[i - 1]
+    }
+
+    /// The forward passes of module `i`, one a step.
+    pub fn forwards(&self, i: usize) -> impl Iterator<Item = &Forward> {
+        self.window(i).iter().filter_map(|tick| tick.forward.as_ref())
+    }
+
+    /// The backward passes of module `i`.
+    pub fn backwards(&self, i: usize) -> impl Iterator<Item = &Backward> {
+        self.window(i).iter().filter_map(|tick| tick.backward.as_ref())
+    }
+
+    /// How many steps module `i` has in a clip.
+    pub fn steps(&self, i: usize) -> usize {
+        self.forwards(i).count()
+    }
+
+    /// By step of module D, whether there is a loss.
+    pub fn losses(&self) -> Vec<bool> {
+        self.forwards(self.windows.len()).map(|forward| forward.loss).collect()
+    }
+
+    /// Of how many steps at most a module keeps the activations.
+    pub fn kept(&self) -> usize {
+        self.kept
+    }
+
+    /// By how many steps a clip's sum of gradients is divided, the same for every module; `None`: by the number of its own
+    /// backward passes.
+    pub fn mean_over(&self) -> Option<usize> {
+        self.mean_over
+    }
+
+    /// Whether any cotangent ever goes back along input `k` of module `i`.
+    pub fn returns(&self, i: usize, k: usize) -> bool {
+        self.backwards(i).any(|backward| backward.send[k])
+    }
+
+    /// The tick, counted from the run's first, at which batch number `batch` begins at module 1.
+    pub fn first_tick(&self, batch: u64) -> u64 {
+        batch * self.period as u64
+    }
+
+    /// Ticks from one clip's first to the next one's.
+    pub fn period(&self) -> usize {
+        self.period
+    }
+}
+
+/// A clip on a graph, before it is known what is done backward.
+struct Clip<'a> {
+    graph: &'a Graph,
+    frames: usize,
+    boundary: Boundary,
+    loss: LossAt,
+}
+
+impl<'a> Clip<'a> {
+    fn new(graph: &'a Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Self> {
+        let d = graph.modules();
         if boundary == Boundary::Cut && frames < d {
             return Err(Error::input(format!(
                 "clips of {frames} frames never reach module {d} with boundary = \"cut\"; raise data.frames to at \
@@ -92,51 +246,95 @@ impl Schedule {
                  raise data.frames or lower model.horizon"
             )));
         }
-        let steps = |i: usize| match boundary {
-            Boundary::Flow => frames,
-            Boundary::Cut => frames + 1 - i,
-        };
-        let mut plans: Vec<Vec<StepPlan>> = vec![Vec::new(); d];
+        Ok(Clip { graph, frames, boundary, loss })
+    }
+
+    /// Steps of module `i`.
+    fn steps(&self, i: usize) -> usize {
+        match self.boundary {
+            Boundary::Flow => self.frames,
+            Boundary::Cut => self.frames + 1 - i,
+        }
+    }
+
+    fn has_loss(&self, i: usize, t: usize) -> bool {
+        i == self.graph.modules()
+            && match self.loss {
+                LossAt::EveryStep => true,
+                LossAt::Ahead(ahead) => t + ahead < self.frames,
+            }
+    }
+
+    /// F(t) of module `i` at tick t + i − 1.
+    fn forward_ticks(&self, i: usize) -> impl Iterator<Item = Tick> {
+        (0..self.steps(i)).map(move |t| {
+            let receive = self.graph.inputs(i).map(|e| Some(t + e.lead()).filter(|&u| u < self.steps(e.from)));
+            let send = self.graph.outputs(i).map(|e| t >= e.lead() && t - e.lead() < self.steps(e.to));
+            let forward =
+                Forward { step: t, receive: receive.collect(), send: send.collect(), loss: self.has_loss(i, t) };
+            Tick { at: t + i - 1, forward: Some(forward), ..Tick::default() }
+        })
+    }
+
+    fn schedule(&self, period: usize, windows: Vec<Vec<Tick>>) -> Schedule {
+        let (frames, boundary) = (self.frames, self.boundary);
+        Schedule { frames, boundary, period, kept: 1, mean_over: None, windows }
+    }
+
+    /// Pseudo-gradients: F(t), then B(t) with the cotangents that have just arrived, each computed one tick before.
+    fn pseudo(&self) -> Schedule {
+        let d = self.graph.modules();
+        let mut windows: Vec<Vec<Tick>> = vec![Vec::new(); d];
         // From the top down: whether a module has backward work follows from the modules above it.
         for i in (1..=d).rev() {
-            let inputs: Vec<&Edge> = graph.inputs(i).collect();
-            let outputs: Vec<&Edge> = graph.outputs(i).collect();
-            for t in 0..steps(i) {
-                let cotangent: Vec<Option<usize>> = outputs
-                    .iter()
-                    .map(|e| t.checked_sub(e.span() + 1).filter(|&tm| plans[e.to - 1][tm].backward))
-                    .collect();
-                let has_loss = i == d
-                    && match loss {
-                        LossAt::EveryStep => true,
-                        LossAt::Ahead(ahead) => t + ahead < frames,
-                    };
-                let backward = training && has_loss || cotangent.iter().any(Option::is_some);
-                plans[i - 1].push(StepPlan {
-                    receive: inputs.iter().map(|e| Some(t + e.lead()).filter(|&tj| tj < steps(e.from))).collect(),
-                    send: outputs.iter().map(|e| t >= e.lead() && t - e.lead() < steps(e.to)).collect(),
-                    loss: has_loss,
-                    cotangent,
-                    backward,
-                    wanted: inputs.iter().map(|e| backward && t + e.span() + 1 < steps(e.from)).collect(),
-                });
+            let mut window: Vec<Tick> = self.forward_ticks(i).collect();
+            for (t, tick) in window.iter_mut().enumerate() {
+                for (output, e) in self.graph.outputs(i).enumerate() {
+                    let sent_at = t.checked_sub(e.span() + 1);
+                    if let Some(sent_at) = sent_at.filter(|&v| windows[e.to - 1][v].backward.is_some()) {
+                        tick.cotangents.push(Arrival { output, sent_at, step: t });
+                    }
+                }
+                if self.has_loss(i, t) || !tick.cotangents.is_empty() {
+                    let send = self.graph.inputs(i).map(|e| t + e.span() + 1 < self.steps(e.from)).collect();
+                    tick.backward = Some(Backward { step: t, send });
+                }
             }
+            windows[i - 1] = window;
         }
-        Ok(Schedule { frames, boundary, plans })
+        self.schedule(self.frames, windows)
     }
 
-    /// T, the frames of a clip.
-    pub fn frames(&self) -> usize {
-        self.frames
-    }
-
-    /// The steps of module `i` (1-based) in one clip.
-    pub fn steps(&self, i: usize) -> &[StepPlan] {
-        &self.plans[i - 1]
-    }
-
-    /// The tick, counted from the run's first, of step `t` of module `i` in clip number `clip`.
-    pub fn tick(&self, clip: u64, i: usize, t: usize) -> u64 {
-        clip * self.frames as u64 + (t + i - 1) as u64
+    /// Exact back-propagation: all forward passes, then in the reverse order of ticks all backward ones, each at the
+    /// activations of its own step. Every use of an output sends its cotangent, those of held outputs too.
+    fn exact(&self) -> Schedule {
+        let d = self.graph.modules();
+        let forward_ticks = (1..=d).map(|i| self.steps(i) + i - 1).max().unwrap_or(0);
+        let backward_tick = |i: usize, step: usize| 2 * forward_ticks - 1 - (step + i - 1);
+        let mut windows: Vec<BTreeMap<usize, Tick>> = vec![BTreeMap::new(); d];
+        for i in (1..=d).rev() {
+            let mut window: BTreeMap<usize, Tick> = self.forward_ticks(i).map(|tick| (tick.at, tick)).collect();
+            // Of skips that arrive at the same tick, the longest first.
+            let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
+            for &(output, e) in outputs.iter().rev() {
+                for (&at, tick) in &windows[e.to - 1] {
+                    let Some(Backward { step, .. }) = tick.backward else { continue };
+                    let used = (step + e.lead()).min(self.steps(i) - 1);
+                    let arrival = Arrival { output, sent_at: step, step: used };
+                    let tick = window.entry(at + 1).or_insert_with(|| Tick { at: at + 1, ..Tick::default() });
+                    tick.cotangents.push(arrival);
+                }
+            }
+            let due: Vec<usize> = window.values().flat_map(|tick| &tick.cotangents).map(|c| c.step).collect();
+            for step in (0..self.steps(i)).filter(|&t| self.has_loss(i, t) || due.contains(&t)) {
+                let at = backward_tick(i, step);
+                let tick = window.entry(at).or_insert_with(|| Tick { at, ..Tick::default() });
+                tick.backward = Some(Backward { step, send: self.graph.inputs(i).map(|_| true).collect() });
+            }
+            windows[i - 1] = window;
+        }
+        let windows = windows.into_iter().map(|window| window.into_values().collect()).collect();
+        let losses = (0..self.steps(d)).filter(|&t| self.has_loss(d, t)).count();
+        Schedule { kept: self.frames, mean_over: Some(losses), ..self.schedule(2 * forward_ticks, windows) }
     }
 }

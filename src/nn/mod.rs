@@ -3,6 +3,7 @@
 //! Activations are NHWC tensors `[B, H, W, C]`; vectors are `[B, 1, 1, C]`.
 
 pub mod cost;
+pub mod head;
 pub mod layers;
 pub mod loss;
 pub mod module;

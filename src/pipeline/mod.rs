@@ -1,18 +1,20 @@
-//! Training and evaluation: one worker a module, each following its schedule over its links.
+//! The pipeline: one worker a module, each following its schedule over its links.
 //!
-//! [`tick`] is the algorithm; read it first, then [`clip`]. [`worker`] is what it works on, [`compute`] where its tensors are,
-//! [`stop`] how workers agree to end, [`mod@reference`] is exact back-propagation over the same graph and [`bp`] trains with it.
+//! `tick` is the algorithm; read it first, then `batch`. [`worker`] is what it works on, [`role`] what only the first and
+//! last module have, [`training`] how parameters change, [`orders`] how workers agree to end, [`cores`] which of them compute
+//! where there are more than processor cores; `build` and `run` make and start them.
 
-pub mod bp;
-pub mod clip;
-pub mod compute;
-pub(crate) mod ends;
-pub mod head;
-pub mod metrics;
-pub mod reference;
-pub mod report;
-mod see_off;
-pub mod stop;
-pub mod tick;
-pub mod turns;
+mod batch;
+pub mod build;
+pub mod cores;
+mod links;
+pub mod orders;
+pub mod role;
+pub mod run;
+mod tick;
+pub mod training;
 pub mod worker;
+
+pub use build::{Parts, frames_of, stage_of};
+pub use links::Reports;
+pub use run::{End, RunRange, run};

@@ -1,229 +1,239 @@
-//! THE loop: what a module does at every tick.
+//! THE loop: what a module does at every tick, whatever the rule.
 //!
-//! Every module works at every tick: it takes the newest activation from below and the newest cotangent from above,
+//! Under Sideways every module works at every tick: it takes the newest activation from below and the newest cotangent from above,
 //! though they come from different frames, and never waits for anything older (Sideways, Malinowski et al., CVPR
-//! 2020, section 3; with skips, arXiv 2106.08318). Within a tick the order hides the transfers: y travels while the
-//! backward pass computes, the cotangents while the next forward pass does.
+//! 2020, section 3; with skips, arXiv 2106.08318). Which steps these are, and at which activations a cotangent is taken,
+//! says the schedule ([`crate::method::schedule`]); here it is only followed. Within a tick the order hides the transfers: y
+//! travels while the backward pass computes, the cotangents while the next forward pass does.
 
-use candle_core::Tensor;
-
-use super::compute::full;
-use super::stop::UNDO;
-use super::turns::Turn;
-use super::worker::{At, LossEnd, Worker, header, left_out, not_finite, send};
-use crate::comm::Kind;
-use crate::config::UpdateEvery;
-use crate::pipeline::metrics::Phase;
-use crate::{Error, Result};
+use super::cores::CoreGuard;
+use super::worker::{At, Worker, header};
+use crate::Result;
+use crate::backend::slots::Slot;
+use crate::backend::stage::NotFinite;
+use crate::comm::{Kind, Orders};
+use crate::method::schedule::{Backward, Forward, Tick};
+use crate::metrics::Phase;
 
 impl Worker {
-    /// One tick: forward with what is there, then one vector–Jacobian product at these same fresh activations and
-    /// present parameters, with the cotangent that has just arrived. Nothing is kept for later.
-    pub(super) fn tick(&mut self, at: At) -> Result<()> {
-        self.wait_for_activations(at)?;
-        let turn = self.forward(at)?;
-        self.send_activations(at)?;
-        if self.cotangent(at)? {
-            self.vjp(at)?;
-            drop(turn);
-            self.send_cotangents(at)?;
-            self.count_backward_step(at)?;
+    /// One tick: a forward pass with what is there; then one vector–Jacobian product with the cotangents that have come for
+    /// its step, at that step's activations and the present parameters. `next` is the tick that follows in the clip.
+    pub(super) fn tick(&mut self, tick: &Tick, next: Option<&Tick>, at: At) -> Result<()> {
+        let mut core = None;
+        if let Some(forward) = &tick.forward {
+            self.wait_for_activations(forward, at)?;
+            core = self.forward(forward, tick, at)?;
+            self.send_activations(forward, at)?;
         }
-        self.end_tick(at)
+        self.wait_for_cotangents(tick, at)?;
+        if tick.has_backward_work() {
+            let _core = self.acquire_core(Phase::Backward);
+            self.loss(tick, at)?;
+            self.add_cotangents(tick, at)?;
+            self.backward(tick, at)?;
+        }
+        drop(core);
+        if let Some(backward) = &tick.backward {
+            self.send_cotangents(backward, at)?;
+            self.update_between_steps(at.batch, at.step)?;
+        }
+        self.settle(next, at)
     }
 
     /// The frame (module 1), or the main input and the skips: those that arrive now, else the one held.
-    fn wait_for_activations(&mut self, at: At) -> Result<()> {
-        if self.source.is_some() {
+    fn wait_for_activations(&mut self, forward: &Forward, at: At) -> Result<()> {
+        if self.role.is_first() {
             self.read_frame(at)?;
             return self.decide(at);
         }
         self.watch.enter(Phase::WaitActivations);
-        for (k, (edge, arrives)) in self.inputs.iter_mut().zip(&self.plan[at.step].receive).enumerate() {
+        for (k, (edge, arrives)) in self.inputs.iter_mut().zip(&forward.receive).enumerate() {
             let Some(sent_at) = *arrives else { continue };
-            let due = header(Kind::Activation, edge.id, at.clip, sent_at, self.batch, edge.spec.shape);
-            let flags = edge.waits.time(|| self.compute.receive_input(k, &mut edge.activations, &due))?;
+            let orders = match edge.taken.take() {
+                Some(orders) => orders,
+                None => {
+                    let due = edge.due(at.batch, sent_at, self.clips);
+                    let (orders, message) = edge.waits.time(|| edge.activations.wait_slot(&due))?;
+                    let done = self.stage.receive(k, message)?;
+                    edge.activations.release_when(done)?;
+                    orders
+                }
+            };
             if edge.spec.edge.is_main() && at.step == self.decision_step {
-                self.decision = flags;
+                self.decision = orders;
             }
         }
         Ok(())
     }
 
-    /// Module 1, once a clip: what to do behind it (see [`super::stop`]).
-    fn decide(&mut self, at: At) -> Result<()> {
-        if let Some(decider) = self.decider.as_mut().filter(|_| at.step == self.decision_step) {
-            self.watch.enter(Phase::Other);
-            let own = if self.failure.is_some() { UNDO } else { 0 };
-            self.decision = decider.decide(&self.requests, own, at.clip, at.step)?;
+    /// F(t). The core is kept if nothing has to be waited for: what the backward pass needs then is in the caches still.
+    fn forward(&mut self, forward: &Forward, tick: &Tick, at: At) -> Result<Option<CoreGuard>> {
+        let core = self.acquire_core(Phase::Forward);
+        let pass = self.pass(at.batch, forward.step);
+        self.stage.forward(forward.step, &pass, &forward.send)?;
+        if let Some(predictions) = &mut self.predictions {
+            predictions.extend(self.stage.output()?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        let waits_for_nothing = self.waits_for_nothing(forward, tick)?;
+        Ok(core.filter(|_| waits_for_nothing))
+    }
+
+    /// Whether y can be sent and what the backward pass needs has come. A GPU's passes are launched and then waited for.
+    fn waits_for_nothing(&self, forward: &Forward, tick: &Tick) -> Result<bool> {
+        let mut ready = self.stage.is_synchronous() && (!forward.loss || self.role.target_is_there()?);
+        for (edge, _) in self.outputs.iter().zip(&forward.send).filter(|(_, used)| **used) {
+            ready = ready && edge.activations.ready()?;
+        }
+        Ok(ready && self.has_cotangents(tick)?)
+    }
+
+    fn has_cotangents(&self, tick: &Tick) -> Result<bool> {
+        let mut all = true;
+        for arrival in &tick.cotangents {
+            all = all && self.outputs[arrival.output].has_cotangent()?;
+        }
+        Ok(all)
+    }
+
+    /// Sends y along the edges on which it is ever used.
+    fn send_activations(&mut self, forward: &Forward, at: At) -> Result<()> {
+        self.watch.enter(Phase::Send);
+        for (k, (edge, _)) in self.outputs.iter_mut().zip(&forward.send).enumerate().filter(|(_, (_, used))| **used) {
+            let done = self.stage.send(k, edge.activations.slot()?)?;
+            let header = header(Kind::Activation, edge.id, at.batch, forward.step, self.clips, edge.spec.shape);
+            edge.activations.start_when(&header.stamped(at.tick, self.decision), done)?;
         }
         Ok(())
     }
 
-    /// The turn goes on if nothing has to be waited for: what the backward pass needs then is in the caches still.
-    fn forward(&mut self, at: At) -> Result<Option<Turn>> {
-        self.watch.enter(Phase::Turn);
-        let pass = self.pass(at);
-        let turn = self.seat.take();
-        self.watch.enter(Phase::Forward);
-        self.compute.forward(&mut self.module, &pass)?;
-        Ok(self.waits_for_nothing(at)?.then_some(turn))
-    }
-
-    /// Whether y can be sent and the step's cotangents have come. A GPU's passes are launched and then waited for.
-    fn waits_for_nothing(&self, at: At) -> Result<bool> {
-        let plan = &self.plan[at.step];
-        let mut ready = self.compute.is_host();
-        for (edge, (used, due)) in self.outputs.iter().zip(plan.send.iter().zip(&plan.cotangent)) {
-            ready = ready && (!used || edge.activations.ready()?);
-            if let (Some(_), Some((_, receiver))) = (due, &edge.cotangents) {
-                ready = ready && receiver.ready()?;
-            }
+    /// The cotangents that this module's receivers computed one tick ago, and the loss's target.
+    fn wait_for_cotangents(&mut self, tick: &Tick, at: At) -> Result<()> {
+        if tick.has_loss() {
+            self.watch.enter(Phase::WaitActivations);
+            self.role.target(at.batch, at.step, self.clips)?;
         }
-        match &self.loss {
-            Some(LossEnd { head, truth: Some((_, receiver)), .. }) if plan.loss && !head.needs_labels() => {
-                Ok(ready && receiver.ready()?)
-            }
-            _ => Ok(ready),
+        if tick.cotangents.is_empty() {
+            return Ok(());
         }
-    }
-
-    /// Sends y, averaged down to the receiver's height and width, along the edges on which it is ever used.
-    fn send_activations(&mut self, at: At) -> Result<()> {
-        let edges = self.outputs.iter_mut().zip(&self.plan[at.step].send).enumerate();
-        for (k, (edge, _)) in edges.filter(|(_, (_, used))| **used) {
-            if edge.spec.pool != (1, 1) {
-                self.watch.enter(Phase::Turn);
-                let _turn = self.seat.take();
-                self.watch.enter(Phase::Forward);
-                self.compute.pool(k, edge.spec.pool)?;
-            }
-            self.watch.enter(Phase::Send);
-            let head = header(Kind::Activation, edge.id, at.clip, at.step, self.batch, edge.spec.shape);
-            self.compute.send_output(k, &mut edge.activations, &head.stamped(at.tick, self.decision))?;
-        }
-        Ok(())
-    }
-
-    /// gᵢ(t): at module D the true gradient of this step's loss; elsewhere the sum of the cotangents that module i's
-    /// receivers computed one tick ago. Whether there is one.
-    fn cotangent(&mut self, at: At) -> Result<bool> {
-        if self.plan[at.step].loss {
-            return self.loss_gradient(at);
-        }
-        self.see_activations_off(at)?;
-        let plan = &self.plan[at.step];
-        for (k, (edge, computed_at)) in self.outputs.iter_mut().zip(&plan.cotangent).enumerate() {
-            let (Some(computed_at), Some((id, receiver))) = (*computed_at, edge.cotangents.as_mut()) else { continue };
-            self.watch.enter(Phase::WaitCotangents);
-            let due = header(Kind::Cotangent, *id, at.clip, computed_at, self.batch, edge.spec.shape);
-            let asked = edge.waits.time(|| self.compute.receive_cotangent(k, receiver, &due))?;
+        self.watch.enter(Phase::WaitCotangents);
+        self.progress_until(|worker| worker.has_cotangents(tick))?;
+        for arrival in &tick.cotangents {
+            let edge = &mut self.outputs[arrival.output];
+            let Some((id, receiver)) = &mut edge.cotangents else { return Err(edge.no_cotangents()) };
+            let due = header(Kind::Cotangent, *id, at.batch, arrival.sent_at, self.clips, edge.spec.shape);
+            let (asked, _) = edge.waits.time(|| receiver.wait_slot(&due))?;
             self.requests.raise(asked);
-            if !self.compute.cotangent_is_finite()? {
-                let text =
-                    format!("the cotangent that module {} computed at its step {computed_at}", edge.spec.edge.to);
-                let compute = &mut self.compute;
-                left_out(self.on_nonfinite, &mut self.skipped, not_finite(&text), || compute.clear_cotangent())?;
-            }
-            let computes = self.compute.has_sum() || edge.spec.pool != (1, 1);
-            let _turn = computes.then(|| {
-                self.watch.enter(Phase::Turn);
-                self.seat.take()
-            });
-            self.watch.enter(Phase::Backward);
-            self.compute.add_cotangent(edge.spec.pool)?;
         }
-        Ok(self.compute.has_sum())
+        Ok(())
     }
 
-    fn vjp(&mut self, at: At) -> Result<()> {
-        self.watch.enter(Phase::Turn);
-        let pass = self.pass(at);
-        let _turn = self.seat.take();
-        self.watch.enter(Phase::Backward);
-        // Frames need no gradient.
-        let wanted = if self.source.is_some() { &[false][..] } else { &self.plan[at.step].wanted };
-        self.compute.vjp(&mut self.module, &pass, wanted)
+    /// Module D: the true gradient of this step's loss is the first part of its cotangent.
+    fn loss(&mut self, tick: &Tick, at: At) -> Result<()> {
+        let Some(forward) = tick.forward.as_ref().filter(|forward| forward.loss) else { return Ok(()) };
+        let target = self.role.target(at.batch, forward.step, self.clips)?;
+        let (_, not_finite) = self.stage.loss(forward.step, target.map(Slot::Host))?;
+        self.role.release_target()?;
+        not_finite.map_or(Ok(()), |what| self.non_finite.note(what))
     }
 
-    fn send_cotangents(&mut self, at: At) -> Result<()> {
+    /// gᵢ(τ) = Σ over the uses of y(τ) of their cotangents: each is added to its step's sum as it arrives.
+    fn add_cotangents(&mut self, tick: &Tick, at: At) -> Result<()> {
+        for arrival in &tick.cotangents {
+            let edge = &mut self.outputs[arrival.output];
+            let Some((id, receiver)) = &mut edge.cotangents else { return Err(edge.no_cotangents()) };
+            let due = header(Kind::Cotangent, *id, at.batch, arrival.sent_at, self.clips, edge.spec.shape);
+            let (_, message) = receiver.wait_slot(&due)?;
+            let (done, not_finite) = self.stage.add_cotangent(arrival.output, arrival.step, message)?;
+            receiver.release_when(done)?;
+            if not_finite.is_some() {
+                let (module, step) = (edge.spec.edge.to, arrival.sent_at);
+                let text = format!("the cotangent that module {module} computed at its step {step} is not finite");
+                self.non_finite.note(NotFinite(text))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// B(τ)
+    fn backward(&mut self, tick: &Tick, at: At) -> Result<()> {
+        let Some(backward) = &tick.backward else { return Ok(()) };
+        let pass = self.pass(at.batch, backward.step);
+        self.stage.backward(backward.step, &pass, &backward.send)
+    }
+
+    /// c_{i→j}(τ), along the edges whose senders use it.
+    fn send_cotangents(&mut self, backward: &Backward, at: At) -> Result<()> {
         self.watch.enter(Phase::Send);
         let asked = self.requests.pending();
-        for (k, edge) in self.inputs.iter_mut().enumerate() {
-            if let Some((id, sender)) = edge.cotangents.as_mut() {
-                let head = header(Kind::Cotangent, *id, at.clip, at.step, self.batch, edge.spec.shape);
-                self.compute.send_cotangent(k, sender, &head.stamped(at.tick, asked))?;
-            }
+        for (k, (edge, _)) in self.inputs.iter_mut().zip(&backward.send).enumerate().filter(|(_, (_, used))| **used) {
+            let Some((id, sender)) = edge.cotangents.as_mut() else { continue };
+            let done = self.stage.send_cotangent(k, sender.slot()?)?;
+            let header = header(Kind::Cotangent, *id, at.batch, backward.step, self.clips, edge.spec.shape);
+            sender.start_when(&header.stamped(at.tick, asked), done)?;
         }
         Ok(())
     }
 
-    /// Counts Δᵢ(t) into the mean and, when steps are what counts, updates.
-    fn count_backward_step(&mut self, at: At) -> Result<()> {
-        let Some(update) = &mut self.update else { return Ok(()) };
-        update.steps += 1;
-        match update.every {
-            UpdateEvery::Steps(every) if update.steps == every => self.apply_update(at.clip, at.step),
-            _ => Ok(()),
+    /// Ends a tick: everything made in it is on its way, and all that came is used and given back. Nothing is held over from
+    /// tick to tick: with that, and `delay` + 1 buffers a link, modules cannot wait for one another in a circle. While a GPU
+    /// is at it, the next tick's activations are copied to it.
+    fn settle(&mut self, next: Option<&Tick>, at: At) -> Result<()> {
+        self.stage.end_tick();
+        if self.progress()? {
+            return Ok(());
         }
+        self.watch.enter(Phase::Backward);
+        loop {
+            if let Some(forward) = next.and_then(|next| next.forward.as_ref()) {
+                self.take_early(forward, at)?;
+            }
+            if self.progress()? {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Takes those of the next tick's activations that are there, in host memory, already.
+    fn take_early(&mut self, forward: &Forward, at: At) -> Result<()> {
+        for (k, (edge, arrives)) in self.inputs.iter_mut().zip(&forward.receive).enumerate() {
+            let Some(sent_at) = arrives.filter(|_| edge.taken.is_none()) else { continue };
+            if edge.activations.is_in_host_memory() && edge.activations.progress()? && edge.activations.ready()? {
+                let due = edge.due(at.batch, sent_at, self.clips);
+                let (orders, message) = edge.activations.wait_slot(&due)?;
+                let done = self.stage.receive(k, message)?;
+                edge.activations.release_when(done)?;
+                edge.taken = Some(orders);
+            }
+        }
+        Ok(())
     }
 
     /// Module 1: this step's frame; and this step's target, if module D will have a loss, on its way.
     fn read_frame(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::Data);
-        let read = if self.failure.is_some() { None } else { Some(self.frame_and_target(at)) };
-        let (x, target) = match read {
-            Some(Ok(read)) => read,
-            Some(Err(e)) => {
-                self.give_up(self.locate(at, e), at.step)?;
-                self.without_frames(at)?
-            }
-            None => self.without_frames(at)?,
-        };
-        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
-        if let Some(target) = target {
-            match &mut source.truth {
-                Some((id, sender)) => {
-                    let head = header(Kind::Target, *id, at.clip, at.step, self.batch, source.shape);
-                    send(sender, &head.stamped(at.tick, 0), &target)?;
-                }
-                None => self.compute.set_target(target)?,
-            }
+        let mut read = self.role.read(at.step);
+        if let Err(e) = read {
+            let chief = self.role.chief_until(self.decision_step, at.step);
+            let Some(source) = chief else { return Err(e) };
+            source.give_up(e.within(&at.place(self.index)).to_string());
+            read = source.read(at.step);
         }
-        self.compute.set_input(0, x)
+        let read = read?;
+        if let Some(target) = read.target {
+            self.role.pass_on_target(&target, at.batch, at.step, at.tick)?;
+        }
+        self.stage.set_input(0, read.frame)
     }
 
-    fn frame_and_target(&mut self, at: At) -> Result<(Tensor, Option<Tensor>)> {
-        let Some(source) = &mut self.source else { return Err(Error::Run("no frames here".into())) };
-        let x = source.stream.frame(at.step)?;
-        let target = source.target_of(at.step).map(|t| source.stream.target(t)).transpose()?;
-        Ok((x, target))
-    }
-
-    /// What stands for frames that cannot be read: zeros, and a target that counts for nothing.
-    fn without_frames(&self, at: At) -> Result<(Tensor, Option<Tensor>)> {
-        let Some(source) = &self.source else { return Err(Error::Run("no frames here".into())) };
-        let all = |value: f32| full(value, self.batch, source.shape);
-        Ok((all(0.0)?, source.target_of(at.step).map(|_| all(f32::NAN)).transpose()?))
-    }
-
-    /// Module D: the loss of this step's output against the label or the target frame, and whether there is a gradient.
-    fn loss_gradient(&mut self, at: At) -> Result<bool> {
-        let training = self.update.is_some();
-        let Some(end) = &mut self.loss else { return Err(Error::Run("no loss here".into())) };
-        if let Some((id, receiver)) = end.truth.as_mut().filter(|_| !end.head.needs_labels()) {
-            self.watch.enter(Phase::WaitActivations);
-            let due = header(Kind::Target, *id, at.clip, at.step, self.batch, end.shape);
-            self.compute.receive_target(receiver, &due)?;
+    /// Module 1, once a batch: what to do behind it (see [`super::orders`]).
+    fn decide(&mut self, at: At) -> Result<()> {
+        let Some(source) = self.role.source().filter(|_| at.step == self.decision_step) else { return Ok(()) };
+        self.watch.enter(Phase::Other);
+        let own = if source.failure.is_some() { Orders::UNDO } else { Orders::empty() };
+        if let Some(decider) = &mut source.decider {
+            self.decision = decider.decide(&self.requests, own, at.batch, at.step)?;
         }
-        self.watch.enter(Phase::Backward);
-        match self.compute.loss(&mut end.head, training) {
-            Err(e @ Error::NonFinite(_)) if training => {
-                let compute = &mut self.compute;
-                left_out(self.on_nonfinite, &mut self.skipped, e, || compute.leave_loss_out())?;
-            }
-            result => result?,
-        }
-        Ok(training)
+        Ok(())
     }
 }

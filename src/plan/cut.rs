@@ -7,8 +7,8 @@ use crate::comm::World;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
 use crate::setup::Setup;
+use crate::setup::neighbours::Neighbours;
 use crate::sys::cpus::at_once;
-use crate::trainer::preflight::Neighbours;
 use crate::{Error, Result};
 
 /// Takes the cut of the run's newest checkpoint where `config` leaves it open: where skips go depends on it, so a run keeps

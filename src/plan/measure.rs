@@ -1,19 +1,19 @@
-//! Times of parts of a network on the processor, at work as they would be in a pipeline.
+//! Times of parts of a network, each a stage at work as it would be in a pipeline.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
-use super::gpu;
-use super::profile::{Conditions, Times, median};
-use crate::backend::cpu;
-use crate::nn::layers::{Pass, Tape};
-use crate::nn::module::{Module, SkipInput};
-use crate::nn::optim::Optimizer;
-use crate::nn::param::Init;
+use super::gpu::OnGpu;
+use super::profile::{Conditions, Part, Times, median};
+use crate::backend::cuda::{Place, Probe};
+use crate::backend::slots::{Slot, SlotMut};
+use crate::backend::stage::{Clock, CpuStage, Stage};
+use crate::backend::{GpuPlacement, Precision, cpu, cuda};
+use crate::nn::layers::Pass;
 use crate::nn::spec::Shape;
 use crate::{Error, Result};
 
@@ -22,29 +22,37 @@ const SECONDS: (f64, f64) = (0.6, 8.0);
 /// Rounds at least where they are short, and at most.
 const ROUNDS: (usize, usize) = (5, 200);
 
+/// Repetitions of many ticks in a row; the fastest counts.
+const REPEAT: usize = 5;
+const PASS: Pass = Pass { training: true, key: 1 };
+
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
 /// them. With more than one of `copies`, the others run beside and are not timed. The second value is the bytes a second at
-/// which one thread copies.
+/// which one thread copies, or a GPU from and to the host.
 ///
 /// # Errors
 /// [`Error::Input`] where a part's shapes do not fit.
 pub fn measure(conditions: &Conditions, copies: usize) -> Result<(Vec<Times>, f64)> {
-    if let Some(on) = &conditions.gpu {
-        return gpu::measure(conditions, on);
-    }
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        for _ in 1..copies {
-            scope.spawn(|| {
-                let mut pipeline = Pipeline::new(conditions)?;
-                while !stop.load(Ordering::Relaxed) {
-                    pipeline.tick(true)?;
-                }
-                Ok::<_, Error>(())
-            });
-        }
+        let beside = || {
+            let mut pipeline = Pipeline::new(conditions)?;
+            while !stop.load(Ordering::Relaxed) {
+                pipeline.tick(true)?;
+            }
+            Ok::<_, Error>(())
+        };
+        let others: Vec<_> = (1..copies).map(|_| scope.spawn(beside)).collect();
         let times = Pipeline::new(conditions).and_then(|mut pipeline| pipeline.measure());
+        let times = match (&conditions.gpu, times) {
+            (Some(on), Ok((times, _))) => gpu_copy_rate(on).map(|copy| (times, copy)),
+            (_, times) => times,
+        };
         stop.store(true, Ordering::Relaxed);
+        // Alone on the machine it would have been too fast.
+        for other in others {
+            other.join().map_err(|_| Error::Run("a measurement panicked (a bug)".into()))??;
+        }
         times
     })
 }
@@ -89,9 +97,10 @@ impl Pipeline {
     }
 
     fn measure(&mut self) -> Result<(Vec<Times>, f64)> {
-        // Buffers and choices are made at the first step.
-        self.tick(false)?;
-        self.tick(true)?;
+        // Buffers and choices are made at the first steps, graphs captured at the second of a kind.
+        for wanted in [false, true, false, true] {
+            self.tick(wanted)?;
+        }
         let parts = self.update()?.len();
         self.copied = (0.0, 0.0);
         let mut samples = vec![[const { Vec::new() }; 4]; parts];
@@ -126,7 +135,7 @@ impl Pipeline {
 /// What a station is to do.
 enum Work {
     /// A step of its parts; with what the station before has made.
-    Tick { wanted: bool, input: Option<Tensor> },
+    Tick { wanted: bool, input: Option<Vec<f32>> },
     /// An update that changes nothing.
     Update,
 }
@@ -135,7 +144,7 @@ enum Work {
 #[derive(Default)]
 struct Done {
     ticks: Vec<Tick>,
-    output: Option<Tensor>,
+    output: Option<Vec<f32>>,
     /// Seconds of each part's update.
     updates: Vec<f64>,
     /// Bytes copied, and the seconds it took.
@@ -188,50 +197,115 @@ impl Drop for Station {
     }
 }
 
-/// Seconds of one part's forward pass and vector–Jacobian product.
+/// Seconds of one part's forward pass and backward pass.
 type Tick = [f64; 2];
+
+/// A part at work, and the messages that come to it and go from it.
+struct PartAtWork {
+    stage: Box<dyn Stage>,
+    inputs: Vec<Message>,
+    output: Message,
+    cotangent: Message,
+    steps: usize,
+}
+
+/// What stands for a link's buffer.
+enum Message {
+    Host(Vec<f32>),
+    Device(Place),
+}
+
+impl Message {
+    fn slot(&self) -> Slot<'_> {
+        match self {
+            Message::Host(words) => Slot::Host(words),
+            Message::Device(place) => Slot::Device(place),
+        }
+    }
+
+    /// With numbers from `-scale` to `scale` in host memory; zeros in a GPU's.
+    fn new(on: Option<&OnGpu>, words: usize, scale: f32) -> Result<Self> {
+        if let Some(on) = on {
+            return Ok(Message::Device(Place::allocate(on.ordinal, 4 * words)?));
+        }
+        let noise = Tensor::rand(-scale, scale, words, &Device::Cpu)?;
+        Ok(Message::Host(noise.to_vec1::<f32>()?))
+    }
+}
+
+impl PartAtWork {
+    fn new(conditions: &Conditions, k: usize, part: &Part) -> Result<Self> {
+        let spec = conditions.spec(k, part)?;
+        let words = |shape: Shape| conditions.batch * shape.iter().product::<usize>();
+        let on = conditions.gpu.as_ref();
+        let message = |shape: Shape, scale: f32| Message::new(on, words(shape), scale);
+        let shapes = std::iter::once(part.main).chain(part.skips.iter().copied());
+        let inputs = shapes.map(|shape| message(shape, 1.0)).collect::<Result<Vec<_>>>()?;
+        let output = message(spec.output, 1.0)?;
+        // Small, so that sums over many steps stay finite.
+        let cotangent = message(spec.output, 1e-3)?;
+        let host = CpuStage::new(spec)?;
+        let mut stage: Box<dyn Stage> = match on {
+            None => Box::new(host),
+            Some(on) => {
+                let &OnGpu { ordinal, precision, graphs, .. } = on;
+                let half_messages = precision == Precision::Bf16;
+                cuda::stage(
+                    host,
+                    &GpuPlacement { ordinal, precision, half_messages, graphs, needed: 0, modules_on_it: 1 },
+                )?
+            }
+        };
+        for (k, input) in inputs.iter().enumerate() {
+            stage.receive(k, input.slot())?;
+        }
+        Ok(PartAtWork { stage, inputs, output, cotangent, steps: 0 })
+    }
+
+    /// Takes its messages, but for the main input where `main` says so: bytes copied, and the seconds.
+    fn receive(&mut self, main: bool) -> Result<(f64, f64)> {
+        let (mut words, start) = (0, Instant::now());
+        for (k, input) in self.inputs.iter().enumerate().skip(usize::from(!main)) {
+            self.stage.receive(k, input.slot())?;
+            if let Message::Host(values) = input {
+                words += values.len();
+            }
+        }
+        Ok((4.0 * words as f64, start.elapsed().as_secs_f64()))
+    }
+
+    /// Forward pass, backward pass with the inputs' cotangents if `wanted`.
+    fn passes(&mut self, wanted: bool) -> Result<[Clock; 3]> {
+        let step = self.steps;
+        self.steps += 1;
+        self.stage.add_cotangent(0, step, self.cotangent.slot())?;
+        let start = self.stage.clock()?;
+        self.stage.forward(step, &PASS, &[true])?;
+        let middle = self.stage.clock()?;
+        self.stage.backward(step, &PASS, &vec![wanted; self.inputs.len()])?;
+        Ok([start, middle, self.stage.clock()?])
+    }
+
+    fn update(&mut self) -> Result<f64> {
+        let start = self.stage.clock()?;
+        // Leaves the parameters as they are.
+        self.stage.update(0.0, 1.0, None)?;
+        let end = self.stage.clock()?;
+        start.until(&end)
+    }
+}
 
 /// The parts at work.
 struct Chain {
-    parts: Vec<(Module, Optimizer, Vec<Tensor>, Tensor)>,
-    pass: Pass,
-    /// What stands for a link's buffers, if there are messages.
-    buffers: Option<Vec<Vec<f32>>>,
-    tape: Tape,
-}
-
-/// What comes out of a link: a copy of a copy.
-fn through(buffer: &mut Vec<f32>, tensor: &Tensor) -> Result<Tensor> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let candle_core::Storage::Cpu(storage) = &*storage else {
-        return Err(Error::Run("a tensor to be copied is not in host memory".into()));
-    };
-    let sent = &storage.as_slice::<f32>()?[layout.start_offset()..][..layout.shape().elem_count()];
-    buffer.resize(sent.len(), 0.0);
-    buffer.copy_from_slice(sent);
-    Ok(Tensor::from_slice(buffer, layout.shape(), &Device::Cpu)?)
+    parts: Vec<PartAtWork>,
+    messages: bool,
 }
 
 impl Chain {
     fn new(conditions: &Conditions) -> Result<Self> {
-        let init = Init { seed: 1, dtype: DType::F32, device: Device::Cpu };
-        let noise = |[h, w, c]: Shape, scale: f32| {
-            Ok::<_, Error>(Tensor::randn(0f32, scale, (conditions.batch, h, w, c), &Device::Cpu)?)
-        };
-        let parts = conditions.parts.iter().enumerate().map(|(k, part)| {
-            let skips: Vec<SkipInput> =
-                part.skips.iter().enumerate().map(|(from, &shape)| SkipInput { from, shape }).collect();
-            let module = Module::new(k + 1, &part.layers, part.main, &skips, conditions.fuse, &init)?;
-            let inputs = std::iter::once(&part.main).chain(&part.skips).map(|&shape| noise(shape, 1.0));
-            let inputs = inputs.collect::<Result<Vec<Tensor>>>()?;
-            // Small, so that sums over many steps stay finite.
-            let cotangent = noise(module.output_shape(), 1e-3)?;
-            Ok((module, Optimizer::new(conditions.optimizer), inputs, cotangent))
-        });
-        let parts: Vec<_> = parts.collect::<Result<_>>()?;
-        let links = parts.iter().map(|(_, _, inputs, _)| inputs.len() + 1).sum();
-        let buffers = conditions.messages.then(|| vec![Vec::new(); links]);
-        Ok(Chain { parts, pass: Pass { training: true, key: 1 }, buffers, tape: Tape::new() })
+        let parts = conditions.parts.iter().enumerate();
+        let parts = parts.map(|(k, part)| PartAtWork::new(conditions, k, part)).collect::<Result<_>>()?;
+        Ok(Chain { parts, messages: conditions.messages })
     }
 
     fn work(&mut self, work: Work) -> Result<Done> {
@@ -241,45 +315,99 @@ impl Chain {
         }
     }
 
-    /// A step of every part in turn, of which the first is offered `last` as its main input.
-    fn tick(&mut self, wanted: bool, mut last: Option<Tensor>) -> Result<Done> {
-        let Chain { parts, pass, buffers, tape } = self;
-        let mut buffers = buffers.iter_mut().flatten();
-        let mut copied = (0.0, 0.0);
-        let ticks = parts
-            .iter_mut()
-            .map(|(module, _, inputs, cotangent)| {
-                if let Some(y) = last.take().filter(|y| y.shape() == inputs[0].shape()) {
-                    inputs[0] = y;
-                }
-                let arrives = Instant::now();
-                for tensor in inputs.iter_mut().chain([&mut *cotangent]) {
-                    if let Some(buffer) = buffers.next() {
-                        *tensor = through(buffer, tensor)?;
-                        copied.0 += 8.0 * tensor.elem_count() as f64;
-                    }
-                }
-                copied.1 += arrives.elapsed().as_secs_f64();
+    /// A step of every part in turn, of which the first is offered `last` as its main input's message.
+    fn tick(&mut self, wanted: bool, mut last: Option<Vec<f32>>) -> Result<Done> {
+        let mut done = Done::default();
+        let mut y: Option<Tensor> = None;
+        for part in &mut self.parts {
+            match (&mut part.inputs[0], last.take(), y.take()) {
+                (Message::Host(words), Some(received), _) if received.len() == words.len() => *words = received,
+                // Without messages a part finds what the one before has made.
+                (Message::Host(words), _, Some(y)) if y.elem_count() == words.len() => part.stage.set_input(0, y)?,
+                _ => {}
+            }
+            if self.messages {
+                let (bytes, seconds) = part.receive(true)?;
+                done.copied = (done.copied.0 + bytes, done.copied.1 + seconds);
+            }
+            let [start, middle, end] = part.passes(wanted)?;
+            done.ticks.push([start.until(&middle)?, middle.until(&end)?]);
+            if let (true, Message::Host(words)) = (self.messages, &mut part.output) {
                 let start = Instant::now();
-                last = Some(module.forward(inputs, pass, tape)?);
-                let middle = Instant::now();
-                module.vjp(cotangent, pass, tape, &vec![wanted; inputs.len()])?;
-                tape.clear();
-                Ok([(middle - start).as_secs_f64(), middle.elapsed().as_secs_f64()])
-            })
-            .collect::<Result<_>>()?;
-        Ok(Done { ticks, output: last, copied, ..Done::default() })
+                part.stage.send(0, SlotMut::Host(words))?;
+                done.copied.0 += 4.0 * words.len() as f64;
+                done.copied.1 += start.elapsed().as_secs_f64();
+                last = Some(words.clone());
+            } else if part.stage.is_synchronous() {
+                y = Some(part.stage.output()?);
+            }
+            part.stage.end_tick();
+        }
+        done.output = last;
+        Ok(done)
     }
 
     /// An update of every part that leaves its parameters as they are.
     fn update(&mut self) -> Result<Done> {
-        let seconds = self.parts.iter_mut().map(|(module, optimizer, ..)| {
-            let start = Instant::now();
-            optimizer.step(&mut |f| module.visit(f), 0.0, 1.0, None)?;
-            Ok(start.elapsed().as_secs_f64())
-        });
-        Ok(Done { updates: seconds.collect::<Result<_>>()?, ..Done::default() })
+        let updates = self.parts.iter_mut().map(PartAtWork::update).collect::<Result<_>>()?;
+        Ok(Done { updates, ..Done::default() })
     }
+}
+
+/// A part's whole ticks on a GPU.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Ticks {
+    /// Seconds of a tick (forward pass, backward pass, update), launched kernel by kernel: the mean of many back to back.
+    pub launches: f64,
+    /// The same with passes as CUDA graphs.
+    pub graphs: f64,
+    /// Bytes of GPU memory that the module, its optimiser and cuDNN's workspace take.
+    pub allocated: usize,
+}
+
+/// Whole ticks of each part by itself, many in a row: what the host needs for launching counts where the GPU waits for it.
+/// The first part never computes its input's cotangent.
+///
+/// # Errors
+/// As [`measure`].
+pub fn ticks(conditions: &Conditions, on: &OnGpu) -> Result<Vec<Ticks>> {
+    let mut all = Vec::new();
+    for k in 0..conditions.parts.len() {
+        let (mut seconds, mut allocated) = ([0.0; 2], 0);
+        for (graphs, seconds) in [false, true].into_iter().zip(&mut seconds) {
+            let gpu = Some(OnGpu { graphs, ..on.clone() });
+            let one = Conditions { gpu, ..conditions.with(vec![conditions.parts[k].clone()]) };
+            let mut part = PartAtWork::new(&one, k, &one.parts[0])?;
+            let tick = |part: &mut PartAtWork| {
+                part.passes(k > 0)?;
+                part.stage.update(0.0, 1.0, None).map(|_| ())
+            };
+            let mut alone = 0.0;
+            for _ in 0..3 {
+                let start = part.stage.clock()?;
+                tick(&mut part)?;
+                alone = start.until(&part.stage.clock()?)?;
+            }
+            let count = ((SECONDS.0 / 2.0 / alone.max(1e-6)) as usize).clamp(1, 500);
+            let mut least = f64::INFINITY;
+            for _ in 0..REPEAT {
+                let start = part.stage.clock()?;
+                (0..count).try_for_each(|_| tick(&mut part))?;
+                least = least.min(start.until(&part.stage.clock()?)? / count as f64);
+            }
+            *seconds = least;
+            allocated = part.stage.allocated().unwrap_or(0);
+        }
+        all.push(Ticks { launches: seconds[0], graphs: seconds[1], allocated });
+    }
+    Ok(all)
+}
+
+/// Bytes a second of copies between a GPU and the host, the slower way.
+fn gpu_copy_rate(on: &OnGpu) -> Result<f64> {
+    const WORDS: usize = 8 << 20;
+    let [to_host, to_device] = Probe::new(on.ordinal, WORDS)?.host_copies()?;
+    Ok(4.0 * WORDS as f64 / to_host.max(to_device).max(1e-9))
 }
 
 /// Bytes a second that this thread copies, of buffers that together are larger than most caches.

@@ -1,7 +1,8 @@
 //! Planning before a run: where to cut the network, and how fast the pipeline will be.
 //!
-//! [`blocks`] says where cuts may be, [`partition`] finds the best ones for given costs, [`mod@measure`] times layers here
-//! ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
+//! [`crate::network::blocks`] says where cuts may be, [`crate::network::partition`] finds the best ones for given costs,
+//! [`mod@measure`] times layers here ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such
+//! costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
 pub mod cut;
 pub mod gpu;

@@ -36,7 +36,7 @@ pub fn conditions(setup: &Setup, busy: usize, parts: Parts) -> Result<Conditions
     let config = &setup.config;
     let here =
         Conditions::here(config.run.threads, busy, config.data.batch, setup.network.fuse, config.train.optimizer);
-    let gpu = gpu::chosen(&config.run)?;
+    let gpu = gpu::chosen(config)?;
     let here = if gpu.is_some() { Conditions { busy: 1, threads: 1, gpu, ..here } } else { here };
     Ok(match parts {
         Parts::Blocks(blocks) => here.with(block_parts(setup, blocks)),
@@ -146,12 +146,10 @@ struct Shares {
 
 impl Shares {
     fn of(setup: &Setup, i: usize) -> Self {
-        let steps = setup.schedule.steps(i);
-        let wanted = |s: &&crate::method::schedule::StepPlan| s.wanted.iter().any(|&w| w);
-        let backward = steps.iter().filter(|s| s.backward);
-        let share = |n: usize| n as f64 / steps.len() as f64;
-        let with = backward.clone().filter(wanted).count();
-        Shares { backward: share(with), leaf: share(backward.count() - with) }
+        let steps = setup.schedule.steps(i) as f64;
+        let with = setup.schedule.backwards(i).filter(|backward| backward.send.contains(&true)).count();
+        let all = setup.schedule.backwards(i).count();
+        Shares { backward: with as f64 / steps, leaf: (all - with) as f64 / steps }
     }
 }
 

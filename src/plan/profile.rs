@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::measure::measure;
 use crate::backend::cpu;
-use crate::nn::module::Fuse;
+use crate::backend::stage::{OutputPort, StageSpec};
+use crate::nn::module::{Fuse, SkipInput, fused_shape};
 use crate::nn::optim::OptimizerSpec;
 use crate::nn::spec::{LayerSpec, Shape};
 use crate::plan::gpu::OnGpu;
@@ -108,6 +109,34 @@ impl Conditions {
             gpu: None,
             parts: Vec::new(),
         }
+    }
+
+    /// What the stage of part `k` is made from.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where shapes do not fit.
+    pub fn spec(&self, k: usize, part: &Part) -> Result<StageSpec> {
+        let mut output = fused_shape(part.main, &part.skips, self.fuse);
+        for (_, layer) in &part.layers {
+            output = layer.output_shape(output)?;
+        }
+        Ok(StageSpec {
+            index: k + 1,
+            layers: part.layers.clone(),
+            main: part.main,
+            skips: part.skips.iter().enumerate().map(|(from, &shape)| SkipInput { from, shape }).collect(),
+            fuse: self.fuse,
+            output,
+            frames: false,
+            outputs: vec![OutputPort { pool: (1, 1), shape: output, returns: true }],
+            returns: vec![true; 1 + part.skips.len()],
+            batch: self.batch,
+            seed: 1,
+            kept: 1,
+            optimizer: Some(self.optimizer),
+            head: None,
+            leave_out: false,
+        })
     }
 
     /// The same with these parts.

@@ -4,7 +4,8 @@
 //! for a free buffer of its link. All of that is in the schedule and the wiring, so the tick follows by going through them in
 //! the order of time.
 
-use crate::method::schedule::StepPlan;
+use crate::method::schedule::Tick;
+use crate::network::EdgeSpec;
 use crate::setup::Setup;
 
 /// What one worker's step costs, in seconds of a processor.
@@ -16,7 +17,7 @@ pub struct StepCost {
     pub backward: f64,
     /// The same where no input's cotangent is wanted.
     pub backward_leaf: f64,
-    /// The update at the end of a clip.
+    /// The update at the end of a batch.
     pub update: f64,
 }
 
@@ -39,7 +40,7 @@ impl Processors {
 /// What a simulated pipeline does.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
-    /// Seconds a tick in the steady state: a clip's time over its frames.
+    /// Seconds a tick in the steady state: a batch's time over its frames.
     pub tick: f64,
     /// Seconds of computing a tick, by worker.
     pub busy: Vec<f64>,
@@ -65,85 +66,93 @@ pub fn simulate(setup: &Setup, costs: &[StepCost], processors: &Processors) -> O
     let (grid, frames) = (setup.grid, setup.schedule.frames());
     let fill = grid.modules.div_ceil(frames) + 1;
     let counted = 2;
-    let clips = fill + counted + fill;
-    let workers: Vec<Vec<Segment>> = (0..grid.workers()).map(|w| segments(setup, w, &costs[w], clips)).collect();
+    let batches = fill + counted + fill;
+    let workers: Vec<Vec<Segment>> = (0..grid.workers()).map(|w| segments(setup, w, &costs[w], batches)).collect();
     let ends = play(&workers, |w| processors.pool_of_rank[grid.rank_of(w)], &processors.slots);
-    // Where the last worker is when a clip is through.
+    // Where the last worker is when a batch is through.
     let last = grid.workers() - 1;
-    let a_clip = workers[last].len() / clips;
-    let through = |clip: usize| ends[last][clip * a_clip - 1];
-    let busy = workers.iter().map(|list| list.iter().map(|s| s.seconds).sum::<f64>() / (clips * frames) as f64);
+    let a_batch = workers[last].len() / batches;
+    let through = |batch: usize| ends[last][batch * a_batch - 1];
+    let busy = workers.iter().map(|list| list.iter().map(|s| s.seconds).sum::<f64>() / (batches * frames) as f64);
     Outcome { tick: (through(fill + counted) - through(fill)) / (counted * frames) as f64, busy: busy.collect() }
 }
 
-/// Segments of a step: forward, wait for buffers, backward, wait for buffers; behind a clip's steps one for the update.
+/// Segments of a tick: forward, wait for buffers, backward, wait for buffers; behind a batch's ticks one for the update.
 const FORWARD: usize = 0;
 const BACKWARD: usize = 2;
-const STEP: usize = 4;
+const TICK: usize = 4;
 
-/// Messages on a link in one clip: (sender's step, receiver's step).
-fn messages(
-    from: &[StepPlan],
-    sends: impl Fn(&StepPlan) -> bool,
-    to: &[StepPlan],
-    takes: impl Fn(&StepPlan) -> Option<usize>,
-) -> Vec<(usize, usize)> {
-    let sent = from.iter().enumerate().filter(|(_, s)| sends(s)).map(|(t, _)| t);
-    sent.filter_map(|t| Some((t, to.iter().position(|s| takes(s) == Some(t))?))).collect()
+/// Messages on a link in one batch, in order, as places in the windows of those who exchange them: (sender's tick, receiver's).
+type Messages = Vec<(usize, usize)>;
+
+/// Activations along an edge.
+fn activations(setup: &Setup, e: &EdgeSpec) -> Messages {
+    let (out, into) = (place(&setup.network.outputs(e.edge.from), e), place(&setup.network.inputs(e.edge.to), e));
+    let (from, to) = (setup.schedule.window(e.edge.from), setup.schedule.window(e.edge.to));
+    let sent = from.iter().enumerate().filter_map(|(n, tick)| Some((n, tick.forward.as_ref()?)));
+    let taken = |step: usize| {
+        let takes = |tick: &Tick| tick.forward.as_ref().is_some_and(|f| f.receive[into] == Some(step));
+        to.iter().position(takes)
+    };
+    sent.filter(|(_, forward)| forward.send[out]).filter_map(|(n, forward)| Some((n, taken(forward.step)?))).collect()
 }
 
-fn segments(setup: &Setup, w: usize, cost: &StepCost, clips: usize) -> Vec<Segment> {
+/// Cotangents back along an edge.
+fn cotangents(setup: &Setup, e: &EdgeSpec) -> Messages {
+    let (out, into) = (place(&setup.network.outputs(e.edge.from), e), place(&setup.network.inputs(e.edge.to), e));
+    let (from, to) = (setup.schedule.window(e.edge.to), setup.schedule.window(e.edge.from));
+    let sent = from.iter().enumerate().filter_map(|(n, tick)| Some((n, tick.backward.as_ref()?)));
+    let taken = |step: usize| {
+        let takes = |tick: &Tick| tick.cotangents.iter().any(|c| c.output == out && c.sent_at == step);
+        to.iter().position(takes)
+    };
+    sent.filter(|(_, backward)| backward.send[into])
+        .filter_map(|(n, backward)| Some((n, taken(backward.step)?)))
+        .collect()
+}
+
+fn segments(setup: &Setup, w: usize, cost: &StepCost, batches: usize) -> Vec<Segment> {
     let (grid, schedule, network) = (setup.grid, &setup.schedule, &setup.network);
     let (i, r) = grid.module_and_replica(w);
-    let length = |m: usize| schedule.steps(m).len() * STEP + 1;
-    let at = |m: usize, clip: usize, t: usize, part: usize, at_end: bool| Need {
+    let length = |m: usize| schedule.window(m).len() * TICK + 1;
+    let at = |m: usize, batch: usize, tick: usize, part: usize, at_end: bool| Need {
         worker: grid.worker(m, r),
-        segment: clip * length(m) + t * STEP + part,
+        segment: batch * length(m) + tick * TICK + part,
         at_end,
     };
-    // What an edge sends and when it is taken, of the edges that begin or end here.
-    let activations = |e: &crate::network::EdgeSpec| {
-        let (from, to) = (e.edge.from, e.edge.to);
-        let (out, into) = (place(&network.outputs(from), e), place(&network.inputs(to), e));
-        messages(schedule.steps(from), |s| s.send[out], schedule.steps(to), |s| s.receive[into])
-    };
-    let cotangents = |e: &crate::network::EdgeSpec| {
-        let (from, to) = (e.edge.from, e.edge.to);
-        let (out, into) = (place(&network.outputs(from), e), place(&network.inputs(to), e));
-        messages(schedule.steps(to), |s| s.wanted[into], schedule.steps(from), |s| s.cotangent[out])
-    };
-    let steps = schedule.steps(i);
-    let mut list: Vec<Segment> = Vec::with_capacity(clips * length(i));
-    for clip in 0..clips {
-        for step in steps {
-            let backward = match (step.backward, step.wanted.iter().any(|&w| w)) {
-                (false, _) => 0.0,
-                (true, true) => cost.backward,
-                (true, false) => cost.backward_leaf,
+    let window = schedule.window(i);
+    let mut list: Vec<Segment> = Vec::with_capacity(batches * length(i));
+    for batch in 0..batches {
+        for tick in window {
+            let forward = if tick.forward.is_some() { cost.forward } else { 0.0 };
+            let backward = match &tick.backward {
+                None => 0.0,
+                Some(backward) if backward.send.contains(&true) => cost.backward,
+                Some(_) => cost.backward_leaf,
             };
-            let parts = [cost.forward, 0.0, backward, 0.0].into_iter().enumerate();
+            let parts = [forward, 0.0, backward, 0.0].into_iter().enumerate();
             list.extend(parts.map(|(n, seconds)| Segment { seconds, needs: Vec::new(), goes_on: n == BACKWARD }));
         }
         // Replicas update together.
-        let last = steps.len() - 1;
+        let last = window.len() - 1;
         let others = (0..grid.replicas).filter(|&other| other != r).map(|other| Need {
             worker: grid.worker(i, other),
-            segment: clip * length(i) + last * STEP + STEP - 1,
+            segment: batch * length(i) + last * TICK + TICK - 1,
             at_end: true,
         });
         list.push(Segment { seconds: cost.update, needs: others.collect(), goes_on: false });
     }
-    // `mine`: the segment that takes; `theirs`: the one that made; a sender waits for the message `depth` before its own.
-    let mut link = |pairs: &[(usize, usize)], sender: bool, other: usize, parts: [usize; 2], depth: usize| {
-        for clip in 0..clips {
+    // `part`: the segment of a tick that makes or takes a message; a sender waits for the message `depth` before its own.
+    let mut link = |pairs: &Messages, sender: bool, other: usize, part: usize, depth: usize| {
+        for batch in 0..batches {
             for (k, &(sent, taken)) in pairs.iter().enumerate() {
                 if !sender {
-                    let need = at(other, clip, sent, parts[0], true);
-                    list[clip * length(i) + taken * STEP + parts[1]].needs.push(need);
-                } else if let Some(before) = (clip * pairs.len() + k).checked_sub(depth) {
+                    let need = at(other, batch, sent, part, true);
+                    list[batch * length(i) + taken * TICK + part].needs.push(need);
+                } else if let Some(before) = (batch * pairs.len() + k).checked_sub(depth) {
                     let (of, k) = (before / pairs.len(), before % pairs.len());
-                    let need = at(other, of, pairs[k].1, parts[1], false);
-                    list[clip * length(i) + sent * STEP + parts[0] + 1].needs.push(need);
+                    let need = at(other, of, pairs[k].1, part, false);
+                    list[batch * length(i) + sent * TICK + part + 1].needs.push(need);
                 }
             }
         }
@@ -151,18 +160,18 @@ fn segments(setup: &Setup, w: usize, cost: &StepCost, clips: usize) -> Vec<Segme
     for e in &network.edges {
         let (from, to) = (e.edge.from, e.edge.to);
         if from == i {
-            link(&activations(e), true, to, [FORWARD, FORWARD], e.edge.delay + 1);
-            link(&cotangents(e), false, to, [BACKWARD, BACKWARD], 2);
+            link(&activations(setup, e), true, to, FORWARD, e.edge.delay + 1);
+            link(&cotangents(setup, e), false, to, BACKWARD, 2);
         }
         if to == i {
-            link(&activations(e), false, from, [FORWARD, FORWARD], e.edge.delay + 1);
-            link(&cotangents(e), true, from, [BACKWARD, BACKWARD], 2);
+            link(&activations(setup, e), false, from, FORWARD, e.edge.delay + 1);
+            link(&cotangents(setup, e), true, from, BACKWARD, 2);
         }
     }
     list
 }
 
-fn place(edges: &[&crate::network::EdgeSpec], of: &crate::network::EdgeSpec) -> usize {
+fn place(edges: &[&EdgeSpec], of: &EdgeSpec) -> usize {
     edges.iter().position(|e| e.edge == of.edge).unwrap_or(0)
 }
 

@@ -1,10 +1,10 @@
 //! What a worker takes: memory, and bytes sent at a tick.
 
+use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
-use crate::config::Exchange;
 use crate::setup::{Purpose, Setup};
 
-/// Bytes worker `w` keeps: what is allocated at the start and does not grow with the clip's length.
+/// Bytes worker `w` keeps: under `bp` the activations of all steps, else those of one.
 pub fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
@@ -12,7 +12,8 @@ pub fn memory(setup: &Setup, w: usize) -> u64 {
     let copies = 2 + setup.config.train.optimizer.buffers().len() as u64;
     let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
     let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    4 * (copies * module.params + setup.config.data.batch as u64 * module.tape + buffers as u64)
+    let kept = setup.schedule.kept() as u64;
+    4 * (copies * module.params + kept * setup.config.data.batch as u64 * module.tape + buffers as u64)
 }
 
 /// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.

@@ -3,10 +3,11 @@
 //! A worker is one module i of one replica r, number `w = r·D + i − 1`. Workers fill ranks in this order, so that
 //! neighbouring modules share a rank or sit on neighbouring ranks.
 
-use crate::comm::all_reduce::ReplicaAverage;
+use crate::comm::all_reduce::AllReduce;
 use crate::comm::{Kind, LinkSpec};
-use crate::method::schedule::Schedule;
+use crate::method::Schedule;
 use crate::network::Network;
+use crate::nn::head::Target;
 use crate::{Error, Result};
 
 /// D modules × R replicas over N ranks.
@@ -89,10 +90,10 @@ pub struct Wiring {
     pub truth: Vec<Option<u32>>,
     /// Per worker, its reports to the console.
     pub reports: Vec<u32>,
-    /// Per module, the first id of its replicas' averaging links (R > 1).
-    pub average: Vec<Option<u32>>,
+    /// Per module, the first id of its replicas' all-reduce links (R > 1).
+    pub all_reduce: Vec<Option<u32>>,
     /// By replica, the link on which its first module hears what was decided for a clip's end (training, r > 0).
-    pub control: Vec<Option<u32>>,
+    pub decisions: Vec<Option<u32>>,
 }
 
 impl Wiring {
@@ -125,7 +126,7 @@ impl Wiring {
                 // `delay` messages are on their way in lock-step; one more may be filled meanwhile.
                 forward.push(add(Kind::Activation, from, to, words, edge.delay + 1, format!("{edge}{suffix}")));
                 let place = network.inputs(edge.to).iter().position(|e| e.edge == edge);
-                let used = schedule.steps(edge.to).iter().any(|s| place.is_some_and(|k| s.wanted[k]));
+                let used = place.is_some_and(|k| schedule.returns(edge.to, k));
                 backward.push(used.then(|| {
                     let name = format!("cotangent module {} -> {}{suffix}", edge.to, edge.from);
                     add(Kind::Cotangent, to, from, words, 2, name)
@@ -136,7 +137,7 @@ impl Wiring {
             truths.push((d > 1).then(|| {
                 let (kind, words, what) = match truth {
                     Truth::Labels => (Kind::Labels, batch, "labels"),
-                    Truth::Targets => (Kind::Target, batch * network.input.iter().product::<usize>(), "target frames"),
+                    Truth::Targets => (Kind::Target, Target::words(batch, network.input), "target frames"),
                 };
                 // Module 1 is D − 1 ticks ahead of module D.
                 add(kind, grid.worker(1, r), grid.worker(d, r), words, d, format!("{what} module 1 -> {d}{suffix}"))
@@ -149,24 +150,24 @@ impl Wiring {
                 add(Kind::Report, w, grid.console(), report_words(w), 4, name)
             })
             .collect();
-        let control = (0..grid.replicas)
+        let decisions = (0..grid.replicas)
             .map(|r| {
                 let name = format!("decisions for replica {r}");
                 // The clip's end is some ticks after the decision, so the replicas need not keep the same time.
                 (training && r > 0).then(|| add(Kind::Control, grid.worker(1, 0), grid.worker(1, r), 1, 2, name))
             })
             .collect();
-        let mut average = vec![None; d];
+        let mut all_reduce = vec![None; d];
         if grid.replicas > 1 && training {
             for i in 1..=d {
                 let workers: Vec<usize> = (0..grid.replicas).map(|r| grid.worker(i, r)).collect();
                 let first = links.len() as u32;
                 let words = network.modules[i - 1].params as usize;
-                links.extend(ReplicaAverage::links(first, &format!("module {i}"), &workers, words));
-                average[i - 1] = Some(first);
+                links.extend(AllReduce::links(first, &format!("module {i}"), &workers, words));
+                all_reduce[i - 1] = Some(first);
             }
         }
-        Wiring { links, activations, cotangents, truth: truths, reports, average, control }
+        Wiring { links, activations, cotangents, truth: truths, reports, all_reduce, decisions }
     }
 
     /// Makes activations and cotangents travel in 16 bits an element.

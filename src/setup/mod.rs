@@ -2,16 +2,19 @@
 
 pub mod footprint;
 pub mod grid;
+pub mod neighbours;
 pub mod site;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::config::{Config, Rule, Task};
+use crate::backend::stage::{OutputPort, StageSpec};
+use crate::config::{Config, OnNonfinite, Task};
 use crate::data::{Dataset, Sampler, StreamOptions, missing_shards};
-use crate::method::schedule::{LossAt, Schedule};
+use crate::method::{LossAt, Rule, Schedule};
+use crate::metrics::Report;
 use crate::network::Network;
-use crate::pipeline::report::Report;
+use crate::nn::head::HeadSpec;
 use crate::setup::grid::{Grid, Truth, Wiring};
 use crate::{Error, Result};
 
@@ -22,6 +25,8 @@ pub enum Purpose {
     Train,
     /// One pass over `data.test` with fixed parameters.
     Evaluate,
+    /// The same, and the last module's outputs are reported.
+    Predict,
 }
 
 /// A run, planned.
@@ -39,7 +44,7 @@ pub struct Setup {
     /// Layers, modules, edges, shapes.
     pub network: Network,
     /// Who does what at which tick.
-    pub schedule: Schedule,
+    pub schedule: Arc<Schedule>,
     /// Who runs where.
     pub grid: Grid,
     /// How they are joined.
@@ -57,7 +62,7 @@ impl Setup {
         config.validate()?;
         let (key, globs) = match purpose {
             Purpose::Train => ("data.train", config.data.train.list()),
-            Purpose::Evaluate => ("data.test", config.data.test.list()),
+            Purpose::Evaluate | Purpose::Predict => ("data.test", config.data.test.list()),
         };
         if globs.is_empty() {
             return Err(Error::input(format!("{key} is not set: give a glob of shards, such as \"data/train-*.h5\"")));
@@ -102,15 +107,27 @@ impl Setup {
             (config.model.task == Task::FutureFrames).then(|| network.graph.newest_lead() + config.model.horizon);
         let loss = ahead.map_or(LossAt::EveryStep, LossAt::Ahead);
         let training = purpose == Purpose::Train;
-        let schedule = Schedule::new(&network.graph, config.data.frames, config.train.boundary, loss, training)?;
+        let (graph, frames, boundary) = (&network.graph, config.data.frames, config.train.boundary);
+        let schedule = match training {
+            true => Schedule::training(graph, frames, config.train.rule, boundary, loss)?,
+            false => Schedule::evaluation(graph, frames, boundary, loss)?,
+        };
         let grid = Grid::new(network.graph.modules(), replicas, ranks)?;
         let truth = if ahead.is_some() { Truth::Targets } else { Truth::Labels };
         let last = grid.modules;
-        let report_words = |w| match purpose {
-            Purpose::Evaluate if grid.module_and_replica(w).0 == last => Report::words(config.data.batch, classes),
-            _ => Report::words(0, 0),
+        let batch = config.data.batch;
+        let outputs = match purpose {
+            Purpose::Train => 0,
+            Purpose::Evaluate => batch * classes,
+            Purpose::Predict => {
+                batch * network.modules[last - 1].output.iter().product::<usize>() * schedule.steps(last)
+            }
         };
-        let mut wiring = Wiring::new(&network, &schedule, grid, config.data.batch, truth, report_words, training);
+        let report_words = |w: usize| match grid.module_and_replica(w).0 == last && !training {
+            true => Report::words(outputs, batch),
+            false => Report::words(0, 0),
+        };
+        let mut wiring = Wiring::new(&network, &schedule, grid, batch, truth, report_words, training);
         if config.run.halves_messages() {
             wiring.halve_messages();
         }
@@ -121,7 +138,7 @@ impl Setup {
             class_names,
             classes,
             network,
-            schedule,
+            schedule: Arc::new(schedule),
             grid,
             wiring,
             ahead,
@@ -143,11 +160,45 @@ impl Setup {
         self.network.modules.iter().skip(1).map(|m| m.layers.start).collect()
     }
 
+    /// The loss at the last module.
+    pub fn head(&self) -> HeadSpec {
+        let model = &self.config.model;
+        HeadSpec { task: model.task, pixel_loss: model.loss, classes: self.classes }
+    }
+
+    /// What the stage of module `i` is made from.
+    pub fn stage_spec(&self, i: usize) -> StageSpec {
+        let (network, config) = (&self.network, &self.config);
+        let module = &network.modules[i - 1];
+        let returns = |e: &crate::method::Edge| {
+            let k = network.inputs(e.to).iter().position(|other| other.edge == *e);
+            k.is_some_and(|k| self.schedule.returns(e.to, k))
+        };
+        let outputs = network.outputs(i).into_iter();
+        StageSpec {
+            index: i,
+            layers: network.layers_of(i),
+            main: module.main,
+            skips: module.skips.clone(),
+            fuse: network.fuse,
+            output: module.output,
+            frames: i == 1,
+            outputs: outputs.map(|e| OutputPort { pool: e.pool, shape: e.shape, returns: returns(&e.edge) }).collect(),
+            returns: (0..network.inputs(i).len()).map(|k| self.schedule.returns(i, k)).collect(),
+            batch: config.data.batch,
+            seed: config.train.seed,
+            kept: self.schedule.kept(),
+            optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
+            head: (i == self.grid.modules).then(|| self.head()),
+            leave_out: config.run.on_nonfinite == OnNonfinite::Skip,
+        }
+    }
+
     /// The warnings a user should see before training starts.
     pub fn warnings(&self) -> Vec<String> {
         let d = self.grid.modules;
         let mut warnings = Vec::new();
-        if self.purpose == Purpose::Train && self.schedule.frames() < 2 * d - 1 && self.config.train.rule != Rule::Bp {
+        if self.purpose == Purpose::Train && self.schedule.frames() < 2 * d - 1 && !self.config.train.rule.is_exact() {
             warnings.push(format!(
                 "clips of {} frames are shorter than 2D - 1 = {} for D = {d} modules: module 1 is trained through \
                  skips only, the main path's cotangent never reaches it",
@@ -192,7 +243,7 @@ impl Setup {
         warnings
     }
 
-    /// How replica `replica`'s frames are read, from batch of clips `first` to before `end`.
+    /// How replica `replica`'s frames are read, from batch `first` to before `end`.
     pub fn stream(&self, replica: usize, first: u64, end: u64) -> StreamOptions {
         let data = &self.config.data;
         StreamOptions {
@@ -210,24 +261,24 @@ impl Setup {
             replicas: self.grid.replicas,
             replica,
             ahead: self.ahead.unwrap_or(0),
-            first_clip: first,
-            end_clip: end,
+            first_batch: first,
+            end_batch: end,
             decoders: data.decode_threads,
             ..StreamOptions::default()
         }
         .reading_ahead(data.prefetch)
     }
 
-    /// Batches of clips in the whole run: `train.batches`, or `train.epochs` passes; one pass in evaluation.
+    /// Batches in the whole run: `train.batches`, or `train.epochs` passes; one pass in evaluation.
     ///
     /// # Errors
     /// [`Error::Input`] if there are fewer videos than one batch takes.
-    pub fn total_clips(&self) -> Result<u64> {
+    pub fn total_batches(&self) -> Result<u64> {
         let Some(dataset) = &self.dataset else { return Ok(self.config.train.batches.unwrap_or(0)) };
-        let an_epoch = Sampler::of(dataset, self.stream(0, 0, u64::MAX).sampler())?.clips_per_epoch();
+        let an_epoch = Sampler::of(dataset, self.stream(0, 0, u64::MAX).sampler())?.batches_per_epoch();
         Ok(match (self.purpose, self.config.train.batches) {
-            (Purpose::Evaluate, _) => an_epoch,
-            (Purpose::Train, Some(clips)) => clips,
+            (Purpose::Evaluate | Purpose::Predict, _) => an_epoch,
+            (Purpose::Train, Some(batches)) => batches,
             (Purpose::Train, None) => an_epoch * self.config.train.epochs,
         })
     }
@@ -236,10 +287,10 @@ impl Setup {
     ///
     /// # Errors
     /// As [`Config::to_toml`].
-    pub fn fingerprint(&self, first_clip: u64) -> Result<u64> {
+    pub fn fingerprint(&self, first_batch: u64) -> Result<u64> {
         let data = self.dataset.as_ref().map(|d| d.digest()).unwrap_or_default();
         let text = format!(
-            "{}\n{:?}\n{}\n{data}\n{first_clip}\n{}",
+            "{}\n{:?}\n{}\n{data}\n{first_batch}\n{}",
             env!("CARGO_PKG_VERSION"),
             self.class_names,
             self.config.to_toml()?,

@@ -1,6 +1,6 @@
 //! What a run's speed was limited by: a module that is slower than the others, or a link.
 
-use crate::pipeline::metrics::TimeAccount;
+use crate::metrics::TimeAccount;
 use crate::setup::Setup;
 use crate::trainer::console::Totals;
 
@@ -10,7 +10,7 @@ const STRAGGLER: f64 = 1.5;
 const BUSY: f64 = 0.7;
 /// A straggler works at least this share of the time: below, its links keep it waiting as well.
 const MOSTLY: f64 = 0.5;
-/// From this share of the time spent waiting for a turn on, there are too few processors.
+/// From this share of the time spent waiting for a core on, there are too few processors.
 const SHARED: f64 = 0.2;
 
 /// What limited a run.
@@ -52,7 +52,7 @@ pub fn limit(times: &[TimeAccount], waits: &[(u32, f64)], wall: f64) -> Limit {
         _ if busy.len() > 1 && most > STRAGGLER * median && most > MOSTLY * wall => {
             Limit::Straggler { worker, busy: most, median }
         }
-        _ if times.iter().any(|t| f64::from(t.turn) > SHARED * wall) => Limit::Processors,
+        _ if times.iter().any(|t| f64::from(t.wait_core) > SHARED * wall) => Limit::Processors,
         Some((link, waited)) if most < BUSY * wall => Limit::Link { link, waited, busiest: most / wall },
         _ => Limit::Work,
     }
@@ -89,7 +89,7 @@ pub fn describe(setup: &Setup, totals: &Totals) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::metrics::PHASES;
+    use crate::metrics::PHASES;
 
     fn busy(forward: f32) -> TimeAccount {
         let mut phases = [0.0; PHASES];

@@ -37,7 +37,7 @@ impl Run {
         self.dir.path().join("run")
     }
 
-    /// Batches of clips of the newest checkpoint.
+    /// Batches of the newest checkpoint.
     pub fn newest(&self) -> u64 {
         checkpoint::latest(&self.folder().join("checkpoints")).unwrap().unwrap().manifest().batches
     }

@@ -9,6 +9,7 @@ pub mod jobs;
 pub mod mpirun;
 pub mod numbers;
 pub mod program;
+pub mod reference;
 pub mod runs;
 pub mod tmpfs;
 

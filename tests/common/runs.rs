@@ -5,14 +5,9 @@ use std::path::{Path, PathBuf};
 
 use sideways::checkpoint::Checkpoint;
 use sideways::comm::World;
-use sideways::config::{Config, Rule};
+use sideways::config::Config;
 use sideways::data::{Encoding, ShardHeader, ShardWriter};
-use sideways::pipeline::bp;
-use sideways::pipeline::stop::Requests;
-use sideways::setup::{Purpose, Setup};
-use sideways::trainer::console::Totals;
-use sideways::trainer::run;
-use sideways::trainer::run_range::Span;
+use sideways::trainer::{Totals, Trainer};
 
 use super::numbers::flat;
 
@@ -73,18 +68,12 @@ pub fn config(dir: &Path, sets: &[&str]) -> Config {
 
 /// Trains in this process.
 pub fn train(config: &Config, stop_after: Option<u64>) -> Totals {
-    let setup = Setup::new(config, 1, Purpose::Train).unwrap();
-    let span = Span::of_training(&setup, &World::Alone, stop_after).unwrap();
-    match config.train.rule {
-        Rule::Bp => bp::train(&setup, &span, &Requests::default(), &mut |_| ()),
-        _ => run::train(&setup, &World::Alone, &span, &Requests::default(), &mut |_| ()),
-    }
-    .unwrap()
+    Trainer::new(&World::Alone, config, stop_after).unwrap().run(&mut |_| ()).unwrap()
 }
 
-/// All tensors of a run's checkpoint after `clips` batches, flattened.
-pub fn tensors(run: &Path, clips: u64) -> HashMap<String, Vec<f64>> {
-    let at: PathBuf = run.join(format!("checkpoints/step-{clips:08}"));
+/// All tensors of a run's checkpoint after `batches` batches, flattened.
+pub fn tensors(run: &Path, batches: u64) -> HashMap<String, Vec<f64>> {
+    let at: PathBuf = run.join(format!("checkpoints/step-{batches:08}"));
     let loaded = Checkpoint::open(&at).unwrap().load(|_| true).unwrap();
     let all: HashMap<_, _> = loaded.into_iter().map(|(name, t)| (name, flat(&t).unwrap())).collect();
     assert!(!all.is_empty() && all.values().flatten().any(|v| *v != 0.0), "{}: nothing in it", at.display());

@@ -27,7 +27,7 @@ const FUTURE: [&str; 3] = [
     "model.modules=3",
 ];
 
-/// Twenty batches of clips: parameters, running statistics and the optimiser's memory agree to 1e-3 of their norms, though
+/// Twenty batches: parameters, running statistics and the optimiser's memory agree to 1e-3 of their norms, though
 /// every product is summed in another order.
 #[test]
 fn twenty_clips_end_where_the_cpus_do() {
@@ -249,6 +249,9 @@ fn clear_errors() {
     let bp = place.train("bp", 0, &["train.rule=bp"], &[]);
     assert_eq!(bp.status.code(), Some(2), "{}", text(&bp));
     assert!(text(&bp).contains("exact back-propagation on the CPU"), "{}", text(&bp));
+    // Left to choose, it computes there, whatever GPUs there are.
+    let bp = place.train("bp", 0, &["train.rule=bp", "run.device=auto"], &[]);
+    assert!(bp.status.success() && !text(&bp).contains("computes on GPU"), "{}", text(&bp));
     let shared = place.train("shared", 2, &[], &[]);
     assert!(shared.status.success() && text(&shared).contains("share GPU 0"), "{}", text(&shared));
 }

@@ -6,14 +6,17 @@
 
 use std::path::Path;
 
+use candle_core::{DType, Device};
+
+use crate::common::reference;
 use crate::common::runs::{assert_close, config, shard, tensors, train, with_prefix};
 use sideways::config::Config;
 use sideways::data::FrameStream;
-use sideways::pipeline::head::Head;
-use sideways::pipeline::reference;
-use sideways::pipeline::worker::pass;
+use sideways::nn::head::Head;
+use sideways::nn::layers::Pass;
+use sideways::nn::module::Module;
+use sideways::nn::param::Init;
 use sideways::setup::{Purpose, Setup};
-use sideways::trainer::run::modules;
 
 /// Never update within a run: gradients pile up.
 const PILE_UP: &str = "train.update_every=1000000";
@@ -21,16 +24,22 @@ const PILE_UP: &str = "train.update_every=1000000";
 /// Exact gradient of the sum of the losses at the steps `counted` says, for the first clip.
 fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collections::HashMap<String, Vec<f64>> {
     let setup = Setup::new(config, 1, Purpose::Train).unwrap();
-    let mut modules = modules(&setup).unwrap();
+    let module = |i| {
+        let spec = setup.stage_spec(i);
+        let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu };
+        Module::new(i, &spec.layers, spec.main, &spec.skips, spec.fuse, &init).unwrap()
+    };
+    let mut modules: Vec<_> = (1..=setup.grid.modules).map(module).collect();
     let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
-    let mut head = Head::new(config.model.task, config.model.loss, config.data.batch, setup.classes);
+    let mut head = Head::new(setup.head(), config.data.batch);
     head.begin(&stream.begin(0).unwrap().labels);
     let mut frame = |t: usize| stream.frame(t);
-    let passes = |t: usize| pass(true, 0, 0, t);
+    // No layer of these networks is random.
+    let passes = |_: usize| Pass { training: true, key: 0 };
     let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame).unwrap();
     let steps = run.last().len();
     let gradients = run.last().iter().enumerate().map(|(t, y)| match counted(t, steps) {
-        true => head.loss(y, None, true).unwrap(),
+        true => Some(head.loss(y, None).unwrap()),
         false => None,
     });
     let gradients = gradients.collect();
@@ -66,6 +75,40 @@ fn one_module_is_back_propagation() {
     let sideways = sum_of_pseudo_gradients(dir.path(), "one", &one);
     let exact = exact(&config(dir.path(), &one), |_, _| true);
     assert_close(&sideways, &exact, 1e-5, "D = 1");
+}
+
+/// The loop under rule = "bp": one update of plain SGD is the mean of the gradients, whatever the edges, held ones among them.
+#[test]
+fn the_loop_under_bp_is_back_propagation() {
+    for skip in [
+        "",
+        "model.skip={ spans = [2, 3] }",
+        "model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }",
+        "model.skip={ spans = [3], delay = 2 }",
+        "model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }",
+    ] {
+        for boundary in ["train.boundary=flow", "train.boundary=cut"] {
+            let dir = tempfile::tempdir().unwrap();
+            shard(&dir.path().join("train.h5"), 4, 14, false);
+            let plain = "train.optimizer={ kind = 'sgd', lr = 1.0, momentum = 0.0 }";
+            let sets: Vec<&str> = ["train.rule=bp", "train.batches=1", plain, skip, boundary]
+                .into_iter()
+                .filter(|s| !s.is_empty())
+                .collect();
+            let config = config(dir.path(), &sets);
+            train(&config, None);
+            let [before, after] = [0, 1].map(|batches| tensors(&config.run.dir, batches));
+            let exact = exact(&config, |_, _| true);
+            let steps = Setup::new(&config, 1, Purpose::Train).unwrap().schedule.steps(5) as f64;
+            let moved = exact.keys().map(|name| {
+                assert_eq!(before[name].len(), after[name].len(), "{name}");
+                let moved = before[name].iter().zip(&after[name]).map(|(b, a)| (b - a) * steps);
+                (name.clone(), moved.collect())
+            });
+            // A parameter of size 1 is known to 1e-7, and moves by some 1e-3.
+            assert_close(&moved.collect(), &exact, 2e-3, &format!("{skip} {boundary}"));
+        }
+    }
 }
 
 /// Several modules on moving frames: they must differ, or the tests of equality would prove nothing.

@@ -135,7 +135,7 @@ fn a_simulated_tick_is_that_of_the_slowest_or_of_all() {
         let one = chain(5, 40, skip);
         let expected: f64 = (1..=5)
             .map(|i| {
-                let share = one.schedule.steps(i).iter().filter(|s| s.backward).count() as f64 / 40.0;
+                let share = one.schedule.backwards(i).count() as f64 / 40.0;
                 costs[i - 1].forward + share * costs[i - 1].backward
             })
             .sum();

@@ -2,24 +2,41 @@
 
 use std::collections::HashMap;
 
+use sideways::Result;
 use sideways::method::graph::{Edge, Graph};
-use sideways::method::schedule::{Boundary, LossAt, Schedule};
+use sideways::method::{Boundary, LossAt, Rule, Schedule};
 
 fn graph(modules: usize, spans: &[usize], delay: usize) -> Graph {
     Graph::new(modules, &Graph::skips_of_spans(modules, spans, delay).unwrap()).unwrap()
 }
 
+fn training(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Schedule> {
+    Schedule::training(graph, frames, Rule::SkipSideways, boundary, loss)
+}
+
 /// A row a module, a word a step: F or B (also backward), then what arrives on each input edge (the sender's step, `-`
 /// for a held one), then `/` and the receivers' steps whose cotangents arrive (`.` for none).
 fn table(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Vec<String> {
-    let schedule = Schedule::new(graph, frames, boundary, loss, true).unwrap();
+    let schedule = training(graph, frames, boundary, loss).unwrap();
     let word = |o: &Option<usize>, none: &str| o.map_or(none.to_string(), |t| t.to_string());
     (1..=graph.modules())
         .map(|i| {
-            let cells = schedule.steps(i).iter().map(|s| {
-                let arrives: Vec<String> = s.receive.iter().map(|r| word(r, "-")).collect();
-                let returns: Vec<String> = s.cotangent.iter().map(|c| word(c, ".")).collect();
-                format!("{}{}/{}", if s.backward { 'B' } else { 'F' }, arrives.join(","), returns.join(","))
+            let cells = schedule.window(i).iter().enumerate().map(|(step, tick)| {
+                let forward = tick.forward.as_ref().unwrap();
+                let arrives: Vec<String> = forward.receive.iter().map(|r| word(r, "-")).collect();
+                let mut returns = vec![".".to_string(); graph.outputs(i).count()];
+                for arrival in &tick.cotangents {
+                    // Added to the step at hand: that is what makes it a pseudo-gradient.
+                    assert_eq!(arrival.step, step);
+                    returns[arrival.output] = arrival.sent_at.to_string();
+                }
+                assert!(forward.step == step && tick.backward.as_ref().is_none_or(|backward| backward.step == step));
+                format!(
+                    "{}{}/{}",
+                    if tick.backward.is_some() { 'B' } else { 'F' },
+                    arrives.join(","),
+                    returns.join(",")
+                )
             });
             cells.collect::<Vec<_>>().join(" ")
         })
@@ -65,12 +82,38 @@ fn future_frames_have_no_loss_past_the_clip() {
 
 #[test]
 fn clips_too_short_are_refused() {
-    let of = |frames| Schedule::new(&graph(6, &[2, 3], 1), frames, Boundary::Flow, LossAt::EveryStep, true);
+    let of = |frames| training(&graph(6, &[2, 3], 1), frames, Boundary::Flow, LossAt::EveryStep);
     assert!(of(8).is_ok());
     let text = of(7).unwrap_err().to_string();
     assert!(text.contains("from 8 frames on"), "{text}");
-    let text = Schedule::new(&graph(3, &[], 1), 5, Boundary::Flow, LossAt::Ahead(5), true).unwrap_err().to_string();
+    let text = training(&graph(3, &[], 1), 5, Boundary::Flow, LossAt::Ahead(5)).unwrap_err().to_string();
     assert!(text.contains("5 frames have no target"), "{text}");
+}
+
+/// The forward and the backward passes of module `i` by step under exact back-propagation, and when.
+fn exact(graph: &Graph, i: usize) -> String {
+    let schedule = Schedule::training(graph, 4, Rule::Bp, Boundary::Flow, LossAt::EveryStep).unwrap();
+    let cells = schedule.window(i).iter().map(|tick| {
+        let forward = tick.forward.as_ref().map_or(String::new(), |forward| format!("F{}", forward.step));
+        let arrivals = tick.cotangents.iter().map(|a| format!("+{}.{}>{}", a.output, a.sent_at, a.step));
+        let backward = tick.backward.as_ref().map_or(String::new(), |backward| format!("B{}", backward.step));
+        format!("{}:{forward}{}{backward}", tick.at, arrivals.collect::<String>())
+    });
+    cells.collect::<Vec<_>>().join(" ")
+}
+
+/// All forward passes, then all backward ones in reverse; every cotangent goes to the step whose output was used.
+#[test]
+fn exact_back_propagation() {
+    let chain = graph(3, &[], 1);
+    assert_eq!(exact(&chain, 1), "0:F0 1:F1 2:F2 3:F3 8:+0.3>3B3 9:+0.2>2B2 10:+0.1>1B1 11:+0.0>0B0");
+    assert_eq!(exact(&chain, 3), "2:F0 3:F1 4:F2 5:F3 6:B3 7:B2 8:B1 9:B0");
+    // Module 3 reads module 1's next step through the skip, and its last one twice: both cotangents go to step 3. They come a
+    // tick before the main path's for the same step, and the sum waits.
+    assert_eq!(
+        exact(&graph(3, &[2], 1), 1),
+        "0:F0 1:F1 2:F2 3:F3 7:+1.3>3 8:+1.2>3+0.3>3B3 9:+1.1>2+0.2>2B2 10:+1.0>1+0.1>1B1 11:+0.0>0B0"
+    );
 }
 
 /// What is sent is what is received, in the same order, on every edge and in both directions.
@@ -80,21 +123,23 @@ fn every_message_sent_is_received() {
     for d in 1..=6 {
         for spans in [&[][..], &[2], &[3], &[2, 3], &[2, 5]] {
             let spans: Vec<usize> = spans.iter().copied().filter(|&s| s < d).collect();
-            for delay in [1, 2] {
+            for (delay, rule) in [(1, Rule::SkipSideways), (2, Rule::SkipSideways), (1, Rule::Bp), (2, Rule::Bp)] {
                 for boundary in [Boundary::Flow, Boundary::Cut] {
                     let graph = graph(d, &spans, delay);
-                    let schedule = Schedule::new(&graph, 14, boundary, LossAt::EveryStep, true).unwrap();
+                    let schedule = Schedule::training(&graph, 14, rule, boundary, LossAt::EveryStep).unwrap();
                     for edge in graph.edges() {
-                        let (from, to) = (schedule.steps(edge.from), schedule.steps(edge.to));
                         let out = graph.outputs(edge.from).position(|e| e == edge).unwrap();
                         let inn = graph.inputs(edge.to).position(|e| e == edge).unwrap();
-                        let sent: Vec<usize> = (0..from.len()).filter(|&t| from[t].send[out]).collect();
-                        let got: Vec<usize> = to.iter().filter_map(|s| s.receive[inn]).collect();
-                        assert_eq!(sent, got, "{edge}");
+                        let sent = schedule.forwards(edge.from).filter(|f| f.send[out]).map(|f| f.step);
+                        let got = schedule.forwards(edge.to).filter_map(|f| f.receive[inn]);
+                        let sent: Vec<usize> = sent.collect();
+                        assert_eq!(sent, got.collect::<Vec<_>>(), "{edge}");
                         assert!(!sent.is_empty(), "{edge}: nothing is sent");
-                        let back: Vec<usize> = (0..to.len()).filter(|&t| to[t].wanted[inn]).collect();
-                        let used: Vec<usize> = from.iter().filter_map(|s| s.cotangent[out]).collect();
-                        assert_eq!(back, used, "{edge} cotangents");
+                        let back = schedule.backwards(edge.to).filter(|b| b.send[inn]).map(|b| b.step);
+                        let arrivals = schedule.window(edge.from).iter().flat_map(|tick| &tick.cotangents);
+                        let used = arrivals.filter(|a| a.output == out).map(|a| a.sent_at);
+                        let back: Vec<usize> = back.collect();
+                        assert_eq!(back, used.collect::<Vec<_>>(), "{edge} cotangents");
                         assert!(!back.is_empty(), "{edge}: no cotangent is sent");
                         edges += 1;
                     }
@@ -102,7 +147,36 @@ fn every_message_sent_is_received() {
             }
         }
     }
-    assert!(edges > 200, "{edges}");
+    assert!(edges > 400, "{edges}");
+}
+
+/// A message takes a tick; a sum is complete before it is used, and used once.
+#[test]
+fn messages_take_a_tick_and_sums_are_complete() {
+    for rule in [Rule::SkipSideways, Rule::Bp] {
+        for boundary in [Boundary::Flow, Boundary::Cut] {
+            let graph = graph(5, &[2, 3], 1);
+            let schedule = Schedule::training(&graph, 12, rule, boundary, LossAt::EveryStep).unwrap();
+            for i in 1..=5 {
+                let mut done = Vec::new();
+                for tick in schedule.window(i) {
+                    for arrival in &tick.cotangents {
+                        let edge = graph.outputs(i).nth(arrival.output).unwrap();
+                        let made = schedule.window(edge.to).iter().find(|there| {
+                            there.backward.as_ref().is_some_and(|backward| backward.step == arrival.sent_at)
+                        });
+                        assert_eq!(made.map(|there| there.at + 1), Some(tick.at), "module {i}, {arrival:?}");
+                        assert!(!done.contains(&arrival.step), "module {i}: {arrival:?} comes too late");
+                    }
+                    done.extend(tick.backward.as_ref().map(|backward| backward.step));
+                }
+                let mut once = done.clone();
+                once.sort();
+                once.dedup();
+                assert!(once.len() == done.len() && !done.is_empty());
+            }
+        }
+    }
 }
 
 /// Freely running modules, every queue holding as many messages as the edge's delay: all clips finish.
@@ -111,7 +185,7 @@ fn bounded_queues_never_deadlock() {
     for spans in [&[][..], &[2], &[3], &[2, 3], &[2, 5], &[5]] {
         for (delay, boundary) in [(1, Boundary::Flow), (2, Boundary::Flow), (1, Boundary::Cut)] {
             let graph = graph(6, spans, delay);
-            let schedule = Schedule::new(&graph, 14, boundary, LossAt::EveryStep, true).unwrap();
+            let schedule = training(&graph, 14, boundary, LossAt::EveryStep).unwrap();
             assert!(runs_through(&graph, &schedule, 3, 0), "{spans:?} {delay} {boundary:?}");
             // With one place less they do.
             assert!(!runs_through(&graph, &schedule, 3, 1), "{spans:?} {delay} {boundary:?}");
@@ -125,16 +199,21 @@ type Action = (bool, Edge, &'static str);
 fn program(graph: &Graph, schedule: &Schedule, i: usize, clips: usize) -> Vec<Action> {
     let mut actions = Vec::new();
     for _ in 0..clips {
-        for step in schedule.steps(i) {
+        for tick in schedule.window(i) {
             let inputs: Vec<&Edge> = graph.inputs(i).collect();
             let outputs: Vec<&Edge> = graph.outputs(i).collect();
             let mut add = |put, edges: &[&Edge], which: Vec<bool>, kind| {
                 actions.extend(edges.iter().zip(which).filter(|(_, w)| *w).map(|(e, _)| (put, **e, kind)));
             };
-            add(false, &inputs, step.receive.iter().map(Option::is_some).collect(), "forward");
-            add(true, &outputs, step.send.clone(), "forward");
-            add(false, &outputs, step.cotangent.iter().map(Option::is_some).collect(), "back");
-            add(true, &inputs, step.wanted.clone(), "back");
+            if let Some(forward) = &tick.forward {
+                add(false, &inputs, forward.receive.iter().map(Option::is_some).collect(), "forward");
+                add(true, &outputs, forward.send.clone(), "forward");
+            }
+            let arrives = |k| tick.cotangents.iter().any(|arrival| arrival.output == k);
+            add(false, &outputs, (0..outputs.len()).map(arrives).collect(), "back");
+            if let Some(backward) = &tick.backward {
+                add(true, &inputs, backward.send.clone(), "back");
+            }
         }
     }
     actions

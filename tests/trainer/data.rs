@@ -8,13 +8,8 @@ use crate::common::jobs::{Job, Run};
 use crate::common::mpirun::{mpirun, text};
 use crate::common::program::{MINUTE, PROGRAM, wait_for};
 use crate::common::runs::{SIDE, config, shard, tensors, train};
-use sideways::comm::World;
-use sideways::config::Rule;
-use sideways::pipeline::bp;
-use sideways::pipeline::stop::{self, Requests};
-use sideways::setup::{Purpose, Setup};
-use sideways::trainer::run;
-use sideways::trainer::run_range::Span;
+use sideways::comm::{Orders, World};
+use sideways::trainer::Trainer;
 
 /// A run over two shards, and the second's path.
 fn two_shards(sets: &[&str]) -> (Run, PathBuf) {
@@ -53,7 +48,7 @@ fn assert_ends_with_all_that_was_done(run: &Run, lost: &Path, cut: bool, mend: i
     assert!(run.lines_of_metrics() == (1..=clips).collect::<Vec<_>>() && clips >= 5, "{clips} clips");
     let (said, checkpoint) = (log(run), format!("step-{clips:08}"));
     let why = if cut { "truncated while in use" } else { "No such file" };
-    for part in [why, &lost.display().to_string(), "clip ", &checkpoint, "the same command goes on"] {
+    for part in [why, &lost.display().to_string(), "batch ", &checkpoint, "the same command goes on"] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }
     mend();
@@ -96,15 +91,12 @@ fn a_clip_that_cannot_be_read_first_leaves_the_checkpoint_alone() {
         train(&config, Some(2));
         let checkpoint = config.run.dir.join("checkpoints/step-00000002");
         let before = std::fs::metadata(&checkpoint).unwrap().ino();
-        let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
-        let span = Span::of_training(&setup, &World::Alone, None).unwrap();
+        let trainer = Trainer::new(&World::Alone, &config, None).unwrap();
         std::fs::remove_file(data).unwrap();
-        let totals = match config.train.rule {
-            Rule::Bp => bp::train(&setup, &span, &Requests::default(), &mut |_| ()),
-            _ => run::train(&setup, &World::Alone, &span, &Requests::default(), &mut |_| ()),
-        }
-        .unwrap();
-        assert!(totals.decision & stop::UNDO != 0 && totals.batches == 0);
+        let totals = trainer.run(&mut |_| ()).unwrap();
+        assert!(totals.decision.contains(Orders::UNDO) && totals.batches == 0);
+        let error = trainer.conclude(&totals).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains("the same command goes on"), "{error}");
         assert_eq!(std::fs::metadata(&checkpoint).unwrap().ino(), before, "{sets:?}");
     }
 }

@@ -289,7 +289,7 @@ fn values_that_are_not_finite_are_caught_and_counted() {
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));
     let said = text(&output);
     let error = said.lines().find(|l| l.contains("error:")).unwrap_or_else(|| panic!("{said}"));
-    for part in ["module ", "clip ", "step ", "tick "] {
+    for part in ["module ", "batch ", "step ", "tick "] {
         assert!(error.contains(part) && (error.contains("not finite") || error.contains("the loss is")), "{error}");
     }
     let output = train(&["--set", "run.on_nonfinite=skip"]);

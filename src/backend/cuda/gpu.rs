@@ -158,11 +158,6 @@ impl Gpu {
         *self.allocated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts memory of this worker's that was allocated elsewhere.
-    pub fn count_allocated(&self, bytes: usize) {
-        *self.allocated.lock().unwrap_or_else(PoisonError::into_inner) += bytes;
-    }
-
     /// Makes this GPU the calling thread's: once a thread, before anything else.
     ///
     /// # Errors

@@ -8,10 +8,6 @@ use super::capture;
 use super::gpu::{Gpu, failed};
 use crate::Result;
 
-/// Pieces of host memory from this many bytes on are locked where they lie; smaller ones may share pages with others, and are
-/// copied through [`Locked`] memory.
-pub const PINNED_FROM: usize = 1 << 16;
-
 /// A piece of host memory that was to be locked.
 pub(super) struct Pinned {
     start: usize,
@@ -50,14 +46,14 @@ impl Gpu {
         Ok(())
     }
 
-    /// Locks a piece of host memory into RAM, so that copies from and to it run beside computation; once a piece. It must
-    /// outlive this, or be given to [`Gpu::unpin`]: a copy to other memory at its address would go astray. Where the driver
+    /// Locks a piece of host memory, on pages of its own, into RAM, so that copies from and to it run beside computation; once a
+    /// piece. It must outlive this, or be given to [`Gpu::unpin`]: a copy to other memory at its address would go astray. Where the driver
     /// refuses, copies still work, and are slower.
     pub fn pin(&self, memory: &[f32]) {
         let (start, bytes) = (memory.as_ptr() as usize, std::mem::size_of_val(memory));
         let end = start + bytes;
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes < PINNED_FROM || pinned.iter().any(|piece| piece.start <= start && end <= piece.end) {
+        if pinned.iter().any(|piece| piece.start <= start && end <= piece.end) {
             return;
         }
         // SAFETY: the memory exists; registering changes none of it, and it is undone when this is dropped.
@@ -84,7 +80,7 @@ impl Gpu {
     }
 }
 
-/// Locked host memory through which small messages and frames go: a copy from or to ordinary memory would be waited for.
+/// Locked host memory through which frames go: a copy from or to ordinary memory would be waited for.
 pub struct Locked {
     pointer: *mut f32,
     words: usize,

@@ -6,11 +6,12 @@
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`host_memory`] (what it copies from and to), [`shared`] (memory that
 //! other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn` and `product` (convolutions), [`param`],
-//! `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`]; [`peak`],
-//! [`wait`] (for benchmarks).
+//! `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`], `stage`; [`peak`],
+//! [`probe`], [`timed`] (for benchmarks). What callers use of all this, `cuda_off.rs` stands in for in a program without CUDA.
 
 mod capture;
 mod dnn;
+mod event;
 pub mod gpu;
 pub mod host_memory;
 mod kernels;
@@ -21,9 +22,45 @@ pub mod ops;
 pub mod optim;
 pub mod param;
 pub mod peak;
+pub mod probe;
 mod product;
 pub mod shared;
-pub mod wait;
+mod stage;
+pub mod timed;
 
-pub use gpu::{Array, Element, Gpu, device_count};
+pub use event::{Clock, Event};
+pub use gpu::{Array, Element, Gpu, describe, device_count};
 pub use libraries::check;
+pub use peak::Peaks;
+pub use probe::Probe;
+pub use shared::Place;
+
+use super::stage::{CpuStage, Stage};
+use super::{GpuPlacement, stage::StageSpec};
+use crate::Result;
+
+/// Moves a stage of the host to a GPU.
+///
+/// # Errors
+/// [`crate::Error::Input`] if the GPU is too small for it; [`crate::Error::Run`] if CUDA fails.
+pub fn stage(host: CpuStage, placement: &GpuPlacement) -> Result<Box<dyn Stage>> {
+    Ok(Box::new(stage::CudaStage::new(host, placement)?))
+}
+
+/// A stage on GPU number `ordinal` whose passes wait for `seconds` each, its messages copied as a module's are; `alone` in its
+/// process or not.
+///
+/// # Errors
+/// As [`Gpu::open`].
+pub fn timed_stage(spec: StageSpec, ordinal: usize, seconds: f64, alone: bool) -> Result<Box<dyn Stage>> {
+    Ok(Box::new(timed::CudaTimedStage::new(spec, ordinal, seconds, alone)?))
+}
+
+/// The GPUs that the program could use here, or why it cannot use any.
+pub fn usable() -> (usize, String) {
+    match device_count() {
+        Ok(0) => (0, "the driver shows this process none".into()),
+        Ok(count) => (count, String::new()),
+        Err(e) => (0, e.to_string()),
+    }
+}

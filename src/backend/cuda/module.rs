@@ -12,7 +12,6 @@ use super::layers::{Backward, Builder, Conv2d, Layer, Needs, Scratch, Sequence, 
 use super::ops::{self, Accumulation};
 use super::param::{HostParams, Param};
 use crate::backend::cpu::conv::Conv;
-use crate::network::{ModuleSpec, Network};
 use crate::nn::layers::Pass;
 use crate::nn::module::{self, Fuse, SkipInput, fused_shape};
 use crate::nn::spec::{LayerSpec, Shape};
@@ -84,27 +83,11 @@ enum Captured {
 }
 
 impl Module {
-    /// Module `index` (from 1) of `network` with the parameters of the host's `module`.
+    /// The module of `plan` with the parameters of the host's `module`.
     ///
     /// # Errors
     /// [`Error::Input`] where shapes do not fit, [`Error::Run`] if the GPU has no memory for it.
-    pub fn new(
-        gpu: &Arc<Gpu>,
-        network: &Network,
-        index: usize,
-        module: &mut module::Module,
-        placing: Placing,
-    ) -> Result<Self> {
-        let ModuleSpec { main, skips, .. } = &network.modules[index - 1];
-        let plan = Plan { index, layers: &network.layers_of(index), main: *main, skips, fuse: network.fuse };
-        Module::planned(gpu, &plan, module, placing)
-    }
-
-    /// As [`Module::new`], of layers that need no network around them.
-    ///
-    /// # Errors
-    /// As [`Module::new`].
-    pub fn planned(gpu: &Arc<Gpu>, plan: &Plan, module: &mut module::Module, placing: Placing) -> Result<Self> {
+    pub fn new(gpu: &Arc<Gpu>, plan: &Plan, module: &mut module::Module, placing: Placing) -> Result<Self> {
         let Placing { batch, element, training, .. } = placing;
         let &Plan { index, main, fuse, .. } = plan;
         let params = HostParams::of(module, element, training)?;

@@ -104,13 +104,39 @@ impl Ring {
         self.memory.pointer() + (self.offset + n % self.places * self.stride) as u64
     }
 
-    /// The places as arrays.
+    /// The places, each as one end of the link uses it.
+    pub fn places(&self) -> Vec<Place> {
+        let place = |n| Place { memory: self.memory.clone(), offset: self.offset + n * self.stride };
+        (0..self.places).map(place).collect()
+    }
+}
+
+/// A message's place in device memory.
+#[derive(Clone, Debug)]
+pub struct Place {
+    memory: Arc<Shared>,
+    offset: usize,
+}
+
+impl Place {
+    /// A place for `bytes` on GPU number `ordinal`, of this process alone.
+    ///
+    /// # Errors
+    /// As [`Port::open`] and [`Port::allocate`].
+    pub fn allocate(ordinal: usize, bytes: usize) -> Result<Place> {
+        let place = Place { memory: Port::open(ordinal)?.allocate(bytes, false)?, offset: 0 };
+        // SAFETY: as long as allocated.
+        unsafe { result::memset_d8_sync(place.memory.pointer(), 0, bytes) }
+            .map_err(|e| failed("clearing memory", &e))?;
+        Ok(place)
+    }
+
+    /// Its first `elements`.
     ///
     /// # Errors
     /// As [`Array::within`].
-    pub fn arrays(&self, elements: usize, element: Element) -> Result<Vec<Array>> {
-        let offset = |n| self.offset + n * self.stride;
-        (0..self.places).map(|n| Array::within(&self.memory, offset(n), elements, element)).collect()
+    pub(super) fn array(&self, elements: usize, element: Element) -> Result<Array> {
+        Array::within(&self.memory, self.offset, elements, element)
     }
 }
 

@@ -11,8 +11,6 @@ use crate::setup::site::{self, Site};
 use crate::{Error, Result};
 
 mod data;
-#[cfg(feature = "cuda")]
-mod device_link;
 mod layers;
 mod link;
 mod overlap;
@@ -70,7 +68,7 @@ pub struct OverlapArgs {
     /// Payload of every message.
     #[arg(long, default_value = "1MiB", value_parser = parse_bytes)]
     pub bytes: usize,
-    /// Ticks that count, after a warm-up of two a worker.
+    /// Ticks of a batch, and two more a worker; one batch warms up, the next one counts.
     #[arg(long, default_value_t = 200)]
     pub ticks: u64,
     /// Where modules wait, and their arrays are.
@@ -93,7 +91,6 @@ fn gpu_of(world: &World, on: On) -> Result<Option<usize>> {
     let choice = if on == On::Cuda { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
     match site::choose(world, choice)? {
         Site::Cpu => Ok(None),
-        #[cfg(feature = "cuda")]
         Site::Gpu { ordinal, .. } => Ok(Some(ordinal)),
     }
 }

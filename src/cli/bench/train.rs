@@ -13,9 +13,7 @@ use crate::cli::output::table;
 use crate::comm::World;
 use crate::config::{Config, Globs, Rule, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
-use crate::pipeline::bp;
-use crate::pipeline::metrics::{PHASES, TimeAccount};
-use crate::pipeline::stop::Requests;
+use crate::metrics::{PHASES, TimeAccount};
 use crate::plan::cut::{cut, times_together};
 use crate::plan::gpu::{OnGpu, chosen};
 use crate::plan::predict::{Parts, Prediction, predict};
@@ -25,9 +23,7 @@ use crate::setup::{Purpose, Setup};
 use crate::sys::cpus::{at_once, own_processors, parallelism};
 use crate::sys::host::hostname;
 use crate::sys::memory::peak_memory;
-use crate::trainer::console::ClipSummary;
-use crate::trainer::run;
-use crate::trainer::run_range::Span;
+use crate::trainer::{BatchSummary, Trainer};
 use crate::{Error, Result};
 
 /// Options of `sideways bench train`.
@@ -102,47 +98,41 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     // the last ones let it run empty.
     let from = depth + 1;
     let (to, end) = (from + args.batches, from + args.batches + depth);
-    let span = Span { first: 0, end, total: end, from: None, record: false };
+    let trainer = Trainer::unrecorded(world, setup, end);
+    let setup = trainer.setup();
     let mut begun = Instant::now();
     let mut seconds = 0.0;
     let mut time = vec![[0.0f64; PHASES]; setup.grid.workers()];
-    let mut observer = |summary: &ClipSummary| {
-        if summary.clips == from {
+    let mut observer = |summary: &BatchSummary| {
+        if summary.batches == from {
             begun = Instant::now();
         }
-        if summary.clips == to {
+        if summary.batches == to {
             seconds = begun.elapsed().as_secs_f64();
         }
-        if summary.clips > from && summary.clips <= to {
+        if summary.batches > from && summary.batches <= to {
             for (sum, report) in time.iter_mut().zip(&summary.reports) {
                 sum.iter_mut().zip(report.time.to_array()).for_each(|(s, t)| *s += f64::from(t));
             }
         }
     };
-    let requests = Requests::default();
-    match config.train.rule {
-        Rule::Bp => bp::train(&setup, &span, &requests, &mut observer)?,
-        Rule::Sideways | Rule::SkipSideways => run::train(&setup, world, &span, &requests, &mut observer)?,
-    };
+    trainer.run(&mut observer)?;
     let peaks = world.gather(&peak_memory().to_le_bytes())?;
     // Behind the peak memory, which measuring layers would raise.
-    let gpu = world.first_error(chosen(&config.run))?;
+    let gpu = world.first_error(chosen(&config))?;
     let processors = processors(world, &config, gpu.is_some())?;
-    let predicted = match config.train.rule {
-        Rule::Sideways | Rule::SkipSideways => times_together(world, &setup, Parts::Modules, args.fresh)?
-            .map(|profile| predict(&setup, &profile, &processors)),
-        Rule::Bp => None,
-    };
+    let predicted =
+        times_together(world, setup, Parts::Modules, args.fresh)?.map(|profile| predict(setup, &profile, &processors));
     if world.rank() > 0 {
         return Ok(());
     }
     let peak: u64 = peaks.iter().filter_map(|peak| Some(u64::from_le_bytes(peak.as_slice().try_into().ok()?))).sum();
-    let outcome = outcome(&setup, world, args, seconds, &time, peak as f64 / MIB, predicted.as_ref());
+    let outcome = outcome(setup, world, args, seconds, &time, peak as f64 / MIB, predicted.as_ref());
     let outcome = Outcome { gpu, ..outcome };
     if args.json {
         outln!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
     } else {
-        print(&setup, &outcome);
+        print(setup, &outcome);
     }
     Ok(())
 }
@@ -158,8 +148,8 @@ fn outcome(
 ) -> Outcome {
     let (grid, config) = (setup.grid, &setup.config);
     let ticks = (args.batches as usize * config.data.frames) as f64;
-    let steps: usize = (1..=grid.modules).map(|i| setup.schedule.steps(i).len()).sum();
-    let backward = (1..=grid.modules).flat_map(|i| setup.schedule.steps(i)).filter(|s| s.backward).count();
+    let steps: usize = (1..=grid.modules).map(|i| setup.schedule.steps(i)).sum();
+    let backward = (1..=grid.modules).flat_map(|i| setup.schedule.backwards(i)).count();
     let mut busy = vec![0.0; grid.ranks];
     let accounts: Vec<TimeAccount> = time.iter().map(|t| TimeAccount::from_array(t.map(|x| x as f32))).collect();
     accounts.iter().enumerate().for_each(|(w, t)| busy[grid.rank_of(w)] += f64::from(t.busy()));
@@ -217,9 +207,6 @@ fn print(setup: &Setup, o: &Outcome) {
         o.peak_mib,
         100.0 * o.backward_share
     );
-    if setup.config.train.rule == Rule::Bp {
-        return;
-    }
     outln!("ms a tick (wall, so modules that share a core count each other's):");
     let row = |(w, ms): (usize, &[f64; 5])| {
         let (i, r) = setup.grid.module_and_replica(w);
@@ -289,7 +276,7 @@ fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Res
 fn processors(world: &World, config: &Config, on_gpu: bool) -> Result<Processors> {
     let slots = if on_gpu { 1 } else { at_once(config.run.threads) };
     let mine = if on_gpu {
-        let site = site::choose(world, config.run.device)?;
+        let site = site::choose(world, config.training_device())?;
         format!("{} {site:?}", hostname())
     } else {
         format!("{} {:?}", hostname(), own_processors())

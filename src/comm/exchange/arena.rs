@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::on::announcing;
+use super::settle::announcing;
 use crate::Result;
 use crate::backend::cuda::shared::{HANDLE, Port, Ring, Shared, aligned};
 use crate::comm::{LinkSpec, World};

@@ -144,7 +144,7 @@ struct Ends {
 
 impl Ends {
     fn take(ends: &mut Endpoints, id: u32) -> Self {
-        Ends { sender: ends.sender(id), receiver: ends.receiver(id) }
+        Ends { sender: ends.sender(id).ok(), receiver: ends.receiver(id).ok() }
     }
 }
 
@@ -175,11 +175,11 @@ impl Direction<'_> {
                 sender.start(&header)?;
             }
             if let Some(receiver) = &mut out.receiver {
-                let came = receiver.wait(&header)?;
+                let received = receiver.wait(&header)?;
                 if let Some(values) = &mut values {
                     values.wait()?;
                 }
-                self.arrive(way, came, round, &mut trouble)?;
+                self.arrive(way, received, round, &mut trouble)?;
                 if let Some(values) = &mut values {
                     values.start()?;
                 }
@@ -204,7 +204,7 @@ impl Direction<'_> {
         let (source, words) = (self.memory[0].pointer(), self.link.words);
         // SAFETY: as long as the link's messages; everything is waited for.
         unsafe { self.port.write(source, &self.values(round)) }?;
-        let slot = sender.slot()?;
+        let slot = sender.host_slot()?;
         let start = match (way, self.ring) {
             (Way::Peer, Some(ring)) => {
                 let start = Instant::now();
@@ -227,14 +227,14 @@ impl Direction<'_> {
     }
 
     /// Brings the values to the GPU, and in the first round looks at them.
-    fn arrive(&self, way: Way, came: &[f32], round: usize, trouble: &mut Option<String>) -> Result<()> {
+    fn arrive(&self, way: Way, received: &[f32], round: usize, trouble: &mut Option<String>) -> Result<()> {
         let at = match (way, self.ring) {
             (Way::Peer, Some(ring)) => ring.place(round),
             _ => {
                 let landing = self.memory[1].pointer();
-                self.port.pin(came);
+                self.port.pin(received);
                 // SAFETY: as long as the largest message; waited for.
-                unsafe { self.port.write(landing, came) }?;
+                unsafe { self.port.write(landing, received) }?;
                 landing
             }
         };

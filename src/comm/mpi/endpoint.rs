@@ -92,7 +92,8 @@ impl Sender {
     pub(in crate::comm) fn start(&mut self, header: &Header) -> Result<()> {
         self.ring.link.check_outgoing(header)?;
         self.slot()?;
-        *self.ring.buffer().header_mut() = header.encode(self.ring.sequence);
+        let words = header.encode(self.ring.sequence);
+        self.ring.buffer().set_header(words);
         self.ring.start(HEADER_WORDS + header.words as usize)?;
         self.last = Some(*header);
         // The thread may be in a long pause: a message that needs several rounds should not wait for it.
@@ -140,7 +141,7 @@ impl Receiver {
                 session.core.wait_for(self.ring.slot(), link, || link.receive_timeout(expected))?;
                 let received = self.ring.slot().received.load(Ordering::Relaxed) as usize;
                 let sequence = self.ring.sequence;
-                let words = *self.ring.buffer().header();
+                let words = self.ring.buffer().header();
                 let received = received.saturating_sub(HEADER_WORDS);
                 *self.held.insert(self.ring.link.check_incoming(&words, sequence, Some(received))?)
             }
@@ -183,9 +184,9 @@ impl Values {
         let Ring { session, link, .. } = &self.ring;
         let late = || if self.sending { link.send_timeout(None) } else { link.receive_timeout(None) };
         session.core.wait_for(self.ring.slot(), link, late)?;
-        let (came, due) = (self.ring.slot().received.load(Ordering::Relaxed) as usize, link.spec.words);
-        if !self.sending && came != due {
-            return Err(link.error(link.to_rank, format!("{came} words of values came, {due} were due")));
+        let (arrived, due) = (self.ring.slot().received.load(Ordering::Relaxed) as usize, link.spec.words);
+        if !self.sending && arrived != due {
+            return Err(link.error(link.to_rank, format!("{arrived} words of values came, {due} were due")));
         }
         Ok(self.ring.next)
     }

@@ -325,7 +325,8 @@ impl Session {
         };
         calls::abort(code);
         drop(calls);
-        std::process::exit(code)
+        // Without the libraries' destructors: workers may still use what those would free.
+        signal_hook::low_level::exit(code);
     }
 
     /// Checks what only MPI knows about a list of links.

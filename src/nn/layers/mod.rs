@@ -38,7 +38,7 @@ use crate::{Error, Result};
 pub struct Pass {
     /// Training: dropout drops, batch norm uses the batch's statistics.
     pub training: bool,
-    /// A pure function of (seed, clip, step, replica): what is random in a layer derives from it and the layer's name,
+    /// A pure function of (seed, batch, step, replica): what is random in a layer derives from it and the layer's name,
     /// so that a vjp (or a repeat) with the same key sees the same.
     pub key: u64,
 }

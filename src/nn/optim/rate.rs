@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// How the learning rate changes over a run. The unit is one batch of clips; all begin with a linear warm-up.
+/// How the learning rate changes over a run. The unit is one batch; all begin with a linear warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum LrSchedule {
@@ -47,19 +47,19 @@ impl Default for LrSchedule {
 }
 
 impl LrSchedule {
-    /// What the learning rate is multiplied by at batch `clip` (from 0) of `total`. In the warm-up (clip + 1) / warmup.
-    pub fn factor(&self, clip: u64, total: u64) -> f64 {
+    /// What the learning rate is multiplied by at batch `batch` (from 0) of `total`. In the warm-up (batch + 1) / warmup.
+    pub fn factor(&self, batch: u64, total: u64) -> f64 {
         let (LrSchedule::Constant { warmup } | LrSchedule::Step { warmup, .. } | LrSchedule::Cosine { warmup, .. }) =
             *self;
-        if clip < warmup {
-            return (clip + 1) as f64 / warmup as f64;
+        if batch < warmup {
+            return (batch + 1) as f64 / warmup as f64;
         }
         match *self {
             LrSchedule::Constant { .. } => 1.0,
-            LrSchedule::Step { every, gamma, .. } => gamma.powf((clip / every.max(1)) as f64),
+            LrSchedule::Step { every, gamma, .. } => gamma.powf((batch / every.max(1)) as f64),
             LrSchedule::Cosine { floor, .. } => {
                 let span = total.saturating_sub(warmup).max(1) as f64;
-                let progress = ((clip - warmup) as f64 / span).min(1.0);
+                let progress = ((batch - warmup) as f64 / span).min(1.0);
                 floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
             }
         }

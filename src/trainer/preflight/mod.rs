@@ -1,19 +1,16 @@
 //! What the hosts of a run offer, and what of it will not do: checked when training starts, shown by `sideways doctor`.
 //!
-//! `place` is what each rank finds where it runs, `checks` what is said about that, `run_folder` the check of the folder that
-//! all must see and one run holds.
+//! `place` is what each rank finds where it runs, `checks` what is said about that.
 
 mod checks;
 mod place;
-mod run_folder;
 
 use crate::comm::World;
 use crate::setup::Setup;
 use crate::{Error, Result};
 
 pub use checks::check;
-pub use place::{Neighbours, Place, places};
-pub use run_folder::{check_run_folder, hold_run_folder};
+pub use place::{Place, places};
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +57,7 @@ impl Check {
 /// [`Error::Input`], on every rank, for what would make it fail.
 pub fn require(world: &World, setup: &Setup) -> Result<()> {
     let mut checks = check(&places(world)?, Some(setup));
-    checks.push(check_run_folder(world, setup)?);
+    checks.push(super::run_folder::check(world, setup)?);
     let failures: Vec<String> =
         checks.iter().filter(|c| c.verdict == Verdict::Failure).map(|c| format!("{}: {}", c.what, c.found)).collect();
     let outcome = match failures.is_empty() {

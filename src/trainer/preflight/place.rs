@@ -4,11 +4,12 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::cuda;
 use crate::comm::World;
-use crate::setup::site;
 use crate::sys::cpus::{own_processors, parallelism};
 use crate::sys::files::free_space;
-use crate::sys::host::{hostname, program_hash};
+use crate::sys::host::hostname;
+use crate::sys::host::program_hash;
 use crate::sys::memory::memory;
 use crate::{Error, Result};
 
@@ -38,10 +39,10 @@ pub struct Place {
 }
 
 impl Place {
-    /// Looks around.
+    /// Asks the system.
     pub fn here() -> Self {
         let (available, limit) = memory();
-        let (usable, unusable) = site::usable();
+        let (usable, unusable) = cuda::usable();
         Place {
             host: hostname(),
             processors: own_processors(),
@@ -72,38 +73,4 @@ pub fn places(world: &World) -> Result<Vec<Place>> {
     let parse =
         |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::Transport(format!("a rank's place: {e}")));
     world.gather(&mine)?.into_iter().map(parse).collect()
-}
-
-/// The ranks of this rank's host, itself among them.
-pub struct Neighbours {
-    /// How many.
-    pub ranks: usize,
-    /// Whether rank 0 is one of them.
-    pub chief: bool,
-    /// Whether each has processors of its own.
-    pub apart: bool,
-}
-
-impl Neighbours {
-    /// Looks around. Collective.
-    ///
-    /// # Errors
-    /// [`Error::Transport`] when MPI fails.
-    pub fn of(world: &World) -> Result<Self> {
-        let own = own_processors();
-        let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
-        let places: Vec<Vec<String>> = world
-            .gather(mine.as_bytes())?
-            .iter()
-            .map(|place| String::from_utf8_lossy(place).split(' ').map(String::from).collect())
-            .collect();
-        let host = &places[world.rank()][0];
-        let here: Vec<&Vec<String>> = places.iter().filter(|place| &place[0] == host).collect();
-        // As many different processors as all of them together count?
-        let mut all: Vec<&String> = here.iter().flat_map(|place| &place[1..]).collect();
-        let count = all.len();
-        all.sort();
-        all.dedup();
-        Ok(Neighbours { ranks: here.len(), chief: places[0][0] == *host, apart: all.len() == count })
-    }
 }

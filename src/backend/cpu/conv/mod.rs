@@ -94,7 +94,7 @@ fn choose(s: &Shape, f32: bool) -> Algorithm {
 }
 
 /// A convolution of one layer: geometry, and what was made ready for a shape and a weight. Weights in the algorithm's
-/// layout are kept until the weight changes, which for Sideways is once a clip or less.
+/// layout are kept until the weight changes, which for Sideways is once a batch or less.
 pub struct Convolution {
     conv: Conv,
     ready: Option<Ready>,

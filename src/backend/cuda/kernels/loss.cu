@@ -1,17 +1,11 @@
 // Losses, their gradients, and sums of both for the report.
 
-// How many labels count: not negative, and where there are targets, with one that begins with a number.
-static __device__ __forceinline__ bool counts(const int *labels, const real *target, const float *wide, count sample, int b) {
-    float first = wide ? wide[b * sample] : target ? load(target[b * sample]) : 0.0f;
-    return labels[b] >= 0 && first == first;
-}
-
 // A block a sample: losses[sample], the gradient of the mean, and the logits added to `logits_sum`.
 extern "C" __global__ void cross_entropy(const real *logits, const int *labels, real *gradient, float *logits_sum,
                                          float *losses, int samples, int classes) {
     __shared__ float s[BLOCK];
     float number = 0.0f;
-    for (int b = threadIdx.x; b < samples; b += BLOCK) number += counts(labels, 0, 0, 0, b) ? 1.0f : 0.0f;
+    for (int b = threadIdx.x; b < samples; b += BLOCK) number += labels[b] >= 0 ? 1.0f : 0.0f;
     number = block_sum(number, s);
     count row = (count)blockIdx.x * classes;
     int label = labels[blockIdx.x];
@@ -55,9 +49,9 @@ extern "C" __global__ void pixel_loss(const real *output, const real *target, co
                                       real *gradient, float *losses, int samples, unsigned sample, int w, int absolute) {
     __shared__ float s[BLOCK];
     float number = 0.0f, loss = 0.0f, v[PACK], t[PACK];
-    for (int b = threadIdx.x; b < samples; b += BLOCK) number += counts(labels, target, wide, sample, b) ? 1.0f : 0.0f;
+    for (int b = threadIdx.x; b < samples; b += BLOCK) number += labels[b] >= 0 ? 1.0f : 0.0f;
     number = block_sum(number, s);
-    bool counted = counts(labels, target, wide, sample, blockIdx.y);
+    bool counted = labels[blockIdx.y] >= 0;
     float scale = 1.0f / (number * (float)sample);
     count start = (count)blockIdx.y * sample;
     for (count i = INDEX * w; i < sample; i += (count)gridDim.x * BLOCK * w) {
@@ -82,17 +76,12 @@ extern "C" __global__ void pixel_loss(const real *output, const real *target, co
     if (threadIdx.x == 0) losses[blockIdx.y * gridDim.x + blockIdx.x] = loss;
 }
 
-// One block. score[0] += the losses summed, times `scale`; score[1] += how many samples count. A label whose target begins
-// with what is no number becomes -1.
-extern "C" __global__ void loss_total(const float *losses, int number, int *labels, const real *target, const float *wide,
-                                      int samples, unsigned sample, float scale, float *score) {
+// One block. score[0] += the losses summed, times `scale`; score[1] += how many labels count: those that are not negative.
+extern "C" __global__ void loss_total(const float *losses, int number, const int *labels, int samples, float scale, float *score) {
     __shared__ float s[BLOCK];
     float loss = 0.0f, counted = 0.0f;
     for (int j = threadIdx.x; j < number; j += BLOCK) loss += losses[j];
-    for (int b = threadIdx.x; b < samples; b += BLOCK) {
-        if (counts(labels, target, wide, sample, b)) counted += 1.0f;
-        else labels[b] = -1;
-    }
+    for (int b = threadIdx.x; b < samples; b += BLOCK) counted += labels[b] >= 0 ? 1.0f : 0.0f;
     loss = block_sum(loss, s);
     counted = block_sum(counted, s);
     if (threadIdx.x == 0) {

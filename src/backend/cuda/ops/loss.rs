@@ -33,14 +33,12 @@ pub fn cross_entropy(
     let (b, k) = (signed(samples)?, signed(logits.len() / samples)?);
     let arguments = arguments![logits, labels, gradient, logits_sum, scratch, b, k];
     launch(gpu, "cross_entropy", element, [samples, 1, 1], arguments)?;
-    let none = 0u64;
-    let arguments = arguments![scratch, b, labels, none, none, b, 0u32, 1.0f32, score];
+    let arguments = arguments![scratch, b, labels, b, 1.0f32, score];
     launch(gpu, "loss_total", element, [1, 1, 1], arguments)
 }
 
-/// Mean squared or absolute difference of `output` and `target` `[B, ..]` (of either type), over the samples that count:
-/// those whose label in `labels` (as in [`cross_entropy`]) is not negative and whose target does not begin with what is not
-/// a number; the labels of the latter become −1, so that they stay out for the rest of the clip. Writes the gradient of the
+/// Mean squared or absolute difference of `output` and `target` `[B, ..]` (of either type), over the samples whose label in
+/// `labels` (as in [`cross_entropy`]) is not negative. Writes the gradient of the
 /// mean to `gradient`, and adds to `score` (two floats) the sum over these samples of their mean difference and their number.
 ///
 /// # Errors
@@ -85,7 +83,7 @@ pub fn pixel(
     )?;
     let number = signed(samples * parts)?;
     let scale = (1.0 / sample as f64) as f32;
-    let arguments = arguments![scratch, number, labels, narrow, wide, b, n, scale, score];
+    let arguments = arguments![scratch, number, labels, b, scale, score];
     launch(gpu, "loss_total", element, [1, 1, 1], arguments)
 }
 

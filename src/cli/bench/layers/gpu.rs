@@ -6,11 +6,12 @@ use serde::Serialize;
 
 use super::super::peak::Peak;
 use super::{LayersArgs, Row, layer_parts, module_rows, modules_or_blocks, print_modules, print_rows, rows};
-use crate::backend::cuda::peak::Peaks;
+use crate::backend::cuda::Peaks;
 use crate::cli::output::table;
 use crate::config::Precision;
 use crate::network::blocks::Blocks;
-use crate::plan::gpu::{OnGpu, Ticks, ticks};
+use crate::plan::gpu::OnGpu;
+use crate::plan::measure::{Ticks, ticks};
 use crate::plan::profile::Conditions;
 use crate::setup::Setup;
 use crate::setup::footprint::gpu_memory;

@@ -22,7 +22,6 @@ use crate::setup::Setup;
 use crate::sys::cpus::{own_processors, processor_name};
 use crate::{Error, Result};
 
-#[cfg_attr(not(feature = "cuda"), path = "no_gpu.rs")]
 mod gpu;
 
 /// Options of `sideways bench layers`.

@@ -1,18 +1,13 @@
 //! `sideways bench link --device cuda`: device arrays over a link in each of the ways a run has, and beside the one through host
 //! memory its parts alone.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::device_link::{In, Out};
 use super::super::{LinkArgs, TIMEOUT, show_bytes};
 use super::{BATCH, LEAST, Times};
-use crate::backend::cuda::gpu::failed;
-use crate::backend::cuda::{Gpu, peak};
-use crate::comm::exchange::{Edge, Settled, settle};
-use crate::comm::{Endpoints, Kind, LinkSpec, World, connect_outside};
-use crate::config::Exchange as Choice;
-use crate::pipeline::compute::Route;
+use crate::backend::cuda::Probe;
+use crate::comm::exchange::{Edge, Exchange, Gpus, connect_gpus};
+use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender, World};
 use crate::{Error, Result};
 
 /// Messages a batch has at most: there are three ways, and every message is waited for.
@@ -99,10 +94,10 @@ fn print_row(bytes: usize, found: &Found, message: f64) {
 }
 
 fn measure(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize) -> Result<Found> {
-    let way = |choice| over(args, world, ordinal, bytes, choice);
-    let ((staged, copies), peer) = (way(Choice::Staged)?, where_it_works(way(Choice::Peer))?);
+    let way = |exchange| over(args, world, ordinal, bytes, exchange);
+    let ((staged, copies), peer) = (way(Exchange::Staged)?, where_it_works(way(Exchange::Peer))?);
     // Within a process MPI carries nothing.
-    let by_mpi = if world.size() == 2 { where_it_works(way(Choice::CudaAware))? } else { None };
+    let by_mpi = if world.size() == 2 { where_it_works(way(Exchange::CudaAware))? } else { None };
     let [to_host, to_device] = copies;
     Ok(Found { staged, to_host, to_device, peer: peer.map(|found| found.0), by_mpi: by_mpi.map(|found| found.0) })
 }
@@ -118,8 +113,8 @@ fn where_it_works<T>(found: Result<T>) -> Result<Option<T>> {
     }
 }
 
-/// Times of `choice`'s way, and seconds of copies to the host and from it alone.
-fn over(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize, choice: Choice) -> Result<(Times, [f64; 2])> {
+/// Times of `exchange`'s way, and seconds of copies to the host and from it alone.
+fn over(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize, exchange: Exchange) -> Result<(Times, [f64; 2])> {
     let words = bytes / 4;
     let link = |id: u32, from, to| {
         let name = format!("worker {from} -> {to}");
@@ -128,16 +123,15 @@ fn over(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize, choice: Ch
     let links = [link(0, 0, 1), link(1, 1, 0)];
     let placement = [0, world.size() - 1];
     let edges = [Edge { there: 0, back: Some(1) }];
-    let settled = settle(world, &placement, &links, &edges, choice, ordinal, TIMEOUT)?;
-    let all = settled.links(&links, &placement);
-    let mut endpoints = connect_outside(world, &placement, &all, TIMEOUT, &settled.outside())?;
+    let gpus = Gpus { ordinal, exchange, edges: &edges };
+    let (mut ends, shared) = connect_gpus(world, &placement, &links, TIMEOUT, Some(gpus))?;
     let rounds = (BATCH / bytes).clamp(LEAST, MOST);
     let repeat = args.repeat.max(1);
     let mine: Vec<usize> = if world.size() == 2 { vec![world.rank()] } else { vec![0, 1] };
-    let sides = mine.iter().map(|&worker| Side::take(ordinal, &mut endpoints, &settled, &links, worker)).collect();
+    let sides = mine.iter().map(|&worker| Side::take(ordinal, &mut ends, &links, worker)).collect();
     let mut sides: Vec<Side> = world.first_error(sides)?;
-    let copies = sides[0].copies()?;
-    let breaker = endpoints.breaker();
+    let copies = sides[0].probe.host_copies()?;
+    let breaker = ends.breaker();
     let times: Result<Times> = std::thread::scope(|scope| {
         let run = |side: Side| {
             let breaker = breaker.clone();
@@ -154,79 +148,55 @@ fn over(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize, choice: Ch
     let times = times?;
     // Both sides are done before either drops its ends.
     world.agree(rounds as u64, "the number of messages")?;
-    drop(endpoints);
-    settled.close(world)?;
+    drop(ends);
+    shared.close(world)?;
     Ok((times, copies))
 }
 
 /// One worker with its two ends.
 struct Side {
     worker: usize,
-    out: Out,
-    inward: In,
-    gpu: Arc<Gpu>,
+    // Before the links' ends, whose buffers a copy may be writing.
+    probe: Probe,
+    out: LinkSpec,
+    inward: LinkSpec,
+    sender: Sender,
+    receiver: Receiver,
     count: u64,
 }
 
 impl Side {
-    fn take(
-        ordinal: usize,
-        endpoints: &mut Endpoints,
-        settled: &Settled,
-        links: &[LinkSpec; 2],
-        worker: usize,
-    ) -> Result<Side> {
-        let gpu = Gpu::open(ordinal, false)?;
-        let missing = || Error::Run(format!("worker {worker} has no ends"));
+    fn take(ordinal: usize, ends: &mut Endpoints, links: &[LinkSpec; 2], worker: usize) -> Result<Side> {
         let (out, inward) = (links[worker].clone(), links[1 - worker].clone());
-        let (sender, receiver) = (endpoints.sender(out.id), endpoints.receiver(inward.id));
-        let mut route = |link: &LinkSpec| {
-            let values = settled.values(link.id).and_then(|id| endpoints.values(id));
-            settled.ring(link.id).map(|ring| Route { ring, values })
-        };
-        let (there, here) = (route(&out), route(&inward));
-        let out = Out::new(&gpu, out, sender.ok_or_else(missing)?, there)?;
-        let inward = In::new(&gpu, inward, receiver.ok_or_else(missing)?, here)?;
-        Ok(Side { worker, out, inward, gpu, count: 0 })
-    }
-
-    /// Seconds of the copies alone, to page-locked host memory and from it, by the GPU's clock.
-    fn copies(&mut self) -> Result<[f64; 2]> {
-        let mut host = vec![0.0f32; self.out.array.len()];
-        self.gpu.pin(&host);
-        let (stream, pointer) = (self.gpu.compute.cu_stream(), self.out.array.pointer());
-        let to_host = peak::fastest(&self.gpu, || {
-            // SAFETY: as long as the array; both live until `unpin` has waited.
-            unsafe { cudarc::driver::result::memcpy_dtoh_async(&mut host, pointer, stream) }
-                .map_err(|e| failed("copying from the GPU", &e))
-        });
-        let to_device = peak::fastest(&self.gpu, || {
-            // SAFETY: as above.
-            unsafe { cudarc::driver::result::memcpy_htod_async(pointer, &host, stream) }
-                .map_err(|e| failed("copying to the GPU", &e))
-        });
-        self.gpu.unpin(&host)?;
-        Ok([to_host?, to_device?])
+        let (sender, receiver) = (ends.sender(out.id)?, ends.receiver(inward.id)?);
+        Ok(Side { worker, probe: Probe::new(ordinal, out.words)?, out, inward, sender, receiver, count: 0 })
     }
 
     fn run(mut self, repeat: usize, rounds: usize) -> Result<Times> {
-        self.gpu.bind()?;
+        self.probe.bind()?;
         let times = (0..=repeat).try_fold(Times::NONE, |best, _| Ok(best.best(self.batch(rounds)?)));
-        self.out.flush()?;
+        self.sender.flush()?;
         times
     }
 
     fn send(&mut self) -> Result<()> {
-        let header = self.out.link.header(self.count, 0, [self.out.link.words as u32, 1, 1, 1]);
-        self.out.copy(&self.gpu, &header)?;
-        self.out.finish()
+        let header = self.out.header(self.count, 0, [self.out.words as u32, 1, 1, 1]);
+        let done = self.probe.write(self.sender.slot()?)?;
+        self.sender.start_when(&header, done)?;
+        while !self.sender.progress()? {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     fn receive(&mut self) -> Result<()> {
-        let header = self.inward.link.header(self.count, 0, [self.inward.link.words as u32, 1, 1, 1]);
-        self.inward.receive(&self.gpu, &header)?;
-        self.inward.done(&self.gpu)?;
-        self.inward.give_back()
+        let header = self.inward.header(self.count, 0, [self.inward.words as u32, 1, 1, 1]);
+        let done = self.probe.read(self.receiver.wait_slot(&header)?.1)?;
+        self.receiver.release_when(done)?;
+        while !self.receiver.progress()? {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     fn batch(&mut self, rounds: usize) -> Result<Times> {

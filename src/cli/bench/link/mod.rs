@@ -12,7 +12,6 @@ use crate::comm::{Baseline, Endpoints, Kind, LinkSpec, Receiver, Sender, World, 
 use crate::sys::host::hostname;
 use crate::{Error, Result};
 
-#[cfg(feature = "cuda")]
 mod gpu;
 
 /// Bytes a batch moves each way, about; small messages are limited by [`MOST`].
@@ -49,11 +48,10 @@ pub(super) fn run(args: &LinkArgs, world: &World) -> Result<()> {
         let ends = if world.size() == 2 { "2 ranks" } else { "2 threads of one process" };
         outln!("A link between {ends} on {}, best of {} batches.", hostname(), args.repeat);
     }
-    #[cfg(feature = "cuda")]
     if let Some(ordinal) = ordinal {
         return gpu::run(args, world, ordinal, |bytes| Ok(measure(world, bytes, args.repeat.max(1))?.0));
     }
-    if world.rank() == 0 && ordinal.is_none() {
+    if world.rank() == 0 {
         outln!(
             "Counted: payload bytes; each line of a payload is written before and read after, by links and raw MPI alike."
         );
@@ -155,15 +153,13 @@ struct Side {
 impl Side {
     fn take(endpoints: &mut Endpoints, links: &[LinkSpec; 2], worker: usize) -> Result<Side> {
         let (out, inward) = (links[worker].clone(), links[1 - worker].clone());
-        let missing = || Error::Run(format!("worker {worker} has no ends"));
-        let sender = endpoints.sender(out.id).ok_or_else(missing)?;
-        let receiver = endpoints.receiver(inward.id).ok_or_else(missing)?;
+        let (sender, receiver) = (endpoints.sender(out.id)?, endpoints.receiver(inward.id)?);
         Ok(Side { worker, out, inward, sender, receiver, count: 0 })
     }
 
     fn send(&mut self, words: usize) -> Result<()> {
         let header = self.out.header(self.count, 0, [words as u32, 1, 1, 1]);
-        write(&mut self.sender.slot()?[..words]);
+        write(&mut self.sender.host_slot()?[..words]);
         self.sender.start(&header)
     }
 

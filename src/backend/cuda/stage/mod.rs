@@ -1,0 +1,382 @@
+//! A stage on a GPU: copies beside computation, nothing waited for but messages.
+//!
+//! ```text
+//! incoming:  x ─▶                 g ─▶
+//! compute:      forward ─────────────── backward ────────── (update)
+//! outgoing:              ─▶ y                    ─▶ cotangents
+//! ```
+//!
+//! Calls launch and return. `ports` gets values out of and into messages, `parameters` is what happens between batches.
+
+mod parameters;
+mod ports;
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use ports::cast;
+pub(crate) use ports::{InPort, OutPort};
+
+use super::event::Clock;
+use super::module::{Module, Placing, Plan};
+use super::optim::Optimizer;
+use super::{Array, Element, Gpu, ops};
+use crate::backend::cpu::Window;
+use crate::backend::slots::{Done, Slot, SlotMut};
+use crate::backend::stage::{
+    self, BatchEnd, CpuStage, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, with_values,
+};
+use crate::backend::{GpuPlacement, Precision};
+use crate::nn::head::{Head, Target, Task};
+use crate::nn::layers::Pass;
+use crate::{Error, Result};
+
+/// An output edge.
+struct Out {
+    spec: OutputPort,
+    /// y averaged, and a cotangent before it is spread; absent where nothing is averaged.
+    pooled: Option<[Array; 2]>,
+    port: OutPort,
+    cotangent: Option<InPort>,
+}
+
+/// What the loss works on.
+struct Loss {
+    head: Head,
+    /// i32, `[B]`.
+    labels: Array,
+    /// Sums over the clip's steps: logits `[B, K]` in recognition, else empty.
+    logits: Array,
+    /// Sum of losses weighted by clips, and the weights.
+    sums: Array,
+    target: Option<InPort>,
+    steps: usize,
+}
+
+/// A stage on a GPU.
+pub struct CudaStage {
+    gpu: Arc<Gpu>,
+    spec: StageSpec,
+    module: Module,
+    inputs: Vec<InPort>,
+    outputs: Vec<Out>,
+    /// Cotangents on their way to those who sent the inputs, one a wanted input.
+    cotangents: Vec<Option<OutPort>>,
+    /// A cotangent in the shape and type of y, before it is added to the sum.
+    spread: Option<Array>,
+    /// The step whose cotangent the sum holds.
+    sum_of: Option<usize>,
+    loss: Option<Loss>,
+    optimizer: Option<Optimizer>,
+    /// Backward passes since the last update.
+    steps: u64,
+    /// How many messages and losses were not finite in this batch.
+    flags: Array,
+    scratch: Array,
+    /// Whether an update was launched whose outcome is not known yet.
+    updated: bool,
+    /// Everything that an update changes, with a copy of it; steps since the last update then, and updates.
+    marked: Vec<(Array, Array)>,
+    marked_steps: Option<(u64, u64)>,
+}
+
+impl CudaStage {
+    /// Moves a stage of the host to a GPU.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the GPU is too small for it, before anything is allocated, or activations of several steps are to be
+    /// kept; [`Error::Run`] if CUDA fails.
+    pub fn new(mut host: CpuStage, placement: &GpuPlacement) -> Result<Self> {
+        let spec = host.spec().clone();
+        if spec.kept > 1 {
+            return Err(Error::input(
+                "activations of several steps are kept in host memory only: set run.device = \"cpu\" for this rule",
+            ));
+        }
+        let gpu = Gpu::open(placement.ordinal, placement.precision == Precision::Tf32)?;
+        check_memory(&gpu, &spec, placement)?;
+        let element = if placement.precision == Precision::Bf16 { Element::Bf16 } else { Element::F32 };
+        let wire = if placement.half_messages { Element::Bf16 } else { Element::F32 };
+        let (batch, training) = (spec.batch, spec.optimizer.is_some());
+        let placing = Placing { batch, element, training, graphs: placement.graphs };
+        let StageSpec { index, main, fuse, .. } = spec;
+        let plan = Plan { index, layers: &spec.layers, main, skips: &spec.skips, fuse };
+        let mut module = Module::new(&gpu, &plan, host.module(), placing)?;
+        parameters::restore_gradients(&gpu, host.module(), &mut module)?;
+        let size = |[h, w, c]: [usize; 3]| batch * h * w * c;
+        let mut outputs = Vec::new();
+        for &port in &spec.outputs {
+            let array = || gpu.array(size(port.shape), element);
+            outputs.push(Out {
+                spec: port,
+                pooled: if port.pool == (1, 1) { None } else { Some([array()?, array()?]) },
+                port: OutPort::new(&gpu, size(port.shape), [element, wire])?,
+                cotangent: port.returns.then(|| InPort::new(&gpu, size(port.shape), wire)).transpose()?,
+            });
+        }
+        let several = outputs.len() > 1 || outputs.iter().any(|out| out.pooled.is_some());
+        let shapes = std::iter::once(spec.main).chain(spec.skips.iter().map(|skip| skip.shape));
+        let (mut inputs, mut cotangents) = (Vec::new(), Vec::new());
+        for (k, shape) in shapes.enumerate() {
+            // Frames are never rounded.
+            inputs.push(InPort::new(&gpu, size(shape), if spec.frames { Element::F32 } else { wire })?);
+            let returns = spec.returns.get(k).is_some_and(|&returns| returns);
+            cotangents.push(returns.then(|| OutPort::new(&gpu, size(shape), [element, wire])).transpose()?);
+        }
+        let output = size(spec.output);
+        let loss = spec.head.map(|head| Loss::new(&gpu, Head::new(head, batch), batch, output)).transpose()?;
+        let largest = spec.outputs.iter().map(|port| size(port.shape)).max().unwrap_or(0).max(output);
+        let scratch = ops::guard_scratch(largest).max(ops::loss_scratch(output, batch));
+        let optimizer = host.optimizer().map(|host| Optimizer::new(&gpu, host, &mut module)).transpose()?;
+        let stage = CudaStage {
+            inputs,
+            outputs,
+            cotangents,
+            spread: (training && several).then(|| gpu.array(output, element)).transpose()?,
+            sum_of: None,
+            loss,
+            optimizer,
+            steps: host.unfinished(),
+            flags: gpu.zeros(1, Element::F32)?,
+            scratch: gpu.array(scratch.max(1), Element::F32)?,
+            updated: false,
+            marked: Vec::new(),
+            marked_steps: None,
+            module,
+            spec,
+            gpu,
+        };
+        log::info!(
+            "module {} computes on GPU {} ({}) in {:?}: {} of its memory, {} predicted",
+            stage.spec.index,
+            placement.ordinal,
+            stage.gpu.name(),
+            placement.precision,
+            mib(stage.gpu.allocated() as u64),
+            mib(placement.needed)
+        );
+        Ok(stage)
+    }
+
+    fn y_shape(&self) -> [usize; 4] {
+        let [h, w, c] = self.spec.output;
+        [self.spec.batch, h, w, c]
+    }
+}
+
+impl Loss {
+    fn new(gpu: &Gpu, head: Head, batch: usize, output: usize) -> Result<Self> {
+        let frames = head.spec().task == Task::FutureFrames;
+        Ok(Loss {
+            head,
+            labels: gpu.zeros(batch, Element::F32)?,
+            logits: gpu.zeros(if frames { 0 } else { output }, Element::F32)?,
+            sums: gpu.zeros(2, Element::F32)?,
+            target: frames.then(|| InPort::new(gpu, output, Element::F32)).transpose()?,
+            steps: 0,
+        })
+    }
+
+    fn set_labels(&mut self, gpu: &Gpu, labels: &[i32]) -> Result<()> {
+        self.head.set_labels(labels);
+        gpu.write(&self.labels, bytemuck::cast_slice(labels))
+    }
+}
+
+fn check_memory(gpu: &Gpu, spec: &StageSpec, placement: &GpuPlacement) -> Result<()> {
+    let &GpuPlacement { needed, modules_on_it, .. } = placement;
+    let (free, all) = gpu.memory()?;
+    if needed * modules_on_it as u64 <= all as u64 && needed <= free as u64 {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "module {} needs {} of GPU memory, and {modules_on_it} module(s) share {} of {} ({} are free): use more GPUs, a \
+         smaller data.batch, more modules, or run.precision = \"bf16\"",
+        spec.index,
+        mib(needed),
+        mib(all as u64),
+        gpu.name(),
+        mib(free as u64)
+    )))
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn edge_window((fh, fw): (usize, usize)) -> Window {
+    Window { kernel: [fh, fw], stride: [fh, fw], padding: [0, 0] }
+}
+
+impl Stage for CudaStage {
+    fn begin(&mut self, labels: Option<&[i32]>) -> Result<()> {
+        self.sum_of = None;
+        if let (Some(loss), Some(labels)) = (&mut self.loss, labels) {
+            loss.head.begin(labels);
+            loss.steps = 0;
+            [&loss.logits, &loss.sums].into_iter().try_for_each(|array| self.gpu.zero(array))?;
+            loss.set_labels(&self.gpu, labels)?;
+        }
+        Ok(())
+    }
+
+    fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()> {
+        let CudaStage { gpu, inputs, module, .. } = self;
+        with_values(&tensor, |values| inputs[k].read_passing(gpu, values, |values| cast(gpu, values, module.input(k))))
+    }
+
+    fn receive(&mut self, k: usize, message: Slot<'_>) -> Result<Done> {
+        let CudaStage { gpu, inputs, module, .. } = self;
+        inputs[k].read(gpu, message, |values| cast(gpu, values, module.input(k)))
+    }
+
+    fn forward(&mut self, _: usize, pass: &Pass, send: &[bool]) -> Result<()> {
+        self.module.forward(pass)?;
+        for (out, _) in self.outputs.iter().zip(send).filter(|(_, send)| **send) {
+            if let Some([pooled, _]) = &out.pooled {
+                let window = edge_window(out.spec.pool);
+                ops::average_pool(&self.gpu, self.y_shape(), &window, self.module.output(), pooled)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
+        let Out { pooled, port, .. } = &mut self.outputs[k];
+        let y = pooled.as_ref().map_or_else(|| self.module.output(), |[pooled, _]| pooled);
+        port.write(&self.gpu, y, message)
+    }
+
+    fn output(&mut self) -> Result<Tensor> {
+        let y = self.module.output();
+        let wide = self.gpu.array(y.len(), Element::F32)?;
+        cast(&self.gpu, y, &wide)?;
+        Ok(Tensor::from_vec(self.gpu.download(&wide)?, &self.y_shape()[..], &Device::Cpu)?)
+    }
+
+    fn loss(&mut self, step: usize, target: Option<Slot<'_>>) -> Result<(Done, Option<NotFinite>)> {
+        let CudaStage { gpu, loss, module, scratch, flags, spec, .. } = self;
+        let training = spec.optimizer.is_some();
+        let Some(loss) = loss else { return Err(Error::Run("this module has no loss".into())) };
+        let gradient = if training { Some(module.output_cotangent()?) } else { None };
+        let y = module.output();
+        match (loss.head.spec().task, target) {
+            (Task::Recognition, _) => {
+                let (logits, sums) = (Some(&loss.logits), &loss.sums);
+                ops::cross_entropy(gpu, y, &loss.labels, gradient, logits, sums, scratch)?;
+            }
+            (Task::FutureFrames, Some(Slot::Host(message))) => {
+                let (labels, frames) = Target::read(message, spec.batch)?;
+                if labels != loss.head.labels() {
+                    loss.set_labels(gpu, labels)?;
+                }
+                let Loss { labels, sums, target, head, .. } = loss;
+                let Some(target) = target else { return Err(Error::Run("there is no place for a target".into())) };
+                let kind = head.spec().pixel_loss;
+                let launch = |values: &Array| ops::pixel(gpu, kind, y, values, labels, gradient, sums, scratch);
+                target.read_passing(gpu, frames, launch)?;
+            }
+            (Task::FutureFrames, _) => return Err(Error::Run("a step with a loss came without its target".into())),
+        }
+        loss.steps += 1;
+        if let (Some(gradient), true) = (gradient, spec.leave_out) {
+            ops::guard(gpu, gradient, flags, scratch, true)?;
+        }
+        self.sum_of = training.then_some(step);
+        Ok((Done::Now, None))
+    }
+
+    fn add_cotangent(&mut self, k: usize, step: usize, message: Slot<'_>) -> Result<(Done, Option<NotFinite>)> {
+        let (y_shape, added) = (self.y_shape(), self.sum_of == Some(step));
+        let CudaStage { gpu, outputs, module, spread, flags, scratch, spec, .. } = self;
+        let Out { spec: port, pooled, cotangent, .. } = &mut outputs[k];
+        let Some(cotangent) = cotangent else { return Err(Error::Run("no cotangent was due".into())) };
+        let gy = module.output_cotangent()?;
+        let target = spread.as_ref().filter(|_| added).unwrap_or(gy);
+        let done = cotangent.read(gpu, message, |values| {
+            ops::guard(gpu, values, flags, scratch, spec.leave_out)?;
+            match pooled {
+                Some([_, pooled]) => {
+                    cast(gpu, values, pooled)?;
+                    ops::average_pool_vjp(gpu, y_shape, &edge_window(port.pool), pooled, target)?;
+                }
+                None => cast(gpu, values, target)?,
+            }
+            if added { ops::add_to(gpu, target, gy) } else { Ok(()) }
+        })?;
+        self.sum_of = Some(step);
+        Ok((done, None))
+    }
+
+    fn backward(&mut self, step: usize, _: &Pass, wanted: &[bool]) -> Result<()> {
+        if self.sum_of.take() != Some(step) {
+            return Err(Error::Run(format!("there is no cotangent of step {step}")));
+        }
+        let wanted = if self.spec.frames { &[false][..] } else { wanted };
+        self.module.backward(wanted)?;
+        self.steps += 1;
+        Ok(())
+    }
+
+    fn send_cotangent(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
+        let Some(port) = &mut self.cotangents[k] else {
+            return Err(Error::Run(format!("the cotangent of input {k} was not computed")));
+        };
+        port.write(&self.gpu, self.module.input_cotangent(k)?, message)
+    }
+
+    fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    fn gradients(&mut self) -> Result<Vec<f32>> {
+        self.download_gradients()
+    }
+
+    fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
+        self.upload_gradients(values)
+    }
+
+    fn update(&mut self, lr_factor: f64, divisor: f64, clip_norm: Option<f64>) -> Result<Updated> {
+        let Some(optimizer) = &mut self.optimizer else {
+            return Err(Error::Run("this stage is not for training".into()));
+        };
+        optimizer.step(&self.gpu, lr_factor, divisor, clip_norm)?;
+        (self.steps, self.updated) = (0, true);
+        Ok(Updated::default())
+    }
+
+    fn end(&mut self) -> Result<BatchEnd> {
+        self.tally()
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot> {
+        self.download()
+    }
+
+    fn mark(&mut self) -> Result<()> {
+        self.remember()
+    }
+
+    fn unmark(&mut self) {
+        // The memory is kept for the next mark.
+        self.marked_steps = None;
+    }
+
+    fn rewind(&mut self) -> Result<Option<Snapshot>> {
+        self.go_back()
+    }
+
+    fn is_synchronous(&self) -> bool {
+        false
+    }
+
+    fn allocated(&self) -> Option<usize> {
+        Some(self.gpu.allocated())
+    }
+
+    fn clock(&mut self) -> Result<stage::Clock> {
+        Clock::now(&self.gpu).map(stage::Clock::Device)
+    }
+}

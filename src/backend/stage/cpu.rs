@@ -1,0 +1,459 @@
+//! A stage in host memory, computed by the calling thread.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
+use crate::backend::cpu::activation;
+use crate::backend::slots::{Done, Slot, SlotMut};
+use crate::nn::head::{Head, Target};
+use crate::nn::layers::{Pass, Tape};
+use crate::nn::module::{Module, pool_for_edge, pool_for_edge_vjp};
+use crate::nn::optim::Optimizer;
+use crate::nn::param::Init;
+use crate::nn::spec::Shape;
+use crate::{Error, Result};
+
+/// Name of the count of backward passes since the last update, a module (only where updates do not fall on batches' ends).
+const STEPS: &str = "progress.steps";
+
+/// How strictly a checkpoint must fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// Every parameter with its shape: resuming, evaluating.
+    Exact,
+    /// Initial weights: the last layer may have another size and starts anew.
+    NewHead,
+}
+
+/// See the room's page.
+pub struct CpuStage {
+    spec: StageSpec,
+    module: Module,
+    optimizer: Option<Optimizer>,
+    head: Option<Head>,
+    /// The newest message of each input, held past the end of its sender's clip; or the frame.
+    inputs: Vec<Option<Tensor>>,
+    /// H(a), and what of it each output edge takes.
+    y: Option<Tensor>,
+    outputs: Vec<Option<Tensor>>,
+    /// Activations kept, by step.
+    tapes: Vec<(usize, Tape)>,
+    /// Sums of the cotangents that have come, by step.
+    sums: Vec<(usize, Tensor)>,
+    /// Of each input, as the last backward pass gave it.
+    cotangents: Vec<Option<Tensor>>,
+    /// Backward passes since the last update.
+    steps: u64,
+    /// The module as it was at the last mark. Values are replaced and not changed, so until an update replaces them this takes
+    /// no memory.
+    marked: Option<Snapshot>,
+}
+
+impl CpuStage {
+    /// A stage with its initial parameters.
+    ///
+    /// # Errors
+    /// As [`Module::new`].
+    pub fn new(spec: StageSpec) -> Result<Self> {
+        let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu };
+        let module = Module::new(spec.index, &spec.layers, spec.main, &spec.skips, spec.fuse, &init)?;
+        let inputs = 1 + spec.skips.len();
+        Ok(CpuStage {
+            module,
+            optimizer: spec.optimizer.map(Optimizer::new),
+            head: spec.head.map(|head| Head::new(head, spec.batch)),
+            inputs: vec![None; inputs],
+            y: None,
+            outputs: vec![None; spec.outputs.len()],
+            tapes: Vec::new(),
+            sums: Vec::new(),
+            cotangents: Vec::new(),
+            steps: 0,
+            marked: None,
+            spec,
+        })
+    }
+
+    /// What it was made from.
+    pub fn spec(&self) -> &StageSpec {
+        &self.spec
+    }
+
+    /// Its module.
+    pub fn module(&mut self) -> &mut Module {
+        &mut self.module
+    }
+
+    /// Its optimiser, in training.
+    pub fn optimizer(&self) -> Option<&Optimizer> {
+        self.optimizer.as_ref()
+    }
+
+    /// The backward passes since the last update that a checkpoint told of.
+    pub fn unfinished(&self) -> u64 {
+        self.steps
+    }
+
+    /// Whether a checkpoint's tensor `name` belongs to this module.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub fn owns(&mut self) -> Result<impl Fn(&str) -> bool + use<>> {
+        let names = self.names()?;
+        Ok(move |name: &str| {
+            let name = name.strip_prefix("optimizer.").or(name.strip_prefix("gradient.")).unwrap_or(name);
+            let name = name.strip_prefix(STEPS).map_or(name, |rest| rest.trim_start_matches('.'));
+            let belongs =
+                |n: &String| name.strip_prefix(n.as_str()).is_some_and(|r| r.is_empty() || r.starts_with('.'));
+            names.iter().any(belongs)
+        })
+    }
+
+    fn names(&mut self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        self.module.visit(&mut |p| {
+            names.push(p.name.clone());
+            Ok(())
+        })?;
+        Ok(names)
+    }
+
+    /// Takes parameters, and with [`Fit::Exact`] the optimiser's state and an unfinished sum of gradients, from a checkpoint made
+    /// at any partition. `from` names it in errors; `last_layer` is how the names of the last layer's parameters begin, which a
+    /// new head may replace.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the parameter that is missing or has another shape.
+    pub fn load(&mut self, mut tensors: HashMap<String, Tensor>, fit: Fit, from: &str, last_layer: &str) -> Result<()> {
+        self.module.visit(&mut |p| {
+            match tensors.remove(&p.name) {
+                Some(value) if value.shape() == p.value.shape() => p.value = value.to_dtype(p.value.dtype())?,
+                other if fit == Fit::NewHead && p.name.starts_with(last_layer) => {
+                    let found = other.map_or("absent".into(), |t| format!("{:?}", t.dims()));
+                    log::warn!("{from}: {} is {found}, {:?} here: the head starts anew", p.name, p.value.dims());
+                }
+                other => {
+                    let found = other.map_or("it is not there".into(), |t| format!("its shape is {:?}", t.dims()));
+                    return Err(Error::input(format!(
+                        "{from}: parameter {} of shape {:?} is needed, but {found}: the checkpoint is of another network",
+                        p.name,
+                        p.value.dims()
+                    )));
+                }
+            }
+            // An unfinished sum of gradients is the same run's alone.
+            p.grad = tensors.remove(&format!("gradient.{}", p.name)).filter(|_| fit == Fit::Exact);
+            Ok(())
+        })?;
+        let Some(optimizer) = self.optimizer.as_mut().filter(|_| fit == Fit::Exact) else { return Ok(()) };
+        let module = &mut self.module;
+        let mut state = |name: &str| tensors.remove(&format!("optimizer.{name}"));
+        optimizer.load_state(&mut |f| module.visit(f), &mut state)?;
+        match tensors.iter().find(|(name, _)| name.starts_with(STEPS)) {
+            Some((name, steps)) => {
+                let steps = steps.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+                let steps = steps.first().ok_or_else(|| Error::input(format!("{from}: {name} is empty")))?;
+                self.steps = u64::from(*steps);
+            }
+            // Cut elsewhere than it was: whose count it is cannot be told, so the unfinished sum starts anew.
+            None => self.forget_gradients()?,
+        }
+        Ok(())
+    }
+
+    fn forget_gradients(&mut self) -> Result<()> {
+        self.steps = 0;
+        self.module.visit(&mut |p| {
+            p.grad = None;
+            Ok(())
+        })
+    }
+
+    fn tensor(&self, values: &[f32], [h, w, c]: Shape) -> Result<Tensor> {
+        let shape = (self.spec.batch, h, w, c);
+        if values.len() != shape.0 * h * w * c {
+            return Err(Error::Run(format!("a message of {} words for a tensor of {shape:?}", values.len())));
+        }
+        Ok(Tensor::from_slice(values, shape, &Device::Cpu)?)
+    }
+
+    fn y(&self) -> Result<&Tensor> {
+        self.y.as_ref().ok_or_else(|| Error::Run("there is no output yet".into()))
+    }
+
+    fn add_to_sum(&mut self, step: usize, cotangent: Tensor) -> Result<()> {
+        match self.sums.iter_mut().find(|(of, _)| *of == step) {
+            Some((_, sum)) => *sum = activation::add(sum, &cotangent)?,
+            None => self.sums.push((step, cotangent)),
+        }
+        Ok(())
+    }
+}
+
+/// Removes what is filed under `step`.
+fn take<T>(filed: &mut Vec<(usize, T)>, step: usize) -> Option<T> {
+    let place = filed.iter().position(|(of, _)| *of == step)?;
+    Some(filed.swap_remove(place).1)
+}
+
+/// The values of a message in host memory.
+fn host<'a>(message: Slot<'a>) -> Result<&'a [f32]> {
+    match message {
+        Slot::Host(values) => Ok(values),
+        Slot::Device(_) => Err(Error::Run("a message in GPU memory came to a stage in host memory".into())),
+    }
+}
+
+/// Copies a tensor's elements, in row-major order, into a message.
+fn copy_into(tensor: &Tensor, message: SlotMut<'_>) -> Result<Done> {
+    let SlotMut::Host(words) = message else {
+        return Err(Error::Run("a stage in host memory cannot write into GPU memory".into()));
+    };
+    with_values(tensor, |values| {
+        let room = words.get_mut(..values.len());
+        room.ok_or_else(|| Error::Run(format!("a message is too small for {} words", values.len())))?
+            .copy_from_slice(values);
+        Ok(Done::Now)
+    })
+}
+
+/// Calls `f` with the elements of a tensor in host memory, in row-major order.
+///
+/// # Errors
+/// Those of `f`; [`Error::Run`] for a tensor elsewhere.
+pub fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        candle_core::Storage::Cpu(storage) => {
+            let start = layout.start_offset();
+            f(&storage.as_slice::<f32>()?[start..start + layout.shape().elem_count()])
+        }
+        _ => Err(Error::Run("a tensor is not in host memory".into())),
+    }
+}
+
+impl Stage for CpuStage {
+    fn begin(&mut self, labels: Option<&[i32]>) -> Result<()> {
+        self.inputs.fill(None);
+        self.tapes.clear();
+        self.sums.clear();
+        if let (Some(head), Some(labels)) = (&mut self.head, labels) {
+            head.begin(labels);
+        }
+        Ok(())
+    }
+
+    fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()> {
+        self.inputs[k] = Some(tensor);
+        Ok(())
+    }
+
+    fn receive(&mut self, k: usize, message: Slot<'_>) -> Result<Done> {
+        // The one before makes room for it.
+        self.inputs[k] = None;
+        let shape = k.checked_sub(1).map_or(self.spec.main, |skip| self.spec.skips[skip].shape);
+        self.inputs[k] = Some(self.tensor(host(message)?, shape)?);
+        Ok(Done::Now)
+    }
+
+    fn forward(&mut self, step: usize, pass: &Pass, send: &[bool]) -> Result<()> {
+        let kept = self.spec.kept;
+        self.tapes.retain(|(of, _)| *of + kept > step);
+        let missing = || Error::Run("an input is missing: nothing came that could be held".into());
+        let inputs = self.inputs.iter().map(|held| held.clone().ok_or_else(missing)).collect::<Result<Vec<_>>>()?;
+        if self.spec.frames {
+            // A frame is never held.
+            self.inputs.fill(None);
+        }
+        let mut tape = Tape::new();
+        let y = self.module.forward(&inputs, pass, &mut tape)?;
+        for ((port, output), _) in self.spec.outputs.iter().zip(&mut self.outputs).zip(send).filter(|(_, send)| **send)
+        {
+            *output = Some(pool_for_edge(&y, port.pool.0, port.pool.1)?);
+        }
+        if pass.training {
+            self.tapes.push((step, tape));
+        }
+        self.y = Some(y);
+        Ok(())
+    }
+
+    fn send(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
+        let output = self.outputs[k].take();
+        copy_into(&output.ok_or_else(|| Error::Run(format!("output {k} was not made to be sent")))?, message)
+    }
+
+    fn output(&mut self) -> Result<Tensor> {
+        self.y().cloned()
+    }
+
+    fn loss(&mut self, step: usize, target: Option<Slot<'_>>) -> Result<(Done, Option<NotFinite>)> {
+        let y = self.y()?.clone();
+        let Some(head) = &mut self.head else { return Err(Error::Run("this module has no loss".into())) };
+        let target = match target {
+            Some(message) => {
+                let (labels, frames) = Target::read(host(message)?, self.spec.batch)?;
+                head.set_labels(labels);
+                Some(frames)
+            }
+            None => None,
+        };
+        let training = self.optimizer.is_some();
+        let (gradient, not_finite) = match head.loss(&y, target) {
+            Err(Error::NonFinite(text)) if training => (y.zeros_like()?, Some(NotFinite(text))),
+            gradient => (gradient?, None),
+        };
+        if training {
+            self.add_to_sum(step, gradient)?;
+        }
+        Ok((Done::Now, not_finite))
+    }
+
+    fn add_cotangent(&mut self, k: usize, step: usize, message: Slot<'_>) -> Result<(Done, Option<NotFinite>)> {
+        let port = self.spec.outputs[k];
+        let mut cotangent = self.tensor(host(message)?, port.shape)?;
+        let mut not_finite = None;
+        if !activation::all_finite(&cotangent)? {
+            not_finite = Some(NotFinite("a cotangent is not finite".into()));
+            cotangent = cotangent.zeros_like()?;
+        }
+        self.add_to_sum(step, pool_for_edge_vjp(&cotangent, port.pool.0, port.pool.1)?)?;
+        Ok((Done::Now, not_finite))
+    }
+
+    fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
+        let missing = |what: &str| Error::Run(format!("there is no {what} of step {step}"));
+        let g = take(&mut self.sums, step).ok_or_else(|| missing("cotangent"))?;
+        let mut tape = take(&mut self.tapes, step).ok_or_else(|| missing("activation"))?;
+        // Frames need no gradient.
+        let wanted = if self.spec.frames { &[false][..] } else { wanted };
+        self.cotangents = self.module.vjp(&g, pass, &mut tape, wanted)?;
+        self.steps += 1;
+        Ok(())
+    }
+
+    fn send_cotangent(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
+        let cotangent = self.cotangents.get_mut(k).and_then(Option::take);
+        copy_into(
+            &cotangent.ok_or_else(|| Error::Run(format!("the cotangent of input {k} was not computed")))?,
+            message,
+        )
+    }
+
+    fn end_tick(&mut self) {
+        (self.y, self.cotangents) = (None, Vec::new());
+        self.outputs.fill(None);
+        if self.spec.kept == 1 {
+            self.tapes.clear();
+        }
+    }
+
+    fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    fn gradients(&mut self) -> Result<Vec<f32>> {
+        let mut all: Vec<f32> = Vec::new();
+        self.module.visit(&mut |p| match &p.grad {
+            _ if !p.trainable => Ok(()),
+            Some(grad) => with_values(grad, |values| {
+                all.extend_from_slice(values);
+                Ok(())
+            }),
+            None => {
+                all.resize(all.len() + p.value.elem_count(), 0.0);
+                Ok(())
+            }
+        })?;
+        Ok(all)
+    }
+
+    fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
+        let mut rest = values;
+        self.module.visit(&mut |p| {
+            if p.trainable {
+                let split = rest.split_at_checked(p.value.elem_count());
+                let (own, others) = split.ok_or_else(|| Error::Run("too few gradients".into()))?;
+                p.grad = Some(Tensor::from_slice(own, p.value.shape(), &Device::Cpu)?);
+                rest = others;
+            }
+            Ok(())
+        })
+    }
+
+    fn update(&mut self, lr_factor: f64, divisor: f64, clip_norm: Option<f64>) -> Result<Updated> {
+        // Nothing of the batch is needed any more.
+        (self.y, self.cotangents) = (None, Vec::new());
+        let CpuStage { module, optimizer, .. } = self;
+        let Some(optimizer) = optimizer else { return Err(Error::Run("this stage is not for training".into())) };
+        match optimizer.step(&mut |f| module.visit(f), lr_factor, divisor, clip_norm) {
+            Err(Error::NonFinite(text)) => {
+                self.forget_gradients()?;
+                Ok(Updated { not_finite: Some(NotFinite(text)), grad_norm: None })
+            }
+            stats => {
+                let grad_norm = Some(stats?.grad_norm);
+                self.steps = 0;
+                Ok(Updated { grad_norm, not_finite: None })
+            }
+        }
+    }
+
+    fn end(&mut self) -> Result<BatchEnd> {
+        Ok(match &mut self.head {
+            Some(head) => BatchEnd {
+                score: Some(head.end()),
+                logits: head.logits().to_vec(),
+                labels: head.labels().to_vec(),
+                ..BatchEnd::default()
+            },
+            None => BatchEnd::default(),
+        })
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot> {
+        let unfinished = self.steps > 0;
+        let mut tensors = Vec::new();
+        let mut first = None;
+        self.module.visit(&mut |p| {
+            first.get_or_insert_with(|| p.name.clone());
+            tensors.push((p.name.clone(), p.value.clone()));
+            if unfinished && let Some(grad) = &p.grad {
+                // Values are replaced, gradients added to in place: what is written later needs its own.
+                tensors.push((format!("gradient.{}", p.name), grad.copy()?));
+            }
+            Ok(())
+        })?;
+        if let Some(optimizer) = &self.optimizer {
+            let state = optimizer.state()?;
+            tensors.extend(state.into_iter().map(|(name, tensor)| (format!("optimizer.{name}"), tensor)));
+            if unfinished {
+                tensors.push(unfinished_steps(first.as_deref(), self.spec.index, self.steps)?);
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn mark(&mut self) -> Result<()> {
+        self.marked = Some(self.snapshot()?);
+        Ok(())
+    }
+
+    fn unmark(&mut self) {
+        self.marked = None;
+    }
+
+    fn rewind(&mut self) -> Result<Option<Snapshot>> {
+        Ok(self.marked.take())
+    }
+}
+
+/// The count of backward passes since the last update as a checkpoint has it: filed under the module's first parameter, since
+/// modules have no global names.
+pub(in crate::backend) fn unfinished_steps(first: Option<&str>, index: usize, steps: u64) -> Result<(String, Tensor)> {
+    let first = first.map_or_else(|| format!("module.{index}"), String::from);
+    Ok((format!("{STEPS}.{first}"), Tensor::new(&[steps as u32], &Device::Cpu)?))
+}

@@ -1,0 +1,186 @@
+//! `sideways bench overlap`: the pipeline at work on stages that take a set time, to see what messages cost.
+//!
+//! A tick is the run's own ([`crate::pipeline`]): y travels while the backward pass takes its time, the cotangents while the next
+//! forward pass does. A transfer that hides behind compute costs nothing: the tick is then as long as its two passes.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use bytemuck::{Pod, Zeroable};
+use candle_core::{DType, Device, Tensor};
+
+use super::{On, OverlapArgs, TIMEOUT, show_bytes, wrong_size};
+use crate::backend::cuda;
+use crate::backend::stage::{Clock, Stage, StageSpec, TimedStage};
+use crate::comm::World;
+use crate::config::{Config, DeviceChoice};
+use crate::data::Frames;
+use crate::metrics::TimeAccount;
+use crate::nn::layers::Pass;
+use crate::nn::spec::LayerSpec;
+use crate::pipeline::orders::Requests;
+use crate::pipeline::{Parts, Reports, RunRange, run as run_pipeline};
+use crate::setup::Setup;
+use crate::setup::site::Site;
+use crate::sys::cpus::processor_seconds;
+use crate::sys::host::hostname;
+use crate::{Error, Result};
+
+/// What one worker found, in seconds.
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+#[repr(C)]
+struct Alone {
+    worker: u32,
+    /// A pass with no message about.
+    pass: f32,
+}
+
+pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
+    let workers = args.workers.unwrap_or(if world.size() > 1 { world.size() } else { 8 });
+    if workers < world.size() {
+        let size = world.size();
+        return Err(wrong_size("overlap", size, &format!("{workers} workers leave some without work")));
+    }
+    if !(args.compute_ms >= 0.0 && args.compute_ms.is_finite()) || args.ticks == 0 {
+        return Err(Error::input("--compute-ms must be 0 or more and --ticks at least 1"));
+    }
+    if args.device == On::Cuda && args.busy {
+        return Err(Error::input("--busy is for the processor: with --device cuda modules wait on the GPU"));
+    }
+    let config = chain(args, workers);
+    let setup = world.first_error(Setup::dry(&config, world.size()))?;
+    let alone = Mutex::new(Vec::new());
+    let pass = Duration::try_from_secs_f64(args.compute_ms / 1e3)
+        .map_err(|e| Error::input(format!("--compute-ms {}: {e}", args.compute_ms)))?;
+    let own = (0..workers).filter(|&w| setup.grid.rank_of(w) == world.rank()).count();
+    let stage = |spec: StageSpec, w: usize, site: Site| {
+        let mut stage = match site {
+            Site::Cpu => Box::new(TimedStage::new(spec, pass, args.busy)),
+            Site::Gpu { ordinal, .. } => cuda::timed_stage(spec, ordinal, pass.as_secs_f64(), own == 1)?,
+        };
+        let pass = pass_alone(stage.as_mut())? as f32;
+        alone.lock().unwrap_or_else(PoisonError::into_inner).push(Alone { worker: w as u32, pass });
+        Ok(stage)
+    };
+    let frames = |_| Ok(Box::new(Blank) as Box<dyn Frames>);
+    // The first batch fills the pipeline.
+    let range = RunRange { first: 0, end: 2, total: 2, from: None, record: false };
+    let mut accounts = Vec::new();
+    let console = |reports: &mut Reports| {
+        for batch in [0, 0, 1] {
+            accounts = reports.gather(batch)?.iter().map(|report| report.time).collect();
+        }
+        Ok(())
+    };
+    run_pipeline(&setup, world, &range, &Parts { stage: &stage, frames: &frames }, &Requests::default(), console)?;
+    let cpu = processor_seconds();
+    let alone = alone.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut all: Vec<Alone> = world
+        .gather(bytemuck::cast_slice(&alone))?
+        .iter()
+        .flat_map(|bytes| bytemuck::allocation::pod_collect_to_vec::<u8, Alone>(bytes))
+        .collect();
+    all.sort_by_key(|alone| alone.worker);
+    if world.rank() == 0 {
+        print(args, &setup, &accounts, &all, cpu);
+    }
+    Ok(())
+}
+
+/// One module of the chain after another, joined by messages of the size asked for.
+fn chain(args: &OverlapArgs, workers: usize) -> Config {
+    let mut config = Config::default();
+    let between = LayerSpec::Linear { out: args.bytes / 4, bias: false };
+    let last = LayerSpec::Linear { out: 2, bias: false };
+    config.model.layers = Some(std::iter::repeat_n(between, workers - 1).chain([last]).collect());
+    config.model.preset = None;
+    config.model.modules = Some(workers);
+    config.model.classes = Some(2);
+    (config.data.crop, config.data.batch) = (Some(1), 1);
+    config.data.frames = 2 * workers + args.ticks as usize;
+    config.run.timeout = TIMEOUT.as_secs();
+    config.run.device = if args.device == On::Cuda { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
+    config
+}
+
+/// Seconds of a forward pass of which nothing is sent: the median of some.
+fn pass_alone(stage: &mut dyn Stage) -> Result<f64> {
+    let pass = Pass { training: true, key: 0 };
+    let mut seconds = Vec::new();
+    for _ in 0..5 {
+        let begin: Clock = stage.clock()?;
+        stage.forward(0, &pass, &[])?;
+        let end = stage.clock()?;
+        seconds.push(begin.until(&end)?);
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[2])
+}
+
+/// Frames of zeros.
+struct Blank;
+
+impl Frames for Blank {
+    fn begin(&mut self, _: u64) -> Result<Vec<i32>> {
+        Ok(vec![0])
+    }
+
+    fn frame(&mut self, _: usize) -> Result<Tensor> {
+        Ok(Tensor::zeros((1, 1, 1, 3), DType::F32, &Device::Cpu)?)
+    }
+
+    fn skipped(&self) -> &[usize] {
+        &[]
+    }
+}
+
+fn print(args: &OverlapArgs, setup: &Setup, accounts: &[TimeAccount], alone: &[Alone], cpu: f64) {
+    let how = match (args.device, args.busy) {
+        (On::Cuda, _) => "on a GPU",
+        (On::Cpu, true) => "busy",
+        (On::Cpu, false) => "asleep",
+    };
+    outln!(
+        "{} workers on {} ranks of {}: {} down and {} up a tick, {} ticks, passes of {} ms, two a tick ({how})",
+        accounts.len(),
+        setup.grid.ranks,
+        hostname(),
+        show_bytes(args.bytes),
+        show_bytes(args.bytes),
+        setup.schedule.frames(),
+        args.compute_ms
+    );
+    outln!(
+        "ms a tick  {:>9} {:>13} {:>9} {:>10} {:>16} {:>15} {:>7}",
+        "tick",
+        "passes alone",
+        "exposed",
+        "of a tick",
+        "wait activation",
+        "wait cotangent",
+        "send"
+    );
+    let ms = |seconds: f32| f64::from(seconds) / setup.schedule.frames() as f64 * 1e3;
+    let (mut slowest, mut worst, mut compute) = (0.0f64, 0.0f64, 0.0f64);
+    for (worker, (time, alone)) in accounts.iter().zip(alone).enumerate() {
+        let (tick, passes) = (ms(time.total()), 2e3 * f64::from(alone.pass));
+        let exposed = (tick - passes).max(0.0);
+        (slowest, compute) = (slowest.max(tick), compute.max(passes));
+        worst = worst.max(exposed / tick);
+        outln!(
+            "worker {worker:<3} {tick:>9.3} {passes:>13.3} {exposed:>9.3} {:>9.2}% {:>16.3} {:>15.3} {:>7.3}",
+            100.0 * exposed / tick,
+            ms(time.wait_activations),
+            ms(time.wait_cotangents),
+            ms(time.send)
+        );
+    }
+    outln!(
+        "slowest worker's tick {slowest:.3} ms: {:.4} of the {} ms asked for, {:.4} of its passes alone; \
+         processor time of rank 0, warm-up included: {cpu:.2} s",
+        slowest / (2.0 * args.compute_ms),
+        2.0 * args.compute_ms,
+        slowest / compute
+    );
+    outln!("exposed communication: {:.2} % of the tick at most", 100.0 * worst);
+}

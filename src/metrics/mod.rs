@@ -1,0 +1,140 @@
+//! Where a worker's time goes, and what it reports of every batch.
+
+pub mod report;
+
+use std::time::Instant;
+
+use bytemuck::{Pod, Zeroable};
+use serde::Serialize;
+
+pub use report::Report;
+
+/// What a worker is doing. The phases sum to wall time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The forward pass, sender's pooling included.
+    Forward,
+    /// Waiting for activations (and for labels or target frames).
+    WaitActivations,
+    /// Loss and vector–Jacobian product.
+    Backward,
+    /// Waiting for cotangents.
+    WaitCotangents,
+    /// The optimiser, and averaging over replicas.
+    Optimizer,
+    /// Waiting for and scaling frames (module 1).
+    Data,
+    /// Handing messages over: copying, and waiting for a free buffer where the receiver is behind.
+    Send,
+    /// Waiting for a core, where the process has more workers than cores.
+    WaitCore,
+    /// Checkpoints, reports, what is between phases.
+    Other,
+}
+
+/// How many phases there are.
+pub const PHASES: usize = 9;
+
+/// Seconds spent in each phase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Pod, Zeroable)]
+#[repr(C)]
+pub struct TimeAccount {
+    /// [`Phase::Forward`]
+    pub forward: f32,
+    /// [`Phase::WaitActivations`]
+    pub wait_activations: f32,
+    /// [`Phase::Backward`]
+    pub backward: f32,
+    /// [`Phase::WaitCotangents`]
+    pub wait_cotangents: f32,
+    /// [`Phase::Optimizer`]
+    pub optimizer: f32,
+    /// [`Phase::Data`]
+    pub data: f32,
+    /// [`Phase::Send`]
+    pub send: f32,
+    /// [`Phase::WaitCore`]
+    pub wait_core: f32,
+    /// [`Phase::Other`]
+    pub other: f32,
+}
+
+impl TimeAccount {
+    /// All entries, in declaration order.
+    pub fn to_array(self) -> [f32; PHASES] {
+        bytemuck::cast(self)
+    }
+
+    /// The inverse of [`TimeAccount::to_array`].
+    pub fn from_array(seconds: [f32; PHASES]) -> Self {
+        bytemuck::cast(seconds)
+    }
+
+    /// Adds another account.
+    pub fn add(&mut self, other: &TimeAccount) {
+        let mut sum = self.to_array();
+        sum.iter_mut().zip(other.to_array()).for_each(|(s, t)| *s += t);
+        *self = Self::from_array(sum);
+    }
+
+    /// All seconds.
+    pub fn total(self) -> f32 {
+        self.to_array().iter().sum()
+    }
+
+    /// The seconds of useful work: forward, backward, optimiser.
+    pub fn busy(self) -> f32 {
+        self.forward + self.backward + self.optimizer
+    }
+}
+
+/// Attributes every moment to one [`Phase`].
+#[derive(Debug)]
+pub struct Stopwatch {
+    phase: Phase,
+    since: Instant,
+    spent: [f64; PHASES],
+}
+
+impl Default for Stopwatch {
+    fn default() -> Self {
+        Stopwatch { phase: Phase::Other, since: Instant::now(), spent: [0.0; PHASES] }
+    }
+}
+
+impl Stopwatch {
+    /// Ends the present phase and begins another.
+    pub fn enter(&mut self, phase: Phase) {
+        let now = Instant::now();
+        self.spent[self.phase as usize] += (now - self.since).as_secs_f64();
+        self.since = now;
+        self.phase = phase;
+    }
+
+    /// The account since the last call, which starts anew.
+    pub fn take(&mut self) -> TimeAccount {
+        self.enter(self.phase);
+        TimeAccount::from_array(std::mem::take(&mut self.spent).map(|s| s as f32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn phases_sum_to_wall_time() {
+        let start = Instant::now();
+        let mut watch = Stopwatch::default();
+        for phase in [Phase::Forward, Phase::WaitActivations, Phase::Data] {
+            watch.enter(phase);
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let account = watch.take();
+        let wall = start.elapsed().as_secs_f32();
+        assert!((account.total() - wall).abs() < 1e-3, "{account:?} against {wall}");
+        assert!(account.forward >= 0.003 && account.data >= 0.003 && account.backward == 0.0);
+        assert_eq!(TimeAccount::from_array(account.to_array()), account);
+    }
+}

@@ -1,0 +1,95 @@
+//! One batch of one module: what comes before its first tick and after its last.
+
+use super::worker::{At, Worker};
+use crate::Result;
+use crate::comm::{Header, Kind, Orders};
+use crate::metrics::{Phase, Report};
+
+impl Worker {
+    /// One batch.
+    ///
+    /// # Errors
+    /// Whatever fails, with module, batch, step and tick in front.
+    pub(super) fn run_batch(&mut self, batch: u64) -> Result<()> {
+        self.begin(batch)?;
+        let schedule = self.schedule.clone();
+        let window = schedule.window(self.index);
+        for (n, tick) in window.iter().enumerate() {
+            let at = At { batch, step: tick.step(), tick: schedule.first_tick(batch) + tick.at as u64 };
+            self.tick(tick, window.get(n + 1), at).map_err(|e| e.within(&at.place(self.index)))?;
+        }
+        self.end(batch)
+    }
+
+    /// Clears every register and passes the clips' labels on.
+    fn begin(&mut self, batch: u64) -> Result<()> {
+        self.decision = Orders::empty();
+        self.mark()?;
+        self.watch.enter(Phase::Data);
+        if let Some(Err(e)) = self.role.source().map(|source| source.begin(batch)) {
+            let error = e.within(&format!("module 1, batch {batch}"));
+            match self.role.chief_until(self.decision_step, 0) {
+                Some(source) => source.give_up(error.to_string()),
+                None => return Err(error),
+            }
+        }
+        self.role.send_labels(batch)?;
+        self.watch.enter(Phase::WaitActivations);
+        let labels = self.role.labels(batch, self.clips)?;
+        self.stage.begin(labels.as_deref())
+    }
+
+    /// The end of the module's own window.
+    fn end(&mut self, batch: u64) -> Result<()> {
+        if self.decision.contains(Orders::UNDO) {
+            let saved = self.save_before(batch)?;
+            return self.send_report(batch, Report { saved, ..Report::default() });
+        }
+        self.stage.unmark();
+        self.update_after_window(batch)?;
+        self.watch.enter(Phase::Backward);
+        let end = self.stage.end()?;
+        end.not_finite.into_iter().try_for_each(|what| self.non_finite.note(what))?;
+        self.watch.enter(Phase::Other);
+        let saved = self.save(batch)?;
+        let (link, waited) = self.longest_wait();
+        let mut report = Report {
+            score: end.score.unwrap_or_default(),
+            backward_steps: self.schedule.backwards(self.index).count() as u32,
+            saved,
+            skipped: self.non_finite.take(),
+            link,
+            waited,
+            videos_skipped: self.role.source().map_or(0, |source| source.skipped() as u32),
+            ..Report::default()
+        };
+        match &mut self.training {
+            Some(training) => {
+                training.grad_norm = end.grad_norm.unwrap_or(training.grad_norm);
+                (report.grad_norm, report.lr) = (training.grad_norm as f32, training.lr as f32);
+            }
+            None if end.score.is_some() => {
+                report.outputs = self.predictions.as_mut().map_or(end.logits, std::mem::take);
+                report.labels = end.labels;
+            }
+            None => {}
+        }
+        report.time = self.watch.take();
+        self.send_report(batch, report)
+    }
+
+    /// Says that it is ready; before the first batch of all also writes its module into checkpoint 0.
+    pub(super) fn start(&mut self, first: u64) -> Result<()> {
+        let saved = if first == 0 { self.save_start()? } else { None };
+        let report = Report { saved, time: self.watch.take(), ..Report::default() };
+        self.send_report(first, report)
+    }
+
+    /// Sends a report of `batch` to the console.
+    fn send_report(&mut self, batch: u64, report: Report) -> Result<()> {
+        let (id, sender) = &mut self.console;
+        let report = Report { asked: self.requests.pending(), decision: self.decision, ..report };
+        let words = report.write(sender.host_slot()?)?;
+        sender.start(&Header::new(Kind::Report, *id, batch, 0, [words as u32, 1, 1, 1]))
+    }
+}

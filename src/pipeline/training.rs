@@ -1,0 +1,135 @@
+//! What training adds to a worker: when and how parameters change, and when the module is written.
+
+use super::worker::Worker;
+use crate::checkpoint::writer::Writer;
+use crate::comm::Orders;
+use crate::comm::all_reduce::AllReduce;
+use crate::config::UpdateEvery;
+use crate::metrics::Phase;
+use crate::nn::optim::LrSchedule;
+use crate::{Error, Result};
+
+/// How parameters change.
+pub struct Training {
+    /// The learning rate before its schedule.
+    pub base_lr: f64,
+    /// Learning rate over the run.
+    pub lr_schedule: LrSchedule,
+    /// Batches in the whole run, for that.
+    pub total_batches: u64,
+    /// When updates are made.
+    pub every: UpdateEvery,
+    /// Largest Euclidean norm of a module's gradient.
+    pub clip_norm: Option<f64>,
+    /// The mean with the module's replicas.
+    pub all_reduce: Option<AllReduce>,
+    /// Replica 0 only: writes the module.
+    pub saver: Option<Saver>,
+    /// Norm of the last update's gradient, for the report.
+    pub grad_norm: f64,
+    /// Learning rate of the last update, for the report.
+    pub lr: f64,
+}
+
+/// When a worker writes its module, and what writes it.
+pub struct Saver {
+    /// Writes into the run's `checkpoints` folder.
+    pub writer: Writer,
+    /// Batches between checkpoints.
+    pub every: u64,
+    /// The batch behind the last one of this run: a checkpoint is written there too.
+    pub end: u64,
+}
+
+impl Saver {
+    /// Is a checkpoint due when `batches` are done?
+    fn is_due(&self, batches: u64) -> bool {
+        batches.is_multiple_of(self.every) || batches == self.end
+    }
+}
+
+impl Worker {
+    /// Updates the parameters if steps are what counts, and so many were made.
+    pub(super) fn update_between_steps(&mut self, batch: u64, step: usize) -> Result<()> {
+        match &self.training {
+            Some(Training { every: UpdateEvery::Steps(every), .. }) if self.stage.steps() == *every => {
+                self.update(batch, step)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Updates the parameters at the end of the module's own window: no barrier, every module updates when it is through.
+    pub(super) fn update_after_window(&mut self, batch: u64) -> Result<()> {
+        match &self.training {
+            Some(Training { every: UpdateEvery::Named(_), .. }) if self.stage.steps() > 0 => {
+                self.update(batch, self.schedule.steps(self.index))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Applies the optimiser to G, the mean of the steps' gradients since the last update (and over replicas).
+    fn update(&mut self, batch: u64, step: usize) -> Result<()> {
+        self.watch.enter(Phase::Optimizer);
+        let Some(training) = &mut self.training else { return Ok(()) };
+        if let Some(all_reduce) = &mut training.all_reduce {
+            let mut gradients = self.stage.gradients()?;
+            all_reduce.mean(&mut gradients, batch, step as u32)?;
+            self.stage.set_gradients(&gradients)?;
+        }
+        let divisor = self.schedule.mean_over().map_or(self.stage.steps() as f64, |losses| losses as f64);
+        let factor = training.lr_schedule.factor(batch, training.total_batches);
+        let updated = self.stage.update(factor, divisor, training.clip_norm)?;
+        training.lr = factor * training.base_lr;
+        training.grad_norm = updated.grad_norm.unwrap_or(training.grad_norm);
+        updated.not_finite.map_or(Ok(()), |what| self.non_finite.note(what))
+    }
+
+    /// Remembers the module as it is before a batch, in case that has to be undone.
+    pub(super) fn mark(&mut self) -> Result<()> {
+        match &self.training {
+            Some(Training { saver: Some(_), .. }) => self.stage.mark(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Hands the module over to be written if a checkpoint is due after `batch`, or was decided on; at the end of the run
+    /// waits until it is written. Returns the newest checkpoint that this worker's part of is on disk.
+    pub(super) fn save(&mut self, batch: u64) -> Result<Option<u64>> {
+        let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        let (done, decision) = (batch + 1, self.decision);
+        if saver.is_due(done) || !decision.is_empty() {
+            saver.writer.begin(done, self.stage.snapshot()?)?;
+        }
+        if done != saver.end && !decision.intersects(Orders::ENDS) {
+            return saver.writer.written();
+        }
+        match saver.writer.wait()? {
+            Some(written) if written == done => Ok(Some(written)),
+            _ => Err(Error::Run(format!(
+                "the run's last checkpoint, of {done} batches, could not be written (see above)"
+            ))),
+        }
+    }
+
+    /// Undoes `batch`: writes the module as it was before it, if no checkpoint of that was written yet.
+    pub(super) fn save_before(&mut self, batch: u64) -> Result<Option<u64>> {
+        let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        let Some(before) = self.stage.rewind()? else { return Ok(None) };
+        if saver.writer.wait()? != Some(batch) {
+            saver.writer.begin(batch, before)?;
+        }
+        match saver.writer.wait()? {
+            Some(written) if written == batch => Ok(Some(written)),
+            _ => Err(Error::Run(format!("the checkpoint of {batch} batches could not be written (see above)"))),
+        }
+    }
+
+    /// Writes the module as it is before the first batch.
+    pub(super) fn save_start(&mut self) -> Result<Option<u64>> {
+        let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        saver.writer.begin(0, self.stage.snapshot()?)?;
+        saver.writer.wait()
+    }
+}

@@ -1,0 +1,40 @@
+//! The ranks that share this rank's host.
+
+use crate::Result;
+use crate::comm::World;
+use crate::sys::cpus::own_processors;
+use crate::sys::host::hostname;
+
+/// The ranks of this rank's host, itself among them.
+pub struct Neighbours {
+    /// How many.
+    pub ranks: usize,
+    /// Whether rank 0 is one of them.
+    pub chief: bool,
+    /// Whether each has processors of its own.
+    pub apart: bool,
+}
+
+impl Neighbours {
+    /// Those of this rank. Collective.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] when MPI fails.
+    pub fn of(world: &World) -> Result<Self> {
+        let own = own_processors();
+        let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
+        let places: Vec<Vec<String>> = world
+            .gather(mine.as_bytes())?
+            .iter()
+            .map(|place| String::from_utf8_lossy(place).split(' ').map(String::from).collect())
+            .collect();
+        let host = &places[world.rank()][0];
+        let here: Vec<&Vec<String>> = places.iter().filter(|place| &place[0] == host).collect();
+        // As many different processors as all of them together count?
+        let mut all: Vec<&String> = here.iter().flat_map(|place| &place[1..]).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        Ok(Neighbours { ranks: here.len(), chief: places[0][0] == *host, apart: all.len() == count })
+    }
+}

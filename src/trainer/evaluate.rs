@@ -1,0 +1,64 @@
+//! One pass over the test clips with fixed parameters, on all ranks of a job.
+
+use super::console::{Console, Observer, Totals};
+use crate::Result;
+use crate::backend::stage::Fit;
+use crate::checkpoint::Checkpoint;
+use crate::comm::World;
+use crate::config::Config;
+use crate::pipeline::orders::Requests;
+use crate::pipeline::{self, Parts, RunRange, frames_of, stage_of};
+use crate::setup::{Purpose, Setup};
+
+/// An evaluation, or a prediction, planned.
+pub struct Evaluator<'w> {
+    world: &'w World,
+    setup: Setup,
+    range: RunRange,
+}
+
+impl<'w> Evaluator<'w> {
+    /// Plans a pass of `checkpoint`'s network over `data.test` of `config`; of at most `batches`, if given.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] for whatever in configuration, data or number of ranks cannot work.
+    pub fn new(
+        world: &'w World,
+        config: &Config,
+        checkpoint: Checkpoint,
+        purpose: Purpose,
+        batches: Option<u64>,
+    ) -> Result<Self> {
+        let setup = Setup::new(config, world.size(), purpose)?;
+        let total = setup.total_batches()?;
+        let end = batches.map_or(total, |batches| total.min(batches));
+        let range = RunRange { first: 0, end, total, from: Some((checkpoint, Fit::Exact)), record: false };
+        Ok(Evaluator { world, setup, range })
+    }
+
+    /// The pass as planned.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    /// How many batches it takes.
+    pub fn batches(&self) -> u64 {
+        self.range.end
+    }
+
+    /// Runs it. `observer` is called on rank 0 after every batch; the last module's report has logits and labels. Collective.
+    ///
+    /// # Errors
+    /// As [`super::Trainer::run`].
+    pub fn run(&self, observer: Observer) -> Result<Totals> {
+        let Evaluator { world, setup, range } = self;
+        world.agree(setup.fingerprint(range.first)?, "configuration, dataset and checkpoint")?;
+        let stage = |spec, w, site| stage_of(setup, range, spec, w, site);
+        let frames = |r| frames_of(setup, range, r);
+        let parts = Parts { stage: &stage, frames: &frames };
+        let requests = Requests::default();
+        let mut console = Console::new(setup, range.total, None, observer);
+        pipeline::run(setup, world, range, &parts, &requests, |reports| console.follow(reports, range, &requests))?;
+        Ok(console.totals())
+    }
+}

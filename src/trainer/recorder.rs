@@ -1,0 +1,169 @@
+//! A training run's record in its run folder: `config.toml`, `metrics.jsonl`, and checkpoints completed.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::checkpoint::{self, Manifest};
+use crate::config::{OnCheckpointError, RunConfig};
+use crate::metrics::{Report, TimeAccount};
+use crate::pipeline::RunRange;
+use crate::setup::Setup;
+use crate::sys::files::write_whole;
+use crate::{Error, Result};
+
+/// Opens the run folder for recording, if the range is to be recorded.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
+pub fn recorder(setup: &Setup, range: &RunRange) -> Result<Option<Recorder>> {
+    if !range.record {
+        return Ok(None);
+    }
+    let dir = &setup.config.run.dir;
+    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+    let text = setup.config.to_toml()?;
+    let path = dir.join("config.toml");
+    write_whole(&path, text.as_bytes())?;
+    let mut manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
+    manifest.data = setup.dataset.as_ref().map(|data| data.digest());
+    checkpoint::clear_unfinished(&setup.checkpoints())?;
+    Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, range.first).map(Some)
+}
+
+/// Where a training run is recorded.
+pub struct Recorder {
+    metrics: File,
+    path: PathBuf,
+    /// Lines, or the end of one, that the disk has not taken yet.
+    pending: Vec<u8>,
+    checkpoints: PathBuf,
+    manifest: Manifest,
+    keep: usize,
+    policy: OnCheckpointError,
+    completed: Option<u64>,
+}
+
+impl Recorder {
+    /// Opens `metrics.jsonl` in the run folder for appending; lines of later batches than the first `first_batch`, left over from a
+    /// run that went further than its last checkpoint, are taken out.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be written.
+    pub fn open(
+        dir: &Path,
+        checkpoints: PathBuf,
+        manifest: Manifest,
+        run: &RunConfig,
+        first_batch: u64,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
+        let path = dir.join("metrics.jsonl");
+        let io = |e| Error::io(&path, e);
+        let old = match std::fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            old => old.map_err(io)?,
+        };
+        let mut kept = Vec::new();
+        // A run that was killed may have left a part of a line, and a machine that was, anything. (Lines of earlier versions
+        // count "clips".)
+        for line in old.split(|&byte| byte == b'\n') {
+            let line_of =
+                |v: serde_json::Value| v.get("batches").or(v.get("clips")).and_then(serde_json::Value::as_u64);
+            let batches = serde_json::from_slice(line).ok().and_then(line_of);
+            if batches.is_some_and(|batches| batches <= first_batch) {
+                kept.extend_from_slice(line);
+                kept.push(b'\n');
+            }
+        }
+        write_whole(&path, &kept)?;
+        let metrics = OpenOptions::new().append(true).open(&path).map_err(io)?;
+        Ok(Recorder {
+            metrics,
+            path,
+            pending: Vec::new(),
+            checkpoints,
+            manifest,
+            keep: run.keep,
+            policy: run.on_checkpoint_error,
+            completed: (first_batch > 0).then_some(first_batch),
+        })
+    }
+
+    /// Appends a line; where that cannot be and the run goes on, the line waits for the next one.
+    pub(super) fn write(&mut self, line: &impl Serialize) -> Result<()> {
+        let waiting = !self.pending.is_empty();
+        serde_json::to_writer(&mut self.pending, line).map_err(|e| Error::io(&self.path, e.into()))?;
+        self.pending.push(b'\n');
+        match self.flush() {
+            Err(e) if self.policy == OnCheckpointError::Continue => {
+                if !waiting {
+                    log::error!("the run goes on, and its metrics wait until they can be written: {e}");
+                }
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Writes what is pending, and keeps what of it the disk does not take (of which `write_all` would not tell).
+    pub(super) fn flush(&mut self) -> Result<()> {
+        while !self.pending.is_empty() {
+            match self.metrics.write(&self.pending) {
+                Ok(0) => return Err(Error::io(&self.path, std::io::ErrorKind::WriteZero.into())),
+                Ok(written) => drop(self.pending.drain(..written)),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Error::io(&self.path, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes the checkpoint that every module (of replica 0, the first `modules` reports) is on disk in.
+    pub(super) fn complete(&mut self, reports: &[Report], modules: usize, last: bool) -> Result<()> {
+        let Some(batches) = reports.iter().take(modules).map(|r| r.saved).min().flatten() else { return Ok(()) };
+        if self.completed.is_some_and(|done| done >= batches) {
+            return Ok(());
+        }
+        self.completed = Some(batches);
+        // A run that resumes from here needs the lines up to here.
+        if let Err(e) = self.metrics.sync_data() {
+            log::warn!("{}: its last lines may be lost: {e}", self.path.display());
+        }
+        match checkpoint::finish(&self.checkpoints, batches, modules, self.manifest.clone(), self.keep) {
+            Ok(path) => log::info!("checkpoint {}", path.display()),
+            Err(e) if self.policy == OnCheckpointError::Continue && !last => {
+                log::error!("checkpoint {batches} could not be completed, the run goes on without it: {e}");
+            }
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Serialize)]
+pub(super) struct Line<'a> {
+    pub batches: u64,
+    pub loss: f32,
+    pub top1: f32,
+    pub top5: f32,
+    pub lr: f32,
+    pub frames_per_second: f64,
+    pub elapsed: f64,
+    pub skipped: u64,
+    pub videos_skipped: u64,
+    pub workers: Vec<WorkerLine<'a>>,
+}
+
+#[derive(Serialize)]
+pub(super) struct WorkerLine<'a> {
+    pub module: usize,
+    pub replica: usize,
+    pub rank: usize,
+    pub backward_steps: u32,
+    pub grad_norm: f32,
+    pub time: &'a TimeAccount,
+}

@@ -1,0 +1,108 @@
+//! Exact back-propagation through the unrolled graph, written apart from the pipeline: the reference of gradient tests.
+//!
+//! Blocking: all steps forward, all steps back, every activation kept. Memory grows with the clip's length.
+
+use candle_core::Tensor;
+
+use sideways::backend::cpu::activation;
+use sideways::method::schedule::Schedule;
+use sideways::network::{EdgeSpec, Network};
+use sideways::nn::layers::{Pass, Tape};
+use sideways::nn::module::{Module, pool_for_edge, pool_for_edge_vjp};
+use sideways::{Error, Result};
+
+/// A clip's forward passes, `[module − 1][step]`.
+pub struct Unrolled {
+    /// Outputs, `[B, H, W, C]`.
+    pub outputs: Vec<Vec<Tensor>>,
+    tapes: Vec<Vec<Tape>>,
+}
+
+impl Unrolled {
+    /// The outputs of the last module, step by step.
+    pub fn last(&self) -> &[Tensor] {
+        self.outputs.last().map_or(&[], Vec::as_slice)
+    }
+}
+
+/// The step of the sender that step `t` of an edge's receiver reads: the one that arrives then, or the last, held.
+fn source_step(edge: &EdgeSpec, t: usize, sender_steps: usize) -> usize {
+    (t + edge.edge.lead()).min(sender_steps - 1)
+}
+
+/// All steps of all modules forward, in the order of ticks. `frame(t)` gives frame t, `[B, H, W, C]`.
+///
+/// # Errors
+/// As `frame` and the modules' forward passes.
+pub fn forward(
+    modules: &mut [Module],
+    network: &Network,
+    schedule: &Schedule,
+    pass: &dyn Fn(usize) -> Pass,
+    frame: &mut dyn FnMut(usize) -> Result<Tensor>,
+) -> Result<Unrolled> {
+    let d = modules.len();
+    let mut run = Unrolled { outputs: vec![Vec::new(); d], tapes: (0..d).map(|_| Vec::new()).collect() };
+    for tick in 0..schedule.frames() + d - 1 {
+        for i in 1..=d.min(tick + 1) {
+            let t = tick + 1 - i;
+            if t >= schedule.steps(i) {
+                continue;
+            }
+            let inputs = if i == 1 {
+                vec![frame(t)?]
+            } else {
+                network
+                    .inputs(i)
+                    .into_iter()
+                    .map(|e| {
+                        let sent = &run.outputs[e.edge.from - 1];
+                        pool_for_edge(&sent[source_step(e, t, schedule.steps(e.edge.from))], e.pool.0, e.pool.1)
+                    })
+                    .collect::<Result<Vec<_>>>()?
+            };
+            let mut tape = Tape::default();
+            run.outputs[i - 1].push(modules[i - 1].forward(&inputs, &pass(t), &mut tape)?);
+            run.tapes[i - 1].push(tape);
+        }
+    }
+    Ok(run)
+}
+
+/// All steps back, in the reverse order of ticks. `loss_gradients[t]` is the gradient of step t's loss with respect to
+/// the last module's output. Adds to every parameter's gradient the sum over steps; divide by the number of losses for
+/// the gradient of their mean.
+///
+/// # Errors
+/// As the modules' vector–Jacobian products.
+pub fn backward(
+    modules: &mut [Module],
+    network: &Network,
+    schedule: &Schedule,
+    pass: &dyn Fn(usize) -> Pass,
+    mut run: Unrolled,
+    loss_gradients: Vec<Option<Tensor>>,
+) -> Result<()> {
+    let d = modules.len();
+    let mut g: Vec<Vec<Option<Tensor>>> = run.outputs.iter().map(|o| vec![None; o.len()]).collect();
+    g[d - 1] = loss_gradients;
+    for tick in (0..schedule.frames() + d - 1).rev() {
+        for i in (1..=d.min(tick + 1)).rev() {
+            let t = tick + 1 - i;
+            let Some(gy) = g[i - 1].get_mut(t).and_then(Option::take) else { continue };
+            let wanted = vec![i > 1; network.inputs(i).len().max(1)];
+            let cotangents = modules[i - 1].vjp(&gy, &pass(t), &mut run.tapes[i - 1][t], &wanted)?;
+            for (edge, c) in network.inputs(i).into_iter().zip(cotangents) {
+                let c = c.ok_or_else(|| Error::Run(format!("{}: no input gradient", edge.edge)))?;
+                let c = pool_for_edge_vjp(&c, edge.pool.0, edge.pool.1)?;
+                let from = edge.edge.from;
+                let at = &mut g[from - 1][source_step(edge, t, schedule.steps(from))];
+                *at = Some(match at.take() {
+                    Some(sum) => activation::add(&sum, &c)?,
+                    None => c,
+                });
+            }
+        }
+    }
+    Ok(())
+}
