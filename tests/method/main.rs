@@ -8,6 +8,7 @@ mod comparisons;
 mod kernels;
 mod optim;
 mod plan;
+mod rooms;
 mod schedule;
 mod spec;
 mod vjp;
