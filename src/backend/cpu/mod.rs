@@ -12,6 +12,7 @@ pub mod batch_norm;
 pub mod conv;
 mod host;
 mod im2col;
+mod large_weights;
 mod matmul;
 mod memory;
 pub mod norm;
@@ -25,7 +26,6 @@ mod reduce;
 pub mod resample;
 mod simd;
 pub mod threads;
-mod unpacked;
 mod winograd;
 
 pub(crate) use host::{Host, by_dtype, overwritten, overwritten_bytes, tensor, update_together};

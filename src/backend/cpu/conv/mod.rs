@@ -2,13 +2,15 @@
 //!
 //! Input `[B, H, W, C]`, weight `[O, C/g, kH, kW]` (as PyTorch stores it), bias `[O]`, output `[B, H', W', O]`. A layer
 //! holds a [`Convolution`], which chooses among four ways by the shape alone and keeps what it made ready:
-//! `winograd` for 3x3 kernels of stride 1, `unpacked` where weights outweigh activations, oneDNN where the program was built
-//! with it, else `patches`.
+//! `winograd` for 3x3 kernels of stride 1, `large_weights` where weights outweigh activations, oneDNN where the program was
+//! built with it, else `patches`.
 
 use candle_core::{Tensor, TensorId, WithDType};
 
 use super::im2col::{Shape, add};
-use super::{Host, Real, Window, activation, by_dtype, host, overwritten, patches, reduce, tensor, unpacked, winograd};
+use super::{
+    Host, Real, Window, activation, by_dtype, host, large_weights, overwritten, patches, reduce, tensor, winograd,
+};
 use crate::{Error, Result};
 
 #[cfg(onednn)]
@@ -74,7 +76,7 @@ pub enum Algorithm {
     /// Winograd's minimal filtering, with our own transforms.
     Winograd,
     /// Patches, and products with the weights as they lie.
-    Unpacked,
+    LargeWeights,
     /// oneDNN's direct convolution.
     OneDnn,
     /// Patches laid out as matrix rows, and a matrix product.
@@ -84,8 +86,8 @@ pub enum Algorithm {
 fn choose(s: &Shape, f32: bool) -> Algorithm {
     if winograd::suits(s) {
         Algorithm::Winograd
-    } else if unpacked::suits(s) {
-        Algorithm::Unpacked
+    } else if large_weights::suits(s) {
+        Algorithm::LargeWeights
     } else if cfg!(onednn) && f32 {
         Algorithm::OneDnn
     } else {
@@ -180,8 +182,8 @@ impl Convolution {
                     let length = v.len();
                     tensor(v, length)?
                 }
-                Algorithm::Unpacked => {
-                    unpacked::forward(&s, input, w, bias, &mut y);
+                Algorithm::LargeWeights => {
+                    large_weights::forward(&s, input, w, bias, &mut y);
                     x.clone()
                 }
                 #[cfg(onednn)]
@@ -287,8 +289,8 @@ impl Ready {
     fn add_weight_gradient<T: Real>(&mut self, x: &[T], gy: &[T], sum: &Tensor) -> Result<()> {
         let s = self.shape;
         match self.algorithm {
-            algorithm if algorithm == Algorithm::Unpacked || unpacked::suits_weight_gradient(&s) => {
-                host::update::<T>(sum, |sum| unpacked::add_weight_gradient(&s, x, gy, sum))
+            algorithm if algorithm == Algorithm::LargeWeights || large_weights::suits_weight_gradient(&s) => {
+                host::update::<T>(sum, |sum| large_weights::add_weight_gradient(&s, x, gy, sum))
             }
             #[cfg(onednn)]
             Algorithm::OneDnn => {
@@ -306,7 +308,7 @@ impl Ready {
     fn input_gradient<T: Real>(&mut self, gy: &[T], w: &[T], gx: &mut [T]) -> Result<()> {
         let s = self.shape;
         match self.algorithm {
-            Algorithm::Unpacked => unpacked::input_gradient(&s, gy, w, gx),
+            Algorithm::LargeWeights => large_weights::input_gradient(&s, gy, w, gx),
             #[cfg(onednn)]
             Algorithm::OneDnn => self.onednn_input_gradient(floats(gy)?, floats(w)?, floats_mut(gx)?)?,
             _ => {
