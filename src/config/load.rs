@@ -239,7 +239,7 @@ mod tests {
         refused(SMALL, &["train.batches=abc"], &["in `train.batches`", "\"abc\"", "expected a whole number"]);
         refused(SMALL, &["data.batch=-1"], &["in `data.batch`", "expected a whole number, 0 or more"]);
         refused(SMALL, &["train.clip_norm=much"], &["in `train.clip_norm`", "expected a number"]);
-        refused(SMALL, &["train.update_every=day"], &["expected \"clip\" or a number of steps"]);
+        refused(SMALL, &["train.update_every=day"], &["expected \"batch\" or a number of steps"]);
         refused(SMALL, &["data.train=3"], &["in `data.train`", "expected a glob of shards"]);
         refused(SMALL, &["model.skip.delay=true"], &["expected \"aligned\" or a number"]);
         refused(SMALL, &["model.skip.edges=[2]"], &["expected [from, to] or { from, to, delay }"]);

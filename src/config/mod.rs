@@ -107,7 +107,7 @@ impl Config {
         }
         if let UpdateEvery::Steps(steps) = self.train.update_every {
             if steps == 0 {
-                return Err(Error::input("train.update_every = 0: it is \"clip\" or a number of steps from 1"));
+                return Err(Error::input("train.update_every = 0: it is \"batch\" or a number of steps from 1"));
             }
             if self.train.rule.is_exact() {
                 return Err(Error::input(

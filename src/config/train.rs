@@ -51,7 +51,7 @@ impl Default for TrainConfig {
             optimizer: OptimizerSpec::default(),
             lr_schedule: LrSchedule::default(),
             clip_norm: None,
-            update_every: UpdateEvery::Named(NamedPeriod::Clip),
+            update_every: UpdateEvery::Named(NamedPeriod::Batch),
             replicas: 1,
             seed: 1,
             init: None,
@@ -61,11 +61,11 @@ impl Default for TrainConfig {
 
 /// When the optimiser is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected \"clip\" or a number of steps")]
+#[serde(untagged, expecting = "expected \"batch\" or a number of steps")]
 pub enum UpdateEvery {
     /// After so many steps with backward work, wherever batches end.
     Steps(u64),
-    /// `"clip"`: at the end of a module's window.
+    /// `"batch"`: at the end of a module's window.
     Named(NamedPeriod),
 }
 
@@ -73,8 +73,9 @@ pub enum UpdateEvery {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NamedPeriod {
-    /// Once a batch.
-    Clip,
+    /// Once a batch (formerly `"clip"`).
+    #[serde(alias = "clip")]
+    Batch,
 }
 
 /// A table with a `kind`; one that names none is of the default's kind.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::runs::{config, shard, train};
 use sideways::checkpoint::{Checkpoint, newest_manifest};
-use sideways::config::Config;
+use sideways::config::{Config, NamedPeriod, UpdateEvery};
 use sideways::nn::optim::LrSchedule;
 
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compat");
@@ -18,6 +18,7 @@ fn a_configuration_with_former_names() {
     config.validate().unwrap();
     assert_eq!(config.train.batches, Some(512));
     assert_eq!(config.train.lr_schedule, LrSchedule::Cosine { warmup: 25, floor: 0.0 });
+    assert_eq!(config.train.update_every, UpdateEvery::Named(NamedPeriod::Batch));
 }
 
 #[test]
