@@ -75,9 +75,9 @@ impl Tick {
         self.forward.as_ref().is_some_and(|forward| forward.loss)
     }
 
-    /// Whether anything is computed behind the forward pass.
+    /// Whether there is a loss or a backward pass.
     pub fn has_backward_work(&self) -> bool {
-        self.has_loss() || self.backward.is_some() || !self.cotangents.is_empty()
+        self.has_loss() || self.backward.is_some()
     }
 }
 

@@ -11,8 +11,8 @@ use super::worker::{At, Worker, header};
 use crate::Result;
 use crate::backend::slots::Slot;
 use crate::backend::stage::NotFinite;
-use crate::comm::{Kind, Orders};
-use crate::method::schedule::{Backward, Forward, Tick};
+use crate::comm::{Header, Kind, Orders};
+use crate::method::schedule::{Arrival, Backward, Forward, Tick};
 use crate::metrics::Phase;
 
 impl Worker {
@@ -25,11 +25,11 @@ impl Worker {
             core = self.forward(forward, tick, at)?;
             self.send_activations(forward, at)?;
         }
-        self.wait_for_cotangents(tick, at)?;
+        self.wait_for_target(tick, at)?;
+        self.take_cotangents(tick, at)?;
         if tick.has_backward_work() {
             let _core = self.acquire_core(Phase::Backward);
             self.loss(tick, at)?;
-            self.add_cotangents(tick, at)?;
             self.backward(tick, at)?;
         }
         drop(core);
@@ -106,23 +106,47 @@ impl Worker {
         Ok(())
     }
 
-    /// The cotangents that this module's receivers computed one tick ago, and the loss's target.
-    fn wait_for_cotangents(&mut self, tick: &Tick, at: At) -> Result<()> {
+    /// Module D: the loss's target.
+    fn wait_for_target(&mut self, tick: &Tick, at: At) -> Result<()> {
         if tick.has_loss() {
             self.watch.enter(Phase::WaitActivations);
             self.role.target(at.batch, at.step, self.clips)?;
         }
+        Ok(())
+    }
+
+    /// gᵢ(τ) = Σ over the uses of y(τ) of the cotangents that this module's receivers computed one tick ago: each is added to
+    /// its step's sum, and its message given back, before a core is waited for, but where there is something to compute.
+    fn take_cotangents(&mut self, tick: &Tick, at: At) -> Result<()> {
         if tick.cotangents.is_empty() {
             return Ok(());
         }
         self.watch.enter(Phase::WaitCotangents);
         self.progress_until(|worker| worker.has_cotangents(tick))?;
-        for arrival in &tick.cotangents {
+        for (n, arrival) in tick.cotangents.iter().enumerate() {
+            self.watch.enter(Phase::WaitCotangents);
             let edge = &mut self.outputs[arrival.output];
             let Some((id, receiver)) = &mut edge.cotangents else { return Err(edge.no_cotangents()) };
             let due = header(Kind::Cotangent, *id, at.batch, arrival.sent_at, self.clips, edge.spec.shape);
             let (asked, _) = edge.waits.time(|| receiver.wait_slot(&due))?;
             self.requests.raise(asked);
+            let computes = n > 0 || edge.spec.pool != (1, 1);
+            let _core = if computes { self.acquire_core(Phase::Backward) } else { None };
+            self.add_cotangent(arrival, &due)?;
+        }
+        Ok(())
+    }
+
+    fn add_cotangent(&mut self, arrival: &Arrival, due: &Header) -> Result<()> {
+        let edge = &mut self.outputs[arrival.output];
+        let Some((_, receiver)) = &mut edge.cotangents else { return Err(edge.no_cotangents()) };
+        let (_, message) = receiver.wait_slot(due)?;
+        let (done, not_finite) = self.stage.add_cotangent(arrival.output, arrival.step, message)?;
+        receiver.release_when(done)?;
+        if not_finite.is_some() {
+            let (module, step) = (edge.spec.edge.to, arrival.sent_at);
+            let text = format!("the cotangent that module {module} computed at its step {step} is not finite");
+            self.non_finite.note(NotFinite(text))?;
         }
         Ok(())
     }
@@ -134,24 +158,6 @@ impl Worker {
         let (_, not_finite) = self.stage.loss(forward.step, target.map(Slot::Host))?;
         self.role.release_target()?;
         not_finite.map_or(Ok(()), |what| self.non_finite.note(what))
-    }
-
-    /// gᵢ(τ) = Σ over the uses of y(τ) of their cotangents: each is added to its step's sum as it arrives.
-    fn add_cotangents(&mut self, tick: &Tick, at: At) -> Result<()> {
-        for arrival in &tick.cotangents {
-            let edge = &mut self.outputs[arrival.output];
-            let Some((id, receiver)) = &mut edge.cotangents else { return Err(edge.no_cotangents()) };
-            let due = header(Kind::Cotangent, *id, at.batch, arrival.sent_at, self.clips, edge.spec.shape);
-            let (_, message) = receiver.wait_slot(&due)?;
-            let (done, not_finite) = self.stage.add_cotangent(arrival.output, arrival.step, message)?;
-            receiver.release_when(done)?;
-            if not_finite.is_some() {
-                let (module, step) = (edge.spec.edge.to, arrival.sent_at);
-                let text = format!("the cotangent that module {module} computed at its step {step} is not finite");
-                self.non_finite.note(NotFinite(text))?;
-            }
-        }
-        Ok(())
     }
 
     /// B(τ)
