@@ -74,11 +74,6 @@ impl Tick {
     pub fn has_loss(&self) -> bool {
         self.forward.as_ref().is_some_and(|forward| forward.loss)
     }
-
-    /// Whether there is a loss or a backward pass.
-    pub fn has_backward_work(&self) -> bool {
-        self.has_loss() || self.backward.is_some()
-    }
 }
 
 /// F(t) with its messages.

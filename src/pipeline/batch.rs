@@ -28,7 +28,7 @@ impl Worker {
         self.watch.enter(Phase::Data);
         if let Some(Err(e)) = self.role.source().map(|source| source.begin(batch)) {
             let error = e.within(&format!("module 1, batch {batch}"));
-            match self.role.chief_until(self.decision_step, 0) {
+            match self.role.source_if_undoable(0, self.decision_step) {
                 Some(source) => source.give_up(error.to_string()),
                 None => return Err(error),
             }

@@ -231,9 +231,9 @@ impl Role {
         source.read(step)
     }
 
-    /// Module 1, where frames cannot be read at `step`: who gives the batch up, if the other modules can still be told. They
+    /// Module 1, where frames cannot be read at `step`: its source, if the other modules can still be told to undo the batch. They
     /// cannot in evaluation, past the step at which decisions travel, and in other replicas than the one that decides.
-    pub(super) fn chief_until(&mut self, decision_step: usize, step: usize) -> Option<&mut Source> {
+    pub(super) fn source_if_undoable(&mut self, step: usize, decision_step: usize) -> Option<&mut Source> {
         let source = self.source()?;
         (source.decider.as_ref().is_some_and(Decider::is_chief) && step <= decision_step).then_some(source)
     }

@@ -25,12 +25,12 @@ impl Worker {
             core = self.forward(forward, tick, at)?;
             self.send_activations(forward, at)?;
         }
-        self.wait_for_target(tick, at)?;
+        if tick.has_loss() {
+            self.loss(at)?;
+        }
         self.take_cotangents(tick, at)?;
-        if tick.has_backward_work() {
-            let _core = self.acquire_core(Phase::Backward);
-            self.loss(tick, at)?;
-            self.backward(tick, at)?;
+        if let Some(backward) = &tick.backward {
+            self.backward(backward, at)?;
         }
         drop(core);
         if let Some(backward) = &tick.backward {
@@ -106,15 +106,6 @@ impl Worker {
         Ok(())
     }
 
-    /// Module D: the loss's target.
-    fn wait_for_target(&mut self, tick: &Tick, at: At) -> Result<()> {
-        if tick.has_loss() {
-            self.watch.enter(Phase::WaitActivations);
-            self.role.target(at.batch, at.step, self.clips)?;
-        }
-        Ok(())
-    }
-
     /// gᵢ(τ) = Σ over the uses of y(τ) of the cotangents that this module's receivers computed one tick ago: each is added to
     /// its step's sum, and its message given back, before a core is waited for, but where there is something to compute.
     fn take_cotangents(&mut self, tick: &Tick, at: At) -> Result<()> {
@@ -152,17 +143,19 @@ impl Worker {
     }
 
     /// Module D: the true gradient of this step's loss is the first part of its cotangent.
-    fn loss(&mut self, tick: &Tick, at: At) -> Result<()> {
-        let Some(forward) = tick.forward.as_ref().filter(|forward| forward.loss) else { return Ok(()) };
-        let target = self.role.target(at.batch, forward.step, self.clips)?;
-        let (_, not_finite) = self.stage.loss(forward.step, target.map(Slot::Host))?;
+    fn loss(&mut self, at: At) -> Result<()> {
+        self.watch.enter(Phase::WaitActivations);
+        self.role.target(at.batch, at.step, self.clips)?;
+        let _core = self.acquire_core(Phase::Backward);
+        let target = self.role.target(at.batch, at.step, self.clips)?;
+        let (_, not_finite) = self.stage.loss(at.step, target.map(Slot::Host))?;
         self.role.release_target()?;
         not_finite.map_or(Ok(()), |what| self.non_finite.note(what))
     }
 
     /// B(τ)
-    fn backward(&mut self, tick: &Tick, at: At) -> Result<()> {
-        let Some(backward) = &tick.backward else { return Ok(()) };
+    fn backward(&mut self, backward: &Backward, at: At) -> Result<()> {
+        let _core = self.acquire_core(Phase::Backward);
         let pass = self.pass(at.batch, backward.step);
         self.stage.backward(backward.step, &pass, &backward.send)
     }
@@ -220,8 +213,8 @@ impl Worker {
         self.watch.enter(Phase::Data);
         let mut read = self.role.read(at.step);
         if let Err(e) = read {
-            let chief = self.role.chief_until(self.decision_step, at.step);
-            let Some(source) = chief else { return Err(e) };
+            let undoable = self.role.source_if_undoable(at.step, self.decision_step);
+            let Some(source) = undoable else { return Err(e) };
             source.give_up(e.within(&at.place(self.index)).to_string());
             read = source.read(at.step);
         }
