@@ -1,9 +1,7 @@
 //! What stands in for [`crate::backend::cuda`] in a program built without CUDA: the same names, of which none works.
 
-use serde::Serialize;
-
-use super::GpuPlacement;
 use super::stage::{CpuStage, Stage, StageSpec};
+use super::{GpuPlacement, Peaks};
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::{Error, Result};
 
@@ -101,26 +99,12 @@ impl Probe {
     }
 }
 
-/// Rates of a GPU.
-#[derive(Clone, Copy, Debug, Serialize)]
-#[expect(missing_docs, reason = "as with CUDA")]
-pub struct Peaks {
-    pub memory: f64,
-    pub f32: f64,
-    pub tf32: f64,
-    pub bf16: f64,
-    pub to_device: f64,
-    pub to_host: f64,
-}
-
-impl Peaks {
-    /// As with CUDA.
-    ///
-    /// # Errors
-    /// [`Error::Input`], always.
-    pub fn measure(_: usize) -> Result<Peaks> {
-        without_cuda()
-    }
+/// As with CUDA.
+///
+/// # Errors
+/// [`Error::Input`], always.
+pub fn peaks(_: usize) -> Result<Peaks> {
+    without_cuda()
 }
 
 /// As with CUDA.

@@ -38,3 +38,20 @@ pub struct GpuPlacement {
     /// Modules that share it.
     pub modules_on_it: usize,
 }
+
+/// Rates of a GPU.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Peaks {
+    /// Bytes a second, read and written, of copies within the GPU's memory that no cache holds.
+    pub memory: f64,
+    /// Operations a second (a multiply-add counts two) of products of 32-bit floats.
+    pub f32: f64,
+    /// The same with factors in TF32.
+    pub tf32: f64,
+    /// The same of bfloat16 with sums in 32-bit floats.
+    pub bf16: f64,
+    /// Bytes a second of copies from page-locked host memory to the GPU.
+    pub to_device: f64,
+    /// Bytes a second of copies from the GPU to page-locked host memory.
+    pub to_host: f64,
+}

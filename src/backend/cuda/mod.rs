@@ -31,7 +31,7 @@ pub mod timed;
 pub use event::{Clock, Event};
 pub use gpu::{Array, Element, Gpu, describe, device_count};
 pub use libraries::check;
-pub use peak::Peaks;
+pub use peak::peaks;
 pub use probe::Probe;
 pub use shared::Place;
 

@@ -3,24 +3,8 @@
 use super::dnn::Convolution;
 use super::gpu::{Array, Element, Gpu, failed};
 use crate::Result;
+use crate::backend::Peaks;
 use crate::backend::cpu::conv::Conv;
-
-/// Rates of a GPU.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
-pub struct Peaks {
-    /// Bytes a second, read and written, of copies within the GPU's memory that no cache holds.
-    pub memory: f64,
-    /// Operations a second (a multiply-add counts two) of products of 32-bit floats.
-    pub f32: f64,
-    /// The same with factors in TF32.
-    pub tf32: f64,
-    /// The same of bfloat16 with sums in 32-bit floats.
-    pub bf16: f64,
-    /// Bytes a second of copies from page-locked host memory to the GPU.
-    pub to_device: f64,
-    /// Bytes a second of copies from the GPU to page-locked host memory.
-    pub to_host: f64,
-}
 
 /// Sizes grow until one repetition takes this many seconds: enough to hide what a launch costs.
 const LONG_ENOUGH: f64 = 4e-3;
@@ -29,23 +13,21 @@ const REPEAT: usize = 5;
 /// Pixels of a product: rows of its matrices.
 const ROWS: [usize; 4] = [8, 32, 32, 0];
 
-impl Peaks {
-    /// Measures GPU number `ordinal`; takes about a second.
-    ///
-    /// # Errors
-    /// As [`Gpu::open`]; [`crate::Error::Run`] if CUDA fails.
-    pub fn measure(ordinal: usize) -> Result<Peaks> {
-        let (gpu, tf32) = (Gpu::open(ordinal, false)?, Gpu::open(ordinal, true)?);
-        let (to_device, to_host) = host_copies(&gpu)?;
-        Ok(Peaks {
-            memory: copies(&gpu)?,
-            f32: products(&gpu, Element::F32)?,
-            tf32: products(&tf32, Element::F32)?,
-            bf16: products(&gpu, Element::Bf16)?,
-            to_device,
-            to_host,
-        })
-    }
+/// Measures GPU number `ordinal`; takes about a second.
+///
+/// # Errors
+/// As [`Gpu::open`]; [`crate::Error::Run`] if CUDA fails.
+pub fn peaks(ordinal: usize) -> Result<Peaks> {
+    let (gpu, tf32) = (Gpu::open(ordinal, false)?, Gpu::open(ordinal, true)?);
+    let (to_device, to_host) = host_copies(&gpu)?;
+    Ok(Peaks {
+        memory: copies(&gpu)?,
+        f32: products(&gpu, Element::F32)?,
+        tf32: products(&tf32, Element::F32)?,
+        bf16: products(&gpu, Element::Bf16)?,
+        to_device,
+        to_host,
+    })
 }
 
 /// Seconds of `work` in the compute stream by the GPU's clock: the least of several times, after one that does not count.

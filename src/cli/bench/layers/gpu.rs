@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::super::peak::Peak;
 use super::{LayersArgs, Row, layer_parts, module_rows, modules_or_blocks, print_modules, print_rows, rows};
-use crate::backend::cuda::Peaks;
+use crate::backend::{Peaks, cuda};
 use crate::cli::output::table;
 use crate::config::Precision;
 use crate::network::blocks::Blocks;
@@ -43,7 +43,7 @@ pub(super) fn run(args: &LayersArgs, setup: &Setup, base: &Conditions) -> Result
         }
         return Ok(());
     }
-    let peaks = Peaks::measure(on.ordinal)?;
+    let peaks = cuda::peaks(on.ordinal)?;
     let peak = Peak { flops: arithmetic(&peaks, on), memory: peaks.memory, cache: peaks.memory };
     let mut tables = Vec::new();
     for graphs in [false, true] {
