@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What `make demo` runs: a motion dataset, the same network with and without skips under mpirun, and a table.
-# BATCHES=N shortens or lengthens both runs; RANKS=N uses fewer processes (each then runs several modules).
+# BATCHES=N (formerly CLIPS) shortens or lengthens both runs; RANKS=N uses fewer processes (each then runs several modules).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 sideways=target/release/sideways
 config=datasets/motion/demo.toml
 extra=()
-[ -n "${BATCHES:-}" ] && extra=(--set "train.batches=$BATCHES")
+BATCHES=${BATCHES:-${CLIPS:-}}
+[ -n "$BATCHES" ] && extra=(--set "train.batches=$BATCHES")
 
 [ -e data/motion/train-00000.h5 ] ||
   "$sideways" data synth --out data/motion --videos 4096 --test-videos 800 --frames 12 --shapes 8 --radius 12 --speed 1 --noise 0 --grey

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What `make cluster-demo` runs: a Slurm cluster of five hosts on this machine, a training job submitted to it that is told
-# to stop, loses a host and goes on each time, and its evaluation, as a second job. BATCHES=N sets the length.
+# to stop, loses a host and goes on each time, and its evaluation, as a second job. BATCHES=N (formerly CLIPS) sets the length.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 testbed=slurm/testbed/testbed.sh
@@ -29,7 +29,7 @@ restarted() { grep -q "restart $1\$" "$run/sideways.log"; }
 ended() { [ "$(state "$1")" = COMPLETED ]; }
 
 job=$(submit --nodes=3 --ntasks-per-node=2 slurm/train.sbatch datasets/motion/demo.toml --set "run.dir=$run" \
-  --set "train.batches=${BATCHES:-200}" --set run.checkpoint_every=25 --set run.timeout=15)
+  --set "train.batches=${BATCHES:-${CLIPS:-200}}" --set run.checkpoint_every=25 --set run.timeout=15)
 echo "== job $job: six modules on six ranks of three hosts"
 wait_until past 30
 echo "== SIGUSR1, as before a time limit: a checkpoint, and the job requeues itself"
