@@ -10,8 +10,8 @@ use serde::Serialize;
 use crate::cli::output::table;
 use crate::comm::Kind;
 use crate::config::Config;
-use crate::method::Boundary;
 use crate::method::schedule::Tick;
+use crate::method::{Boundary, Stash};
 use crate::network::ModuleSpec;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
@@ -317,7 +317,12 @@ pub fn picture(setup: &Setup, clips: u64) -> String {
     let rule = setup.config.train.rule;
     let end = |i: usize| schedule.window(i).last().map_or(0, |tick| tick.at + 1);
     let ticks = (clips - 1) as usize * schedule.period() + (1..=d).map(end).max().unwrap_or(0);
+    let stash = setup.config.train.stash;
     let explanation = match rule.is_exact() {
+        false if stash != Stash::None => {
+            "Each module works on one frame a tick. F3: forward only, on the clip's main-path frame 3; B1/F3: also backward, for\n\
+             frame 1, whose cotangent is complete by then, at the activations of frame 1."
+        }
         false => {
             "Each module works on one frame a tick. F3: forward only, on the clip's main-path frame 3; B3: also backward,\n\
              with the cotangent that has just arrived."
@@ -327,12 +332,14 @@ pub fn picture(setup: &Setup, clips: u64) -> String {
              work on it. A module waits where it has neither."
         }
     };
+    let with_stash = if stash == Stash::None { String::new() } else { format!(" with stash = \"{stash}\"") };
     let mut text = format!(
         "{explanation} Clips alternate between upper and lower case. `.`: idle.\n\
-         {d} modules, rule {rule}, clips of T = {frames} frames, boundary {}.\n\n",
+         {d} modules, rule {rule}{with_stash}, clips of T = {frames} frames, boundary {}.\n\n",
         if setup.config.train.boundary == Boundary::Flow { "flow" } else { "cut" }
     );
-    let width = 1 + frames.saturating_sub(1).to_string().len().max(ticks.to_string().len());
+    let cells = (1..=d).flat_map(|i| schedule.window(i)).filter_map(|tick| cell(tick, 0));
+    let width = cells.map(|cell| cell.len()).max().unwrap_or(0).max(1 + ticks.to_string().len());
     text += &format!("{:<10}", "tick");
     (0..ticks).for_each(|tick| text += &format!("{tick:>width$} "));
     text.push('\n');
@@ -361,7 +368,15 @@ pub fn picture(setup: &Setup, clips: u64) -> String {
         let first = schedule.window(i).iter().find(|tick| tick.backward.is_some());
         let count = schedule.backwards(i).count();
         if let (Some(first), false) = (first, rule.is_exact()) {
-            let step = first.step();
+            let step = first.backward.as_ref().map_or(0, |backward| backward.step);
+            let kept = schedule.kept(i);
+            if stash != Stash::None {
+                text += &format!(
+                    "module {i}: backward passes for the first {count} steps of a clip, each {} tick(s) behind; {kept} step(s) kept\n",
+                    kept - 1
+                );
+                continue;
+            }
             text += &format!("module {i}: first cotangent at step {step}, {count} steps with backward work a clip\n");
         }
     }
@@ -369,11 +384,13 @@ pub fn picture(setup: &Setup, clips: u64) -> String {
 }
 
 fn cell(tick: &Tick, clip: u64) -> Option<String> {
-    let letter = match (&tick.forward, &tick.backward) {
-        (_, Some(_)) => 'B',
-        (Some(_), None) => 'F',
+    let cell = match (&tick.forward, &tick.backward) {
+        (Some(forward), Some(backward)) if forward.step != backward.step => {
+            format!("B{}/F{}", backward.step, forward.step)
+        }
+        (_, Some(backward)) => format!("B{}", backward.step),
+        (Some(forward), None) => format!("F{}", forward.step),
         (None, None) => return None,
     };
-    let letter = if clip.is_multiple_of(2) { letter } else { letter.to_ascii_lowercase() };
-    Some(format!("{letter}{}", tick.step()))
+    Some(if clip.is_multiple_of(2) { cell } else { cell.to_ascii_lowercase() })
 }

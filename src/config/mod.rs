@@ -18,7 +18,7 @@ pub use train::{NamedPeriod, TrainConfig, UpdateEvery};
 
 pub use crate::backend::Precision;
 pub use crate::comm::exchange::Exchange;
-pub use crate::method::Rule;
+pub use crate::method::{Rule, Stash};
 pub use crate::nn::head::Task;
 
 use crate::method::{Edge, Graph};

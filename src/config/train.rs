@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use crate::method::{Boundary, Rule};
+use crate::method::{Boundary, Rule, Stash};
 use crate::nn::optim::{LrSchedule, OptimizerSpec};
 
 /// `[train]`
@@ -14,6 +14,9 @@ use crate::nn::optim::{LrSchedule, OptimizerSpec};
 pub struct TrainConfig {
     /// How gradients are made.
     pub rule: Rule,
+    /// Which activations a cotangent meets: those of the step at hand (`"none"`), or its own, whose `"inputs"` or `"activations"`
+    /// are kept until it comes.
+    pub stash: Stash,
     /// How modules cross from one clip to the next.
     pub boundary: Boundary,
     /// Passes over the training videos (unless `batches` is given).
@@ -45,6 +48,7 @@ impl Default for TrainConfig {
     fn default() -> Self {
         TrainConfig {
             rule: Rule::default(),
+            stash: Stash::None,
             boundary: Boundary::default(),
             epochs: 10,
             batches: None,

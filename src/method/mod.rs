@@ -6,5 +6,5 @@ pub mod rule;
 pub mod schedule;
 
 pub use graph::{Edge, Graph};
-pub use rule::Rule;
-pub use schedule::{Boundary, LossAt, Schedule};
+pub use rule::{Rule, Stash};
+pub use schedule::{Boundary, Keep, LossAt, Schedule};

@@ -9,6 +9,11 @@
 //! module 2               F0   F1   F2B2 F3B3 F4B4
 //! module 3                    F0B0 F1B1 F2B2 F3B3 F4B4
 //!
+//! stash       tick  0    1    2    3    4    5    6
+//! module 1          F0   F1   F2   F3   F4B0
+//! module 2               F0   F1   F2B0 F3B1 F4B2
+//! module 3                    F0B0 F1B1 F2B2 F3B3 F4B4
+//!
 //! bp          tick  0    1    2    3    4    5    6    7    8    9    10   11   12   13
 //! module 1          F0   F1   F2   F3   F4                       B4   B3   B2   B1   B0
 //! module 2               F0   F1   F2   F3   F4             B4   B3   B2   B1   B0
@@ -17,15 +22,16 @@
 //!
 //! Every message takes one tick. Under `sideways` and `skip-sideways` the cotangent that module 3 makes at its step 0 (tick 2)
 //! is what module 2 uses at tick 3, its step 2, at that step's fresh activations: they come from different frames, and nobody
-//! waits. Under `bp` a cotangent is added to the sum of the step whose output was used, and meets that step's own activations.
-//! A rule is nothing but such lists: the tick loop is the same for all.
+//! waits. With `stash` it meets the activations it belongs to, which module i keeps for δᵢ = 2(D − i) steps: a cotangent is added
+//! to the sum of the step whose output was used. What belongs to a clip's last δᵢ steps would come too late and is not sent. `bp`
+//! does the same for every step. A rule is nothing but such lists: the tick loop is the same for all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use super::graph::{Edge, Graph};
-use super::rule::Rule;
+use super::rule::{Rule, Stash};
 use crate::{Error, Result};
 
 /// How a module crosses from one clip to the next.
@@ -46,6 +52,17 @@ pub enum LossAt {
     EveryStep,
     /// Those whose target frame, this many frames after the main path's, lies in the clip: future frames.
     Ahead(usize),
+}
+
+/// What is kept of a step's forward pass for its backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing: it has none.
+    Nothing,
+    /// All that it needs.
+    Activations,
+    /// What came in: the forward pass is done once more.
+    Inputs,
 }
 
 /// What one module does at one tick, in the order of the fields. Inputs and outputs are numbered in the graph's order: main
@@ -87,6 +104,8 @@ pub struct Forward {
     pub send: Vec<bool>,
     /// Module D: whether there is a loss.
     pub loss: bool,
+    /// What is kept for B(t).
+    pub keep: Keep,
 }
 
 /// A cotangent that arrives from a receiver of this module's output.
@@ -98,6 +117,8 @@ pub struct Arrival {
     pub sent_at: usize,
     /// The own step to whose sum it is added.
     pub step: usize,
+    /// Whether the sum begins with it.
+    pub first: bool,
 }
 
 /// B(τ) with its messages.
@@ -116,8 +137,6 @@ pub struct Schedule {
     boundary: Boundary,
     /// Ticks from one clip's first to the next one's.
     period: usize,
-    /// Steps whose activations a module keeps at most.
-    kept: usize,
     mean_over: Option<usize>,
     windows: Vec<Vec<Tick>>,
 }
@@ -126,22 +145,44 @@ impl Schedule {
     /// The schedule of training by `rule` on clips of `frames` frames over `graph`.
     ///
     /// # Errors
-    /// [`Error::Input`] if the clip is too short to train module 1, or has no step with a loss.
-    pub fn training(graph: &Graph, frames: usize, rule: Rule, boundary: Boundary, loss: LossAt) -> Result<Self> {
+    /// [`Error::Input`] if the clip is too short to train module 1, or has no step with a loss; if `stash` does not go with `rule`
+    /// or `boundary`.
+    pub fn training(
+        graph: &Graph,
+        frames: usize,
+        rule: Rule,
+        stash: Stash,
+        boundary: Boundary,
+        loss: LossAt,
+    ) -> Result<Self> {
         let clip = Clip::new(graph, frames, boundary, loss)?;
+        let d = graph.modules();
         if rule.is_exact() {
-            return Ok(clip.exact());
+            return match stash {
+                Stash::None => Ok(clip.exact()),
+                _ => Err(Error::input(format!(
+                    "train.stash = \"{stash}\": rule \"{rule}\" keeps all activations anyway"
+                ))),
+            };
         }
-        if frames < graph.shortest_clip() {
+        let shortest = if stash == Stash::None { graph.shortest_clip() } else { clip.shortest_with_stash() };
+        if frames < shortest {
             return Err(Error::input(format!(
-                "clips of {frames} frames are too short: with {} modules (shortest path {}) module 1 is trained from {} frames \
-                 on; raise data.frames or use fewer modules",
-                graph.modules(),
+                "clips of {frames} frames are too short: with {d} modules (shortest path {}){} module 1 is trained from \
+                 {shortest} frames on; raise data.frames or use fewer modules",
                 graph.fewest_modules(),
-                graph.shortest_clip()
+                if stash == Stash::None { "" } else { " and train.stash" },
             )));
         }
-        Ok(clip.pseudo())
+        match (stash, boundary) {
+            (Stash::None, _) => Ok(clip.pseudo()),
+            (_, Boundary::Flow) => {
+                Ok(clip.stashed(if stash == Stash::Inputs { Keep::Inputs } else { Keep::Activations }))
+            }
+            (_, Boundary::Cut) => Err(Error::input(format!(
+                "train.stash = \"{stash}\" needs train.boundary = \"flow\": with \"cut\" a clip ends before its cotangents come back"
+            ))),
+        }
     }
 
     /// The schedule of evaluation: forward passes and losses alone.
@@ -151,7 +192,7 @@ impl Schedule {
     pub fn evaluation(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Self> {
         let clip = Clip::new(graph, frames, boundary, loss)?;
         let windows = (1..=graph.modules()).map(|i| clip.forward_ticks(i).collect()).collect();
-        Ok(clip.schedule(frames, windows))
+        Ok(clip.schedule(frames, Keep::Nothing, windows))
     }
 
     /// T, the frames of a clip.
@@ -189,9 +230,43 @@ impl Schedule {
         self.forwards(self.windows.len()).map(|forward| forward.loss).collect()
     }
 
-    /// Of how many steps at most a module keeps the activations.
-    pub fn kept(&self) -> usize {
-        self.kept
+    /// Of how many steps in a row module `i` holds activations (or inputs) at most, that at hand among them.
+    pub fn kept(&self, i: usize) -> usize {
+        let (mut most, mut waiting) = (1, BTreeSet::new());
+        for tick in self.window(i) {
+            if let Some(forward) = &tick.forward {
+                let oldest = waiting.first().copied().unwrap_or(forward.step);
+                most = most.max(forward.step + 1 - oldest);
+                if forward.keep != Keep::Nothing {
+                    waiting.insert(forward.step);
+                }
+            }
+            if let Some(backward) = &tick.backward {
+                waiting.remove(&backward.step);
+            }
+        }
+        most
+    }
+
+    /// Whether module `i` does forward passes once more, in its backward passes.
+    pub fn recomputes(&self, i: usize) -> bool {
+        self.forwards(i).any(|forward| forward.keep == Keep::Inputs)
+    }
+
+    /// Over how many steps in a row the sums of cotangents reach that module `i` holds at once.
+    pub fn sums(&self, i: usize) -> usize {
+        let (mut most, mut begun) = (1, BTreeSet::new());
+        for tick in self.window(i) {
+            let loss = tick.forward.iter().filter(|forward| forward.loss).map(|forward| forward.step);
+            begun.extend(tick.cotangents.iter().map(|arrival| arrival.step).chain(loss));
+            if let (Some(first), Some(last)) = (begun.first(), begun.last()) {
+                most = most.max(last + 1 - first);
+            }
+            if let Some(backward) = &tick.backward {
+                begun.remove(&backward.step);
+            }
+        }
+        most
     }
 
     /// By how many steps a clip's sum of gradients is divided, the same for every module; `None`: by the number of its own
@@ -260,20 +335,58 @@ impl<'a> Clip<'a> {
             }
     }
 
-    /// F(t) of module `i` at tick t + i − 1.
+    /// δᵢ, from a step of module `i` to the arrival of its main cotangent.
+    fn way_back(&self, i: usize) -> usize {
+        2 * (self.graph.modules() - i)
+    }
+
+    /// The step of the sender whose output step `t` of an edge's receiver uses: the one that arrives then, or the last, held.
+    fn used_step(&self, e: &Edge, t: usize) -> usize {
+        (t + e.lead()).min(self.steps(e.from) - 1)
+    }
+
+    /// The fewest frames with which module 1 has a backward pass under `stash`: its step 0, whose cotangent sets out from the
+    /// first loss.
+    fn shortest_with_stash(&self) -> usize {
+        self.way_back(1) + 1
+    }
+
+    /// F(t) of module `i` at tick t + i − 1, of which nothing is kept.
     fn forward_ticks(&self, i: usize) -> impl Iterator<Item = Tick> {
         (0..self.steps(i)).map(move |t| {
             let receive = self.graph.inputs(i).map(|e| Some(t + e.lead()).filter(|&u| u < self.steps(e.from)));
             let send = self.graph.outputs(i).map(|e| t >= e.lead() && t - e.lead() < self.steps(e.to));
-            let forward =
-                Forward { step: t, receive: receive.collect(), send: send.collect(), loss: self.has_loss(i, t) };
+            let (receive, send, loss) = (receive.collect(), send.collect(), self.has_loss(i, t));
+            let forward = Forward { step: t, receive, send, loss, keep: Keep::Nothing };
             Tick { at: t + i - 1, forward: Some(forward), ..Tick::default() }
         })
     }
 
-    fn schedule(&self, period: usize, windows: Vec<Vec<Tick>>) -> Schedule {
+    /// A schedule of these windows. A step with a backward pass keeps what it needs: its activations, or, where the pass comes
+    /// at a later tick, what `keep` says.
+    fn schedule(&self, period: usize, keep: Keep, mut windows: Vec<Vec<Tick>>) -> Schedule {
+        for window in &mut windows {
+            let backward: BTreeMap<usize, usize> =
+                window.iter().filter_map(|tick| Some((tick.backward.as_ref()?.step, tick.at))).collect();
+            let mut sums = BTreeSet::new();
+            for tick in window {
+                if let Some(forward) = &mut tick.forward {
+                    forward.keep = match backward.get(&forward.step) {
+                        None => Keep::Nothing,
+                        Some(&at) if at == tick.at => Keep::Activations,
+                        Some(_) => keep,
+                    };
+                    if forward.loss {
+                        sums.insert(forward.step);
+                    }
+                }
+                for arrival in &mut tick.cotangents {
+                    arrival.first = sums.insert(arrival.step);
+                }
+            }
+        }
         let (frames, boundary) = (self.frames, self.boundary);
-        Schedule { frames, boundary, period, kept: 1, mean_over: None, windows }
+        Schedule { frames, boundary, period, mean_over: None, windows }
     }
 
     /// Pseudo-gradients: F(t), then B(t) with the cotangents that have just arrived, each computed one tick before.
@@ -287,7 +400,7 @@ impl<'a> Clip<'a> {
                 for (output, e) in self.graph.outputs(i).enumerate() {
                     let sent_at = t.checked_sub(e.span() + 1);
                     if let Some(sent_at) = sent_at.filter(|&v| windows[e.to - 1][v].backward.is_some()) {
-                        tick.cotangents.push(Arrival { output, sent_at, step: t });
+                        tick.cotangents.push(Arrival { output, sent_at, step: t, first: false });
                     }
                 }
                 if self.has_loss(i, t) || !tick.cotangents.is_empty() {
@@ -297,7 +410,40 @@ impl<'a> Clip<'a> {
             }
             windows[i - 1] = window;
         }
-        self.schedule(self.frames, windows)
+        self.schedule(self.frames, Keep::Activations, windows)
+    }
+
+    /// F(t), then B(t − δᵢ) at the activations of its own step, by which time every cotangent of that step has come. What would
+    /// come later than the window's last tick is not sent.
+    fn stashed(&self, keep: Keep) -> Schedule {
+        let d = self.graph.modules();
+        let mut windows: Vec<Vec<Tick>> = vec![Vec::new(); d];
+        for i in (1..=d).rev() {
+            let mut window: Vec<Tick> = self.forward_ticks(i).collect();
+            let mut due: BTreeSet<usize> = (0..self.steps(i)).filter(|&t| self.has_loss(i, t)).collect();
+            // Of skips that arrive at the same tick, the longest first.
+            let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
+            for &(output, e) in outputs.iter().rev() {
+                for (t, there) in windows[e.to - 1].iter().enumerate() {
+                    let Some(Backward { step, send }) = &there.backward else { continue };
+                    if self.graph.inputs(e.to).zip(send).any(|(other, &sent)| other == e && sent) {
+                        let used = self.used_step(e, *step);
+                        // Made at the receiver's step t, a tick before this module's step t + span + 1.
+                        let arrival = Arrival { output, sent_at: *step, step: used, first: false };
+                        window[t + e.span() + 1].cotangents.push(arrival);
+                        due.insert(used);
+                    }
+                }
+            }
+            for step in due {
+                if let Some(tick) = window.get_mut(step + self.way_back(i)) {
+                    let in_time = |e: &Edge| self.used_step(e, step) + self.way_back(e.from) < self.frames;
+                    tick.backward = Some(Backward { step, send: self.graph.inputs(i).map(in_time).collect() });
+                }
+            }
+            windows[i - 1] = window;
+        }
+        self.schedule(self.frames, keep, windows)
     }
 
     /// Exact back-propagation: all forward passes, then in the reverse order of ticks all backward ones, each at the
@@ -314,8 +460,7 @@ impl<'a> Clip<'a> {
             for &(output, e) in outputs.iter().rev() {
                 for (&at, tick) in &windows[e.to - 1] {
                     let Some(Backward { step, .. }) = tick.backward else { continue };
-                    let used = (step + e.lead()).min(self.steps(i) - 1);
-                    let arrival = Arrival { output, sent_at: step, step: used };
+                    let arrival = Arrival { output, sent_at: step, step: self.used_step(e, step), first: false };
                     let tick = window.entry(at + 1).or_insert_with(|| Tick { at: at + 1, ..Tick::default() });
                     tick.cotangents.push(arrival);
                 }
@@ -330,6 +475,6 @@ impl<'a> Clip<'a> {
         }
         let windows = windows.into_iter().map(|window| window.into_values().collect()).collect();
         let losses = (0..self.steps(d)).filter(|&t| self.has_loss(d, t)).count();
-        Schedule { kept: self.frames, mean_over: Some(losses), ..self.schedule(2 * forward_ticks, windows) }
+        Schedule { mean_over: Some(losses), ..self.schedule(2 * forward_ticks, Keep::Activations, windows) }
     }
 }

@@ -70,7 +70,7 @@ impl Worker {
     fn forward(&mut self, forward: &Forward, tick: &Tick, at: At) -> Result<Option<CoreGuard>> {
         let core = self.acquire_core(Phase::Forward);
         let pass = self.pass(at.batch, forward.step);
-        self.stage.forward(forward.step, &pass, &forward.send)?;
+        self.stage.forward(forward.step, &pass, forward.keep, &forward.send)?;
         if let Some(predictions) = &mut self.predictions {
             predictions.extend(self.stage.output()?.flatten_all()?.to_vec1::<f32>()?);
         }
@@ -114,14 +114,14 @@ impl Worker {
         }
         self.watch.enter(Phase::WaitCotangents);
         self.progress_until(|worker| worker.has_cotangents(tick))?;
-        for (n, arrival) in tick.cotangents.iter().enumerate() {
+        for arrival in &tick.cotangents {
             self.watch.enter(Phase::WaitCotangents);
             let edge = &mut self.outputs[arrival.output];
             let Some((id, receiver)) = &mut edge.cotangents else { return Err(edge.no_cotangents()) };
             let due = header(Kind::Cotangent, *id, at.batch, arrival.sent_at, self.clips, edge.spec.shape);
             let (asked, _) = edge.waits.time(|| receiver.wait_slot(&due))?;
             self.requests.raise(asked);
-            let computes = n > 0 || edge.spec.pool != (1, 1);
+            let computes = !arrival.first || edge.spec.pool != (1, 1);
             let _core = if computes { self.acquire_core(Phase::Backward) } else { None };
             self.add_cotangent(arrival, &due)?;
         }

@@ -177,7 +177,11 @@ impl Worker {
     /// What a pass for `step` needs to know: its key depends on the run's key, batch and step alone.
     pub(super) fn pass(&self, batch: u64, step: usize) -> Pass {
         let words = [self.key, batch, step as u64];
-        Pass { training: self.training.is_some(), key: xxhash_rust::xxh3::xxh3_64(bytemuck::bytes_of(&words)) }
+        Pass {
+            training: self.training.is_some(),
+            key: xxhash_rust::xxh3::xxh3_64(bytemuck::bytes_of(&words)),
+            again: false,
+        }
     }
 
     /// Lets every message whose values are still being copied go on; whether none is left.

@@ -13,6 +13,7 @@ use crate::backend::cuda::{Place, Probe};
 use crate::backend::slots::{Slot, SlotMut};
 use crate::backend::stage::{Clock, CpuStage, Stage};
 use crate::backend::{GpuPlacement, Precision, cpu, cuda};
+use crate::method::Keep;
 use crate::nn::layers::Pass;
 use crate::nn::spec::Shape;
 use crate::{Error, Result};
@@ -24,7 +25,7 @@ const ROUNDS: (usize, usize) = (5, 200);
 
 /// Repetitions of many ticks in a row; the fastest counts.
 const REPEAT: usize = 5;
-const PASS: Pass = Pass { training: true, key: 1 };
+const PASS: Pass = Pass { training: true, key: 1, again: false };
 
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
 /// them. With more than one of `copies`, the others run beside and are not timed. The second value is the bytes a second at
@@ -280,7 +281,7 @@ impl PartAtWork {
         self.steps += 1;
         self.stage.add_cotangent(0, step, self.cotangent.slot())?;
         let start = self.stage.clock()?;
-        self.stage.forward(step, &PASS, &[true])?;
+        self.stage.forward(step, &PASS, Keep::Activations, &[true])?;
         let middle = self.stage.clock()?;
         self.stage.backward(step, &PASS, &vec![wanted; self.inputs.len()])?;
         Ok([start, middle, self.stage.clock()?])

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::measure::measure;
 use crate::backend::cpu;
 use crate::backend::stage::{OutputPort, StageSpec};
+use crate::method::Stash;
 use crate::nn::module::{Fuse, SkipInput, fused_shape};
 use crate::nn::optim::OptimizerSpec;
 use crate::nn::spec::{LayerSpec, Shape};
@@ -133,6 +134,8 @@ impl Conditions {
             batch: self.batch,
             seed: 1,
             kept: 1,
+            sums: 1,
+            stash: Stash::None,
             optimizer: Some(self.optimizer),
             head: None,
             leave_out: false,

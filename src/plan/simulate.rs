@@ -125,10 +125,11 @@ fn segments(setup: &Setup, w: usize, cost: &StepCost, batches: usize) -> Vec<Seg
     for batch in 0..batches {
         for tick in window {
             let forward = if tick.forward.is_some() { cost.forward } else { 0.0 };
+            let again = if schedule.recomputes(i) { cost.forward } else { 0.0 };
             let backward = match &tick.backward {
                 None => 0.0,
-                Some(backward) if backward.send.contains(&true) => cost.backward,
-                Some(_) => cost.backward_leaf,
+                Some(backward) if backward.send.contains(&true) => again + cost.backward,
+                Some(_) => again + cost.backward_leaf,
             };
             let parts = [forward, 0.0, backward, 0.0].into_iter().enumerate();
             list.extend(parts.map(|(n, seconds)| Segment { seconds, needs: Vec::new(), goes_on: n == BACKWARD }));

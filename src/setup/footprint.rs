@@ -2,9 +2,11 @@
 
 use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
+use crate::method::Stash;
 use crate::setup::{Purpose, Setup};
 
-/// Bytes worker `w` keeps: under `bp` the activations of all steps, else those of one.
+/// Bytes worker `w` keeps: under `bp` the activations of all steps, with `stash` those of as many as a cotangent is behind, else
+/// those of one.
 pub fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
@@ -12,8 +14,22 @@ pub fn memory(setup: &Setup, w: usize) -> u64 {
     let copies = 2 + setup.config.train.optimizer.buffers().len() as u64;
     let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
     let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    let kept = setup.schedule.kept() as u64;
-    4 * (copies * module.params + kept * setup.config.data.batch as u64 * module.tape + buffers as u64)
+    4 * (copies * module.params + activations(setup, i, module.tape) + buffers as u64)
+}
+
+/// Elements of activations that module `i` keeps, of `tape` elements a step and clip: those of the steps kept, or of one and the
+/// kept ones' inputs; and the sums of cotangents of those to come.
+fn activations(setup: &Setup, i: usize, tape: u64) -> u64 {
+    let (schedule, batch) = (&setup.schedule, setup.config.data.batch as u64);
+    let module = &setup.network.modules[i - 1];
+    let elements = |shape: &[usize; 3]| shape.iter().product::<usize>() as u64;
+    let kept = schedule.kept(i) as u64;
+    let (tapes, inputs) = match setup.config.train.stash {
+        Stash::Inputs if kept > 1 => (1, kept),
+        _ => (kept, 0),
+    };
+    let input = elements(&module.main) + module.skips.iter().map(|skip| elements(&skip.shape)).sum::<u64>();
+    batch * (tapes * tape + inputs * input + (schedule.sums(i) as u64 - 1) * elements(&module.output))
 }
 
 /// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.
@@ -34,13 +50,14 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     // Weights and, in training, one pass's gradients in the type of activations.
     let rounded = if element < 4 { element * (1 + u64::from(training)) } else { 0 };
     let elements = |[h, w, c]: [usize; 3]| batch * (h * w * c) as u64;
-    let (mut shape, mut outputs, mut largest) = (module.main, elements(module.main), elements(module.main));
+    let (mut shape, mut tape, mut largest) = (module.main, 0, elements(module.main));
     for (_, layer) in setup.network.layers_of(i) {
-        outputs += batch * layer.tape_elements(shape);
+        tape += layer.tape_elements(shape);
         shape = layer.output_shape(shape).unwrap_or(shape);
         largest = largest.max(elements(shape));
     }
-    let activations = outputs + if training { 4 * largest } else { largest };
+    let kept = if training { activations(setup, i, tape) } else { batch * tape };
+    let activations = elements(module.main) + kept + if training { 4 * largest } else { largest };
     let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
     (4 * copies + rounded) * module.params + element * activations + 4 * messages
 }

@@ -109,7 +109,7 @@ impl Setup {
         let training = purpose == Purpose::Train;
         let (graph, frames, boundary) = (&network.graph, config.data.frames, config.train.boundary);
         let schedule = match training {
-            true => Schedule::training(graph, frames, config.train.rule, boundary, loss)?,
+            true => Schedule::training(graph, frames, config.train.rule, config.train.stash, boundary, loss)?,
             false => Schedule::evaluation(graph, frames, boundary, loss)?,
         };
         let grid = Grid::new(network.graph.modules(), replicas, ranks)?;
@@ -187,7 +187,9 @@ impl Setup {
             returns: (0..network.inputs(i).len()).map(|k| self.schedule.returns(i, k)).collect(),
             batch: config.data.batch,
             seed: config.train.seed,
-            kept: self.schedule.kept(),
+            kept: self.schedule.kept(i),
+            sums: self.schedule.sums(i),
+            stash: config.train.stash,
             optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
             head: (i == self.grid.modules).then(|| self.head()),
             leave_out: config.run.on_nonfinite == OnNonfinite::Skip,

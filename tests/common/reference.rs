@@ -70,8 +70,8 @@ pub fn forward(
 }
 
 /// All steps back, in the reverse order of ticks. `loss_gradients[t]` is the gradient of step t's loss with respect to
-/// the last module's output. Adds to every parameter's gradient the sum over steps; divide by the number of losses for
-/// the gradient of their mean.
+/// the last module's output. Adds to the gradient of every parameter of module i the sum over those of its steps t that
+/// `counted(i, t)` says; with all of them, divide by the number of losses for the gradient of their mean.
 ///
 /// # Errors
 /// As the modules' vector–Jacobian products.
@@ -82,6 +82,7 @@ pub fn backward(
     pass: &dyn Fn(usize) -> Pass,
     mut run: Unrolled,
     loss_gradients: Vec<Option<Tensor>>,
+    counted: &dyn Fn(usize, usize) -> bool,
 ) -> Result<()> {
     let d = modules.len();
     let mut g: Vec<Vec<Option<Tensor>>> = run.outputs.iter().map(|o| vec![None; o.len()]).collect();
@@ -91,7 +92,15 @@ pub fn backward(
             let t = tick + 1 - i;
             let Some(gy) = g[i - 1].get_mut(t).and_then(Option::take) else { continue };
             let wanted = vec![i > 1; network.inputs(i).len().max(1)];
+            let sums = gradients(&mut modules[i - 1])?;
             let cotangents = modules[i - 1].vjp(&gy, &pass(t), &mut run.tapes[i - 1][t], &wanted)?;
+            if !counted(i, t) {
+                let mut sums = sums.into_iter();
+                modules[i - 1].visit(&mut |p| {
+                    p.grad = sums.next().flatten();
+                    Ok(())
+                })?;
+            }
             for (edge, c) in network.inputs(i).into_iter().zip(cotangents) {
                 let c = c.ok_or_else(|| Error::Run(format!("{}: no input gradient", edge.edge)))?;
                 let c = pool_for_edge_vjp(&c, edge.pool.0, edge.pool.1)?;
@@ -105,4 +114,14 @@ pub fn backward(
         }
     }
     Ok(())
+}
+
+/// Copies of a module's sums of gradients, parameter by parameter.
+fn gradients(module: &mut Module) -> Result<Vec<Option<Tensor>>> {
+    let mut all = Vec::new();
+    module.visit(&mut |p| {
+        all.push(p.grad.as_ref().map(Tensor::copy).transpose()?);
+        Ok(())
+    })?;
+    Ok(all)
 }

@@ -55,6 +55,8 @@ fn the_result_does_not_depend_on_where_modules_run() {
         (&[SKIPS][..], &[2, 5][..]),
         (&[ALL_KINDS, "model.skip={ spans = [2], fuse = 'concat' }", "run.precision=bf16"], &[5]),
         (&["train.replicas=2", "model.modules=2", "train.rule=sideways"], &[4]),
+        (&[SKIPS, "train.stash=activations"], &[5]),
+        (&[ALL_KINDS, "model.skip={ spans = [2, 3] }", "train.stash=inputs"], &[2]),
     ] {
         let place = Place::new(&[sets, &[CUDA]].concat());
         let threads = place.trained("threads", 0, &[], &[]);
@@ -64,6 +66,33 @@ fn the_result_does_not_depend_on_where_modules_run() {
             let run = place.trained(&format!("ranks{ranks}"), ranks, &[], &late);
             assert!(run == threads, "{sets:?} on {ranks} ranks");
         }
+    }
+}
+
+/// With `stash`, both kinds: the CPU's results; the forward pass once more gives the bits of activations that were kept.
+#[test]
+fn stash_agrees_with_the_cpu() {
+    for sets in [
+        &[SKIPS][..],
+        &[ALL_KINDS, "model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }"],
+        &[ALL_KINDS, "model.skip={ spans = [2, 3], delay = 'aligned' }"],
+        &[FUTURE[0], FUTURE[1], FUTURE[2], "model.skip={ spans = [2] }"],
+    ] {
+        let gentle = "train.optimizer={ kind = 'sgd', lr = 0.01, momentum = 0.9 }";
+        let place = Place::new(&[sets, &[gentle, "train.batches=8", "run.checkpoint_every=8"]].concat());
+        let cpu = place.trained("cpu", 0, &[CPU, "train.stash=activations"], &[]);
+        let activations = place.trained("activations", 0, &[CUDA, "train.stash=activations"], &[]);
+        assert_close(&cpu, &activations, 1e-3, &format!("{sets:?}"));
+        let inputs = place.trained("inputs", 0, &[CUDA, "train.stash=inputs"], &[]);
+        assert!(inputs == activations, "{sets:?}: the forward pass once more gives other bits");
+        let half = ["run.precision=bf16", CUDA];
+        let [kept, again] = ["activations", "inputs"].map(|stash| {
+            let stash_key = format!("train.stash={stash}");
+            place.trained(&format!("half-{stash}"), 0, &[&half[..], &[stash_key.as_str()]].concat(), &[])
+        });
+        assert!(kept == again, "{sets:?}: in bfloat16");
+        let fresh = place.trained("fresh", 0, &[CUDA], &[]);
+        assert!(fresh != activations, "{sets:?}: nothing is compared");
     }
 }
 

@@ -4,6 +4,7 @@
 //! With an update period longer than the run, a checkpoint holds the sum of the pseudo-gradients (`gradient.…`), so
 //! gradients are compared and not only what an optimiser makes of them.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
@@ -22,7 +23,16 @@ use sideways::setup::{Purpose, Setup};
 const PILE_UP: &str = "train.update_every=1000000";
 
 /// Exact gradient of the sum of the losses at the steps `counted` says, for the first clip.
-fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collections::HashMap<String, Vec<f64>> {
+fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> HashMap<String, Vec<f64>> {
+    exact_parts(config, counted, &|_, _| true)
+}
+
+/// The same, of which each module i counts only the parts of its own steps t that `parts(i, t)` says.
+fn exact_parts(
+    config: &Config,
+    counted: impl Fn(usize, usize) -> bool,
+    parts: &dyn Fn(usize, usize) -> bool,
+) -> HashMap<String, Vec<f64>> {
     let setup = Setup::new(config, 1, Purpose::Train).unwrap();
     let module = |i| {
         let spec = setup.stage_spec(i);
@@ -35,7 +45,7 @@ fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collec
     head.begin(&stream.begin(0).unwrap().labels);
     let mut frame = |t: usize| stream.frame(t);
     // No layer of these networks is random.
-    let passes = |_: usize| Pass { training: true, key: 0 };
+    let passes = |_: usize| Pass { training: true, key: 0, again: false };
     let run = reference::forward(&mut modules, &setup.network, &setup.schedule, &passes, &mut frame).unwrap();
     let steps = run.last().len();
     let gradients = run.last().iter().enumerate().map(|(t, y)| match counted(t, steps) {
@@ -43,8 +53,8 @@ fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collec
         false => None,
     });
     let gradients = gradients.collect();
-    reference::backward(&mut modules, &setup.network, &setup.schedule, &passes, run, gradients).unwrap();
-    let mut all = std::collections::HashMap::new();
+    reference::backward(&mut modules, &setup.network, &setup.schedule, &passes, run, gradients, parts).unwrap();
+    let mut all = HashMap::new();
     for module in &mut modules {
         module
             .visit(&mut |p| {
@@ -59,7 +69,7 @@ fn exact(config: &Config, counted: impl Fn(usize, usize) -> bool) -> std::collec
     all
 }
 
-fn sum_of_pseudo_gradients(dir: &Path, name: &str, sets: &[&str]) -> std::collections::HashMap<String, Vec<f64>> {
+fn sum_of_pseudo_gradients(dir: &Path, name: &str, sets: &[&str]) -> HashMap<String, Vec<f64>> {
     let run = format!("run.dir={}", dir.join(name).display());
     let sets: Vec<&str> = sets.iter().copied().chain([run.as_str(), PILE_UP, "train.batches=1"]).collect();
     train(&config(dir, &sets), None);
@@ -109,6 +119,61 @@ fn the_loop_under_bp_is_back_propagation() {
             assert_close(&moved.collect(), &exact, 2e-3, &format!("{skip} {boundary}"));
         }
     }
+}
+
+/// With `stash` each module's sum is that of the exact parts of the steps whose cotangents come back within its window, whatever
+/// joins the modules (METHOD §8, property 10).
+#[test]
+fn stash_gives_the_exact_parts() {
+    for skip in [
+        "",
+        "model.skip={ spans = [2] }",
+        "model.skip={ spans = [2, 3] }",
+        "model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }",
+        "model.skip={ spans = [3], delay = 2 }",
+        "model.skip={ spans = [2, 4], delay = 'aligned', fuse = 'concat' }",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        shard(&dir.path().join("train.h5"), 4, 14, false);
+        let sets: Vec<&str> = [skip].into_iter().filter(|s| !s.is_empty()).collect();
+        let of = |stash: &str| {
+            let stash_key = format!("train.stash={stash}");
+            let sets: Vec<&str> = sets.iter().copied().chain([stash_key.as_str()]).collect();
+            sum_of_pseudo_gradients(dir.path(), stash, &sets)
+        };
+        let activations = of("activations");
+        let in_time = |i: usize, t: usize| t + 2 * (5 - i) < 14;
+        let exact = exact_parts(&config(dir.path(), &sets), |_, _| true, &in_time);
+        assert_close(&activations, &exact, 1e-5, &format!("stash {skip}"));
+        assert!(of("inputs") == activations, "{skip}: the forward pass once more gives other bits");
+        // The test could not fail if fresh pseudo-gradients were the same.
+        let fresh = &of("none")["layers.0.conv2d.weight"];
+        assert!(fresh != &activations["layers.0.conv2d.weight"], "{skip}");
+    }
+}
+
+/// Dropout and batch norm see the same key and statistics in both passes, and running statistics move once a step.
+#[test]
+fn the_forward_pass_once_more_is_the_same() {
+    const LAYERS: &str = "model.layers=[
+        { kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'batch-norm' }, { kind = 'relu' },
+        { kind = 'dropout', rate = 0.3 }, { kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'batch-norm' },
+        { kind = 'dropout', rate = 0.3 }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 },
+    ]";
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 4, 14, false);
+    let layers = LAYERS.replace('\n', " ");
+    let run = |stash: &str| {
+        let (run, stash) = (format!("run.dir={}", dir.path().join(stash).display()), format!("train.stash={stash}"));
+        let skip = "model.skip={ spans = [2], fuse = 'concat' }";
+        let config = config(dir.path(), &[&run, &stash, &layers, "model.modules=3", skip]);
+        train(&config, None);
+        tensors(&config.run.dir, 4)
+    };
+    let (inputs, activations, fresh) = (run("inputs"), run("activations"), run("none"));
+    assert!(inputs.keys().any(|name| name.ends_with("running_var")));
+    assert!(inputs == activations, "parameters or statistics differ");
+    assert!(inputs != fresh, "nothing is compared");
 }
 
 /// Several modules on moving frames: they must differ, or the tests of equality would prove nothing.
@@ -225,6 +290,8 @@ fn a_stopped_and_resumed_run_is_bit_identical() {
         &["train.update_every=5"],
         &["train.optimizer={ kind = 'adamw', lr = 0.01 }", "train.lr_schedule={ kind = 'cosine', warmup = 2 }"],
         &["train.rule=bp", "model.skip={ spans = [2] }"],
+        &["train.stash=activations", "model.skip={ spans = [2] }"],
+        &["train.stash=inputs", "train.update_every=5"],
     ]
     .into_iter()
     .enumerate()

@@ -306,7 +306,7 @@ fn running_statistics_follow_pytorch() -> Result<()> {
     let init = Init { seed: 1, dtype: DType::F32, device: Device::Cpu };
     let mut module = Module::new(1, &[(0, LayerSpec::BatchNorm { momentum: 0.1 })], [1, 2, 1], &[], Fuse::Sum, &init)?;
     let x = image(&[&[1.0, 5.0]])?;
-    module.forward(std::slice::from_ref(&x), &Pass { training: true, key: 0 }, &mut Tape::new())?;
+    module.forward(std::slice::from_ref(&x), &Pass { training: true, key: 0, again: false }, &mut Tape::new())?;
     let mut found = Vec::new();
     module.visit(&mut |p| {
         found.push((p.name.clone(), p.trainable, values(&p.value)?[0]));
@@ -317,7 +317,8 @@ fn running_statistics_follow_pytorch() -> Result<()> {
     assert!(!found[2].1 && !found[3].1 && found[0].1 && found[1].1);
     assert!((found[2].2 - 0.3).abs() < 1e-6 && (found[3].2 - 1.7).abs() < 1e-6);
     let single = x.narrow(2, 0, 1)?.contiguous()?;
-    let error = module.forward(&[single], &Pass { training: true, key: 0 }, &mut Tape::new()).unwrap_err();
+    let error =
+        module.forward(&[single], &Pass { training: true, key: 0, again: false }, &mut Tape::new()).unwrap_err();
     assert!(error.to_string().contains("more than one value a channel"));
     Ok(())
 }

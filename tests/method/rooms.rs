@@ -9,7 +9,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("method", &[]),
     ("backend::cpu", &[]),
     ("nn", &["backend::cpu"]),
-    ("backend", &["backend::cpu", "nn"]),
+    ("backend", &["backend::cpu", "method", "nn"]),
     ("comm", &["backend", "sys"]),
     ("data", &["backend::cpu", "sys"]),
     ("metrics", &["comm", "nn"]),

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use sideways::Result;
 use sideways::method::graph::{Edge, Graph};
-use sideways::method::{Boundary, LossAt, Rule, Schedule};
+use sideways::method::{Boundary, Keep, LossAt, Rule, Schedule, Stash};
 
 fn graph(modules: usize, spans: &[usize], delay: usize) -> Graph {
     Graph::new(modules, &Graph::skips_of_spans(modules, spans, delay).unwrap()).unwrap()
 }
 
 fn training(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Schedule> {
-    Schedule::training(graph, frames, Rule::SkipSideways, boundary, loss)
+    Schedule::training(graph, frames, Rule::SkipSideways, Stash::None, boundary, loss)
 }
 
 /// A row a module, a word a step: F or B (also backward), then what arrives on each input edge (the sender's step, `-`
@@ -92,7 +92,7 @@ fn clips_too_short_are_refused() {
 
 /// The forward and the backward passes of module `i` by step under exact back-propagation, and when.
 fn exact(graph: &Graph, i: usize) -> String {
-    let schedule = Schedule::training(graph, 4, Rule::Bp, Boundary::Flow, LossAt::EveryStep).unwrap();
+    let schedule = Schedule::training(graph, 4, Rule::Bp, Stash::None, Boundary::Flow, LossAt::EveryStep).unwrap();
     let cells = schedule.window(i).iter().map(|tick| {
         let forward = tick.forward.as_ref().map_or(String::new(), |forward| format!("F{}", forward.step));
         let arrivals = tick.cotangents.iter().map(|a| format!("+{}.{}>{}", a.output, a.sent_at, a.step));
@@ -116,6 +116,96 @@ fn exact_back_propagation() {
     );
 }
 
+/// The ticks of module `i` with `stash`: forward pass, arrivals (output, the receiver's step, the own step), backward pass.
+fn stashed(graph: &Graph, frames: usize, i: usize) -> String {
+    let schedule = stash(graph, frames);
+    let cells = schedule.window(i).iter().map(|tick| {
+        let forward = tick.forward.as_ref().unwrap();
+        let arrivals = tick.cotangents.iter().map(|a| format!("+{}.{}>{}", a.output, a.sent_at, a.step));
+        let sends = |send: &[bool]| send.iter().map(|&s| if s { '^' } else { '-' }).collect::<String>();
+        let backward = tick.backward.as_ref().map(|b| format!("B{}{}", b.step, sends(&b.send)));
+        format!("F{}{}{}", forward.step, arrivals.collect::<String>(), backward.unwrap_or_default())
+    });
+    cells.collect::<Vec<_>>().join(" ")
+}
+
+fn stash(graph: &Graph, frames: usize) -> Schedule {
+    let (rule, kept) = (Rule::SkipSideways, Stash::Activations);
+    Schedule::training(graph, frames, rule, kept, Boundary::Flow, LossAt::EveryStep).unwrap()
+}
+
+/// Each cotangent meets the step it belongs to, 2 (D - i) steps later; what would come after the window is not sent.
+#[test]
+fn stash_waits_for_the_cotangent() {
+    let chain = graph(3, &[], 1);
+    assert_eq!(stashed(&chain, 6, 1), "F0 F1 F2 F3 F4+0.0>0B0 F5+0.1>1B1");
+    assert_eq!(stashed(&chain, 6, 2), "F0 F1 F2+0.0>0B0^ F3+0.1>1B1^ F4+0.2>2B2- F5+0.3>3B3-");
+    assert_eq!(stashed(&chain, 6, 3), "F0B0^ F1B1^ F2B2^ F3B3^ F4B4- F5B5-");
+    // The skip's cotangent, of module 3's step v for the own step v + 1, is 2 s - d - 1 = 2 ticks early.
+    assert_eq!(stashed(&graph(3, &[2], 1), 6, 1), "F0 F1 F2 F3+1.0>1 F4+0.0>0B0 F5+0.1>1B1");
+    // Aligned, of span 2 and delay 2: one tick early.
+    assert_eq!(stashed(&graph(3, &[2], 2), 6, 1), "F0 F1 F2 F3+1.0>0 F4+1.1>1+0.0>0B0 F5+0.1>1B1");
+    let schedule = stash(&graph(3, &[2], 1), 20);
+    assert_eq!([1, 2, 3].map(|i| schedule.kept(i)), [5, 3, 1]);
+    assert_eq!([1, 2, 3].map(|i| schedule.sums(i)), [3, 1, 1]);
+    let schedule = Schedule::training(&chain, 9, Rule::Bp, Stash::None, Boundary::Flow, LossAt::EveryStep).unwrap();
+    assert_eq!([1, 2, 3].map(|i| schedule.kept(i)), [9, 9, 9]);
+    assert_eq!([1, 2, 3].map(|i| training(&chain, 9, Boundary::Flow, LossAt::EveryStep).unwrap().kept(i)), [1, 1, 1]);
+}
+
+/// What is kept is used, and nothing is kept that is not.
+#[test]
+fn what_is_kept_is_used() {
+    for (spans, ahead) in [(&[][..], None), (&[2], None), (&[2, 3], Some(3)), (&[5], Some(2))] {
+        let graph = graph(6, spans, 1);
+        let loss = ahead.map_or(LossAt::EveryStep, LossAt::Ahead);
+        for kept in [Stash::None, Stash::Inputs, Stash::Activations] {
+            let schedule = Schedule::training(&graph, 15, Rule::SkipSideways, kept, Boundary::Flow, loss).unwrap();
+            for i in 1..=6 {
+                let mut used: Vec<usize> = schedule.backwards(i).map(|b| b.step).collect();
+                used.sort();
+                let keeps: Vec<usize> =
+                    schedule.forwards(i).filter(|f| f.keep != Keep::Nothing).map(|f| f.step).collect();
+                assert!(keeps == used && !used.is_empty(), "module {i}: {keeps:?} {used:?}");
+                let again = schedule.forwards(i).filter(|f| f.keep == Keep::Inputs).count();
+                assert_eq!(again > 0, kept == Stash::Inputs && i < 6, "module {i}");
+            }
+        }
+    }
+}
+
+/// With `stash` a clip of 2 D - 1 frames trains module 1, whatever the skips; one frame less is refused, and so is what does not
+/// go with it.
+#[test]
+fn stash_is_refused_where_it_cannot_be() {
+    let graph = graph(4, &[2, 3], 1);
+    let of =
+        |frames, rule, boundary| Schedule::training(&graph, frames, rule, Stash::Inputs, boundary, LossAt::EveryStep);
+    assert_eq!(of(7, Rule::SkipSideways, Boundary::Flow).unwrap().backwards(1).count(), 1);
+    for (frames, rule, boundary, what) in [
+        (6, Rule::SkipSideways, Boundary::Flow, "from 7 frames on"),
+        (9, Rule::SkipSideways, Boundary::Cut, "train.boundary"),
+        (9, Rule::Bp, Boundary::Flow, "keeps all activations"),
+    ] {
+        let text = of(frames, rule, boundary).unwrap_err().to_string();
+        assert!(text.contains(what), "{text}");
+    }
+}
+
+/// The rules with delays and boundaries.
+const RULES: [(usize, Rule, Stash, Boundary); 10] = [
+    (1, Rule::SkipSideways, Stash::None, Boundary::Flow),
+    (2, Rule::SkipSideways, Stash::None, Boundary::Flow),
+    (1, Rule::SkipSideways, Stash::None, Boundary::Cut),
+    (2, Rule::SkipSideways, Stash::None, Boundary::Cut),
+    (1, Rule::SkipSideways, Stash::Activations, Boundary::Flow),
+    (2, Rule::SkipSideways, Stash::Inputs, Boundary::Flow),
+    (1, Rule::Bp, Stash::None, Boundary::Flow),
+    (2, Rule::Bp, Stash::None, Boundary::Flow),
+    (1, Rule::Bp, Stash::None, Boundary::Cut),
+    (2, Rule::Bp, Stash::None, Boundary::Cut),
+];
+
 /// What is sent is what is received, in the same order, on every edge and in both directions.
 #[test]
 fn every_message_sent_is_received() {
@@ -123,26 +213,24 @@ fn every_message_sent_is_received() {
     for d in 1..=6 {
         for spans in [&[][..], &[2], &[3], &[2, 3], &[2, 5]] {
             let spans: Vec<usize> = spans.iter().copied().filter(|&s| s < d).collect();
-            for (delay, rule) in [(1, Rule::SkipSideways), (2, Rule::SkipSideways), (1, Rule::Bp), (2, Rule::Bp)] {
-                for boundary in [Boundary::Flow, Boundary::Cut] {
-                    let graph = graph(d, &spans, delay);
-                    let schedule = Schedule::training(&graph, 14, rule, boundary, LossAt::EveryStep).unwrap();
-                    for edge in graph.edges() {
-                        let out = graph.outputs(edge.from).position(|e| e == edge).unwrap();
-                        let inn = graph.inputs(edge.to).position(|e| e == edge).unwrap();
-                        let sent = schedule.forwards(edge.from).filter(|f| f.send[out]).map(|f| f.step);
-                        let got = schedule.forwards(edge.to).filter_map(|f| f.receive[inn]);
-                        let sent: Vec<usize> = sent.collect();
-                        assert_eq!(sent, got.collect::<Vec<_>>(), "{edge}");
-                        assert!(!sent.is_empty(), "{edge}: nothing is sent");
-                        let back = schedule.backwards(edge.to).filter(|b| b.send[inn]).map(|b| b.step);
-                        let arrivals = schedule.window(edge.from).iter().flat_map(|tick| &tick.cotangents);
-                        let used = arrivals.filter(|a| a.output == out).map(|a| a.sent_at);
-                        let back: Vec<usize> = back.collect();
-                        assert_eq!(back, used.collect::<Vec<_>>(), "{edge} cotangents");
-                        assert!(!back.is_empty(), "{edge}: no cotangent is sent");
-                        edges += 1;
-                    }
+            for (delay, rule, stash, boundary) in RULES {
+                let graph = graph(d, &spans, delay);
+                let schedule = Schedule::training(&graph, 16, rule, stash, boundary, LossAt::EveryStep).unwrap();
+                for edge in graph.edges() {
+                    let out = graph.outputs(edge.from).position(|e| e == edge).unwrap();
+                    let inn = graph.inputs(edge.to).position(|e| e == edge).unwrap();
+                    let sent = schedule.forwards(edge.from).filter(|f| f.send[out]).map(|f| f.step);
+                    let got = schedule.forwards(edge.to).filter_map(|f| f.receive[inn]);
+                    let sent: Vec<usize> = sent.collect();
+                    assert_eq!(sent, got.collect::<Vec<_>>(), "{edge}");
+                    assert!(!sent.is_empty(), "{edge}: nothing is sent");
+                    let back = schedule.backwards(edge.to).filter(|b| b.send[inn]).map(|b| b.step);
+                    let arrivals = schedule.window(edge.from).iter().flat_map(|tick| &tick.cotangents);
+                    let used = arrivals.filter(|a| a.output == out).map(|a| a.sent_at);
+                    let back: Vec<usize> = back.collect();
+                    assert_eq!(back, used.collect::<Vec<_>>(), "{edge} cotangents");
+                    assert!(!back.is_empty(), "{edge}: no cotangent is sent");
+                    edges += 1;
                 }
             }
         }
@@ -153,28 +241,27 @@ fn every_message_sent_is_received() {
 /// A message takes a tick; a sum is complete before it is used, and used once.
 #[test]
 fn messages_take_a_tick_and_sums_are_complete() {
-    for rule in [Rule::SkipSideways, Rule::Bp] {
-        for boundary in [Boundary::Flow, Boundary::Cut] {
-            let graph = graph(5, &[2, 3], 1);
-            let schedule = Schedule::training(&graph, 12, rule, boundary, LossAt::EveryStep).unwrap();
-            for i in 1..=5 {
-                let mut done = Vec::new();
-                for tick in schedule.window(i) {
-                    for arrival in &tick.cotangents {
-                        let edge = graph.outputs(i).nth(arrival.output).unwrap();
-                        let made = schedule.window(edge.to).iter().find(|there| {
-                            there.backward.as_ref().is_some_and(|backward| backward.step == arrival.sent_at)
-                        });
-                        assert_eq!(made.map(|there| there.at + 1), Some(tick.at), "module {i}, {arrival:?}");
-                        assert!(!done.contains(&arrival.step), "module {i}: {arrival:?} comes too late");
-                    }
-                    done.extend(tick.backward.as_ref().map(|backward| backward.step));
+    for (delay, rule, stash, boundary) in RULES {
+        let graph = graph(5, &[2, 3], delay);
+        let schedule = Schedule::training(&graph, 12, rule, stash, boundary, LossAt::EveryStep).unwrap();
+        for i in 1..=5 {
+            let mut done = Vec::new();
+            for tick in schedule.window(i) {
+                for arrival in &tick.cotangents {
+                    let edge = graph.outputs(i).nth(arrival.output).unwrap();
+                    let made = schedule
+                        .window(edge.to)
+                        .iter()
+                        .find(|there| there.backward.as_ref().is_some_and(|backward| backward.step == arrival.sent_at));
+                    assert_eq!(made.map(|there| there.at + 1), Some(tick.at), "module {i}, {arrival:?}");
+                    assert!(!done.contains(&arrival.step), "module {i}: {arrival:?} comes too late");
                 }
-                let mut once = done.clone();
-                once.sort();
-                once.dedup();
-                assert!(once.len() == done.len() && !done.is_empty());
+                done.extend(tick.backward.as_ref().map(|backward| backward.step));
             }
+            let mut once = done.clone();
+            once.sort();
+            once.dedup();
+            assert!(once.len() == done.len() && !done.is_empty());
         }
     }
 }
@@ -183,9 +270,9 @@ fn messages_take_a_tick_and_sums_are_complete() {
 #[test]
 fn bounded_queues_never_deadlock() {
     for spans in [&[][..], &[2], &[3], &[2, 3], &[2, 5], &[5]] {
-        for (delay, boundary) in [(1, Boundary::Flow), (2, Boundary::Flow), (1, Boundary::Cut)] {
+        for (delay, rule, stash, boundary) in RULES.into_iter().filter(|(_, rule, ..)| *rule != Rule::Bp) {
             let graph = graph(6, spans, delay);
-            let schedule = training(&graph, 14, boundary, LossAt::EveryStep).unwrap();
+            let schedule = Schedule::training(&graph, 14, rule, stash, boundary, LossAt::EveryStep).unwrap();
             assert!(runs_through(&graph, &schedule, 3, 0), "{spans:?} {delay} {boundary:?}");
             // With one place less they do.
             assert!(!runs_through(&graph, &schedule, 3, 1), "{spans:?} {delay} {boundary:?}");

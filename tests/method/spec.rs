@@ -102,7 +102,7 @@ fn presets_are_what_they_say() -> Result<()> {
         // Two samples: a batch norm behind a global pool has nothing to go by with one.
         let x = Tensor::ones((2, side, side, 3), DType::F32, &Device::Cpu)?;
         let kept = 2 * kept;
-        module.forward(&[x], &Pass { training: true, key: 0 }, &mut tape)?;
+        module.forward(&[x], &Pass { training: true, key: 0, again: false }, &mut tape)?;
         let (found, promised) = (tape.bytes() as u64, 4 * kept);
         assert!(found <= promised && 3 * found > promised, "{name}: {found} bytes on the tape, {promised} promised");
     }

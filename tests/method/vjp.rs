@@ -13,7 +13,7 @@ use sideways::nn::spec::LayerSpec;
 
 use crate::common::numbers::{close, flat as values, random_f64 as random};
 
-const TRAINING: Pass = Pass { training: true, key: 11 };
+const TRAINING: Pass = Pass { training: true, key: 11, again: false };
 /// Step of the central differences: their error is about STEP squared plus rounding over STEP, both near 1e-10.
 const STEP: f64 = 1e-5;
 /// What differences and products may differ by, relative to the largest element.
@@ -173,7 +173,11 @@ fn norms() -> Result<()> {
     layer(r#"kind = "group-norm", groups = 1"#, [2, 2, 2, 3])?;
     layer(r#"kind = "group-norm", groups = 3"#, [2, 2, 2, 3])?;
     layer(r#"kind = "batch-norm""#, [3, 2, 2, 3])?;
-    check(one(r#"kind = "batch-norm""#, [2, 2, 2, 3])?, &[&[2, 2, 2, 3]], Pass { training: false, key: 0 })
+    check(
+        one(r#"kind = "batch-norm""#, [2, 2, 2, 3])?,
+        &[&[2, 2, 2, 3]],
+        Pass { training: false, key: 0, again: false },
+    )
 }
 
 #[test]
@@ -181,7 +185,11 @@ fn activations_and_dropout() -> Result<()> {
     layer(r#"kind = "relu""#, [2, 3, 2, 4])?;
     layer(r#"kind = "gelu""#, [2, 3, 2, 4])?;
     layer(r#"kind = "dropout", rate = 0.4"#, [2, 3, 2, 4])?;
-    check(one(r#"kind = "dropout", rate = 0.4"#, [2, 3, 2, 4])?, &[&[2, 3, 2, 4]], Pass { training: false, key: 1 })
+    check(
+        one(r#"kind = "dropout", rate = 0.4"#, [2, 3, 2, 4])?,
+        &[&[2, 3, 2, 4]],
+        Pass { training: false, key: 1, again: false },
+    )
 }
 
 #[test]

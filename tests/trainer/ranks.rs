@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::mpirun::{mpirun, text};
 use crate::common::program::{MINUTE, PROGRAM, alone};
-use crate::common::runs::{config, shard, tensors};
+use crate::common::runs::{config, shard, shard_of_side, tensors};
 
 /// Writes shards and a configuration file; returns the latter.
 fn prepare(dir: &Path, sets: &[&str]) -> String {
@@ -28,6 +28,11 @@ fn the_result_does_not_depend_on_where_modules_run() {
         (&["model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }", "train.boundary=cut"], &[4, 5]),
         (&["model.skip={ spans = [2], delay = 'aligned' }", "train.replicas=2"], &[3, 9]),
         (&["model.modules=3", "train.rule=sideways", "train.replicas=3"], &[2, 9]),
+        (&["model.skip={ spans = [2, 3] }", "train.stash=activations"], &[2, 5]),
+        (
+            &["model.skip={ spans = [2, 4], delay = 2, fuse = 'concat' }", "train.stash=inputs", "train.replicas=2"],
+            &[9],
+        ),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let config = prepare(dir.path(), sets);
@@ -42,6 +47,38 @@ fn the_result_does_not_depend_on_where_modules_run() {
             assert!(tensors(&run, 4) == tensors(&threads, 4), "{sets:?} on {ranks} ranks");
             // The last module's loss reaches rank 0's terminal.
             assert!(text(&output).contains("batch 4/4  loss "), "{}", text(&output));
+        }
+    }
+}
+
+/// Future frames of 1 MiB a message and more, with skips, on ranks that are fewer, as many and more than the cores: cotangents
+/// that wait in sums for their step keep nobody waiting.
+#[test]
+fn stash_with_large_messages_never_deadlocks() {
+    const LAYERS: &str = "model.layers=[
+        { kind = 'conv2d', out = 64, kernel = 1 }, { kind = 'relu' }, { kind = 'conv2d', out = 64, kernel = 1 },
+        { kind = 'relu' }, { kind = 'conv2d', out = 64, kernel = 1 }, { kind = 'relu' },
+        { kind = 'conv2d', out = 64, kernel = 1 }, { kind = 'relu' }, { kind = 'conv2d', out = 3, kernel = 1 },
+    ]";
+    let dir = tempfile::tempdir().unwrap();
+    shard_of_side(&dir.path().join("train.h5"), 4, 14, false, 64);
+    let layers = LAYERS.replace('\n', " ");
+    for (n, skip) in ["{ spans = [2, 3] }", "{ spans = [2, 4], delay = 2 }"].into_iter().enumerate() {
+        let skip = format!("model.skip={skip}");
+        let sets =
+            ["model.task=future-frames", &layers, &skip, "train.batches=2", "data.batch=4", "train.stash=activations"];
+        let path = dir.path().join("large.toml");
+        std::fs::write(&path, config(dir.path(), &sets).to_toml().unwrap()).unwrap();
+        let path = path.display().to_string();
+        let threads = dir.path().join(format!("threads{n}"));
+        let output = alone(&["train", &path, "--set", &set("run.dir", &threads)]);
+        assert!(output.status.success(), "{}", text(&output));
+        for ranks in [2, 5] {
+            let run = dir.path().join(format!("ranks{n}-{ranks}"));
+            let args = ["train", &path, "--set", &set("run.dir", &run)];
+            let output = mpirun(ranks, Path::new(PROGRAM), &args, &[], MINUTE);
+            assert!(output.status.success(), "{}", text(&output));
+            assert!(tensors(&run, 2) == tensors(&threads, 2), "{skip} on {ranks} ranks");
         }
     }
 }

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 use super::capture;
 use super::gpu::{Array, Element, Gpu, failed};
-use super::layers::{Backward, Builder, Conv2d, Layer, Needs, Scratch, Sequence, Use};
+use super::layers::{Backward, Builder, Conv2d, Kept, Launch, Layer, Needs, Scratch, Sequence, Use};
 use super::ops::{self, Accumulation};
 use super::param::{HostParams, Param};
 use crate::backend::cpu::conv::Conv;
@@ -21,9 +21,17 @@ use crate::{Error, Result};
 struct Input {
     x: Array,
     channels: usize,
-    adapter: Option<(Conv2d, Array)>,
+    adapter: Option<Adapter>,
     /// Its cotangent, where that is not the fused input's.
     gx: Option<Array>,
+}
+
+/// A learned 1x1 convolution that makes a skip's channels the main input's.
+struct Adapter {
+    conv: Conv2d,
+    /// Its inputs, by step kept.
+    x: Kept,
+    y: Array,
 }
 
 /// What a module is made of.
@@ -50,6 +58,10 @@ pub struct Placing {
     pub element: Element,
     /// Whether there will be backward passes.
     pub training: bool,
+    /// Of how many steps in a row the fused inputs are kept.
+    pub kept: usize,
+    /// Whether only these are: a backward pass begins with the forward pass once more.
+    pub recompute: bool,
     /// Whether passes are captured into CUDA graphs at their second use, and replayed.
     pub graphs: bool,
 }
@@ -60,14 +72,18 @@ pub struct Module {
     placing: Placing,
     fuse: Fuse,
     inputs: Vec<Input>,
-    fused: Array,
+    fused: Kept,
     fused_cotangent: Option<Array>,
     sequence: Sequence,
     gy: Option<Array>,
     scratch: Scratch,
     accumulation: Option<Accumulation>,
-    forward: Captured,
-    backward: HashMap<Vec<bool>, Captured>,
+    /// By place.
+    forward: Vec<Captured>,
+    /// By place and the inputs whose cotangents are wanted.
+    backward: HashMap<(usize, Vec<bool>), Captured>,
+    /// Where the newest step is.
+    newest: usize,
 }
 
 /// A pass, captured or on its way to it.
@@ -88,23 +104,35 @@ impl Module {
     /// # Errors
     /// [`Error::Input`] where shapes do not fit, [`Error::Run`] if the GPU has no memory for it.
     pub fn new(gpu: &Arc<Gpu>, plan: &Plan, module: &mut module::Module, placing: Placing) -> Result<Self> {
-        let Placing { batch, element, training, .. } = placing;
+        let Placing { batch, element, training, kept, recompute, .. } = placing;
         let &Plan { index, main, fuse, .. } = plan;
         let params = HostParams::of(module, element, training)?;
-        let mut builder = Builder { gpu, batch, element, training, params, needs: Needs::default() };
+        let mut builder = Builder {
+            gpu,
+            batch,
+            element,
+            training,
+            kept: if recompute { 1 } else { kept },
+            params,
+            needs: Needs::default(),
+        };
         let array = |[h, w, c]: [usize; 3]| gpu.array(batch * h * w * c, element);
         let mut inputs = vec![Input { x: array(main)?, channels: main[2], adapter: None, gx: None }];
         for skip in plan.skips {
             let adapter = if fuse == Fuse::Sum && skip.shape[2] != main[2] {
                 let name = format!("skips.{}_{index}", skip.from);
                 let conv = Conv2d::new(&mut builder, &name, Conv::pointwise(), skip.shape, main[2], true)?;
-                Some((conv, array(main)?))
+                let elements = batch * skip.shape.iter().product::<usize>();
+                let x = if kept > 1 { Some(Kept::new(gpu, kept, elements, element)?) } else { None };
+                Some((conv, x, array(main)?))
             } else {
                 None
             };
             let own = training && (adapter.is_some() || fuse == Fuse::Concat);
             let gx = own.then(|| array(skip.shape)).transpose()?;
-            inputs.push(Input { x: array(skip.shape)?, channels: skip.shape[2], adapter, gx });
+            let x = array(skip.shape)?;
+            let adapter = adapter.map(|(conv, kept, y)| Adapter { conv, x: kept.unwrap_or(Kept::shared(&x)), y });
+            inputs.push(Input { x, channels: skip.shape[2], adapter, gx });
         }
         let several = inputs.len() > 1;
         if training && several && fuse == Fuse::Concat {
@@ -117,7 +145,10 @@ impl Module {
         let sequence = Sequence::new(&mut builder, &layers, input, learned, Use::Outer)?;
         builder.params.all_taken()?;
         let scratch = builder.needs.meet(gpu, element)?;
-        let fused = if several { array(input)? } else { inputs[0].x.clone() };
+        let fused = match several || kept > 1 {
+            true => Kept::new(gpu, kept, batch * input.iter().product::<usize>(), element)?,
+            false => Kept::shared(&inputs[0].x),
+        };
         let mut module = Module {
             gpu: gpu.clone(),
             placing,
@@ -129,8 +160,9 @@ impl Module {
             sequence,
             scratch,
             accumulation: None,
-            forward: Captured::New,
+            forward: (0..kept).map(|_| Captured::New).collect(),
             backward: HashMap::new(),
+            newest: 0,
         };
         let mut pairs = Vec::new();
         module.visit(&mut |p| {
@@ -146,9 +178,14 @@ impl Module {
         &self.inputs[k].x
     }
 
-    /// The output.
+    /// The output of the newest step.
     pub fn output(&self) -> &Array {
-        self.sequence.output(&self.fused)
+        self.sequence.output(self.newest, self.fused.at(self.newest))
+    }
+
+    /// Whether backward passes write over the newest step's output.
+    pub fn recomputes(&self) -> bool {
+        self.placing.recompute
     }
 
     /// Where the output's cotangent is to be written.
@@ -167,68 +204,88 @@ impl Module {
         self.inputs[k].gx.as_ref().or(self.fused_cotangent.as_ref()).ok_or_else(not_training)
     }
 
-    /// Launches a forward pass from the inputs' arrays to the output's.
+    /// Launches the forward pass of `step` from the inputs' arrays to the output's.
     ///
     /// # Errors
     /// [`Error::Run`] if a launch fails.
-    pub fn forward(&mut self, pass: &Pass) -> Result<()> {
+    pub fn forward(&mut self, step: usize, pass: &Pass) -> Result<()> {
         self.sequence.prepare(&self.gpu, pass)?;
-        let (gpu, captured) = (self.gpu.clone(), std::mem::take(&mut self.forward));
-        self.forward = captured.run(&gpu, self.placing.graphs, || self.launch_forward())?;
+        let place = step % self.placing.kept;
+        self.newest = place;
+        let (gpu, captured) = (self.gpu.clone(), std::mem::take(&mut self.forward[place]));
+        self.forward[place] = captured.run(&gpu, self.placing.graphs, || self.launch_forward(place))?;
         Ok(())
     }
 
-    /// Launches a vector–Jacobian product with the output's cotangent at the present activations, which adds to the
-    /// parameters' gradients and leaves the inputs' cotangents where `wanted`.
+    /// Launches the vector–Jacobian product of `step` with the output's cotangent at the activations of that step, which adds to
+    /// the parameters' gradients and leaves the inputs' cotangents where `wanted`. Where only inputs are kept, the newest step's
+    /// output is written over.
     ///
     /// # Errors
     /// [`Error::Run`] if a launch fails.
-    pub fn backward(&mut self, wanted: &[bool]) -> Result<()> {
+    pub fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
         if wanted.len() != self.inputs.len() {
             return Err(Error::Run(format!("a module has {} inputs, not {}", self.inputs.len(), wanted.len())));
         }
-        let (gpu, captured) = (self.gpu.clone(), self.backward.remove(wanted).unwrap_or_default());
-        let captured = captured.run(&gpu, self.placing.graphs, || self.launch_backward(wanted))?;
-        self.backward.insert(wanted.to_vec(), captured);
+        let key = (step % self.placing.kept, wanted.to_vec());
+        if self.placing.kept > 1 {
+            // The newest forward pass was another step's.
+            self.sequence.prepare(&self.gpu, pass)?;
+        }
+        let (gpu, captured) = (self.gpu.clone(), self.backward.remove(&key).unwrap_or_default());
+        let captured = captured.run(&gpu, self.placing.graphs, || self.launch_backward(key.0, wanted))?;
+        self.backward.insert(key, captured);
         Ok(())
     }
 
-    fn launch_forward(&mut self) -> Result<()> {
+    fn launch_forward(&mut self, place: usize) -> Result<()> {
         let gpu = &self.gpu;
+        let at = Launch { gpu, scratch: &self.scratch, place, again: false };
+        let fused = self.fused.at(place);
+        if self.inputs.len() == 1 && self.placing.kept > 1 {
+            gpu.copy(&self.inputs[0].x, fused)?;
+        }
         if self.inputs.len() > 1 {
             let rows = self.inputs[0].x.len() / self.inputs[0].channels;
-            let channels: usize = self.fused.len() / rows;
+            let channels: usize = fused.len() / rows;
             let mut first = 0;
             for k in 0..self.inputs.len() {
                 let Input { x, channels: own, adapter, .. } = &mut self.inputs[k];
-                if let Some((conv, adapted)) = adapter {
-                    conv.forward(gpu, x, adapted, &self.scratch)?;
+                if let Some(Adapter { conv, x: kept, y }) = adapter {
+                    if self.placing.kept > 1 {
+                        gpu.copy(x, kept.at(place))?;
+                    }
+                    conv.forward(&at, kept.at(place), y)?;
                 }
-                let part = adapter.as_ref().map_or(&*x, |(_, adapted)| adapted);
+                let part = adapter.as_ref().map_or(&*x, |adapter| &adapter.y);
                 match (self.fuse, k) {
-                    (Fuse::Concat, _) => ops::put_channels(gpu, part, &self.fused, *own, channels, first)?,
-                    (Fuse::Sum, 0) => gpu.copy(part, &self.fused)?,
-                    (Fuse::Sum, _) => ops::add_to(gpu, part, &self.fused)?,
+                    (Fuse::Concat, _) => ops::put_channels(gpu, part, fused, *own, channels, first)?,
+                    (Fuse::Sum, 0) => gpu.copy(part, fused)?,
+                    (Fuse::Sum, _) => ops::add_to(gpu, part, fused)?,
                 }
                 first += *own;
             }
         }
-        self.sequence.forward(gpu, &self.fused, &self.scratch)
+        self.sequence.forward(&at, fused)
     }
 
-    fn launch_backward(&mut self, wanted: &[bool]) -> Result<()> {
+    fn launch_backward(&mut self, place: usize, wanted: &[bool]) -> Result<()> {
         let gpu = &self.gpu;
+        let (at, fused) = (Launch { gpu, scratch: &self.scratch, place, again: true }, self.fused.at(place));
+        if self.placing.recompute {
+            self.sequence.forward(&at, fused)?;
+        }
         let (Some(gy), Some(gf)) = (&self.gy, &self.fused_cotangent) else { return Err(not_training()) };
         let needed = wanted.contains(&true) || self.inputs.iter().any(|input| input.adapter.is_some());
-        self.sequence.backward(gpu, &self.fused, gy, needed.then_some(gf), &self.scratch)?;
+        self.sequence.backward(&at, fused, gy, needed.then_some(gf))?;
         let rows = self.inputs[0].x.len() / self.inputs[0].channels;
-        let channels = self.fused.len() / rows;
+        let channels = fused.len() / rows;
         let mut first = 0;
         for (input, &wanted) in self.inputs.iter_mut().zip(wanted) {
             let gx = input.gx.as_ref().filter(|_| wanted);
             match (&mut input.adapter, gx) {
-                (Some((conv, y)), gx) => {
-                    conv.backward(gpu, &Backward { x: &input.x, y, gy: gf, gx }, &self.scratch)?;
+                (Some(Adapter { conv, x, y }), gx) => {
+                    conv.backward(&at, &Backward { x: x.at(place), y, gy: gf, gx })?;
                 }
                 (None, Some(gx)) => ops::get_channels(gpu, gf, gx, input.channels, channels, first)?,
                 (None, None) => {}
@@ -243,8 +300,8 @@ impl Module {
     /// # Errors
     /// The first error of `f`.
     pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
-        for (conv, _) in self.inputs.iter_mut().filter_map(|input| input.adapter.as_mut()) {
-            conv.visit(f)?;
+        for adapter in self.inputs.iter_mut().filter_map(|input| input.adapter.as_mut()) {
+            adapter.conv.visit(f)?;
         }
         self.sequence.visit(f)
     }

@@ -14,6 +14,7 @@ use super::gpu::{Array, Element, Gpu, capability, failed};
 use super::stage::{InPort, OutPort};
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{self, BatchEnd, NotFinite, Snapshot, Stage, StageSpec, TimedStage, Updated};
+use crate::method::Keep;
 use crate::nn::layers::Pass;
 use crate::{Error, Result};
 
@@ -142,7 +143,7 @@ impl Stage for CudaTimedStage {
         self.inputs[k].inward.read(&self.gpu, message, |_| Ok(()))
     }
 
-    fn forward(&mut self, _: usize, _: &Pass, _: &[bool]) -> Result<()> {
+    fn forward(&mut self, _: usize, _: &Pass, _: Keep, _: &[bool]) -> Result<()> {
         self.wait.launch(&self.gpu, self.seconds)
     }
 

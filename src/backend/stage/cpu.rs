@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::backend::cpu::activation;
 use crate::backend::slots::{Done, Slot, SlotMut};
+use crate::method::Keep;
 use crate::nn::head::{Head, Target};
 use crate::nn::layers::{Pass, Tape};
 use crate::nn::module::{Module, pool_for_edge, pool_for_edge_vjp};
@@ -27,6 +28,12 @@ pub enum Fit {
     NewHead,
 }
 
+/// What is kept of a step's forward pass.
+enum Kept {
+    Activations(Tape),
+    Inputs(Vec<Tensor>),
+}
+
 /// See the room's page.
 pub struct CpuStage {
     spec: StageSpec,
@@ -38,8 +45,8 @@ pub struct CpuStage {
     /// H(a), and what of it each output edge takes.
     y: Option<Tensor>,
     outputs: Vec<Option<Tensor>>,
-    /// Activations kept, by step.
-    tapes: Vec<(usize, Tape)>,
+    /// What is kept of forward passes, by step.
+    kept: Vec<(usize, Kept)>,
     /// Sums of the cotangents that have come, by step.
     sums: Vec<(usize, Tensor)>,
     /// Of each input, as the last backward pass gave it.
@@ -67,7 +74,7 @@ impl CpuStage {
             inputs: vec![None; inputs],
             y: None,
             outputs: vec![None; spec.outputs.len()],
-            tapes: Vec::new(),
+            kept: Vec::new(),
             sums: Vec::new(),
             cotangents: Vec::new(),
             steps: 0,
@@ -238,7 +245,7 @@ pub fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> R
 impl Stage for CpuStage {
     fn begin(&mut self, labels: Option<&[i32]>) -> Result<()> {
         self.inputs.fill(None);
-        self.tapes.clear();
+        self.kept.clear();
         self.sums.clear();
         if let (Some(head), Some(labels)) = (&mut self.head, labels) {
             head.begin(labels);
@@ -259,23 +266,23 @@ impl Stage for CpuStage {
         Ok(Done::Now)
     }
 
-    fn forward(&mut self, step: usize, pass: &Pass, send: &[bool]) -> Result<()> {
-        let kept = self.spec.kept;
-        self.tapes.retain(|(of, _)| *of + kept > step);
+    fn forward(&mut self, step: usize, pass: &Pass, keep: Keep, send: &[bool]) -> Result<()> {
         let missing = || Error::Run("an input is missing: nothing came that could be held".into());
         let inputs = self.inputs.iter().map(|held| held.clone().ok_or_else(missing)).collect::<Result<Vec<_>>>()?;
         if self.spec.frames {
             // A frame is never held.
             self.inputs.fill(None);
         }
-        let mut tape = Tape::new();
+        let mut tape = if keep == Keep::Activations { Tape::new() } else { Tape::blank() };
         let y = self.module.forward(&inputs, pass, &mut tape)?;
         for ((port, output), _) in self.spec.outputs.iter().zip(&mut self.outputs).zip(send).filter(|(_, send)| **send)
         {
             *output = Some(pool_for_edge(&y, port.pool.0, port.pool.1)?);
         }
-        if pass.training {
-            self.tapes.push((step, tape));
+        match keep {
+            Keep::Nothing => {}
+            Keep::Activations => self.kept.push((step, Kept::Activations(tape))),
+            Keep::Inputs => self.kept.push((step, Kept::Inputs(inputs))),
         }
         self.y = Some(y);
         Ok(())
@@ -327,7 +334,14 @@ impl Stage for CpuStage {
     fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
         let missing = |what: &str| Error::Run(format!("there is no {what} of step {step}"));
         let g = take(&mut self.sums, step).ok_or_else(|| missing("cotangent"))?;
-        let mut tape = take(&mut self.tapes, step).ok_or_else(|| missing("activation"))?;
+        let mut tape = match take(&mut self.kept, step).ok_or_else(|| missing("activation"))? {
+            Kept::Activations(tape) => tape,
+            Kept::Inputs(inputs) => {
+                let mut tape = Tape::new();
+                self.module.forward(&inputs, &Pass { again: true, ..*pass }, &mut tape)?;
+                tape
+            }
+        };
         // Frames need no gradient.
         let wanted = if self.spec.frames { &[false][..] } else { wanted };
         self.cotangents = self.module.vjp(&g, pass, &mut tape, wanted)?;
@@ -346,9 +360,6 @@ impl Stage for CpuStage {
     fn end_tick(&mut self) {
         (self.y, self.cotangents) = (None, Vec::new());
         self.outputs.fill(None);
-        if self.spec.kept == 1 {
-            self.tapes.clear();
-        }
     }
 
     fn steps(&self) -> u64 {

@@ -18,6 +18,7 @@ pub use timed::TimedStage;
 use super::cuda;
 use super::slots::{Done, Slot, SlotMut};
 use crate::Result;
+use crate::method::{Keep, Stash};
 use crate::nn::head::{HeadSpec, Score};
 use crate::nn::layers::Pass;
 use crate::nn::module::{Fuse, SkipInput};
@@ -49,8 +50,12 @@ pub struct StageSpec {
     pub batch: usize,
     /// Seed of initial values.
     pub seed: u64,
-    /// Of how many steps at most activations are kept.
+    /// Of how many steps in a row activations, or inputs, are held at most.
     pub kept: usize,
+    /// Over how many steps in a row the sums of cotangents reach that are held at once.
+    pub sums: usize,
+    /// What is kept for a backward pass that comes at a later tick.
+    pub stash: Stash,
     /// Training: the optimiser.
     pub optimizer: Option<OptimizerSpec>,
     /// Module D: the loss.
@@ -122,11 +127,12 @@ pub trait Stage {
     /// [`crate::Error::Run`] on a message of another size.
     fn receive(&mut self, k: usize, message: Slot<'_>) -> Result<Done>;
 
-    /// F(step): y = H(inputs), averaged for the output edges it will be `send` along.
+    /// F(step): y = H(inputs), averaged for the output edges it will be `send` along. Of what it needs for B(step), `keep` is
+    /// filed under the step.
     ///
     /// # Errors
     /// As [`crate::nn::module::Module::forward`]; [`crate::Error::Run`] where an input never came.
-    fn forward(&mut self, step: usize, pass: &Pass, send: &[bool]) -> Result<()>;
+    fn forward(&mut self, step: usize, pass: &Pass, keep: Keep, send: &[bool]) -> Result<()>;
 
     /// Writes y, as output edge `k` takes it, into a message.
     ///
@@ -153,8 +159,8 @@ pub trait Stage {
     /// [`crate::Error::Run`] on a message of another size.
     fn add_cotangent(&mut self, k: usize, step: usize, message: Slot<'_>) -> Result<(Done, Option<NotFinite>)>;
 
-    /// B(step): one vector–Jacobian product with the step's cotangent at the activations kept of it, which are then forgotten.
-    /// Gradients are added up; inputs' cotangents are computed where `wanted`.
+    /// B(step): one vector–Jacobian product with the step's cotangent at the activations kept of it (or made once more of its
+    /// inputs), which are then forgotten. Gradients are added up; inputs' cotangents are computed where `wanted`.
     ///
     /// # Errors
     /// As [`crate::nn::module::Module::vjp`].

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::Result;
 use crate::backend::slots::{Done, Slot, SlotMut};
+use crate::method::Keep;
 use crate::nn::layers::Pass;
 
 /// Stands in for a module: messages come, go and are looked at as a module's are.
@@ -64,7 +65,7 @@ impl Stage for TimedStage {
         Ok(look_at(message))
     }
 
-    fn forward(&mut self, _: usize, _: &Pass, _: &[bool]) -> Result<()> {
+    fn forward(&mut self, _: usize, _: &Pass, _: Keep, _: &[bool]) -> Result<()> {
         self.work();
         Ok(())
     }

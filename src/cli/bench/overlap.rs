@@ -15,6 +15,7 @@ use crate::backend::stage::{Clock, Stage, StageSpec, TimedStage};
 use crate::comm::World;
 use crate::config::{Config, DeviceChoice};
 use crate::data::Frames;
+use crate::method::Keep;
 use crate::metrics::TimeAccount;
 use crate::nn::layers::Pass;
 use crate::nn::spec::LayerSpec;
@@ -105,11 +106,11 @@ fn chain(args: &OverlapArgs, workers: usize) -> Config {
 
 /// Seconds of a forward pass of which nothing is sent: the median of some.
 fn pass_alone(stage: &mut dyn Stage) -> Result<f64> {
-    let pass = Pass { training: true, key: 0 };
+    let pass = Pass { training: true, key: 0, again: false };
     let mut seconds = Vec::new();
     for _ in 0..5 {
         let begin: Clock = stage.clock()?;
-        stage.forward(0, &pass, &[])?;
+        stage.forward(0, &pass, Keep::Nothing, &[])?;
         let end = stage.clock()?;
         seconds.push(begin.until(&end)?);
     }

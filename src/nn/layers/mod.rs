@@ -41,13 +41,19 @@ pub struct Pass {
     /// A pure function of (seed, batch, step, replica): what is random in a layer derives from it and the layer's name,
     /// so that a vjp (or a repeat) with the same key sees the same.
     pub key: u64,
+    /// A step's forward pass once more, for its vjp: what follows the data (running statistics) does not move again.
+    pub again: bool,
 }
 
 /// Activations kept between a step's forward pass and its vjp: a stack.
 ///
 /// Sideways has one a module, overwritten at every tick; back-propagation one a step.
 #[derive(Debug, Default)]
-pub struct Tape(Vec<Tensor>);
+pub struct Tape {
+    kept: Vec<Tensor>,
+    /// Whether nothing is kept.
+    blank: bool,
+}
 
 impl Tape {
     /// An empty tape.
@@ -55,9 +61,16 @@ impl Tape {
         Tape::default()
     }
 
+    /// A tape that keeps nothing: for forward passes without a vjp.
+    pub fn blank() -> Self {
+        Tape { kept: Vec::new(), blank: true }
+    }
+
     /// Keeps `tensor`.
     pub fn push(&mut self, tensor: Tensor) {
-        self.0.push(tensor);
+        if !self.blank {
+            self.kept.push(tensor);
+        }
     }
 
     /// The tensor kept last.
@@ -65,20 +78,20 @@ impl Tape {
     /// # Errors
     /// [`Error::Run`] on an empty tape: a vjp without its forward pass.
     pub fn pop(&mut self) -> Result<Tensor> {
-        self.0
+        self.kept
             .pop()
             .ok_or_else(|| Error::Run("a vjp was asked for without its forward pass (the tape is empty)".into()))
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.kept.clear();
     }
 
     /// Bytes held; a tensor kept twice counts once.
     pub fn bytes(&self) -> usize {
         let mut seen = HashSet::new();
-        let fresh = self.0.iter().filter(|t| seen.insert(t.id()));
+        let fresh = self.kept.iter().filter(|t| seen.insert(t.id()));
         fresh.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 }

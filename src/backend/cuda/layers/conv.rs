@@ -1,9 +1,9 @@
 //! Convolution, and the linear map as one of a single pixel.
 
-use super::{Backward, Builder, Layer, Scratch, Use, elements};
+use super::{Backward, Builder, Launch, Layer, Use, elements};
 use crate::Result;
 use crate::backend::cpu::conv::Conv;
-use crate::backend::cuda::gpu::{Array, Gpu};
+use crate::backend::cuda::gpu::Array;
 use crate::backend::cuda::ops;
 use crate::backend::cuda::param::Param;
 use crate::backend::cuda::product::Product;
@@ -45,7 +45,7 @@ impl Conv2d {
 }
 
 impl Layer for Conv2d {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
+    fn forward(&mut self, &Launch { gpu, .. }: &Launch, x: &Array, y: &Array) -> Result<()> {
         self.product.forward(gpu, x, self.weight.operand(), y)?;
         match &self.bias {
             Some(bias) if self.relu => ops::bias_relu(gpu, y, &bias.value, self.out),
@@ -54,7 +54,7 @@ impl Layer for Conv2d {
         }
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
+    fn backward(&mut self, &Launch { gpu, scratch, .. }: &Launch, arrays: &Backward) -> Result<()> {
         let (x, gy, grad) = (arrays.x, arrays.gy, self.weight.gradient()?);
         match &self.bias {
             Some(bias) if self.relu => {

@@ -18,6 +18,43 @@ use crate::nn::spec::{LayerSpec, Shape};
 pub use conv::Conv2d;
 pub use sequence::Sequence;
 
+/// Where and for what a pass is launched.
+#[derive(Clone, Copy)]
+pub struct Launch<'a> {
+    /// The worker's GPU.
+    pub gpu: &'a Gpu,
+    /// Arrays that hold nothing from one layer to the next.
+    pub scratch: &'a Scratch,
+    /// Which of the steps kept it is for.
+    pub place: usize,
+    /// A forward pass once more: running statistics stay.
+    pub again: bool,
+}
+
+/// What forward passes leave for backward passes: an array for each step kept.
+#[derive(Clone)]
+pub struct Kept(Vec<Array>);
+
+impl Kept {
+    /// For `steps` steps, `elements` each.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if there is no memory.
+    pub fn new(gpu: &Gpu, steps: usize, elements: usize, element: Element) -> Result<Self> {
+        (0..steps).map(|_| gpu.array(elements, element)).collect::<Result<_>>().map(Kept)
+    }
+
+    /// The same array for every step.
+    pub fn shared(array: &Array) -> Self {
+        Kept(vec![array.clone()])
+    }
+
+    /// That of the step in `place`, counted round.
+    pub fn at(&self, place: usize) -> &Array {
+        &self.0[place % self.0.len()]
+    }
+}
+
 /// The arrays of one backward pass of a layer.
 pub struct Backward<'a> {
     /// The layer's input.
@@ -36,13 +73,13 @@ pub trait Layer: Send {
     ///
     /// # Errors
     /// [`crate::Error::Run`] if a launch fails.
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, scratch: &Scratch) -> Result<()>;
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()>;
 
     /// Launches the vector–Jacobian product: adds the parameters' gradients, writes the input's cotangent if wanted.
     ///
     /// # Errors
     /// As [`Layer::forward`].
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()>;
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()>;
 
     /// What a pass needs that changes from one to the next, launched outside of graphs.
     ///
@@ -147,6 +184,8 @@ pub struct Builder<'a> {
     pub element: Element,
     /// Whether there will be backward passes.
     pub training: bool,
+    /// Of how many steps activations are kept.
+    pub kept: usize,
     /// Where parameters come from.
     pub params: HostParams,
     /// What the layers made so far need.

@@ -1,8 +1,8 @@
 //! Group and batch normalisation, with the relu behind them.
 
-use super::{Backward, Builder, Layer, Scratch, Use};
+use super::{Backward, Builder, Kept, Launch, Layer, Use};
 use crate::Result;
-use crate::backend::cuda::gpu::{Array, Element, Gpu};
+use crate::backend::cuda::gpu::{Array, Element};
 use crate::backend::cuda::ops::{self, Norm, NormShape, Over};
 use crate::backend::cuda::param::Param;
 use crate::nn::spec::Shape;
@@ -16,7 +16,7 @@ struct Affine {
     relu: bool,
     weight: Param,
     bias: Param,
-    statistics: Array,
+    statistics: Kept,
 }
 
 impl Affine {
@@ -28,11 +28,11 @@ impl Affine {
             relu,
             weight: builder.params.take(builder.gpu, &format!("{name}.weight"))?,
             bias: builder.params.take(builder.gpu, &format!("{name}.bias"))?,
-            statistics: builder.gpu.array(2 * groups, Element::F32)?,
+            statistics: Kept::new(builder.gpu, builder.kept, 2 * groups, Element::F32)?,
         })
     }
 
-    fn norm<'a>(&'a self, over: Over<'a>, scratch: &'a Scratch) -> Norm<'a> {
+    fn norm<'a>(&'a self, over: Over<'a>, at: &Launch<'a>) -> Norm<'a> {
         Norm {
             shape: self.shape,
             over,
@@ -40,8 +40,8 @@ impl Affine {
             relu: self.relu,
             weight: &self.weight.value,
             bias: &self.bias.value,
-            statistics: &self.statistics,
-            scratch: scratch.partial(),
+            statistics: self.statistics.at(at.place),
+            scratch: at.scratch.partial(),
         }
     }
 
@@ -68,13 +68,13 @@ impl GroupNorm {
 }
 
 impl Layer for GroupNorm {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, scratch: &Scratch) -> Result<()> {
-        self.affine.norm(Over::Groups(self.groups), scratch).forward(gpu, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        self.affine.norm(Over::Groups(self.groups), at).forward(at.gpu, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
-        let norm = self.affine.norm(Over::Groups(self.groups), scratch);
-        norm.vjp(gpu, arrays.x, arrays.gy, arrays.gx, self.affine.gradients()?)
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        let norm = self.affine.norm(Over::Groups(self.groups), at);
+        norm.vjp(at.gpu, arrays.x, arrays.gy, arrays.gx, self.affine.gradients()?)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {
@@ -107,23 +107,23 @@ impl BatchNorm {
         })
     }
 
-    fn over(&self) -> Over<'_> {
+    fn over(&self, at: &Launch) -> Over<'_> {
         let running = [&self.mean.value, &self.variance.value];
         match self.training {
-            true => Over::Batch { running, momentum: self.momentum },
+            true => Over::Batch { running, momentum: if at.again { 0.0 } else { self.momentum } },
             false => Over::Running(running),
         }
     }
 }
 
 impl Layer for BatchNorm {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, scratch: &Scratch) -> Result<()> {
-        self.affine.norm(self.over(), scratch).forward(gpu, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        self.affine.norm(self.over(at), at).forward(at.gpu, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
-        let norm = self.affine.norm(self.over(), scratch);
-        norm.vjp(gpu, arrays.x, arrays.gy, arrays.gx, self.affine.gradients()?)
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        let norm = self.affine.norm(self.over(at), at);
+        norm.vjp(at.gpu, arrays.x, arrays.gy, arrays.gx, self.affine.gradients()?)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Residual blocks: `relu(branch(x) + shortcut(x))`.
 
-use super::{Backward, Builder, Layer, Scratch, Sequence, Use, elements};
+use super::{Backward, Builder, Launch, Layer, Sequence, Use, elements};
 use crate::Result;
 use crate::backend::cuda::gpu::{Array, Gpu};
 use crate::backend::cuda::ops;
@@ -59,25 +59,25 @@ impl Residual {
 }
 
 impl Layer for Residual {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, scratch: &Scratch) -> Result<()> {
-        self.branch.forward(gpu, x, scratch)?;
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        self.branch.forward(at, x)?;
         if let Some(projection) = &mut self.projection {
-            projection.forward(gpu, x, scratch)?;
+            projection.forward(at, x)?;
         }
-        let shortcut = self.projection.as_ref().map_or(x, |p| p.output(x));
-        ops::add_relu(gpu, self.branch.output(x), shortcut, y)
+        let shortcut = self.projection.as_ref().map_or(x, |p| p.output(at.place, x));
+        ops::add_relu(at.gpu, self.branch.output(at.place, x), shortcut, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, scratch: &Scratch) -> Result<()> {
-        let Backward { x, y, gy, gx } = *arrays;
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        let (&Launch { gpu, scratch, .. }, &Backward { x, y, gy, gx }) = (at, arrays);
         let sum = scratch.get(Use::Sum, y.len())?;
         ops::relu_vjp(gpu, y, gy, &sum)?;
-        self.branch.backward(gpu, x, &sum, gx, scratch)?;
+        self.branch.backward(at, x, &sum, gx)?;
         match (&mut self.projection, gx) {
-            (Some(projection), None) => projection.backward(gpu, x, &sum, None, scratch),
+            (Some(projection), None) => projection.backward(at, x, &sum, None),
             (Some(projection), Some(gx)) => {
                 let shortcut = scratch.get(Use::Shortcut, x.len())?;
-                projection.backward(gpu, x, &sum, Some(&shortcut), scratch)?;
+                projection.backward(at, x, &sum, Some(&shortcut))?;
                 ops::add_to(gpu, &shortcut, gx)
             }
             (None, Some(gx)) => ops::add_to(gpu, &sum, gx),

@@ -1,6 +1,6 @@
 //! Layers one after another.
 
-use super::{Backward, Builder, Layer, Scratch, Use, elements, takes_relu};
+use super::{Backward, Builder, Kept, Launch, Layer, Use, elements, takes_relu};
 use crate::Result;
 use crate::backend::cuda::gpu::{Array, Gpu};
 use crate::backend::cuda::param::Param;
@@ -10,7 +10,7 @@ use crate::nn::spec::{LayerSpec, Shape};
 /// A layer with its output.
 struct Step {
     layer: Box<dyn Layer>,
-    y: Array,
+    y: Kept,
     /// Whether it or one before it has parameters: then a cotangent must reach it.
     learned_before: bool,
 }
@@ -48,7 +48,10 @@ impl Sequence {
             shape = spec.output_shape(shape)?;
             let y = match steps.last() {
                 Some(last) if layer.in_place() => last.y.clone(),
-                _ => builder.gpu.array(elements(builder.batch, shape), builder.element)?,
+                _ => {
+                    let elements = elements(builder.batch, shape);
+                    Kept::new(builder.gpu, builder.kept, elements, builder.element)?
+                }
             };
             steps.push(Step { layer, y, learned_before });
         }
@@ -60,20 +63,21 @@ impl Sequence {
         self.output
     }
 
-    /// The output's array; the input's, `x`, where there are no layers.
-    pub fn output<'a>(&'a self, x: &'a Array) -> &'a Array {
-        self.steps.last().map_or(x, |last| &last.y)
+    /// The output's array of the step in `place`; the input's, `x`, where there are no layers.
+    pub fn output<'a>(&'a self, place: usize, x: &'a Array) -> &'a Array {
+        self.steps.last().map_or(x, |last| last.y.at(place))
     }
 
     /// Launches all layers.
     ///
     /// # Errors
     /// As [`Layer::forward`].
-    pub fn forward(&mut self, gpu: &Gpu, x: &Array, scratch: &Scratch) -> Result<()> {
+    pub fn forward(&mut self, at: &Launch, x: &Array) -> Result<()> {
         let mut x = x;
         for step in &mut self.steps {
-            step.layer.forward(gpu, x, &step.y, scratch)?;
-            x = &step.y;
+            let y = step.y.at(at.place);
+            step.layer.forward(at, x, y)?;
+            x = y;
         }
         Ok(())
     }
@@ -83,21 +87,21 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Layer::backward`].
-    pub fn backward(&mut self, gpu: &Gpu, x: &Array, gy: &Array, gx: Option<&Array>, scratch: &Scratch) -> Result<()> {
+    pub fn backward(&mut self, at: &Launch, x: &Array, gy: &Array, gx: Option<&Array>) -> Result<()> {
         let mut g = gy.clone();
         if let (true, Some(gx)) = (self.steps.is_empty(), gx) {
-            return gpu.copy(&g, gx);
+            return at.gpu.copy(&g, gx);
         }
         for k in (0..self.steps.len()).rev() {
             let (before, rest) = self.steps.split_at_mut(k);
             let step = &mut rest[0];
-            let x = before.last().map_or(x, |last| &last.y);
+            let x = before.last().map_or(x, |last| last.y.at(at.place));
             let wanted = match (k, gx) {
                 (0, gx) => gx.cloned(),
-                _ if gx.is_some() || step.learned_before => Some(scratch.get((self.use_)(k), x.len())?),
+                _ if gx.is_some() || step.learned_before => Some(at.scratch.get((self.use_)(k), x.len())?),
                 _ => None,
             };
-            step.layer.backward(gpu, &Backward { x, y: &step.y, gy: &g, gx: wanted.as_ref() }, scratch)?;
+            step.layer.backward(at, &Backward { x, y: step.y.at(at.place), gy: &g, gx: wanted.as_ref() })?;
             match wanted {
                 Some(gx) => g = gx,
                 None => return Ok(()),

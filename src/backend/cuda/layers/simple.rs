@@ -2,7 +2,7 @@
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{Backward, Builder, Layer, Scratch};
+use super::{Backward, Builder, Kept, Launch, Layer};
 use crate::Result;
 use crate::backend::cpu::Window;
 use crate::backend::cuda::gpu::{Array, Element, Gpu};
@@ -14,12 +14,12 @@ use crate::nn::spec::Shape;
 pub struct Relu;
 
 impl Layer for Relu {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        ops::relu(gpu, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        ops::relu(at.gpu, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
-        arrays.gx.map_or(Ok(()), |gx| ops::relu_vjp(gpu, arrays.y, arrays.gy, gx))
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        arrays.gx.map_or(Ok(()), |gx| ops::relu_vjp(at.gpu, arrays.y, arrays.gy, gx))
     }
 
     // Of the layers that may come before it, those that read their output again (relu, the end of a residual block) find it
@@ -33,12 +33,12 @@ impl Layer for Relu {
 pub struct Gelu;
 
 impl Layer for Gelu {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        ops::gelu(gpu, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        ops::gelu(at.gpu, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
-        arrays.gx.map_or(Ok(()), |gx| ops::gelu_vjp(gpu, arrays.x, arrays.gy, gx))
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        arrays.gx.map_or(Ok(()), |gx| ops::gelu_vjp(at.gpu, arrays.x, arrays.gy, gx))
     }
 }
 
@@ -46,17 +46,17 @@ impl Layer for Gelu {
 struct MaxPool {
     window: Window,
     input: [usize; 4],
-    winners: Array,
+    winners: Kept,
 }
 
 impl Layer for MaxPool {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        ops::max_pool(gpu, self.input, &self.window, x, y, &self.winners)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        ops::max_pool(at.gpu, self.input, &self.window, x, y, self.winners.at(at.place))
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
         let Some(gx) = arrays.gx else { return Ok(()) };
-        ops::max_pool_vjp(gpu, self.input, &self.window, &self.winners, arrays.gy, gx)
+        ops::max_pool_vjp(at.gpu, self.input, &self.window, self.winners.at(at.place), arrays.gy, gx)
     }
 }
 
@@ -67,12 +67,12 @@ struct AvgPool {
 }
 
 impl Layer for AvgPool {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        ops::average_pool(gpu, self.input, &self.window, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        ops::average_pool(at.gpu, self.input, &self.window, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
-        arrays.gx.map_or(Ok(()), |gx| ops::average_pool_vjp(gpu, self.input, &self.window, arrays.gy, gx))
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        arrays.gx.map_or(Ok(()), |gx| ops::average_pool_vjp(at.gpu, self.input, &self.window, arrays.gy, gx))
     }
 }
 
@@ -88,7 +88,7 @@ pub fn pool(builder: &Builder, max: bool, window: Window, input: Shape, output: 
     }
     // A byte an output element.
     let bytes = super::elements(batch, output);
-    let winners = builder.gpu.array(bytes.div_ceil(4), Element::F32)?;
+    let winners = Kept::new(builder.gpu, builder.kept, bytes.div_ceil(4), Element::F32)?;
     Ok(Box::new(MaxPool { window, input, winners }))
 }
 
@@ -105,12 +105,12 @@ impl GlobalAvgPool {
 }
 
 impl Layer for GlobalAvgPool {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        ops::global_average(gpu, self.input, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        ops::global_average(at.gpu, self.input, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
-        arrays.gx.map_or(Ok(()), |gx| ops::global_average_vjp(gpu, self.input, arrays.gy, gx))
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        arrays.gx.map_or(Ok(()), |gx| ops::global_average_vjp(at.gpu, self.input, arrays.gy, gx))
     }
 }
 
@@ -128,12 +128,12 @@ impl Upsample {
 }
 
 impl Layer for Upsample {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        ops::upsample(gpu, self.input, self.factor, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        ops::upsample(at.gpu, self.input, self.factor, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
-        arrays.gx.map_or(Ok(()), |gx| ops::upsample_vjp(gpu, self.input, self.factor, arrays.gy, gx))
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        arrays.gx.map_or(Ok(()), |gx| ops::upsample_vjp(at.gpu, self.input, self.factor, arrays.gy, gx))
     }
 }
 
@@ -165,12 +165,12 @@ impl Dropout {
 }
 
 impl Layer for Dropout {
-    fn forward(&mut self, gpu: &Gpu, x: &Array, y: &Array, _: &Scratch) -> Result<()> {
-        self.mask(gpu, x, y)
+    fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
+        self.mask(at.gpu, x, y)
     }
 
-    fn backward(&mut self, gpu: &Gpu, arrays: &Backward, _: &Scratch) -> Result<()> {
-        arrays.gx.map_or(Ok(()), |gx| self.mask(gpu, arrays.gy, gx))
+    fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        arrays.gx.map_or(Ok(()), |gx| self.mask(at.gpu, arrays.gy, gx))
     }
 
     fn prepare(&mut self, gpu: &Gpu, pass: &Pass) -> Result<()> {

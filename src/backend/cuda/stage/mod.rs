@@ -28,6 +28,7 @@ use crate::backend::stage::{
     self, BatchEnd, CpuStage, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, with_values,
 };
 use crate::backend::{GpuPlacement, Precision};
+use crate::method::{Keep, Stash};
 use crate::nn::head::{Head, Target, Task};
 use crate::nn::layers::Pass;
 use crate::{Error, Result};
@@ -39,6 +40,44 @@ struct Out {
     pooled: Option<[Array; 2]>,
     port: OutPort,
     cotangent: Option<InPort>,
+}
+
+/// Sums of cotangents `[B, H, W, C]`, each begun with its first part: that of step t has place t, counted round.
+struct Sums {
+    /// Where there are several; else the one is the module's own output cotangent.
+    arrays: Vec<Array>,
+    /// The step whose sum each place holds.
+    of: Vec<Option<usize>>,
+}
+
+impl Sums {
+    /// Sums of `steps` steps in a row.
+    fn new(gpu: &Gpu, steps: usize, elements: usize, element: Element) -> Result<Self> {
+        let several = if steps > 1 { steps } else { 0 };
+        let arrays = (0..several).map(|_| gpu.array(elements, element)).collect::<Result<_>>()?;
+        Ok(Sums { arrays, of: vec![None; steps] })
+    }
+
+    fn clear(&mut self) {
+        self.of.fill(None);
+    }
+
+    /// Where the sum of `step` is, with the module's output cotangent `gy`, and whether it has begun; it has now.
+    fn begin(&mut self, step: usize, gy: &Array) -> (Array, bool) {
+        let place = step % self.of.len();
+        let begun = self.of[place].replace(step) == Some(step);
+        (self.arrays.get(place).unwrap_or(gy).clone(), begun)
+    }
+
+    /// Makes the sum of `step` the module's output cotangent `gy`; whether there was one.
+    fn end(&mut self, gpu: &Gpu, step: usize, gy: &Array) -> Result<bool> {
+        let place = step % self.of.len();
+        if self.of[place].take() != Some(step) {
+            return Ok(false);
+        }
+        self.arrays.get(place).map_or(Ok(()), |sum| gpu.copy(sum, gy))?;
+        Ok(true)
+    }
 }
 
 /// What the loss works on.
@@ -65,8 +104,7 @@ pub struct CudaStage {
     cotangents: Vec<Option<OutPort>>,
     /// A cotangent in the shape and type of y, before it is added to the sum.
     spread: Option<Array>,
-    /// The step whose cotangent the sum holds.
-    sum_of: Option<usize>,
+    sums: Sums,
     loss: Option<Loss>,
     optimizer: Option<Optimizer>,
     /// Backward passes since the last update.
@@ -85,21 +123,16 @@ impl CudaStage {
     /// Moves a stage of the host to a GPU.
     ///
     /// # Errors
-    /// [`Error::Input`] if the GPU is too small for it, before anything is allocated, or activations of several steps are to be
-    /// kept; [`Error::Run`] if CUDA fails.
+    /// [`Error::Input`] if the GPU is too small for it, before anything is allocated; [`Error::Run`] if CUDA fails.
     pub fn new(mut host: CpuStage, placement: &GpuPlacement) -> Result<Self> {
         let spec = host.spec().clone();
-        if spec.kept > 1 {
-            return Err(Error::input(
-                "activations of several steps are kept in host memory only: set run.device = \"cpu\" for this rule",
-            ));
-        }
         let gpu = Gpu::open(placement.ordinal, placement.precision == Precision::Tf32)?;
         check_memory(&gpu, &spec, placement)?;
         let element = if placement.precision == Precision::Bf16 { Element::Bf16 } else { Element::F32 };
         let wire = if placement.half_messages { Element::Bf16 } else { Element::F32 };
         let (batch, training) = (spec.batch, spec.optimizer.is_some());
-        let placing = Placing { batch, element, training, graphs: placement.graphs };
+        let recompute = spec.stash == Stash::Inputs && spec.kept > 1;
+        let placing = Placing { batch, element, training, kept: spec.kept, recompute, graphs: placement.graphs };
         let StageSpec { index, main, fuse, .. } = spec;
         let plan = Plan { index, layers: &spec.layers, main, skips: &spec.skips, fuse };
         let mut module = Module::new(&gpu, &plan, host.module(), placing)?;
@@ -115,7 +148,7 @@ impl CudaStage {
                 cotangent: port.returns.then(|| InPort::new(&gpu, size(port.shape), wire)).transpose()?,
             });
         }
-        let several = outputs.len() > 1 || outputs.iter().any(|out| out.pooled.is_some());
+        let several = spec.sums > 1 || outputs.len() > 1 || outputs.iter().any(|out| out.pooled.is_some());
         let shapes = std::iter::once(spec.main).chain(spec.skips.iter().map(|skip| skip.shape));
         let (mut inputs, mut cotangents) = (Vec::new(), Vec::new());
         for (k, shape) in shapes.enumerate() {
@@ -134,7 +167,7 @@ impl CudaStage {
             outputs,
             cotangents,
             spread: (training && several).then(|| gpu.array(output, element)).transpose()?,
-            sum_of: None,
+            sums: Sums::new(&gpu, if training { spec.sums } else { 1 }, output, element)?,
             loss,
             optimizer,
             steps: host.unfinished(),
@@ -211,7 +244,7 @@ fn edge_window((fh, fw): (usize, usize)) -> Window {
 
 impl Stage for CudaStage {
     fn begin(&mut self, labels: Option<&[i32]>) -> Result<()> {
-        self.sum_of = None;
+        self.sums.clear();
         if let (Some(loss), Some(labels)) = (&mut self.loss, labels) {
             loss.head.begin(labels);
             loss.steps = 0;
@@ -231,8 +264,8 @@ impl Stage for CudaStage {
         inputs[k].read(gpu, message, |values| cast(gpu, values, module.input(k)))
     }
 
-    fn forward(&mut self, _: usize, pass: &Pass, send: &[bool]) -> Result<()> {
-        self.module.forward(pass)?;
+    fn forward(&mut self, step: usize, pass: &Pass, _: Keep, send: &[bool]) -> Result<()> {
+        self.module.forward(step, pass)?;
         for (out, _) in self.outputs.iter().zip(send).filter(|(_, send)| **send) {
             if let Some([pooled, _]) = &out.pooled {
                 let window = edge_window(out.spec.pool);
@@ -256,10 +289,12 @@ impl Stage for CudaStage {
     }
 
     fn loss(&mut self, step: usize, target: Option<Slot<'_>>) -> Result<(Done, Option<NotFinite>)> {
-        let CudaStage { gpu, loss, module, scratch, flags, spec, .. } = self;
+        let CudaStage { gpu, loss, module, scratch, flags, spec, sums, .. } = self;
         let training = spec.optimizer.is_some();
         let Some(loss) = loss else { return Err(Error::Run("this module has no loss".into())) };
-        let gradient = if training { Some(module.output_cotangent()?) } else { None };
+        // It comes before cotangents: its sum begins with it.
+        let gradient = if training { Some(sums.begin(step, module.output_cotangent()?).0) } else { None };
+        let gradient = gradient.as_ref();
         let y = module.output();
         match (loss.head.spec().task, target) {
             (Task::Recognition, _) => {
@@ -283,17 +318,16 @@ impl Stage for CudaStage {
         if let (Some(gradient), true) = (gradient, spec.leave_out) {
             ops::guard(gpu, gradient, flags, scratch, true)?;
         }
-        self.sum_of = training.then_some(step);
         Ok((Done::Now, None))
     }
 
     fn add_cotangent(&mut self, k: usize, step: usize, message: Slot<'_>) -> Result<(Done, Option<NotFinite>)> {
-        let (y_shape, added) = (self.y_shape(), self.sum_of == Some(step));
-        let CudaStage { gpu, outputs, module, spread, flags, scratch, spec, .. } = self;
+        let y_shape = self.y_shape();
+        let CudaStage { gpu, outputs, module, spread, flags, scratch, spec, sums, .. } = self;
         let Out { spec: port, pooled, cotangent, .. } = &mut outputs[k];
         let Some(cotangent) = cotangent else { return Err(Error::Run("no cotangent was due".into())) };
-        let gy = module.output_cotangent()?;
-        let target = spread.as_ref().filter(|_| added).unwrap_or(gy);
+        let (sum, begun) = sums.begin(step, module.output_cotangent()?);
+        let target = spread.as_ref().filter(|_| begun).unwrap_or(&sum);
         let done = cotangent.read(gpu, message, |values| {
             ops::guard(gpu, values, flags, scratch, spec.leave_out)?;
             match pooled {
@@ -303,18 +337,21 @@ impl Stage for CudaStage {
                 }
                 None => cast(gpu, values, target)?,
             }
-            if added { ops::add_to(gpu, target, gy) } else { Ok(()) }
+            if begun { ops::add_to(gpu, target, &sum) } else { Ok(()) }
         })?;
-        self.sum_of = Some(step);
         Ok((done, None))
     }
 
-    fn backward(&mut self, step: usize, _: &Pass, wanted: &[bool]) -> Result<()> {
-        if self.sum_of.take() != Some(step) {
+    fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
+        if !self.sums.end(&self.gpu, step, self.module.output_cotangent()?)? {
             return Err(Error::Run(format!("there is no cotangent of step {step}")));
         }
+        if self.module.recomputes() {
+            // The newest output, which may be on its way, is written over.
+            self.outputs.iter().try_for_each(|out| out.port.wait(&self.gpu))?;
+        }
         let wanted = if self.spec.frames { &[false][..] } else { wanted };
-        self.module.backward(wanted)?;
+        self.module.backward(step, pass, wanted)?;
         self.steps += 1;
         Ok(())
     }

@@ -112,6 +112,11 @@ impl OutPort {
         Ok(OutPort { wire, made: gpu.event()?, arrived: Arc::new(gpu.event()?) })
     }
 
+    /// Keeps what is launched from now on waiting for the copy that was begun last.
+    pub(crate) fn wait(&self, gpu: &Gpu) -> Result<()> {
+        wait(&gpu.compute, &self.arrived)
+    }
+
     /// Copies `values`, as the compute stream has made them or will, into a message. They may be written again when that is done.
     pub(crate) fn write(&mut self, gpu: &Gpu, values: &Array, message: SlotMut<'_>) -> Result<Done> {
         let values = match &self.wire {
