@@ -27,7 +27,7 @@ impl Conv2d {
     pub fn new(builder: &mut Builder, name: &str, conv: Conv, input: Shape, out: usize, bias: bool) -> Result<Self> {
         let [h, w, c] = input;
         let gpu = builder.gpu;
-        let product = Product::new(gpu, &conv, [builder.batch, h, w, c], out, builder.element)?;
+        let product = Product::new(gpu, &conv, [builder.batch, h, w, c], out, builder.element, builder.kept)?;
         let weight = builder.params.take_operand(gpu, &format!("{name}.weight"))?;
         let bias = if bias { Some(builder.params.take(gpu, &format!("{name}.bias"))?) } else { None };
         if bias.is_some() {
@@ -45,8 +45,8 @@ impl Conv2d {
 }
 
 impl Layer for Conv2d {
-    fn forward(&mut self, &Launch { gpu, .. }: &Launch, x: &Array, y: &Array) -> Result<()> {
-        self.product.forward(gpu, x, self.weight.operand(), y)?;
+    fn forward(&mut self, &Launch { gpu, place, .. }: &Launch, x: &Array, y: &Array) -> Result<()> {
+        self.product.forward(gpu, place, x, self.weight.operand(), y)?;
         match &self.bias {
             Some(bias) if self.relu => ops::bias_relu(gpu, y, &bias.value, self.out),
             Some(bias) => ops::bias(gpu, y, &bias.value, self.out),
@@ -54,7 +54,7 @@ impl Layer for Conv2d {
         }
     }
 
-    fn backward(&mut self, &Launch { gpu, scratch, .. }: &Launch, arrays: &Backward) -> Result<()> {
+    fn backward(&mut self, &Launch { gpu, scratch, place, .. }: &Launch, arrays: &Backward) -> Result<()> {
         let (x, gy, grad) = (arrays.x, arrays.gy, self.weight.gradient()?);
         match &self.bias {
             Some(bias) if self.relu => {
@@ -64,8 +64,8 @@ impl Layer for Conv2d {
             None => {}
         }
         match &self.weight.fresh {
-            None => self.product.backward_filter(gpu, x, gy, grad, true)?,
-            Some(fresh) => self.product.backward_filter(gpu, x, gy, fresh, false)?,
+            None => self.product.backward_filter(gpu, place, x, gy, grad, true)?,
+            Some(fresh) => self.product.backward_filter(gpu, place, x, gy, fresh, false)?,
         }
         match arrays.gx {
             Some(gx) => self.product.backward_data(gpu, self.weight.operand(), gy, gx),

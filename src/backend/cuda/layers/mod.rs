@@ -44,6 +44,14 @@ impl Kept {
         (0..steps).map(|_| gpu.array(elements, element)).collect::<Result<_>>().map(Kept)
     }
 
+    /// The same, zeroed.
+    ///
+    /// # Errors
+    /// As [`Kept::new`].
+    pub fn zeros(gpu: &Gpu, steps: usize, elements: usize, element: Element) -> Result<Self> {
+        (0..steps).map(|_| gpu.zeros(elements, element)).collect::<Result<_>>().map(Kept)
+    }
+
     /// The same array for every step.
     pub fn shared(array: &Array) -> Self {
         Kept(vec![array.clone()])
