@@ -107,15 +107,7 @@ impl Module {
         let Placing { batch, element, training, kept, recompute, .. } = placing;
         let &Plan { index, main, fuse, .. } = plan;
         let params = HostParams::of(module, element, training)?;
-        let mut builder = Builder {
-            gpu,
-            batch,
-            element,
-            training,
-            kept: if recompute { 1 } else { kept },
-            params,
-            needs: Needs::default(),
-        };
+        let mut builder = Builder { gpu, batch, element, training, kept, params, needs: Needs::default() };
         let array = |[h, w, c]: [usize; 3]| gpu.array(batch * h * w * c, element);
         let mut inputs = vec![Input { x: array(main)?, channels: main[2], adapter: None, gx: None }];
         for skip in plan.skips {
@@ -142,6 +134,8 @@ impl Module {
         let input = fused_shape(main, &skips, fuse);
         let learned = inputs.iter().any(|input| input.adapter.is_some());
         let layers: Vec<_> = plan.layers.iter().map(|(n, l)| (format!("layers.{n}.{}", l.kind()), l.clone())).collect();
+        // Adapters come before what is computed once more.
+        builder.kept = if recompute { 1 } else { kept };
         let sequence = Sequence::new(&mut builder, &layers, input, learned, Use::Outer)?;
         builder.params.all_taken()?;
         let scratch = builder.needs.meet(gpu, element)?;
