@@ -14,6 +14,7 @@ pub mod data;
 pub mod doctor;
 pub mod dry_run;
 pub mod eval;
+pub mod fidelity;
 pub mod logging;
 pub mod plan;
 pub mod predict;
@@ -51,6 +52,8 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
     /// Score a checkpoint on test shards.
     Eval(eval::EvalArgs),
+    /// Compare each module's gradient with the exact one: cosine, ratio of norms, relative error.
+    Fidelity(fidelity::FidelityArgs),
 }
 
 /// Runs a command, logs its error, and returns the process's exit code: 0 done, 2 bad usage, configuration or input, 75
@@ -74,6 +77,7 @@ pub fn run(cli: Cli) -> i32 {
             Err(error) => alone(doctor::without_ranks(&error)),
         },
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
+        Command::Fidelity(args) => with_world(|world| fidelity::run(world, &args)),
     }
 }
 

@@ -1,11 +1,13 @@
 //! A worker from the plan of a run.
 
+use std::sync::mpsc;
+
 use super::cores::CoreUser;
 use super::links::WorkerLinks;
 use super::orders::{Decider, Files, Requests};
 use super::role::{Role, Source, Truth};
 use super::run::RunRange;
-use super::training::{Saver, Training};
+use super::training::{Gradient, Saver, Training};
 use super::worker::{InEdge, NonFinite, OutEdge, Waits, Worker};
 use crate::backend::stage::{CpuStage, Stage, StageSpec};
 use crate::backend::{GpuPlacement, Precision, cuda};
@@ -24,6 +26,8 @@ pub struct Parts<'a> {
     pub stage: &'a (dyn Fn(StageSpec, usize, Site) -> Result<Box<dyn Stage>> + Sync),
     /// The frames of replica `r`.
     pub frames: &'a (dyn Fn(usize) -> Result<Box<dyn Frames>> + Sync),
+    /// Where gradients go instead of into parameters, which then stay what they are: for measuring.
+    pub gradients: Option<mpsc::Sender<Gradient>>,
 }
 
 /// The stage of worker `w` with the parameters that `range` begins with.
@@ -98,6 +102,7 @@ pub(super) fn build(
             every: config.train.update_every,
             clip_norm: config.train.clip_norm,
             all_reduce,
+            gradients: parts.gradients.clone(),
             saver: (r == 0 && range.record).then(|| saver(setup, i, range)).transpose()?,
             grad_norm: 0.0,
             lr: 0.0,

@@ -18,3 +18,4 @@ pub mod worker;
 pub use build::{Parts, frames_of, stage_of};
 pub use links::Reports;
 pub use run::{End, RunRange, run};
+pub use training::Gradient;

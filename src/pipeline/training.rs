@@ -1,5 +1,7 @@
 //! What training adds to a worker: when and how parameters change, and when the module is written.
 
+use std::sync::mpsc;
+
 use super::worker::Worker;
 use crate::checkpoint::writer::Writer;
 use crate::comm::Orders;
@@ -8,6 +10,16 @@ use crate::config::UpdateEvery;
 use crate::metrics::Phase;
 use crate::nn::optim::LrSchedule;
 use crate::{Error, Result};
+
+/// A module's mean gradient of one batch, one parameter after another.
+pub struct Gradient {
+    /// i, from 1.
+    pub module: usize,
+    /// Of which batch.
+    pub batch: u64,
+    /// As [`crate::backend::stage::Stage::gradients`], over the number of steps.
+    pub values: Vec<f32>,
+}
 
 /// How parameters change.
 pub struct Training {
@@ -23,6 +35,8 @@ pub struct Training {
     pub clip_norm: Option<f64>,
     /// The mean with the module's replicas.
     pub all_reduce: Option<AllReduce>,
+    /// Where gradients go instead of into parameters.
+    pub gradients: Option<mpsc::Sender<Gradient>>,
     /// Replica 0 only: writes the module.
     pub saver: Option<Saver>,
     /// Norm of the last update's gradient, for the report.
@@ -79,7 +93,13 @@ impl Worker {
             self.stage.set_gradients(&gradients)?;
         }
         let divisor = self.schedule.mean_over().map_or(self.stage.steps() as f64, |losses| losses as f64);
-        let factor = training.lr_schedule.factor(batch, training.total_batches);
+        let mut factor = training.lr_schedule.factor(batch, training.total_batches);
+        if let Some(gradients) = &training.gradients {
+            let values = self.stage.gradients()?.into_iter().map(|g| (f64::from(g) / divisor) as f32).collect();
+            // Nobody is left to be told when the receiver is gone.
+            let _ = gradients.send(Gradient { module: self.index, batch, values });
+            factor = 0.0;
+        }
         let updated = self.stage.update(factor, divisor, training.clip_norm)?;
         training.lr = factor * training.base_lr;
         training.grad_norm = updated.grad_norm.unwrap_or(training.grad_norm);

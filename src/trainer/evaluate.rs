@@ -55,7 +55,7 @@ impl<'w> Evaluator<'w> {
         world.agree(setup.fingerprint(range.first)?, "configuration, dataset and checkpoint")?;
         let stage = |spec, w, site| stage_of(setup, range, spec, w, site);
         let frames = |r| frames_of(setup, range, r);
-        let parts = Parts { stage: &stage, frames: &frames };
+        let parts = Parts { stage: &stage, frames: &frames, gradients: None };
         let requests = Requests::default();
         let mut console = Console::new(setup, range.total, None, observer);
         pipeline::run(setup, world, range, &parts, &requests, |reports| console.follow(reports, range, &requests))?;

@@ -6,6 +6,7 @@
 
 pub mod console;
 pub mod evaluate;
+pub mod fidelity;
 pub mod limits;
 pub mod preflight;
 mod recorder;
@@ -101,7 +102,7 @@ impl<'w> Trainer<'w> {
         let recorder = if world.rank() == 0 { recorder(setup, range)? } else { None };
         let stage = |spec, w, site| stage_of(setup, range, spec, w, site);
         let frames = |r| frames_of(setup, range, r);
-        let parts = Parts { stage: &stage, frames: &frames };
+        let parts = Parts { stage: &stage, frames: &frames, gradients: None };
         let mut console = Console::new(setup, range.total, recorder, observer);
         let end =
             pipeline::run(setup, world, range, &parts, requests, |reports| console.follow(reports, range, requests))?;

@@ -73,7 +73,14 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
         }
         Ok(())
     };
-    run_pipeline(&setup, world, &range, &Parts { stage: &stage, frames: &frames }, &Requests::default(), console)?;
+    run_pipeline(
+        &setup,
+        world,
+        &range,
+        &Parts { stage: &stage, frames: &frames, gradients: None },
+        &Requests::default(),
+        console,
+    )?;
     let cpu = processor_seconds();
     let alone = alone.into_inner().unwrap_or_else(PoisonError::into_inner);
     let mut all: Vec<Alone> = world
