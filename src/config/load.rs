@@ -212,6 +212,21 @@ mod tests {
     }
 
     #[test]
+    fn a_norm_to_clip_to_is_a_number_or_none() {
+        use crate::config::ClipNorm;
+        for (text, limit) in [("", ClipNorm::default().limit()), ("clip_norm = 'none'\n", None)] {
+            assert_eq!(train(text, &[]).clip_norm.limit(), limit);
+        }
+        for (text, limit) in [("clip_norm = 0.5\n", 0.5), ("clip_norm = 2\n", 2.0)] {
+            assert_eq!(train(text, &[]).clip_norm, ClipNorm::To(limit));
+            assert_eq!(train(text, &["train.clip_norm=none"]).clip_norm.limit(), None);
+        }
+        assert_eq!(train("", &["train.clip_norm=1"]).clip_norm, ClipNorm::To(1.0));
+        let written = Config::parse(SMALL, "c.toml", &["train.clip_norm=none".into()]).unwrap().to_toml().unwrap();
+        assert!(written.contains("clip_norm = \"none\""), "{written}");
+    }
+
+    #[test]
     fn a_table_in_part_leaves_the_rest_at_its_default() {
         use crate::nn::optim::{LrSchedule, OptimizerSpec};
         let OptimizerSpec::Adamw { betas, eps, weight_decay, .. } = OptimizerSpec::default() else {
@@ -238,7 +253,7 @@ mod tests {
     fn wrong_types_are_told_in_plain_words() {
         refused(SMALL, &["train.batches=abc"], &["in `train.batches`", "\"abc\"", "expected a whole number"]);
         refused(SMALL, &["data.batch=-1"], &["in `data.batch`", "expected a whole number, 0 or more"]);
-        refused(SMALL, &["train.clip_norm=much"], &["in `train.clip_norm`", "expected a number"]);
+        refused(SMALL, &["train.clip_norm=much"], &["in `train.clip_norm`", "expected a number or \"none\""]);
         refused(SMALL, &["train.update_every=day"], &["expected \"batch\" or a number of steps"]);
         refused(SMALL, &["data.train=3"], &["in `data.train`", "expected a glob of shards"]);
         refused(SMALL, &["model.skip.delay=true"], &["expected \"aligned\" or a number"]);

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use data::{DataConfig, Globs};
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
 pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
-pub use train::{NamedPeriod, TrainConfig, UpdateEvery};
+pub use train::{ClipNorm, NamedPeriod, NoClipping, TrainConfig, UpdateEvery};
 
 pub use crate::backend::Precision;
 pub use crate::comm::exchange::Exchange;
@@ -115,10 +115,12 @@ impl Config {
                 ));
             }
         }
-        if let Some(norm) = self.train.clip_norm
+        if let Some(norm) = self.train.clip_norm.limit()
             && !(norm.is_finite() && norm > 0.0)
         {
-            return Err(Error::input(format!("train.clip_norm = {norm}: it must be a positive number")));
+            return Err(Error::input(format!(
+                "train.clip_norm = {norm}: it must be a positive number, or \"none\" for no clipping"
+            )));
         }
         self.train.optimizer.validate()?;
         self.train.lr_schedule.validate()?;

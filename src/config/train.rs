@@ -30,9 +30,8 @@ pub struct TrainConfig {
     /// The learning rate over the run, in batches (formerly `schedule`).
     #[serde(alias = "schedule", deserialize_with = "with_default_kind")]
     pub lr_schedule: LrSchedule,
-    /// Scale a module's gradient down to this Euclidean norm; absent: never.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub clip_norm: Option<f64>,
+    /// Scale a module's gradient down to this Euclidean norm: a number, or "none" (the default): never.
+    pub clip_norm: ClipNorm,
     /// When the optimiser is applied.
     pub update_every: UpdateEvery,
     /// R, pipelines side by side whose gradients are averaged.
@@ -54,11 +53,45 @@ impl Default for TrainConfig {
             batches: None,
             optimizer: OptimizerSpec::default(),
             lr_schedule: LrSchedule::default(),
-            clip_norm: None,
+            clip_norm: ClipNorm::default(),
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
             replicas: 1,
             seed: 1,
             init: None,
+        }
+    }
+}
+
+/// The Euclidean norm to which a module's gradient is scaled down.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a number or \"none\"")]
+pub enum ClipNorm {
+    /// To this norm, where it is larger.
+    To(f64),
+    /// `"none"`: gradients are as they are.
+    Named(NoClipping),
+}
+
+/// The one named choice of [`ClipNorm`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NoClipping {
+    /// No gradient is clipped.
+    None,
+}
+
+impl Default for ClipNorm {
+    fn default() -> Self {
+        ClipNorm::Named(NoClipping::None)
+    }
+}
+
+impl ClipNorm {
+    /// The largest norm; `None`: any.
+    pub fn limit(self) -> Option<f64> {
+        match self {
+            ClipNorm::To(norm) => Some(norm),
+            ClipNorm::Named(NoClipping::None) => None,
         }
     }
 }

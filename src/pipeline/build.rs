@@ -100,7 +100,7 @@ pub(super) fn build(
             lr_schedule: config.train.lr_schedule,
             total_batches: range.total,
             every: config.train.update_every,
-            clip_norm: config.train.clip_norm,
+            clip_norm: config.train.clip_norm.limit(),
             all_reduce,
             gradients: parts.gradients.clone(),
             saver: (r == 0 && range.record).then(|| saver(setup, i, range)).transpose()?,
