@@ -229,13 +229,13 @@ mod tests {
     #[test]
     fn a_table_in_part_leaves_the_rest_at_its_default() {
         use crate::nn::optim::{LrSchedule, OptimizerSpec};
-        let OptimizerSpec::Adamw { betas, eps, weight_decay, .. } = OptimizerSpec::default() else {
+        let OptimizerSpec::Adamw { betas, eps, weight_decay, no_decay, .. } = OptimizerSpec::default() else {
             panic!("another default")
         };
-        let adamw = OptimizerSpec::Adamw { lr: 0.01, betas, eps, weight_decay };
+        let adamw = OptimizerSpec::Adamw { lr: 0.01, betas, eps, weight_decay, no_decay };
         assert_eq!(train("", &["train.optimizer.lr=0.01"]).optimizer, adamw);
         assert_eq!(train("optimizer = { lr = 0.01 }\n", &[]).optimizer, adamw);
-        let sgd = OptimizerSpec::Sgd { lr: 0.01, momentum: 0.9, weight_decay: 0.0, nesterov: false };
+        let sgd = OptimizerSpec::Sgd { lr: 0.01, momentum: 0.9, weight_decay: 0.0, nesterov: false, no_decay: false };
         for kind in ["train.optimizer.kind=sgd", "train.optimizer={ kind = 'sgd' }"] {
             let momentum = "train.optimizer.momentum=0.9";
             assert_eq!(train("", &[kind, "train.optimizer.lr=0.01", momentum]).optimizer, sgd);

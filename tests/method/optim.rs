@@ -77,6 +77,30 @@ fn rules_are_pytorchs() -> Result<()> {
     Ok(())
 }
 
+/// With `no_decay`, a vector (a bias, a norm's scale or shift) goes where it would without decay, and a matrix where it would without
+/// `no_decay`: to the bit.
+#[test]
+fn no_decay_spares_biases_and_norms() -> Result<()> {
+    let ends = |text: &str, dims: &[usize]| -> Result<Vec<f64>> {
+        let (mut p, mut optimizer) = (param()?, Optimizer::new(spec(text)));
+        p.value = p.value.reshape(dims)?;
+        for grad in &GRADS {
+            p.accumulate(vector(grad)?.reshape(dims)?)?;
+            optimizer.step(&mut |f| f(&mut p), 1.0, 1.0, None)?;
+        }
+        Ok(p.value.flatten_all()?.to_vec1()?)
+    };
+    for rule in ["kind = \"sgd\", momentum = 0.9", "kind = \"sgd\"", "kind = \"adamw\"", "kind = \"rmsprop\""] {
+        let with = |rest: &str| format!("{rule}, lr = 0.1, weight_decay = {rest}");
+        let (plain, decayed, spared) = (with("0.0"), with("0.3"), with("0.3, no_decay = true"));
+        for (dims, same) in [(&[3][..], &plain), (&[3, 1], &decayed), (&[1, 3, 1, 1], &decayed)] {
+            assert_eq!(ends(&spared, dims)?, ends(same, dims)?, "{rule}, {dims:?}");
+        }
+        assert_ne!(ends(&plain, &[3])?, ends(&decayed, &[3])?, "{rule}");
+    }
+    Ok(())
+}
+
 #[test]
 fn clipping_is_by_the_norm_of_the_mean_gradient() -> Result<()> {
     let (mut p, mut optimizer) = (param()?, Optimizer::new(spec(r#"kind = "sgd", lr = 0.1"#)));

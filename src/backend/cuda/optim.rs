@@ -47,7 +47,7 @@ impl Optimizer {
             if let Some(count) = state.get(&format!("{}.step", p.name)) {
                 steps = steps.max(count.to_vec1::<f64>()?.first().copied().unwrap_or(0.0) as u64);
             }
-            arrays.push((p.value.clone(), gradient, p.rounded.clone()));
+            arrays.push((p.value.clone(), gradient, p.rounded.clone(), spec.decays(p.dims.len())));
             memory.push(Memory { name: p.name.clone(), buffers });
             Ok(())
         })?;
@@ -55,11 +55,12 @@ impl Optimizer {
         let parameters: Vec<Parameter> = arrays
             .iter()
             .zip(&buffers)
-            .map(|((value, gradient, rounded), buffers)| Parameter {
+            .map(|((value, gradient, rounded, decays), buffers)| Parameter {
                 value,
                 gradient,
                 buffers,
                 rounded: rounded.as_ref(),
+                decays: *decays,
             })
             .collect();
         let parameters = Parameters::new(gpu, &spec, &parameters)?;

@@ -34,6 +34,9 @@ pub enum OptimizerSpec {
         /// Nesterov's form of momentum.
         #[serde(default)]
         nesterov: bool,
+        /// Whether norms' scales and shifts and all biases are left as they are by `weight_decay`.
+        #[serde(default)]
+        no_decay: bool,
     },
     /// Adam with decoupled weight decay (Loshchilov and Hutter, 2019): p *= 1 - l decay, then Adam's bias-corrected step.
     Adamw {
@@ -49,6 +52,9 @@ pub enum OptimizerSpec {
         /// Decoupled weight decay.
         #[serde(default = "adamw_decay")]
         weight_decay: f64,
+        /// Whether norms' scales and shifts and all biases are left as they are by `weight_decay`.
+        #[serde(default)]
+        no_decay: bool,
     },
     /// g += decay p; s = alpha s + (1 - alpha) g g; p -= l g / (sqrt(s) + eps), or with momentum by way of a buffer.
     Rmsprop {
@@ -67,6 +73,9 @@ pub enum OptimizerSpec {
         /// L2 penalty, added to the gradient.
         #[serde(default)]
         weight_decay: f64,
+        /// Whether norms' scales and shifts and all biases are left as they are by `weight_decay`.
+        #[serde(default)]
+        no_decay: bool,
     },
 }
 
@@ -95,7 +104,7 @@ fn small() -> f64 {
 impl Default for OptimizerSpec {
     /// AdamW at 0.001.
     fn default() -> Self {
-        OptimizerSpec::Adamw { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 }
+        OptimizerSpec::Adamw { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01, no_decay: false }
     }
 }
 
@@ -105,6 +114,15 @@ impl OptimizerSpec {
         match *self {
             OptimizerSpec::Sgd { lr, .. } | OptimizerSpec::Adamw { lr, .. } | OptimizerSpec::Rmsprop { lr, .. } => lr,
         }
+    }
+
+    /// Whether weight decay applies to a parameter of so many dimensions: with `no_decay`, not to one of a single dimension, which
+    /// is a bias, or a norm's scale or shift.
+    pub fn decays(&self, dimensions: usize) -> bool {
+        let (OptimizerSpec::Sgd { no_decay, .. }
+        | OptimizerSpec::Adamw { no_decay, .. }
+        | OptimizerSpec::Rmsprop { no_decay, .. }) = *self;
+        !no_decay || dimensions > 1
     }
 
     /// Checks every setting's range.
@@ -231,7 +249,8 @@ impl Optimizer {
             memory.buffers = memory.buffers.iter().map(|b| Ok(b.copy()?)).collect::<Result<_>>()?;
         }
         memory.lent.store(false, Ordering::Relaxed);
-        let step = Step { steps: memory.steps, first, scale, factor };
+        let decays = self.spec.decays(p.value.rank());
+        let step = Step { steps: memory.steps, first, scale, factor, decays };
         by_dtype!(p.value, T => apply::<T>(&self.spec, &step, p, grad, &memory.buffers))?;
         p.value = grad.clone();
         Ok(())
@@ -314,12 +333,14 @@ fn sum_of_squares<T: Real>(t: &Tensor) -> Result<f64> {
     Ok(sums.iter().sum())
 }
 
-/// One update of one parameter: which one it is, and by what its gradient and the learning rate are multiplied.
+/// One update of one parameter: which one it is, by what its gradient and the learning rate are multiplied, and whether weight decay
+/// applies.
 struct Step {
     steps: u64,
     first: bool,
     scale: f64,
     factor: f64,
+    decays: bool,
 }
 
 /// Writes the new value of one parameter over its gradient, and changes its buffers.
@@ -350,9 +371,10 @@ fn apply<T: Real>(spec: &OptimizerSpec, step: &Step, p: &Param, grad: &Tensor, b
 fn update<T: Real>(spec: &OptimizerSpec, step: &Step, value: &[T], grad: &mut [T], buffers: &mut [&mut [T]]) {
     let (factor, lr) = (T::of(step.factor), T::of(spec.lr() * step.scale));
     let each = grad.iter_mut().zip(value);
+    let applied = |decay: f64| if step.decays { decay } else { 0.0 };
     match *spec {
         OptimizerSpec::Sgd { momentum, weight_decay, nesterov, .. } => {
-            let (momentum, decay) = (T::of(momentum), T::of(weight_decay));
+            let (momentum, decay) = (T::of(momentum), T::of(applied(weight_decay)));
             match buffers {
                 [buffer] => {
                     for ((g, &p), b) in each.zip(&mut **buffer) {
@@ -366,7 +388,7 @@ fn update<T: Real>(spec: &OptimizerSpec, step: &Step, value: &[T], grad: &mut [T
         }
         OptimizerSpec::Adamw { betas, eps, weight_decay, .. } => {
             let steps = step.steps as f64;
-            let (shrink, eps) = (T::of(1.0 - spec.lr() * step.scale * weight_decay), T::of(eps));
+            let (shrink, eps) = (T::of(1.0 - spec.lr() * step.scale * applied(weight_decay)), T::of(eps));
             let size = T::of(spec.lr() * step.scale / (1.0 - betas[0].powf(steps)));
             let root = T::of((1.0 - betas[1].powf(steps)).sqrt());
             let [(b1, c1), (b2, c2)] = betas.map(|b| (T::of(b), T::of(1.0 - b)));
@@ -380,7 +402,7 @@ fn update<T: Real>(spec: &OptimizerSpec, step: &Step, value: &[T], grad: &mut [T
             }
         }
         OptimizerSpec::Rmsprop { alpha, eps, momentum, weight_decay, .. } => {
-            let (momentum, decay, eps) = (T::of(momentum), T::of(weight_decay), T::of(eps));
+            let (momentum, decay, eps) = (T::of(momentum), T::of(applied(weight_decay)), T::of(eps));
             let (keep, take) = (T::of(alpha), T::of(1.0 - alpha));
             let scaled = |g: T, p: T, s: &mut T| {
                 let gradient = g * factor + decay * p;

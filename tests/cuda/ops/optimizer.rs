@@ -27,6 +27,9 @@ fn updates_are_the_cpus() -> Result<()> {
         r#"kind = "adamw", lr = 0.01, weight_decay = 0.2"#,
         r#"kind = "rmsprop", lr = 0.01"#,
         r#"kind = "rmsprop", lr = 0.01, momentum = 0.7, weight_decay = 0.1"#,
+        r#"kind = "sgd", lr = 0.1, momentum = 0.9, weight_decay = 0.05, no_decay = true"#,
+        r#"kind = "adamw", lr = 0.01, weight_decay = 0.2, no_decay = true"#,
+        r#"kind = "rmsprop", lr = 0.01, weight_decay = 0.1, no_decay = true"#,
     ] {
         let spec = rule(text);
         let mut host = Optimizer::new(spec);
@@ -41,7 +44,9 @@ fn updates_are_the_cpus() -> Result<()> {
         };
         for (i, &n) in sizes.iter().enumerate() {
             let value = random(n, 30 + i as u64);
-            let t = Tensor::from_vec(value.clone(), n, &Device::Cpu)?;
+            // The first is a matrix, the others are vectors.
+            let dims = if i == 0 { vec![n, 1] } else { vec![n] };
+            let t = Tensor::from_vec(value.clone(), dims, &Device::Cpu)?;
             params.push(Param { name: format!("p{i}"), value: t, grad: None, trainable: true });
             values.push(gpu.upload(&value)?);
             gradients.push(gpu.zeros(n, Element::F32)?);
@@ -55,6 +60,7 @@ fn updates_are_the_cpus() -> Result<()> {
                 gradient: &gradients[i],
                 buffers: &of[i],
                 rounded: (i != 1).then_some(&rounded[i]),
+                decays: spec.decays(if i == 0 { 2 } else { 1 }),
             })
             .collect();
         let table = Parameters::new(&gpu, &spec, &parameters)?;
@@ -75,7 +81,7 @@ fn updates_are_the_cpus() -> Result<()> {
             for (i, p) in params.iter_mut().enumerate() {
                 let g = random(sizes[i], 100 + (10 * step + i) as u64);
                 gpu.write(&gradients[i], &g)?;
-                p.accumulate(Tensor::from_vec(g, sizes[i], &Device::Cpu)?)?;
+                p.accumulate(Tensor::from_vec(g, p.value.shape(), &Device::Cpu)?)?;
             }
             table.norm(&gpu, *divisor, *clip)?;
             table.step(&gpu, &spec, *scale, step as u64 + 1)?;

@@ -1,10 +1,12 @@
-// Updates of all parameters of a module at once. A table holds six words a parameter: addresses of value, gradient, two
-// buffers and the rounded copy (0 where there is none), and the length; `pieces` two words a block: which parameter, and
+// Updates of all parameters of a module at once. A table holds ROW words a parameter: addresses of value, gradient, two
+// buffers and the rounded copy (0 where there is none), the length, and whether weight decay applies; `pieces` two words a
+// block: which parameter, and
 // from which element. Sums of squares are of doubles, as on the CPU.
 #define PIECE 4096
+#define ROW 7
 
 #define PARAMETER                                                                      \
-    const count *row = table + pieces[2 * blockIdx.x] * 6;                             \
+    const count *row = table + pieces[2 * blockIdx.x] * ROW;                           \
     float *value = (float *)row[0], *gradient = (float *)row[1];                       \
     float *first = (float *)row[2];                                                    \
     real *rounded = (real *)row[4];                                                    \
@@ -38,7 +40,7 @@ extern "C" __global__ void accumulate(const count *table, const count *pieces) {
 
 extern "C" __global__ void gradient_squares(const count *table, const count *pieces, double *squares) {
     __shared__ double s[BLOCK];
-    const count *row = table + pieces[2 * blockIdx.x] * 6;
+    const count *row = table + pieces[2 * blockIdx.x] * ROW;
     const float *gradient = (const float *)row[1];
     count start = pieces[2 * blockIdx.x + 1], end = start + PIECE < row[5] ? start + PIECE : row[5];
     double sum = 0.0;
@@ -71,7 +73,7 @@ extern "C" __global__ void gradient_norm(const double *squares, int number, doub
 extern "C" __global__ void sgd(const count *table, const count *pieces, const float *state, float lr, float momentum,
                                float decay, int nesterov) {
     STEP {
-        float p = value[i], g = gradient[i] * factor + decay * p;
+        float p = value[i], g = gradient[i] * factor + (row[6] ? decay : 0.0f) * p;
         if (first) {
             float b = momentum * first[i] + g;
             first[i] = b;
@@ -90,7 +92,7 @@ extern "C" __global__ void adamw(const count *table, const count *pieces, const 
         float m = b1 * first[i] + c1 * g, v = b2 * second[i] + c2 * g * g;
         first[i] = m;
         second[i] = v;
-        p = p * shrink - size * m / (sqrtf(v) / root + eps);
+        p = p * (row[6] ? shrink : 1.0f) - size * m / (sqrtf(v) / root + eps);
         DONE;
     }
 }
@@ -99,7 +101,7 @@ extern "C" __global__ void rmsprop(const count *table, const count *pieces, cons
                                    float part, float eps, float momentum, float decay) {
     STEP {
         float *second = (float *)row[3];
-        float p = value[i], g = gradient[i] * factor + decay * p;
+        float p = value[i], g = gradient[i] * factor + (row[6] ? decay : 0.0f) * p;
         float square = keep * first[i] + part * g * g;
         first[i] = square;
         float step = g / (sqrtf(square) + eps);

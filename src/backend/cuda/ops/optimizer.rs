@@ -23,6 +23,8 @@ pub struct Parameter<'a> {
     pub buffers: &'a [&'a Array],
     /// A copy of the value in bfloat16 that a step brings up to date.
     pub rounded: Option<&'a Array>,
+    /// Whether weight decay applies to it.
+    pub decays: bool,
 }
 
 /// All parameters of a module, as one step updates them. Their arrays must outlive it: it keeps their addresses.
@@ -58,7 +60,8 @@ impl Parameters {
             }
             let buffer = |k: usize| p.buffers.get(k).map_or(0, |b| b.pointer());
             let rounded = p.rounded.map_or(0, Array::pointer);
-            table.extend([p.value.pointer(), p.gradient.pointer(), buffer(0), buffer(1), rounded, n as u64]);
+            let decays = u64::from(p.decays);
+            table.extend([p.value.pointer(), p.gradient.pointer(), buffer(0), buffer(1), rounded, n as u64, decays]);
             pieces.extend((0..n).step_by(PIECE).flat_map(|start| [i as u64, start as u64]));
         }
         let blocks = pieces.len() / 2;
