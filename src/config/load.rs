@@ -282,7 +282,10 @@ mod tests {
         for gpus in ["precision=bf16", "exchange=peer", "wire=bf16"] {
             refused(SMALL, &[&format!("run.{gpus}")], &["run.device = \"cuda\""]);
         }
-        refused(SMALL, &["train.clip_norm=-1"], &["clip_norm"]);
+        refused(SMALL, &["train.clip_norm=-1"], &["clip_norm", "\"none\""]);
+        for beta in ["0", "1.5", "-1", "nan"] {
+            refused(SMALL, &[&format!("train.lr_depth={beta}")], &["train.lr_depth", "above 0"]);
+        }
     }
 
     #[test]

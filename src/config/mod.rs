@@ -115,6 +115,13 @@ impl Config {
                 ));
             }
         }
+        let beta = self.train.lr_depth;
+        if !(beta > 0.0 && beta <= 1.0) {
+            return Err(Error::input(format!(
+                "train.lr_depth = {beta}: module i of D learns at the learning rate times train.lr_depth to the power D - i, so it \
+                 is above 0 and at most 1 (1: all modules at the same rate)"
+            )));
+        }
         if let Some(norm) = self.train.clip_norm.limit()
             && !(norm.is_finite() && norm > 0.0)
         {

@@ -30,6 +30,8 @@ pub struct TrainConfig {
     /// The learning rate over the run, in batches (formerly `schedule`).
     #[serde(alias = "schedule", deserialize_with = "with_default_kind")]
     pub lr_schedule: LrSchedule,
+    /// Damping by depth: module i of D learns at the learning rate times this to the power D − i; above 0, up to 1.
+    pub lr_depth: f64,
     /// Scale a module's gradient down to this Euclidean norm: a number, or "none" (the default): never.
     pub clip_norm: ClipNorm,
     /// When the optimiser is applied.
@@ -53,12 +55,20 @@ impl Default for TrainConfig {
             batches: None,
             optimizer: OptimizerSpec::default(),
             lr_schedule: LrSchedule::default(),
+            lr_depth: 1.0,
             clip_norm: ClipNorm::default(),
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
             replicas: 1,
             seed: 1,
             init: None,
         }
+    }
+}
+
+impl TrainConfig {
+    /// What module `i` of `modules` multiplies the optimiser's learning rate by, at every batch.
+    pub fn lr_factor(&self, i: usize, modules: usize) -> f64 {
+        (i..modules).fold(1.0, |factor, _| factor * self.lr_depth)
     }
 }
 

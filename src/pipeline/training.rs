@@ -23,8 +23,10 @@ pub struct Gradient {
 
 /// How parameters change.
 pub struct Training {
-    /// The learning rate before its schedule.
+    /// The optimiser's learning rate.
     pub base_lr: f64,
+    /// What this module multiplies it by throughout.
+    pub lr_factor: f64,
     /// Learning rate over the run.
     pub lr_schedule: LrSchedule,
     /// Batches in the whole run, for that.
@@ -93,7 +95,7 @@ impl Worker {
             self.stage.set_gradients(&gradients)?;
         }
         let divisor = self.schedule.mean_over().map_or(self.stage.steps() as f64, |losses| losses as f64);
-        let mut factor = training.lr_schedule.factor(batch, training.total_batches);
+        let mut factor = training.lr_factor * training.lr_schedule.factor(batch, training.total_batches);
         if let Some(gradients) = &training.gradients {
             let values = self.stage.gradients()?.into_iter().map(|g| (f64::from(g) / divisor) as f32).collect();
             // Nobody is left to be told when the receiver is gone.

@@ -7,6 +7,7 @@ mod common;
 mod comparisons;
 mod fidelity;
 mod kernels;
+mod options;
 mod optim;
 mod plan;
 mod rooms;

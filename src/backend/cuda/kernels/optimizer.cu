@@ -1,7 +1,6 @@
 // Updates of all parameters of a module at once. A table holds ROW words a parameter: addresses of value, gradient, two
 // buffers and the rounded copy (0 where there is none), the length, and whether weight decay applies; `pieces` two words a
-// block: which parameter, and
-// from which element. Sums of squares are of doubles, as on the CPU.
+// block: which parameter, and from which element. Sums of squares are of doubles, as on the CPU.
 #define PIECE 4096
 #define ROW 7
 
