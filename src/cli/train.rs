@@ -103,6 +103,13 @@ fn announce(world: &World, trainer: &Trainer) {
         setup.config.data.batch,
         setup.config.data.frames,
     );
+    if !setup.config.train.freeze.is_empty() {
+        let learned: u64 = (1..=setup.grid.modules).map(|i| setup.frozen.learned(i)).sum();
+        log::info!(
+            "train.freeze: {learned} parameters learn; modules from {} on have backward passes",
+            setup.frozen.lowest()
+        );
+    }
     if !cpu::has_onednn() {
         log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (README, \"oneDNN\")");
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use data::{DataConfig, Globs};
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
 pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
-pub use train::{ClipNorm, NamedPeriod, NoClipping, TrainConfig, UpdateEvery};
+pub use train::{ClipNorm, Freeze, NamedPeriod, NoClipping, TrainConfig, UpdateEvery};
 
 pub use crate::backend::Precision;
 pub use crate::comm::exchange::Exchange;

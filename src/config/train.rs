@@ -34,6 +34,8 @@ pub struct TrainConfig {
     pub lr_depth: f64,
     /// Scale a module's gradient down to this Euclidean norm: a number, or "none" (the default): never.
     pub clip_norm: ClipNorm,
+    /// What keeps its initial values: modules by number, layers and parameters by patterns of their names, such as `"layers.0.*"`.
+    pub freeze: Vec<Freeze>,
     /// When the optimiser is applied.
     pub update_every: UpdateEvery,
     /// R, pipelines side by side whose gradients are averaged.
@@ -57,6 +59,7 @@ impl Default for TrainConfig {
             lr_schedule: LrSchedule::default(),
             lr_depth: 1.0,
             clip_norm: ClipNorm::default(),
+            freeze: Vec::new(),
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
             replicas: 1,
             seed: 1,
@@ -104,6 +107,16 @@ impl ClipNorm {
             ClipNorm::Named(NoClipping::None) => None,
         }
     }
+}
+
+/// An entry of `train.freeze`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected the number of a module or a pattern of layer names, such as \"layers.0.*\"")]
+pub enum Freeze {
+    /// A whole module, numbered from 1, with the adapters of its skips.
+    Module(usize),
+    /// A pattern of names: `*`, `?` and `[ ]` as in a shell.
+    Layers(String),
 }
 
 /// When the optimiser is applied.

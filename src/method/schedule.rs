@@ -155,13 +155,48 @@ impl Schedule {
         boundary: Boundary,
         loss: LossAt,
     ) -> Result<Self> {
-        let clip = Clip::new(graph, frames, boundary, loss)?;
+        Self::training_from(graph, frames, rule, stash, boundary, loss, 1)
+    }
+
+    /// The same where nothing below module `lowest` learns: the modules there do no backward work, and nobody sends them cotangents.
+    ///
+    /// # Errors
+    /// As [`Schedule::training`], of module `lowest`.
+    pub fn training_from(
+        graph: &Graph,
+        frames: usize,
+        rule: Rule,
+        stash: Stash,
+        boundary: Boundary,
+        loss: LossAt,
+        lowest: usize,
+    ) -> Result<Self> {
+        let clip = Clip { lowest, ..Clip::new(graph, frames, boundary, loss)? };
         let d = graph.modules();
         if rule.is_exact() {
             return match stash {
                 Stash::None => Ok(clip.exact()),
                 _ => Err(Error::input(format!(
                     "train.stash = \"{stash}\": rule \"{rule}\" keeps all activations anyway"
+                ))),
+            };
+        }
+        if stash != Stash::None && boundary == Boundary::Cut {
+            return Err(Error::input(format!(
+                "train.stash = \"{stash}\" needs train.boundary = \"flow\": with \"cut\" a clip ends before its cotangents come back"
+            )));
+        }
+        let schedule = match stash {
+            Stash::None => clip.pseudo(),
+            Stash::Inputs => clip.stashed(Keep::Inputs),
+            Stash::Activations => clip.stashed(Keep::Activations),
+        };
+        if lowest > 1 {
+            return match schedule.backwards(lowest).next() {
+                Some(_) => Ok(schedule),
+                None => Err(Error::input(format!(
+                    "clips of {frames} frames are too short: no cotangent reaches module {lowest}, the lowest that learns; raise \
+                     data.frames or use fewer modules"
                 ))),
             };
         }
@@ -174,15 +209,7 @@ impl Schedule {
                 if stash == Stash::None { "" } else { " and train.stash" },
             )));
         }
-        match (stash, boundary) {
-            (Stash::None, _) => Ok(clip.pseudo()),
-            (_, Boundary::Flow) => {
-                Ok(clip.stashed(if stash == Stash::Inputs { Keep::Inputs } else { Keep::Activations }))
-            }
-            (_, Boundary::Cut) => Err(Error::input(format!(
-                "train.stash = \"{stash}\" needs train.boundary = \"flow\": with \"cut\" a clip ends before its cotangents come back"
-            ))),
-        }
+        Ok(schedule)
     }
 
     /// The schedule of evaluation: forward passes and losses alone.
@@ -297,6 +324,8 @@ struct Clip<'a> {
     frames: usize,
     boundary: Boundary,
     loss: LossAt,
+    /// The lowest module that learns.
+    lowest: usize,
 }
 
 impl<'a> Clip<'a> {
@@ -316,7 +345,7 @@ impl<'a> Clip<'a> {
                  raise data.frames or lower model.horizon"
             )));
         }
-        Ok(Clip { graph, frames, boundary, loss })
+        Ok(Clip { graph, frames, boundary, loss, lowest: 1 })
     }
 
     /// Steps of module `i`.
@@ -396,7 +425,7 @@ impl<'a> Clip<'a> {
         // From the top down: whether a module has backward work follows from the modules above it.
         for i in (1..=d).rev() {
             let mut window: Vec<Tick> = self.forward_ticks(i).collect();
-            for (t, tick) in window.iter_mut().enumerate() {
+            for (t, tick) in window.iter_mut().enumerate().filter(|_| i >= self.lowest) {
                 for (output, e) in self.graph.outputs(i).enumerate() {
                     let sent_at = t.checked_sub(e.span() + 1);
                     if let Some(sent_at) = sent_at.filter(|&v| windows[e.to - 1][v].backward.is_some()) {
@@ -404,8 +433,8 @@ impl<'a> Clip<'a> {
                     }
                 }
                 if self.has_loss(i, t) || !tick.cotangents.is_empty() {
-                    let send = self.graph.inputs(i).map(|e| t + e.span() + 1 < self.steps(e.from)).collect();
-                    tick.backward = Some(Backward { step: t, send });
+                    let used = |e: &Edge| e.from >= self.lowest && t + e.span() + 1 < self.steps(e.from);
+                    tick.backward = Some(Backward { step: t, send: self.graph.inputs(i).map(used).collect() });
                 }
             }
             windows[i - 1] = window;
@@ -420,6 +449,10 @@ impl<'a> Clip<'a> {
         let mut windows: Vec<Vec<Tick>> = vec![Vec::new(); d];
         for i in (1..=d).rev() {
             let mut window: Vec<Tick> = self.forward_ticks(i).collect();
+            if i < self.lowest {
+                windows[i - 1] = window;
+                continue;
+            }
             let mut due: BTreeSet<usize> = (0..self.steps(i)).filter(|&t| self.has_loss(i, t)).collect();
             // Of skips that arrive at the same tick, the longest first.
             let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
@@ -437,7 +470,9 @@ impl<'a> Clip<'a> {
             }
             for step in due {
                 if let Some(tick) = window.get_mut(step + self.way_back(i)) {
-                    let in_time = |e: &Edge| self.used_step(e, step) + self.way_back(e.from) < self.frames;
+                    let in_time = |e: &Edge| {
+                        e.from >= self.lowest && self.used_step(e, step) + self.way_back(e.from) < self.frames
+                    };
                     tick.backward = Some(Backward { step, send: self.graph.inputs(i).map(in_time).collect() });
                 }
             }
@@ -455,6 +490,10 @@ impl<'a> Clip<'a> {
         let mut windows: Vec<BTreeMap<usize, Tick>> = vec![BTreeMap::new(); d];
         for i in (1..=d).rev() {
             let mut window: BTreeMap<usize, Tick> = self.forward_ticks(i).map(|tick| (tick.at, tick)).collect();
+            if i < self.lowest {
+                windows[i - 1] = window;
+                continue;
+            }
             // Of skips that arrive at the same tick, the longest first.
             let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
             for &(output, e) in outputs.iter().rev() {
@@ -469,7 +508,8 @@ impl<'a> Clip<'a> {
             for step in (0..self.steps(i)).filter(|&t| self.has_loss(i, t) || due.contains(&t)) {
                 let at = backward_tick(i, step);
                 let tick = window.entry(at).or_insert_with(|| Tick { at, ..Tick::default() });
-                tick.backward = Some(Backward { step, send: self.graph.inputs(i).map(|_| true).collect() });
+                let send = self.graph.inputs(i).map(|e| e.from >= self.lowest).collect();
+                tick.backward = Some(Backward { step, send });
             }
             windows[i - 1] = window;
         }

@@ -1,6 +1,7 @@
 //! The whole network before a tensor is made: layers, cuts, shapes, edges, sizes. Every rank computes the same.
 
 pub mod blocks;
+pub mod freeze;
 pub mod partition;
 
 use std::ops::Range;
@@ -8,6 +9,7 @@ use std::ops::Range;
 use crate::config::{Config, Task};
 use crate::method::graph::{Edge, Graph};
 use crate::network::blocks::Blocks;
+use crate::nn::learned::{self, Learned};
 use crate::nn::module::{Fuse, SkipInput, fused_shape};
 use crate::nn::presets::preset;
 use crate::nn::spec::LayerSpec;
@@ -159,6 +161,26 @@ impl Network {
         let mut edges: Vec<&EdgeSpec> = self.edges.iter().filter(|e| e.edge.from == i).collect();
         edges.sort_by_key(|e| e.edge.span());
         edges
+    }
+
+    /// The learned parameters of module `i`, those of its skips' adapters first.
+    pub fn learned(&self, i: usize) -> Learned {
+        let module = &self.modules[i - 1];
+        let mut all = Learned::new();
+        for skip in module.skips.iter().filter(|s| self.fuse == Fuse::Sum && s.shape[2] != module.main[2]) {
+            all.extend(learned::product(
+                &format!("skips.{}_{i}", skip.from),
+                [module.main[2], skip.shape[2], 1, 1],
+                true,
+            ));
+        }
+        let skips: Vec<[usize; 3]> = module.skips.iter().map(|s| s.shape).collect();
+        let mut shape = fused_shape(module.main, &skips, self.fuse);
+        for (n, layer) in self.layers_of(i) {
+            all.extend(layer.learned(n, shape));
+            shape = layer.output_shape(shape).unwrap_or(shape);
+        }
+        all
     }
 
     /// Module `i`'s layers with their places in the whole network.

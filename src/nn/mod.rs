@@ -5,6 +5,7 @@
 pub mod cost;
 pub mod head;
 pub mod layers;
+pub mod learned;
 pub mod loss;
 pub mod module;
 pub mod optim;

@@ -41,8 +41,8 @@ pub struct Module {
     channels: Vec<usize>,
     adapters: Vec<Option<Conv2d>>,
     layers: Vec<Box<dyn Layer>>,
-    /// For each layer, whether it or one before it (or an adapter) has parameters: then a cotangent must reach it.
-    learned_before: Vec<bool>,
+    /// Whether an adapter, or one of the first k layers, has something to learn: then a cotangent must get so far back.
+    learned: Vec<bool>,
     output: Shape,
 }
 
@@ -76,8 +76,7 @@ impl Module {
         }
         let skip_shapes: Vec<Shape> = skips.iter().map(|s| s.shape).collect();
         let mut output = fused_shape(main, &skip_shapes, fuse);
-        let mut learned = adapters.iter().any(Option::is_some);
-        let (mut built, mut learned_before) = (Vec::new(), Vec::new());
+        let mut built = Vec::new();
         for (n, spec) in layers {
             let place = |e: Error| match e {
                 Error::Input(text) => Error::Input(format!("layer {n} (module {index}): {text}")),
@@ -85,14 +84,40 @@ impl Module {
             };
             let absorbed = built.last_mut().is_some_and(|layer: &mut Box<dyn Layer>| layer.absorb(spec));
             if !absorbed {
-                learned_before.push(learned);
                 built.push(spec.build(*n, output, init).map_err(place)?);
             }
-            learned |= spec.params(output) > 0;
             output = spec.output_shape(output).map_err(place)?;
         }
         let channels = std::iter::once(main[2]).chain(skips.iter().map(|s| s.shape[2])).collect();
-        Ok(Module { fuse, channels, adapters, layers: built, learned_before, output })
+        let mut module = Module { fuse, channels, adapters, layers: built, learned: Vec::new(), output };
+        module.freeze(&|_| false)?;
+        Ok(module)
+    }
+
+    /// From now on, the parameters whose names `frozen` accepts do not learn: they get no gradients, and a batch norm of which neither
+    /// scale nor shift learns computes as in evaluation.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub fn freeze(&mut self, frozen: &dyn Fn(&str) -> bool) -> Result<()> {
+        let mut learned = false;
+        let mut freeze = |layer: &mut dyn Layer| {
+            layer.visit(&mut |p| {
+                p.trainable &= !frozen(&p.name);
+                learned |= p.trainable;
+                Ok(())
+            })?;
+            Ok::<_, Error>(learned)
+        };
+        let mut by_adapters = false;
+        for adapter in self.adapters.iter_mut().flatten() {
+            by_adapters = freeze(adapter)?;
+        }
+        self.learned = vec![by_adapters];
+        for layer in &mut self.layers {
+            self.learned.push(freeze(layer.as_mut())?);
+        }
+        Ok(())
     }
 
     /// Height, width and channels of the output.
@@ -146,8 +171,11 @@ impl Module {
     fn pull_back(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let any = wanted.contains(&true);
         let mut g = gy.clone();
-        for (layer, &learned_before) in self.layers.iter_mut().zip(&self.learned_before).rev() {
-            match layer.vjp(&g, pass, tape, any || learned_before)? {
+        for (k, layer) in self.layers.iter_mut().enumerate().rev() {
+            if !any && !self.learned[k + 1] {
+                return Ok(vec![None; wanted.len()]);
+            }
+            match layer.vjp(&g, pass, tape, any || self.learned[k])? {
                 Some(gx) => g = gx,
                 None => return Ok(vec![None; wanted.len()]),
             }

@@ -18,12 +18,12 @@ pub struct Param {
     pub value: Tensor,
     /// The sum of pseudo-gradients since the last update, if there were any.
     pub grad: Option<Tensor>,
-    /// False for a buffer such as `running_mean`, which no optimiser touches.
+    /// False for what no optimiser touches: a buffer such as `running_mean`, and what is frozen.
     pub trainable: bool,
 }
 
 impl Param {
-    /// Adds `delta`, of the value's shape, to the gradient.
+    /// Adds `delta`, of the value's shape, to the gradient of a parameter that learns.
     ///
     /// # Errors
     /// [`Error::Run`] where the shapes differ.
@@ -35,6 +35,9 @@ impl Param {
                 delta.dims(),
                 self.value.dims()
             )));
+        }
+        if !self.trainable {
+            return Ok(());
         }
         self.grad = Some(match self.grad.take() {
             Some(sum) => activation::add(&sum, &delta)?,

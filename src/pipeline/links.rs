@@ -72,7 +72,7 @@ impl WorkerLinks {
 
 fn all_reduce_links(setup: &Setup, i: usize, first: u32) -> Vec<LinkSpec> {
     let workers: Vec<usize> = (0..setup.grid.replicas).map(|r| setup.grid.worker(i, r)).collect();
-    let words = setup.network.modules[i - 1].params as usize;
+    let words = setup.frozen.learned(i) as usize;
     AllReduce::links(first, &format!("module {i}"), &workers, words)
 }
 

@@ -10,11 +10,12 @@ use crate::setup::{Purpose, Setup};
 pub fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
-    // Values and gradient.
-    let copies = 2 + setup.config.train.optimizer.buffers().len() as u64;
+    // The gradient and the optimiser's memory, of what learns.
+    let copies = 1 + setup.config.train.optimizer.buffers().len() as u64;
+    let parameters = module.params + copies * setup.frozen.learned(i);
     let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
     let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    4 * (copies * module.params + activations(setup, i, module.tape) + buffers as u64)
+    4 * (parameters + activations(setup, i, module.tape) + buffers as u64)
 }
 
 /// Elements of activations that module `i` keeps, of `tape` elements a step and clip: those of the steps kept, or of one and the
@@ -46,7 +47,11 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let module = &setup.network.modules[i - 1];
     let batch = setup.config.data.batch as u64;
     let training = setup.purpose == Purpose::Train;
-    let copies = if training { 2 * (2 + setup.config.train.optimizer.buffers().len() as u64) } else { 1 };
+    let copies = 1 + setup.config.train.optimizer.buffers().len() as u64;
+    let parameters = match training {
+        true => 2 * (module.params + copies * setup.frozen.learned(i)),
+        false => module.params,
+    };
     // Weights and, in training, one pass's gradients in the type of activations.
     let rounded = if element < 4 { element * (1 + u64::from(training)) } else { 0 };
     let elements = |[h, w, c]: [usize; 3]| batch * (h * w * c) as u64;
@@ -59,7 +64,7 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let kept = if training { activations(setup, i, tape) } else { batch * tape };
     let activations = elements(module.main) + kept + if training { 4 * largest } else { largest };
     let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
-    (4 * copies + rounded) * module.params + element * activations + 4 * messages
+    4 * parameters + rounded * module.params + element * activations + 4 * messages
 }
 
 /// How many messages of a link worker `w` has room for in its GPU's memory, at most.

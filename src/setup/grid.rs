@@ -7,6 +7,7 @@ use crate::comm::all_reduce::AllReduce;
 use crate::comm::{Kind, LinkSpec};
 use crate::method::Schedule;
 use crate::network::Network;
+use crate::network::freeze::Frozen;
 use crate::nn::head::Target;
 use crate::{Error, Result};
 
@@ -98,7 +99,7 @@ pub struct Wiring {
 
 impl Wiring {
     /// The links of `network` on `grid` for batches of `batch` clips. `report_words(w)` is the size of worker w's
-    /// reports; `truth` what module D needs.
+    /// reports; `truth` what module D needs; `frozen`, in training, what does not learn.
     pub fn new(
         network: &Network,
         schedule: &Schedule,
@@ -106,7 +107,7 @@ impl Wiring {
         batch: usize,
         truth: Truth,
         report_words: impl Fn(usize) -> usize,
-        training: bool,
+        frozen: Option<&Frozen>,
     ) -> Self {
         let mut links: Vec<LinkSpec> = Vec::new();
         let mut add = |kind, from, to, words, depth, name: String| {
@@ -154,15 +155,16 @@ impl Wiring {
             .map(|r| {
                 let name = format!("decisions for replica {r}");
                 // The clip's end is some ticks after the decision, so the replicas need not keep the same time.
-                (training && r > 0).then(|| add(Kind::Control, grid.worker(1, 0), grid.worker(1, r), 1, 2, name))
+                (frozen.is_some() && r > 0)
+                    .then(|| add(Kind::Control, grid.worker(1, 0), grid.worker(1, r), 1, 2, name))
             })
             .collect();
         let mut all_reduce = vec![None; d];
-        if grid.replicas > 1 && training {
-            for i in 1..=d {
+        if let Some(frozen) = frozen.filter(|_| grid.replicas > 1) {
+            for i in (1..=d).filter(|&i| frozen.learned(i) > 0) {
                 let workers: Vec<usize> = (0..grid.replicas).map(|r| grid.worker(i, r)).collect();
                 let first = links.len() as u32;
-                let words = network.modules[i - 1].params as usize;
+                let words = frozen.learned(i) as usize;
                 links.extend(AllReduce::links(first, &format!("module {i}"), &workers, words));
                 all_reduce[i - 1] = Some(first);
             }

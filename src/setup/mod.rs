@@ -14,6 +14,7 @@ use crate::data::{Dataset, Sampler, StreamOptions, missing_shards};
 use crate::method::{LossAt, Rule, Schedule};
 use crate::metrics::Report;
 use crate::network::Network;
+use crate::network::freeze::Frozen;
 use crate::nn::head::HeadSpec;
 use crate::setup::grid::{Grid, Truth, Wiring};
 use crate::{Error, Result};
@@ -43,6 +44,8 @@ pub struct Setup {
     pub classes: usize,
     /// Layers, modules, edges, shapes.
     pub network: Network,
+    /// What of it does not learn.
+    pub frozen: Frozen,
     /// Who does what at which tick.
     pub schedule: Arc<Schedule>,
     /// Who runs where.
@@ -108,8 +111,12 @@ impl Setup {
         let loss = ahead.map_or(LossAt::EveryStep, LossAt::Ahead);
         let training = purpose == Purpose::Train;
         let (graph, frames, boundary) = (&network.graph, config.data.frames, config.train.boundary);
+        let frozen = Frozen::new(if training { &config.train.freeze } else { &[] }, &network)?;
         let schedule = match training {
-            true => Schedule::training(graph, frames, config.train.rule, config.train.stash, boundary, loss)?,
+            true => {
+                let (rule, stash, lowest) = (config.train.rule, config.train.stash, frozen.lowest());
+                Schedule::training_from(graph, frames, rule, stash, boundary, loss, lowest)?
+            }
             false => Schedule::evaluation(graph, frames, boundary, loss)?,
         };
         let grid = Grid::new(network.graph.modules(), replicas, ranks)?;
@@ -127,7 +134,8 @@ impl Setup {
             true => Report::words(outputs, batch),
             false => Report::words(0, 0),
         };
-        let mut wiring = Wiring::new(&network, &schedule, grid, batch, truth, report_words, training);
+        let learned = training.then_some(&frozen);
+        let mut wiring = Wiring::new(&network, &schedule, grid, batch, truth, report_words, learned);
         if config.run.halves_messages() {
             wiring.halve_messages();
         }
@@ -138,6 +146,7 @@ impl Setup {
             class_names,
             classes,
             network,
+            frozen,
             schedule: Arc::new(schedule),
             grid,
             wiring,
@@ -191,6 +200,7 @@ impl Setup {
             sums: self.schedule.sums(i),
             stash: config.train.stash,
             optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
+            frozen: self.frozen.names().clone(),
             head: (i == self.grid.modules).then(|| self.head()),
             leave_out: config.run.on_nonfinite == OnNonfinite::Skip,
         }
@@ -198,14 +208,15 @@ impl Setup {
 
     /// The warnings a user should see before training starts.
     pub fn warnings(&self) -> Vec<String> {
-        let d = self.grid.modules;
+        let (d, lowest) = (self.grid.modules, self.frozen.lowest());
+        let needed = 2 * (d - lowest) + 1;
         let mut warnings = Vec::new();
-        if self.purpose == Purpose::Train && self.schedule.frames() < 2 * d - 1 && !self.config.train.rule.is_exact() {
+        if self.purpose == Purpose::Train && self.schedule.frames() < needed && !self.config.train.rule.is_exact() {
+            let formula = if lowest == 1 { "2D - 1".to_string() } else { format!("2(D - {lowest}) + 1") };
             warnings.push(format!(
-                "clips of {} frames are shorter than 2D - 1 = {} for D = {d} modules: module 1 is trained through \
+                "clips of {} frames are shorter than {formula} = {needed} for D = {d} modules: module {lowest} is trained through \
                  skips only, the main path's cotangent never reaches it",
                 self.schedule.frames(),
-                2 * d - 1
             ));
         }
         if self.purpose == Purpose::Train

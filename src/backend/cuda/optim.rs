@@ -74,6 +74,9 @@ impl Optimizer {
     /// [`crate::Error::Run`] if a launch fails.
     pub fn step(&mut self, gpu: &Gpu, scale: f64, divisor: f64, clip_norm: Option<f64>) -> Result<()> {
         self.steps += 1;
+        if self.memory.is_empty() {
+            return Ok(());
+        }
         self.parameters.norm(gpu, divisor, clip_norm)?;
         self.parameters.step(gpu, &self.spec, scale, self.steps)
     }
@@ -83,6 +86,9 @@ impl Optimizer {
     /// # Errors
     /// [`crate::Error::Run`] if the copy fails.
     pub fn outcome(&self, gpu: &Gpu) -> Result<(f64, bool)> {
+        if self.memory.is_empty() {
+            return Ok((0.0, true));
+        }
         let state = gpu.download(self.parameters.state())?;
         Ok((f64::from(state[0]), state[2] != 0.0))
     }

@@ -17,8 +17,10 @@ pub struct Param {
     pub dims: Vec<usize>,
     /// The present value. Filters are `[O, kH, kW, C/g]` here and `[O, C/g, kH, kW]` in checkpoints.
     pub value: Array,
-    /// The sum of pseudo-gradients since the last update; absent for buffers.
+    /// The sum of pseudo-gradients since the last update; absent for buffers and what is frozen.
     pub grad: Option<Array>,
+    /// Where the gradient of a frozen bias or norm goes, which comes with what is wanted, to be forgotten.
+    pub forgotten: Option<Array>,
     /// The value in the type of the activations, where that is another.
     pub rounded: Option<Array>,
     /// The gradient of one backward pass in that type, which the module adds to the sum.
@@ -31,12 +33,15 @@ impl Param {
         self.rounded.as_ref().unwrap_or(&self.value)
     }
 
-    /// The gradient.
+    /// The gradient, or where it is to be forgotten.
     ///
     /// # Errors
     /// [`Error::Run`] for a buffer.
     pub fn gradient(&self) -> Result<&Array> {
-        self.grad.as_ref().ok_or_else(|| Error::Run(format!("{} has no gradient", self.name)))
+        self.grad
+            .as_ref()
+            .or(self.forgotten.as_ref())
+            .ok_or_else(|| Error::Run(format!("{} has no gradient", self.name)))
     }
 
     /// Renews the rounded value, if there is one, after the value changed.
@@ -101,6 +106,18 @@ impl HostParams {
     /// # Errors
     /// [`Error::Run`] if there is no such parameter or no memory for it.
     pub fn take(&mut self, gpu: &Gpu, name: &str) -> Result<Param> {
+        let mut param = self.take_buffer(gpu, name)?;
+        if self.training && param.grad.is_none() {
+            param.forgotten = Some(gpu.zeros(param.value.len(), Element::F32)?);
+        }
+        Ok(param)
+    }
+
+    /// Moves `name`, which never has a gradient, to the device.
+    ///
+    /// # Errors
+    /// As [`HostParams::take`].
+    pub fn take_buffer(&mut self, gpu: &Gpu, name: &str) -> Result<Param> {
         self.taken(gpu, name, false)
     }
 
@@ -121,6 +138,7 @@ impl HostParams {
             dims: value.dims().to_vec(),
             value: gpu.array(elements, Element::F32)?,
             grad: learns.then(|| gpu.zeros(elements, Element::F32)).transpose()?,
+            forgotten: None,
             rounded: rounded.then(|| gpu.array(elements, self.element)).transpose()?,
             fresh: (rounded && learns).then(|| gpu.array(elements, self.element)).transpose()?,
         };

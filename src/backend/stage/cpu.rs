@@ -65,7 +65,8 @@ impl CpuStage {
     /// As [`Module::new`].
     pub fn new(spec: StageSpec) -> Result<Self> {
         let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu };
-        let module = Module::new(spec.index, &spec.layers, spec.main, &spec.skips, spec.fuse, &init)?;
+        let mut module = Module::new(spec.index, &spec.layers, spec.main, &spec.skips, spec.fuse, &init)?;
+        module.freeze(&|name| spec.frozen.contains(name))?;
         let inputs = 1 + spec.skips.len();
         Ok(CpuStage {
             module,
@@ -151,7 +152,7 @@ impl CpuStage {
                 }
             }
             // An unfinished sum of gradients is the same run's alone.
-            p.grad = tensors.remove(&format!("gradient.{}", p.name)).filter(|_| fit == Fit::Exact);
+            p.grad = tensors.remove(&format!("gradient.{}", p.name)).filter(|_| fit == Fit::Exact && p.trainable);
             Ok(())
         })?;
         let Some(optimizer) = self.optimizer.as_mut().filter(|_| fit == Fit::Exact) else { return Ok(()) };

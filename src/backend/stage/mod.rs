@@ -6,6 +6,7 @@
 mod cpu;
 mod timed;
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -58,6 +59,8 @@ pub struct StageSpec {
     pub stash: Stash,
     /// Training: the optimiser.
     pub optimizer: Option<OptimizerSpec>,
+    /// Names of the parameters, in the whole network, that do not learn.
+    pub frozen: BTreeSet<String>,
     /// Module D: the loss.
     pub head: Option<HeadSpec>,
     /// Whether values that are not finite are replaced by zeros (else they end the run).

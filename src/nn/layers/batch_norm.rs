@@ -14,7 +14,8 @@ const EPSILON: f64 = 1e-5;
 pub const MOMENTUM: f64 = 0.1;
 
 /// Each channel brought to mean 0 and variance 1 over the batch and all positions, in evaluation by running means; then
-/// a scale and a shift. Training moves the running statistics at every forward pass (mean, and unbiased variance).
+/// a scale and a shift. Training moves the running statistics at every forward pass (mean, and unbiased variance). Where neither scale
+/// nor shift learns, training is as evaluation: the running statistics stay, and are what is normalised by.
 pub struct BatchNorm {
     weight: Param,
     bias: Param,
@@ -36,6 +37,10 @@ impl BatchNorm {
         })
     }
 
+    fn is_frozen(&self) -> bool {
+        !self.weight.trainable && !self.bias.trainable
+    }
+
     fn follow(&mut self, statistics: &Tensor, values: usize) -> Result<()> {
         let unbias = values as f64 / (values as f64 - 1.0);
         let momentum = self.momentum;
@@ -49,7 +54,7 @@ impl BatchNorm {
 
 impl Layer for BatchNorm {
     fn forward(&mut self, x: &Tensor, pass: &Pass, tape: &mut Tape) -> Result<Tensor> {
-        let statistics = if pass.training {
+        let statistics = if pass.training && !self.is_frozen() {
             let statistics = batch_norm::statistics(x)?;
             if !pass.again {
                 self.follow(&statistics, x.elem_count() / x.dim(3)?)?;
@@ -67,8 +72,8 @@ impl Layer for BatchNorm {
     fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
         let statistics = tape.pop()?;
         let x = tape.pop()?;
-        let weight = &self.weight.value;
-        let (gx, gw, gb) = batch_norm::vjp(&x, weight, &statistics, gy, EPSILON, pass.training, need_input)?;
+        let (weight, training) = (&self.weight.value, pass.training && !self.is_frozen());
+        let (gx, gw, gb) = batch_norm::vjp(&x, weight, &statistics, gy, EPSILON, training, need_input)?;
         self.weight.accumulate(gw)?;
         self.bias.accumulate(gb)?;
         Ok(gx)

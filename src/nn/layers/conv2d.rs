@@ -28,10 +28,16 @@ impl Conv2d {
     /// [`Layer::vjp`], with the input's cotangent as `wanted`.
     pub(super) fn vjp_as(&mut self, gy: &Tensor, tape: &mut Tape, wanted: InputCotangent) -> Result<Option<Tensor>> {
         let kept = tape.pop()?;
-        let sum = self.weight.grad.take();
-        let (gw, gx) = self.conv.vjp(&self.input, kept, &self.weight.value, gy, sum, wanted)?;
-        self.weight.grad = Some(gw);
-        if let Some(bias) = &mut self.bias {
+        let gx = match self.weight.trainable {
+            true => {
+                let sum = self.weight.grad.take();
+                let (gw, gx) = self.conv.vjp(&self.input, kept, &self.weight.value, gy, sum, wanted)?;
+                self.weight.grad = Some(gw);
+                gx
+            }
+            false => self.conv.input_vjp(&self.input, &self.weight.value, gy, wanted)?,
+        };
+        if let Some(bias) = self.bias.as_mut().filter(|bias| bias.trainable) {
             bias.accumulate(conv::bias_gradient(gy)?)?;
         }
         Ok(gx)

@@ -53,10 +53,16 @@ impl Layer for Linear {
     fn vjp(&mut self, gy: &Tensor, _: &Pass, tape: &mut Tape, need_input: bool) -> Result<Option<Tensor>> {
         let kept = tape.pop()?;
         let flat = [self.input[0], 1, 1, self.input[1..].iter().product()];
-        let (kernel, sum) = (self.kernel()?, self.weight.grad.take());
-        let (gw, gx) = self.product.vjp(&flat, kept, &kernel, gy, sum, InputCotangent::new(need_input))?;
-        self.weight.grad = Some(gw.reshape(self.weight.value.dims())?);
-        if let Some(bias) = &mut self.bias {
+        let (kernel, wanted) = (self.kernel()?, InputCotangent::new(need_input));
+        let gx = match self.weight.trainable {
+            true => {
+                let (gw, gx) = self.product.vjp(&flat, kept, &kernel, gy, self.weight.grad.take(), wanted)?;
+                self.weight.grad = Some(gw.reshape(self.weight.value.dims())?);
+                gx
+            }
+            false => self.product.input_vjp(&flat, &kernel, gy, wanted)?,
+        };
+        if let Some(bias) = self.bias.as_mut().filter(|bias| bias.trainable) {
             bias.accumulate(conv::bias_gradient(gy)?)?;
         }
         Ok(gx.map(|gx| gx.reshape(self.input.as_slice())).transpose()?)

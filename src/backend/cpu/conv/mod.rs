@@ -217,6 +217,40 @@ impl Convolution {
         sum: Option<Tensor>,
         wanted: InputCotangent,
     ) -> Result<(Tensor, Option<Tensor>)> {
+        let sum = match sum {
+            Some(sum) => sum,
+            None => by_dtype!(gy, T => tensor(vec![T::ZERO; weight.elem_count()], weight.dims()))?,
+        };
+        let gx = self.pull_back(x, weight, gy, Some((kept, &sum)), wanted)?;
+        Ok((sum, gx))
+    }
+
+    /// The second part of [`Convolution::vjp`] alone, for a weight that does not learn.
+    ///
+    /// # Errors
+    /// As [`Convolution::forward`].
+    pub fn input_vjp(
+        &mut self,
+        x: &[usize],
+        weight: &Tensor,
+        gy: &Tensor,
+        wanted: InputCotangent,
+    ) -> Result<Option<Tensor>> {
+        if matches!(wanted, InputCotangent::Skip) {
+            return Ok(None);
+        }
+        self.pull_back(x, weight, gy, None, wanted)
+    }
+
+    /// Of [`Convolution::vjp`]: `learned` is what the forward call kept and the sum of gradients, where that grows.
+    fn pull_back(
+        &mut self,
+        x: &[usize],
+        weight: &Tensor,
+        gy: &Tensor,
+        learned: Option<(Tensor, &Tensor)>,
+        wanted: InputCotangent,
+    ) -> Result<Option<Tensor>> {
         let (weight, gy) = (weight.contiguous()?, gy.contiguous()?);
         by_dtype!(gy, T => {
             let ready = self.ready(x, &weight, T::DTYPE == f32::DTYPE)?;
@@ -226,19 +260,16 @@ impl Convolution {
                 let found = onto.shape();
                 return Err(Error::Run(format!("an input of {x:?} whose cotangent is to be added to a tensor of {found:?}")));
             }
-            let sum = match sum {
-                Some(sum) => sum,
-                None => tensor(vec![T::ZERO; weight.elem_count()], weight.dims())?,
-            };
             let (gy, w) = (Host::of(&gy)?, Host::of(&weight)?);
             let (gy, w) = (gy.slice::<T>()?, w.slice::<T>()?);
             if ready.algorithm == Algorithm::Winograd {
-                let gx = ready.winograd_vjp::<T>(kept, w, gy, &sum, wanted)?;
-                return Ok((sum, gx));
+                return ready.winograd_vjp::<T>(w, gy, learned, wanted);
             }
-            ready.add_weight_gradient::<T>(Host::of(&kept)?.slice()?, gy, &sum)?;
+            if let Some((kept, sum)) = learned {
+                ready.add_weight_gradient::<T>(Host::of(&kept)?.slice()?, gy, sum)?;
+            }
             let onto = match wanted {
-                InputCotangent::Skip => return Ok((sum, None)),
+                InputCotangent::Skip => return Ok(None),
                 InputCotangent::Compute => None,
                 InputCotangent::AddTo(onto) => Some(onto),
             };
@@ -249,7 +280,7 @@ impl Convolution {
                 Some(onto) => activation::add(&gx, &onto)?,
                 None => gx,
             };
-            Ok((sum, Some(gx)))
+            Ok(Some(gx))
         })
     }
 }
@@ -258,21 +289,20 @@ impl Ready {
     /// [`Convolution::vjp`] by Winograd's way, which transforms the cotangent `gy` once for both gradients.
     fn winograd_vjp<T: Real>(
         &mut self,
-        kept: Tensor,
         w: &[T],
         gy: &[T],
-        sum: &Tensor,
+        learned: Option<(Tensor, &Tensor)>,
         wanted: InputCotangent,
     ) -> Result<Option<Tensor>> {
         let s = self.shape;
         let mut z = overwritten(winograd::transformed_len(&s) / s.c * s.o);
         winograd::transform_cotangent(&s, gy, &mut z);
-        let input = Host::of(&kept)?;
-        let v = input.slice()?;
-        host::update::<T>(sum, |sum| winograd::add_weight_gradient(&s, v, &z, sum))?;
-        // What follows can use its memory.
-        drop(input);
-        drop(kept);
+        // What follows can use the memory of what was kept.
+        if let Some((kept, sum)) = learned {
+            let input = Host::of(&kept)?;
+            let v = input.slice()?;
+            host::update::<T>(sum, |sum| winograd::add_weight_gradient(&s, v, &z, sum))?;
+        }
         let (gx, fresh) = match wanted {
             InputCotangent::Skip => return Ok(None),
             InputCotangent::Compute => (tensor(overwritten::<T>(s.b * s.h * s.w * s.c), (s.b, s.h, s.w, s.c))?, true),

@@ -55,17 +55,18 @@ impl Layer for Conv2d {
     }
 
     fn backward(&mut self, &Launch { gpu, scratch, place, .. }: &Launch, arrays: &Backward) -> Result<()> {
-        let (x, gy, grad) = (arrays.x, arrays.gy, self.weight.gradient()?);
+        let (x, gy) = (arrays.x, arrays.gy);
         match &self.bias {
             Some(bias) if self.relu => {
                 ops::bias_relu_vjp(gpu, arrays.y, gy, gy, bias.gradient()?, self.out, scratch.partial())?;
             }
-            Some(bias) => ops::bias_gradient(gpu, gy, bias.gradient()?, self.out, scratch.partial())?,
-            None => {}
+            Some(Param { grad: Some(grad), .. }) => ops::bias_gradient(gpu, gy, grad, self.out, scratch.partial())?,
+            _ => {}
         }
-        match &self.weight.fresh {
-            None => self.product.backward_filter(gpu, place, x, gy, grad, true)?,
-            Some(fresh) => self.product.backward_filter(gpu, place, x, gy, fresh, false)?,
+        match (&self.weight.fresh, &self.weight.grad) {
+            (Some(fresh), _) => self.product.backward_filter(gpu, place, x, gy, fresh, false)?,
+            (None, Some(grad)) => self.product.backward_filter(gpu, place, x, gy, grad, true)?,
+            (None, None) => {}
         }
         match arrays.gx {
             Some(gx) => self.product.backward_data(gpu, self.weight.operand(), gy, gx),

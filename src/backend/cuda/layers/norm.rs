@@ -86,6 +86,7 @@ impl Layer for GroupNorm {
 pub struct BatchNorm {
     affine: Affine,
     momentum: f64,
+    /// Whether it follows the batch: something of it learns.
     training: bool,
     mean: Param,
     variance: Param,
@@ -98,12 +99,13 @@ impl BatchNorm {
     /// [`crate::Error::Run`] if there is no memory.
     pub fn new(builder: &mut Builder, name: &str, input: Shape, momentum: f64, relu: bool) -> Result<Self> {
         let shape = shape_of(builder, input);
+        let affine = Affine::new(builder, name, shape, shape.channels, relu)?;
         Ok(BatchNorm {
-            affine: Affine::new(builder, name, shape, shape.channels, relu)?,
+            training: affine.weight.grad.is_some() || affine.bias.grad.is_some(),
+            affine,
             momentum,
-            training: builder.training,
-            mean: builder.params.take(builder.gpu, &format!("{name}.running_mean"))?,
-            variance: builder.params.take(builder.gpu, &format!("{name}.running_var"))?,
+            mean: builder.params.take_buffer(builder.gpu, &format!("{name}.running_mean"))?,
+            variance: builder.params.take_buffer(builder.gpu, &format!("{name}.running_var"))?,
         })
     }
 

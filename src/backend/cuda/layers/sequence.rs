@@ -11,8 +11,10 @@ use crate::nn::spec::{LayerSpec, Shape};
 struct Step {
     layer: Box<dyn Layer>,
     y: Kept,
-    /// Whether it or one before it has parameters: then a cotangent must reach it.
+    /// Whether one before it has something to learn: then its input's cotangent is needed.
     learned_before: bool,
+    /// The same of it or one before it: then a cotangent must reach it.
+    learned: bool,
 }
 
 /// Layers one after another, with the arrays between them.
@@ -39,12 +41,15 @@ impl Sequence {
         let mut specs = specs.iter().peekable();
         while let Some((name, spec)) = specs.next() {
             let relu = takes_relu(spec) && specs.next_if(|(_, next)| *next == LayerSpec::Relu {}).is_some();
-            let layer = builder.layer(spec, name, shape, relu)?;
+            let mut layer = builder.layer(spec, name, shape, relu)?;
             let cotangent = elements(builder.batch, shape);
             builder.needs.raise(use_(0), cotangent);
             builder.needs.raise(use_(1), cotangent);
             let learned_before = learned;
-            learned |= spec.params(shape) > 0;
+            layer.visit(&mut |p| {
+                learned |= p.grad.is_some();
+                Ok(())
+            })?;
             shape = spec.output_shape(shape)?;
             let y = match steps.last() {
                 Some(last) if layer.in_place() => last.y.clone(),
@@ -53,7 +58,7 @@ impl Sequence {
                     Kept::new(builder.gpu, builder.kept, elements, builder.element)?
                 }
             };
-            steps.push(Step { layer, y, learned_before });
+            steps.push(Step { layer, y, learned_before, learned });
         }
         Ok(Sequence { steps, use_, output: shape })
     }
@@ -95,6 +100,9 @@ impl Sequence {
         for k in (0..self.steps.len()).rev() {
             let (before, rest) = self.steps.split_at_mut(k);
             let step = &mut rest[0];
+            if gx.is_none() && !step.learned {
+                return Ok(());
+            }
             let x = before.last().map_or(x, |last| last.y.at(at.place));
             let wanted = match (k, gx) {
                 (0, gx) => gx.cloned(),
