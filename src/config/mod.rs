@@ -129,6 +129,17 @@ impl Config {
                 "train.clip_norm = {norm}: it must be a positive number, or \"none\" for no clipping"
             )));
         }
+        let smoothing = self.train.label_smoothing;
+        if !(0.0..1.0).contains(&smoothing) {
+            return Err(Error::input(format!(
+                "train.label_smoothing = {smoothing}: it is the part of a label that is spread over all classes, from 0 to below 1"
+            )));
+        }
+        if smoothing > 0.0 && self.model.task != Task::Recognition {
+            return Err(Error::input(
+                "train.label_smoothing is about labels: it needs model.task = \"recognition\"; remove it for future frames",
+            ));
+        }
         self.train.optimizer.validate()?;
         self.train.lr_schedule.validate()?;
         self.validate_device()

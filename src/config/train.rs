@@ -34,6 +34,8 @@ pub struct TrainConfig {
     pub lr_depth: f64,
     /// Scale a module's gradient down to this Euclidean norm: a number, or "none" (the default): never.
     pub clip_norm: ClipNorm,
+    /// Recognition: the part of every label that is spread evenly over all classes in training, 0 up to below 1.
+    pub label_smoothing: f64,
     /// What keeps its initial values: modules by number, layers and parameters by patterns of their names, such as `"layers.0.*"`.
     pub freeze: Vec<Freeze>,
     /// When the optimiser is applied.
@@ -59,6 +61,7 @@ impl Default for TrainConfig {
             lr_schedule: LrSchedule::default(),
             lr_depth: 1.0,
             clip_norm: ClipNorm::default(),
+            label_smoothing: 0.0,
             freeze: Vec::new(),
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
             replicas: 1,

@@ -27,6 +27,8 @@ pub struct HeadSpec {
     pub pixel_loss: PixelLoss,
     /// K; 0 for future frames.
     pub classes: usize,
+    /// Recognition: the part of every label that is spread over all classes.
+    pub smoothing: f64,
 }
 
 /// What the last module counted over one batch (or several, added up).
@@ -151,7 +153,7 @@ impl Head {
             (Task::Recognition, _) => {
                 let step = y.flatten_all()?.to_vec1::<f32>()?;
                 self.logits.iter_mut().zip(&step).for_each(|(sum, x)| *sum += x);
-                loss::cross_entropy(y, &self.labels)?
+                loss::soft_cross_entropy(y, &self.labels, self.spec.smoothing)?
             }
             (Task::FutureFrames, Some(target)) => {
                 let target = Tensor::from_slice(target, y.shape(), &Device::Cpu)?;

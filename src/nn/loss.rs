@@ -11,6 +11,15 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Input`] on a label of K or above, [`Error::Run`] on lengths that differ.
 pub fn cross_entropy(logits: &Tensor, labels: &[i32]) -> Result<(f64, Tensor)> {
+    soft_cross_entropy(logits, labels, 0.0)
+}
+
+/// [`cross_entropy`] with the part `smoothing`, 0 up to below 1, of every label spread evenly over the classes (Szegedy et al., CVPR
+/// 2016): as PyTorch has it, (1 - smoothing) times the loss of the label, plus smoothing times the mean of all K classes' losses.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn soft_cross_entropy(logits: &Tensor, labels: &[i32], smoothing: f64) -> Result<(f64, Tensor)> {
     let (b, h, w, k) = logits.dims4()?;
     if b != labels.len() || h * w != 1 {
         return Err(Error::Run(format!("cross-entropy of {:?} with {} labels", logits.dims(), labels.len())));
@@ -30,9 +39,15 @@ pub fn cross_entropy(logits: &Tensor, labels: &[i32]) -> Result<(f64, Tensor)> {
         }
         let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = row.iter().map(|v| (v - top).exp()).sum();
-        loss += sum.ln() + top - row[label];
-        row.iter_mut().for_each(|v| *v = (*v - top).exp() / sum / counted);
-        row[label] -= 1.0 / counted;
+        let mut own = sum.ln() + top - row[label];
+        if smoothing > 0.0 {
+            let mean = sum.ln() + top - row.iter().sum::<f64>() / k as f64;
+            own = (1.0 - smoothing) * own + smoothing * mean;
+        }
+        loss += own;
+        let spread = smoothing / k as f64;
+        row.iter_mut().for_each(|v| *v = ((*v - top).exp() / sum - spread) / counted);
+        row[label] -= (1.0 - smoothing) / counted;
     }
     Ok((loss / counted, like(values, logits)?))
 }

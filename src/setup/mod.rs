@@ -172,7 +172,9 @@ impl Setup {
     /// The loss at the last module.
     pub fn head(&self) -> HeadSpec {
         let model = &self.config.model;
-        HeadSpec { task: model.task, pixel_loss: model.loss, classes: self.classes }
+        // Scores are of plain cross-entropy.
+        let smoothing = if self.purpose == Purpose::Train { self.config.train.label_smoothing } else { 0.0 };
+        HeadSpec { task: model.task, pixel_loss: model.loss, classes: self.classes, smoothing }
     }
 
     /// What the stage of module `i` is made from.

@@ -2,7 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use sideways::Result;
-use sideways::backend::cuda::{Element, ops};
+use sideways::backend::cuda::ops::{self, Labels};
+use sideways::backend::cuda::Element;
 use sideways::nn::loss::{self, PixelLoss};
 
 use super::{On, integers, random, tensor};
@@ -20,9 +21,12 @@ fn cross_entropy() -> Result<()> {
                 let (gradient, sum) = (on.empty(b * k)?, gpu.upload(&random(b * k, 26))?);
                 let (score, scratch) = (gpu.upload(&[10.0, 3.0])?, on.floats(ops::loss_scratch(b * k, b))?);
                 let on_gpu = integers(gpu, &labels)?;
-                ops::cross_entropy(gpu, &x, &on_gpu, Some(&gradient), Some(&sum), &score, &scratch)?;
+                // Smoothed, where all count.
+                let smoothing = if padded == 0 { 0.1 } else { 0.0 };
+                let soft = Labels { smoothing, ..Labels::plain(&on_gpu) };
+                ops::cross_entropy(gpu, &x, &soft, Some(&gradient), Some(&sum), &score, &scratch)?;
                 let t = tensor(&logits, &[b, 1, 1, k])?;
-                let (mean, g) = loss::cross_entropy(&t, &labels)?;
+                let (mean, g) = loss::soft_cross_entropy(&t, &labels, smoothing)?;
                 let what = format!("cross-entropy of {b} x {k}, {padded} padded");
                 on.same(&what, &gradient, &g);
                 let flat = t.flatten_all()?;
@@ -30,7 +34,7 @@ fn cross_entropy() -> Result<()> {
                 let counted = (b - padded) as f64;
                 let expected = Tensor::new(&[10.0 + mean * counted, 3.0 + counted], &Device::Cpu)?;
                 on.sums(&what, &score, &expected);
-                ops::cross_entropy(gpu, &x, &on_gpu, None, None, &score, &scratch)?;
+                ops::cross_entropy(gpu, &x, &soft, None, None, &score, &scratch)?;
                 on.sums(
                     &what,
                     &score,
@@ -41,7 +45,8 @@ fn cross_entropy() -> Result<()> {
         // What is not finite, and a label that is no class, must show.
         for (logits, label) in [([0.0, f32::NAN, 1.0], 0), ([0.0, 1.0, 2.0], 3), ([f32::INFINITY, 0.0, 0.0], 1)] {
             let (score, scratch) = (gpu.zeros(2, Element::F32)?, on.floats(ops::loss_scratch(3, 1))?);
-            ops::cross_entropy(gpu, &on.up(&logits)?, &integers(gpu, &[label])?, None, None, &score, &scratch)?;
+            let label = integers(gpu, &[label])?;
+            ops::cross_entropy(gpu, &on.up(&logits)?, &Labels::plain(&label), None, None, &score, &scratch)?;
             assert!(!gpu.download(&score)?[0].is_finite());
         }
         Ok(())

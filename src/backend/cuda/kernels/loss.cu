@@ -1,8 +1,9 @@
 // Losses, their gradients, and sums of both for the report.
 
-// A block a sample: losses[sample], the gradient of the mean, and the logits added to `logits_sum`.
+// A block a sample: losses[sample], the gradient of the mean, and the logits added to `logits_sum`. The part `smoothing` of a label
+// is spread over all classes.
 extern "C" __global__ void cross_entropy(const real *logits, const int *labels, real *gradient, float *logits_sum,
-                                         float *losses, int samples, int classes) {
+                                         float *losses, int samples, int classes, float smoothing) {
     __shared__ float s[BLOCK];
     float number = 0.0f;
     for (int b = threadIdx.x; b < samples; b += BLOCK) number += labels[b] >= 0 ? 1.0f : 0.0f;
@@ -28,18 +29,25 @@ extern "C" __global__ void cross_entropy(const real *logits, const int *labels, 
     }
     __syncthreads();
     top = s[0];
-    float sum = 0.0f;
+    float sum = 0.0f, mean = 0.0f;
     for (int j = threadIdx.x; j < classes; j += BLOCK) sum += expf(load(logits[row + j]) - top);
     sum = block_sum(sum, s);
+    if (smoothing > 0.0f) {
+        for (int j = threadIdx.x; j < classes; j += BLOCK) mean += load(logits[row + j]) - top;
+        mean = block_sum(mean, s) / (float)classes;
+    }
     if (threadIdx.x == 0) {
         // A label beyond the classes must not pass for a loss.
         float own = label < classes ? load(logits[row + label]) : __uint_as_float(0x7fc00000u);
-        losses[blockIdx.x] = logf(sum) + top - own;
+        float loss = logf(sum) + top - own;
+        if (smoothing > 0.0f) loss = (1.0f - smoothing) * loss + smoothing * (logf(sum) - mean);
+        losses[blockIdx.x] = loss;
     }
     if (!gradient) return;
+    float spread = smoothing / (float)classes, sharp = 1.0f - smoothing;
     for (int j = threadIdx.x; j < classes; j += BLOCK) {
-        float p = expf(load(logits[row + j]) - top) / sum;
-        gradient[row + j] = store((j == label ? p - 1.0f : p) / number);
+        float p = expf(load(logits[row + j]) - top) / sum - spread;
+        gradient[row + j] = store((j == label ? p - sharp : p) / number);
     }
 }
 

@@ -4,8 +4,24 @@ use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, launch, require, requir
 use crate::nn::loss::PixelLoss;
 use crate::{Error, Result};
 
-/// Softmax cross-entropy of `logits` `[B, K]` with `labels` `[B]` (32-bit integers, whatever the array's type says),
-/// averaged over the samples whose label is not negative. Writes the gradient of the mean to `gradient`, adds the logits of
+/// What cross-entropy compares logits with.
+#[derive(Clone, Copy, Debug)]
+pub struct Labels<'a> {
+    /// A class a sample, `[B]` (32-bit integers, whatever the array's type says); negative: the sample does not count.
+    pub own: &'a Array,
+    /// The part of every label that is spread over all classes.
+    pub smoothing: f64,
+}
+
+impl<'a> Labels<'a> {
+    /// Nothing but a class a sample.
+    pub fn plain(own: &'a Array) -> Self {
+        Labels { own, smoothing: 0.0 }
+    }
+}
+
+/// Softmax cross-entropy of `logits` `[B, K]` with `labels`, as [`crate::nn::loss::soft_cross_entropy`] has it, averaged over the
+/// samples that count. Writes the gradient of the mean to `gradient`, adds the logits of
 /// every sample to `logits_sum` (floats `[B, K]`), and to `score` (two floats) the sum of the samples' losses and how many
 /// counted. A label of K or above makes the loss not a number: check labels on the host.
 ///
@@ -14,13 +30,14 @@ use crate::{Error, Result};
 pub fn cross_entropy(
     gpu: &Gpu,
     logits: &Array,
-    labels: &Array,
+    labels: &Labels,
     gradient: Option<&Array>,
     logits_sum: Option<&Array>,
     score: &Array,
     scratch: &Array,
 ) -> Result<()> {
-    let samples = samples_of(labels, logits)?;
+    let Labels { own, smoothing } = *labels;
+    let samples = samples_of(own, logits)?;
     let element = logits.element();
     if let Some(gradient) = gradient {
         require("the logits' gradient", gradient, logits.len(), element)?;
@@ -31,14 +48,14 @@ pub fn cross_entropy(
     require("a score", score, 2, Element::F32)?;
     require_scratch("a loss", scratch, loss_scratch(logits.len(), samples))?;
     let (b, k) = (signed(samples)?, signed(logits.len() / samples)?);
-    let arguments = arguments![logits, labels, gradient, logits_sum, scratch, b, k];
+    let arguments = arguments![logits, own, gradient, logits_sum, scratch, b, k, smoothing as f32];
     launch(gpu, "cross_entropy", element, [samples, 1, 1], arguments)?;
-    let arguments = arguments![scratch, b, labels, b, 1.0f32, score];
+    let arguments = arguments![scratch, b, own, b, 1.0f32, score];
     launch(gpu, "loss_total", element, [1, 1, 1], arguments)
 }
 
 /// Mean squared or absolute difference of `output` and `target` `[B, ..]` (of either type), over the samples whose label in
-/// `labels` (as in [`cross_entropy`]) is not negative. Writes the gradient of the
+/// `labels` (as in [`Labels`]) is not negative. Writes the gradient of the
 /// mean to `gradient`, and adds to `score` (two floats) the sum over these samples of their mean difference and their number.
 ///
 /// # Errors

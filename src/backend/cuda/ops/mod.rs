@@ -20,7 +20,7 @@ pub use elementwise::{
     add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp, set_words,
     to_f32,
 };
-pub use loss::{cross_entropy, loss_scratch, pixel};
+pub use loss::{Labels, cross_entropy, loss_scratch, pixel};
 pub use norm::{Norm, NormShape, Over, norm_scratch};
 pub use optimizer::{Accumulation, Parameter, Parameters};
 pub use pool::{

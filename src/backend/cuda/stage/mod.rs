@@ -298,8 +298,8 @@ impl Stage for CudaStage {
         let y = module.output();
         match (loss.head.spec().task, target) {
             (Task::Recognition, _) => {
-                let (logits, sums) = (Some(&loss.logits), &loss.sums);
-                ops::cross_entropy(gpu, y, &loss.labels, gradient, logits, sums, scratch)?;
+                let labels = ops::Labels { own: &loss.labels, smoothing: loss.head.spec().smoothing };
+                ops::cross_entropy(gpu, y, &labels, gradient, Some(&loss.logits), &loss.sums, scratch)?;
             }
             (Task::FutureFrames, Some(Slot::Host(message))) => {
                 let (labels, frames) = Target::read(message, spec.batch)?;
