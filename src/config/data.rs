@@ -34,6 +34,10 @@ pub struct DataConfig {
     pub contrast: f64,
     /// As `brightness`, of the distance to the pixel's grey.
     pub saturation: f64,
+    /// Recognition: in training, mix every clip of a batch, and its label, with another one's, by a weight out of Beta(mixup, mixup);
+    /// absent: clips are as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixup: Option<f64>,
     /// Draw the order of clips and their windows anew each epoch; otherwise shard order from frame 0.
     pub shuffle: bool,
     /// Compare each video with its checksum when it is first met (all of it is read then); damaged ones are skipped in
@@ -73,6 +77,7 @@ impl Default for DataConfig {
             brightness: 0.0,
             contrast: 0.0,
             saturation: 0.0,
+            mixup: None,
             shuffle: true,
             verify: true,
             decode_threads: 1,

@@ -283,10 +283,18 @@ mod tests {
             refused(SMALL, &[&format!("run.{gpus}")], &["run.device = \"cuda\""]);
         }
         refused(SMALL, &["train.clip_norm=-1"], &["clip_norm", "\"none\""]);
+        for alpha in ["0", "-0.2", "inf"] {
+            refused(SMALL, &[&format!("data.mixup={alpha}")], &["data.mixup", "above 0"]);
+        }
+        refused(SMALL, &["data.mixup=0.2", "model.task=future-frames"], &["data.mixup", "recognition"]);
         for part in ["1", "-0.1", "nan"] {
             refused(SMALL, &[&format!("train.label_smoothing={part}")], &["train.label_smoothing", "0 to below 1"]);
         }
-        refused(SMALL, &["train.label_smoothing=0.1", "model.task=future-frames"], &["train.label_smoothing", "recognition"]);
+        refused(
+            SMALL,
+            &["train.label_smoothing=0.1", "model.task=future-frames"],
+            &["train.label_smoothing", "recognition"],
+        );
         for beta in ["0", "1.5", "-1", "nan"] {
             refused(SMALL, &[&format!("train.lr_depth={beta}")], &["train.lr_depth", "above 0"]);
         }

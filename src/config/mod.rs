@@ -21,6 +21,7 @@ pub use crate::comm::exchange::Exchange;
 pub use crate::method::{Rule, Stash};
 pub use crate::nn::head::Task;
 
+use crate::data::Mixup;
 use crate::method::{Edge, Graph};
 use crate::nn::module::Fuse;
 use crate::{Error, Result};
@@ -73,6 +74,14 @@ impl Config {
             )));
         }
         self.data.augmentation().validate(self.data.crop)?;
+        if let Some(alpha) = self.data.mixup {
+            Mixup::validate(alpha)?;
+            if self.model.task != Task::Recognition {
+                return Err(Error::input(
+                    "data.mixup mixes labels: it needs model.task = \"recognition\"; remove it for future frames",
+                ));
+            }
+        }
         match (&self.model.preset, &self.model.layers) {
             (Some(_), Some(_)) => return Err(Error::input("model.preset and model.layers are both given: keep one")),
             (None, None) => {

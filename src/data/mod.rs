@@ -9,6 +9,7 @@
 //! | [`dataset`] | many shards seen as one list of videos |
 //! | [`sampler`] | which videos and windows make up batch number n: a pure function |
 //! | [`augment`] | from a decoded frame to the values that module 1 reads |
+//! | [`mixup`] | clips of a batch mixed with one another, and their labels |
 //! | [`loader`] | a thread that reads ahead and hands out batches of frames |
 //! | [`synth`] | a made-up dataset in which only motion tells the label |
 //! | [`prepare`] | video files to shards, through `ffmpeg` |
@@ -21,6 +22,7 @@ pub mod dataset;
 pub mod inspect;
 pub mod jpeg;
 pub mod loader;
+pub mod mixup;
 pub mod prepare;
 mod reader;
 pub mod sampler;
@@ -30,5 +32,6 @@ pub mod synth;
 pub use augment::Augmentation;
 pub use dataset::{Dataset, Video, missing_shards};
 pub use loader::{BatchVideos, FrameStream, Frames, StreamOptions};
+pub use mixup::{Mixture, Mixup};
 pub use sampler::{Sampler, SamplerOptions, VideoWindow};
 pub use shard::{Encoding, ShardHeader, ShardReader, ShardWriter};

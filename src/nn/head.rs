@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::loss::{self, PixelLoss};
+use super::loss::{self, Mixed, PixelLoss};
 use super::spec::Shape;
 use crate::{Error, Result};
 
@@ -29,6 +29,8 @@ pub struct HeadSpec {
     pub classes: usize,
     /// Recognition: the part of every label that is spread over all classes.
     pub smoothing: f64,
+    /// Recognition: whether clips are mixtures of two.
+    pub mixed: bool,
 }
 
 /// What the last module counted over one batch (or several, added up).
@@ -59,6 +61,47 @@ impl Score {
     /// Mean loss of a step; NaN without steps.
     pub fn loss(&self) -> f32 {
         self.loss_sum / self.loss_steps
+    }
+}
+
+/// A batch's labels as module D has them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Labels {
+    /// `[B]`, −1 for a clip that does not count; for future frames nothing else matters.
+    pub own: Vec<i32>,
+    /// Where clips are mixtures of two.
+    pub mixed: Option<Mixed>,
+}
+
+impl Labels {
+    /// 32-bit words of their message: the labels, and where clips are `mixed`, the partners' and the weight.
+    pub fn words(batch: usize, mixed: bool) -> usize {
+        if mixed { 2 * batch + 1 } else { batch }
+    }
+
+    /// Such a message.
+    pub fn message(&self) -> Vec<f32> {
+        let mut words: Vec<f32> = bytemuck::cast_slice(&self.own).to_vec();
+        if let Some(Mixed { partners, weight }) = &self.mixed {
+            words.extend_from_slice(bytemuck::cast_slice(partners));
+            words.push(*weight);
+        }
+        words
+    }
+
+    /// The labels in a message of `batch` clips.
+    ///
+    /// # Errors
+    /// [`Error::Run`] on a message of another size.
+    pub fn read(message: &[f32], batch: usize, mixed: bool) -> Result<Self> {
+        let wanted = Labels::words(batch, mixed);
+        if message.len() != wanted {
+            return Err(Error::Run(format!("the labels' message has {} words, not {wanted}", message.len())));
+        }
+        let list = |words: &[f32]| bytemuck::cast_slice(words).to_vec();
+        let (own, rest) = message.split_at(batch);
+        let mixed = rest.split_last().map(|(&weight, partners)| Mixed { partners: list(partners), weight });
+        Ok(Labels { own: list(own), mixed })
     }
 }
 
@@ -106,7 +149,7 @@ fn wrong_size(found: usize, wanted: usize) -> Error {
 /// *Future frames*: mean squared or absolute difference over all elements of the output and the target frame.
 pub struct Head {
     spec: HeadSpec,
-    labels: Vec<i32>,
+    labels: Labels,
     logits: Vec<f32>,
     steps: usize,
     score: Score,
@@ -115,7 +158,8 @@ pub struct Head {
 impl Head {
     /// A head for batches of `batch` clips.
     pub fn new(spec: HeadSpec, batch: usize) -> Self {
-        let (labels, logits) = (vec![-1; batch], vec![0.0; batch * spec.classes]);
+        let labels = Labels { own: vec![-1; batch], mixed: None };
+        let logits = vec![0.0; batch * spec.classes];
         Head { spec, labels, logits, steps: 0, score: Score::default() }
     }
 
@@ -124,9 +168,9 @@ impl Head {
         self.spec
     }
 
-    /// Begins a batch with `labels` (`[B]`, −1 for what does not count; for future frames nothing else matters).
-    pub fn begin(&mut self, labels: &[i32]) {
-        self.set_labels(labels);
+    /// Begins a batch with `labels`.
+    pub fn begin(&mut self, labels: &Labels) {
+        self.labels.clone_from(labels);
         self.logits.fill(0.0);
         self.steps = 0;
         self.score = Score::default();
@@ -134,13 +178,26 @@ impl Head {
 
     /// Replaces the labels: a damaged video may be met in the middle of a clip.
     pub fn set_labels(&mut self, labels: &[i32]) {
-        self.labels.clear();
-        self.labels.extend_from_slice(labels);
+        self.labels.own.clear();
+        self.labels.own.extend_from_slice(labels);
     }
 
     /// The labels `[B]`.
     pub fn labels(&self) -> &[i32] {
-        &self.labels
+        &self.labels.own
+    }
+
+    /// The partners' labels, where clips are mixtures of two.
+    pub fn mixed(&self) -> Option<&Mixed> {
+        self.labels.mixed.as_ref()
+    }
+
+    /// The labels that count as the right answers: a mixture's of whichever there is more of.
+    fn answers(&self) -> &[i32] {
+        match &self.labels.mixed {
+            Some(mixed) if mixed.weight < 0.5 => &mixed.partners,
+            _ => &self.labels.own,
+        }
     }
 
     /// The loss of one step's output `y` (recognition `[B, 1, 1, K]`, future frames `[B, H, W, C]` with a `target` of as many
@@ -153,11 +210,11 @@ impl Head {
             (Task::Recognition, _) => {
                 let step = y.flatten_all()?.to_vec1::<f32>()?;
                 self.logits.iter_mut().zip(&step).for_each(|(sum, x)| *sum += x);
-                loss::soft_cross_entropy(y, &self.labels, self.spec.smoothing)?
+                loss::soft_cross_entropy(y, &self.labels.own, self.labels.mixed.as_ref(), self.spec.smoothing)?
             }
             (Task::FutureFrames, Some(target)) => {
                 let target = Tensor::from_slice(target, y.shape(), &Device::Cpu)?;
-                loss::pixel(self.spec.pixel_loss, y, &target, &self.labels)?
+                loss::pixel(self.spec.pixel_loss, y, &target, &self.labels.own)?
             }
             (Task::FutureFrames, None) => return Err(Error::Run("a step with a loss came without its target".into())),
         };
@@ -166,7 +223,7 @@ impl Head {
         }
         self.steps += 1;
         // The mean over clips, whatever the padding of the last batch.
-        let counted = self.labels.iter().filter(|&&label| label >= 0).count() as f32;
+        let counted = self.labels.own.iter().filter(|&&label| label >= 0).count() as f32;
         self.score.loss_sum += value as f32 * counted;
         self.score.loss_steps += counted;
         Ok(gradient)
@@ -192,15 +249,17 @@ impl Head {
         if self.spec.task == Task::Recognition && self.steps > 0 {
             let scale = 1.0 / self.steps as f32;
             self.logits.iter_mut().for_each(|x| *x *= scale);
-            for (row, &label) in self.logits.chunks_exact(self.spec.classes).zip(&self.labels) {
+            let mut score = self.score;
+            for (row, &label) in self.logits.chunks_exact(self.spec.classes).zip(self.answers()) {
                 if label >= 0 {
-                    self.score.clips += 1.0;
-                    self.score.top1 += f32::from(u8::from(loss::topk_correct(row, label, 1)));
-                    self.score.top5 += f32::from(u8::from(loss::topk_correct(row, label, 5)));
+                    score.clips += 1.0;
+                    score.top1 += f32::from(u8::from(loss::topk_correct(row, label, 1)));
+                    score.top5 += f32::from(u8::from(loss::topk_correct(row, label, 5)));
                 }
             }
+            self.score = score;
         } else {
-            self.score.clips += self.labels.iter().filter(|&&label| label >= 0).count() as f32;
+            self.score.clips += self.labels.own.iter().filter(|&&label| label >= 0).count() as f32;
         }
         self.score
     }

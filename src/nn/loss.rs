@@ -11,35 +11,48 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Input`] on a label of K or above, [`Error::Run`] on lengths that differ.
 pub fn cross_entropy(logits: &Tensor, labels: &[i32]) -> Result<(f64, Tensor)> {
-    soft_cross_entropy(logits, labels, 0.0)
+    soft_cross_entropy(logits, labels, None, 0.0)
 }
 
 /// [`cross_entropy`] with the part `smoothing`, 0 up to below 1, of every label spread evenly over the classes (Szegedy et al., CVPR
-/// 2016): as PyTorch has it, (1 - smoothing) times the loss of the label, plus smoothing times the mean of all K classes' losses.
+/// 2016): as PyTorch has it, (1 - smoothing) times the loss of the label, plus smoothing times the mean of all K classes' losses. Of
+/// samples that are `mixed` (Zhang et al., ICLR 2018), that of the label times the weight, and that of the partner's label times the
+/// rest.
 ///
 /// # Errors
 /// As [`cross_entropy`].
-pub fn soft_cross_entropy(logits: &Tensor, labels: &[i32], smoothing: f64) -> Result<(f64, Tensor)> {
+pub fn soft_cross_entropy(
+    logits: &Tensor,
+    labels: &[i32],
+    mixed: Option<&Mixed>,
+    smoothing: f64,
+) -> Result<(f64, Tensor)> {
     let (b, h, w, k) = logits.dims4()?;
-    if b != labels.len() || h * w != 1 {
+    if b != labels.len() || h * w != 1 || mixed.is_some_and(|mixed| mixed.partners.len() != b) {
         return Err(Error::Run(format!("cross-entropy of {:?} with {} labels", logits.dims(), labels.len())));
     }
     let counted = labels.iter().filter(|&&label| label >= 0).count().max(1) as f64;
     let mut values = to_f64(logits)?;
     let mut loss = 0.0;
-    for (row, &label) in values.chunks_exact_mut(k).zip(labels) {
+    for (n, (row, &label)) in values.chunks_exact_mut(k).zip(labels).enumerate() {
         let Ok(label) = usize::try_from(label) else {
             row.fill(0.0);
             continue;
         };
-        if label >= k {
+        let (partner, weight) = mixed.map_or((label, 1.0), |mixed| mixed.of(n, label));
+        if label.max(partner) >= k {
+            let label = label.max(partner);
             return Err(Error::input(format!(
                 "label {label} where the network tells {k} classes apart: the data has more classes than the head"
             )));
         }
         let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = row.iter().map(|v| (v - top).exp()).sum();
-        let mut own = sum.ln() + top - row[label];
+        let of = |label: usize| sum.ln() + top - row[label];
+        let mut own = of(label);
+        if mixed.is_some() {
+            own = weight * own + (1.0 - weight) * of(partner);
+        }
         if smoothing > 0.0 {
             let mean = sum.ln() + top - row.iter().sum::<f64>() / k as f64;
             own = (1.0 - smoothing) * own + smoothing * mean;
@@ -47,9 +60,30 @@ pub fn soft_cross_entropy(logits: &Tensor, labels: &[i32], smoothing: f64) -> Re
         loss += own;
         let spread = smoothing / k as f64;
         row.iter_mut().for_each(|v| *v = ((*v - top).exp() / sum - spread) / counted);
-        row[label] -= (1.0 - smoothing) / counted;
+        row[label] -= (1.0 - smoothing) * weight / counted;
+        row[partner] -= (1.0 - smoothing) * (1.0 - weight) / counted;
     }
     Ok((loss / counted, like(values, logits)?))
+}
+
+/// Second labels, where every sample of a batch is a mixture of itself and a partner.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mixed {
+    /// The partners' labels, `[B]`.
+    pub partners: Vec<i32>,
+    /// The part of a sample that is its own, 0 to 1.
+    pub weight: f32,
+}
+
+impl Mixed {
+    /// The partner's label of sample `n`, whose own is `label`, and the weight of its own.
+    fn of(&self, n: usize, label: usize) -> (usize, f64) {
+        match usize::try_from(self.partners[n]) {
+            Ok(partner) => (partner, f64::from(self.weight)),
+            // It has none.
+            Err(_) => (label, 1.0),
+        }
+    }
 }
 
 /// How a predicted frame is compared with the true one.

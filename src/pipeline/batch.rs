@@ -36,7 +36,7 @@ impl Worker {
         self.role.send_labels(batch)?;
         self.watch.enter(Phase::WaitActivations);
         let labels = self.role.labels(batch, self.clips)?;
-        self.stage.begin(labels.as_deref())
+        self.stage.begin(labels.as_ref())
     }
 
     /// The end of the module's own window.

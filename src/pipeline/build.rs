@@ -111,11 +111,14 @@ pub(super) fn build(
         false => None,
     };
     let source = |decider| {
-        let targets = (setup.ahead, setup.schedule.losses());
-        Ok::<_, Error>(Source::new((parts.frames)(r)?, config.data.batch, network.input, targets, decider))
+        let (targets, mixup) = ((setup.ahead, setup.schedule.losses()), setup.mixup(r));
+        Ok::<_, Error>(Source::new((parts.frames)(r)?, config.data.batch, network.input, targets, mixup, decider))
     };
     let missing = || Error::Run(format!("module {i} has no link for labels or targets"));
-    let truth = if setup.ahead.is_some() { Truth::Frames(network.input) } else { Truth::Labels };
+    let truth = match setup.ahead {
+        Some(_) => Truth::Frames(network.input),
+        None => Truth::Labels { mixed: setup.mixup(r).is_some() },
+    };
     let role = match (i == 1, i == d) {
         (true, true) => Role::Only { source: Box::new(source(decider)?), target: Vec::new() },
         (true, false) => {

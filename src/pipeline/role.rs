@@ -6,8 +6,9 @@ use super::orders::Decider;
 use super::worker::header;
 use crate::backend::stage::with_values;
 use crate::comm::{Header, Kind, Receiver, Sender};
-use crate::data::Frames;
-use crate::nn::head::Target;
+use crate::data::{Frames, Mixture, Mixup};
+use crate::nn::head::{Labels, Target};
+use crate::nn::loss::Mixed;
 use crate::nn::spec::Shape;
 use crate::{Error, Result};
 
@@ -41,8 +42,11 @@ pub enum Role {
 /// What the loss compares the output with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Truth {
-    /// A label a clip.
-    Labels,
+    /// A label a clip; two where clips are mixtures.
+    Labels {
+        /// Whether they are.
+        mixed: bool,
+    },
     /// A target frame a step, `[H, W, C]`.
     Frames(Shape),
 }
@@ -58,6 +62,9 @@ pub struct Source {
     losses: Vec<bool>,
     /// This batch's labels.
     labels: Vec<i32>,
+    /// How batches are mixed, and how this one is.
+    mixup: Option<Mixup>,
+    mixture: Option<Mixture>,
     /// Training: this module's part in deciding what to do after a batch.
     pub(super) decider: Option<Decider>,
     /// Why this batch's frames cannot be read. The rest of it is worked through without frames, so that all modules are told in
@@ -78,21 +85,24 @@ impl Source {
         clips: usize,
         shape: Shape,
         (ahead, losses): (Option<usize>, Vec<bool>),
+        mixup: Option<Mixup>,
         decider: Option<Decider>,
     ) -> Self {
-        Source { frames, clips, shape, ahead, losses, labels: Vec::new(), decider, failure: None }
+        let (labels, mixture) = (Vec::new(), None);
+        Source { frames, clips, shape, ahead, losses, labels, mixup, mixture, decider, failure: None }
     }
 
     /// Goes on to `batch`.
     pub(super) fn begin(&mut self, batch: u64) -> Result<()> {
         self.labels = self.frames.begin(batch)?;
+        self.mixture = self.mixup.map(|mixup| mixup.draw(batch, &self.labels())).transpose()?;
         Ok(())
     }
 
     /// Goes on without frames, for `why`.
     pub(super) fn give_up(&mut self, why: String) {
         self.failure = Some(why);
-        self.labels = vec![-1; self.clips];
+        (self.labels, self.mixture) = (vec![-1; self.clips], None);
     }
 
     /// This batch's labels: −1 for clips that do not count, as far as is known.
@@ -104,6 +114,18 @@ impl Source {
             }
         }
         labels
+    }
+
+    /// The same for module D, with the partners' where clips are mixtures.
+    fn truth(&self) -> Labels {
+        let own = self.labels();
+        let mixed = self.mixup.map(|_| match &self.mixture {
+            Some(Mixture { weight, partners }) => {
+                Mixed { partners: partners.iter().map(|&n| own[n]).collect(), weight: *weight }
+            }
+            None => Mixed { partners: own.clone(), weight: 1.0 },
+        });
+        Labels { own, mixed }
     }
 
     /// Places of the batch that damaged videos leave empty.
@@ -121,6 +143,7 @@ impl Source {
             return Ok(Read { target: ahead.map(|_| blank.clone()), frame: blank });
         }
         let frame = self.frames.frame(step)?;
+        let frame = self.mixture.as_ref().map_or(Ok(frame.clone()), |mixture| mixture.mix(&frame))?;
         let target = ahead.map(|ahead| self.frames.frame(step + ahead)).transpose()?;
         Ok(Read { frame, target })
     }
@@ -161,17 +184,17 @@ impl Role {
     }
 
     /// Module D: the labels of `batch`, once module 1 has them.
-    pub(super) fn labels(&mut self, batch: u64, clips: usize) -> Result<Option<Vec<i32>>> {
+    pub(super) fn labels(&mut self, batch: u64, clips: usize) -> Result<Option<Labels>> {
         match self {
-            Role::Only { source, .. } => Ok(Some(source.labels())),
-            Role::Last { truth: Truth::Labels, from: (id, receiver) } => {
-                let labels = receiver.wait(&header(Kind::Labels, *id, batch, 0, clips, [1, 1, 1]))?;
-                let labels = bytemuck::cast_slice(labels).to_vec();
+            Role::Only { source, .. } => Ok(Some(source.truth())),
+            Role::Last { truth: Truth::Labels { mixed }, from: (id, receiver) } => {
+                let message = receiver.wait(&labels_header(*id, batch, clips, *mixed))?;
+                let labels = Labels::read(message, clips, *mixed)?;
                 receiver.release()?;
                 Ok(Some(labels))
             }
             // They come with every target.
-            Role::Last { truth: Truth::Frames(_), .. } => Ok(Some(vec![-1; clips])),
+            Role::Last { truth: Truth::Frames(_), .. } => Ok(Some(Labels { own: vec![-1; clips], mixed: None })),
             Role::First { .. } | Role::Middle => Ok(None),
         }
     }
@@ -180,8 +203,8 @@ impl Role {
     pub(super) fn send_labels(&mut self, batch: u64) -> Result<()> {
         match self {
             Role::First { source, truth: (id, sender) } if source.ahead.is_none() => {
-                let due = header(Kind::Labels, *id, batch, 0, source.clips, [1, 1, 1]);
-                sender.send(&due, bytemuck::cast_slice(&source.labels()))
+                let labels = source.truth();
+                sender.send(&labels_header(*id, batch, source.clips, labels.mixed.is_some()), &labels.message())
             }
             _ => Ok(()),
         }
@@ -237,6 +260,10 @@ impl Role {
         let source = self.source()?;
         (source.decider.as_ref().is_some_and(Decider::is_chief) && step <= decision_step).then_some(source)
     }
+}
+
+fn labels_header(id: u32, batch: u64, clips: usize, mixed: bool) -> Header {
+    header(Kind::Labels, id, batch, 0, clips, [1, 1, 1]).carrying(Labels::words(clips, mixed) as u32)
 }
 
 fn target_header(id: u32, batch: u64, step: usize, clips: usize, shape: Shape) -> Header {

@@ -8,7 +8,7 @@ use crate::comm::{Kind, LinkSpec};
 use crate::method::Schedule;
 use crate::network::Network;
 use crate::network::freeze::Frozen;
-use crate::nn::head::Target;
+use crate::nn::head::{Labels, Target};
 use crate::{Error, Result};
 
 /// D modules × R replicas over N ranks.
@@ -72,8 +72,11 @@ impl Grid {
 /// What the last module needs from the first one's dataset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Truth {
-    /// A label a clip.
-    Labels,
+    /// A label a clip; two where clips are mixtures.
+    Labels {
+        /// Whether they are.
+        mixed: bool,
+    },
     /// A target frame a step.
     Targets,
 }
@@ -137,7 +140,7 @@ impl Wiring {
             cotangents.push(backward);
             truths.push((d > 1).then(|| {
                 let (kind, words, what) = match truth {
-                    Truth::Labels => (Kind::Labels, batch, "labels"),
+                    Truth::Labels { mixed } => (Kind::Labels, Labels::words(batch, mixed), "labels"),
                     Truth::Targets => (Kind::Target, Target::words(batch, network.input), "target frames"),
                 };
                 // Module 1 is D − 1 ticks ahead of module D.

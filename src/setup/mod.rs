@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::backend::stage::{OutputPort, StageSpec};
 use crate::config::{Config, OnNonfinite, Task};
-use crate::data::{Dataset, Sampler, StreamOptions, missing_shards};
+use crate::data::{Dataset, Mixup, Sampler, StreamOptions, missing_shards};
 use crate::method::{LossAt, Rule, Schedule};
 use crate::metrics::Report;
 use crate::network::Network;
@@ -120,7 +120,8 @@ impl Setup {
             false => Schedule::evaluation(graph, frames, boundary, loss)?,
         };
         let grid = Grid::new(network.graph.modules(), replicas, ranks)?;
-        let truth = if ahead.is_some() { Truth::Targets } else { Truth::Labels };
+        let mixed = training && config.data.mixup.is_some();
+        let truth = if ahead.is_some() { Truth::Targets } else { Truth::Labels { mixed } };
         let last = grid.modules;
         let batch = config.data.batch;
         let outputs = match purpose {
@@ -174,7 +175,8 @@ impl Setup {
         let model = &self.config.model;
         // Scores are of plain cross-entropy.
         let smoothing = if self.purpose == Purpose::Train { self.config.train.label_smoothing } else { 0.0 };
-        HeadSpec { task: model.task, pixel_loss: model.loss, classes: self.classes, smoothing }
+        let mixed = self.mixup(0).is_some();
+        HeadSpec { task: model.task, pixel_loss: model.loss, classes: self.classes, smoothing, mixed }
     }
 
     /// What the stage of module `i` is made from.
@@ -282,6 +284,12 @@ impl Setup {
             ..StreamOptions::default()
         }
         .reading_ahead(data.prefetch)
+    }
+
+    /// How replica `replica`'s batches are mixed, in training.
+    pub fn mixup(&self, replica: usize) -> Option<Mixup> {
+        let alpha = self.config.data.mixup.filter(|_| self.purpose == Purpose::Train)?;
+        Some(Mixup { alpha, seed: self.config.train.seed, replica })
     }
 
     /// Batches in the whole run: `train.batches`, or `train.epochs` passes; one pass in evaluation.

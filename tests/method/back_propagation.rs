@@ -13,7 +13,7 @@ use crate::common::reference;
 use crate::common::runs::{assert_close, config, shard, tensors, train, with_prefix};
 use sideways::config::Config;
 use sideways::data::FrameStream;
-use sideways::nn::head::Head;
+use sideways::nn::head::{Head, Labels};
 use sideways::nn::layers::Pass;
 use sideways::nn::module::Module;
 use sideways::nn::param::Init;
@@ -42,7 +42,7 @@ fn exact_parts(
     let mut modules: Vec<_> = (1..=setup.grid.modules).map(module).collect();
     let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
     let mut head = Head::new(setup.head(), config.data.batch);
-    head.begin(&stream.begin(0).unwrap().labels);
+    head.begin(&Labels { own: stream.begin(0).unwrap().labels, mixed: None });
     let mut frame = |t: usize| stream.frame(t);
     // No layer of these networks is random.
     let passes = |_: usize| Pass { training: true, key: 0, again: false };

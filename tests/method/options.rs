@@ -4,9 +4,13 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use crate::common::runs::{config, shard, tensors, train};
+use crate::common::numbers::close_each;
+use crate::common::runs::{config, shard, tensors, train, with_prefix};
+use candle_core::{Device, Tensor};
 use sideways::backend::stage::CpuStage;
 use sideways::comm::World;
+use sideways::data::{FrameStream, Mixup};
+use sideways::nn::loss::{Mixed, cross_entropy, soft_cross_entropy};
 use sideways::nn::presets::{PRESETS, preset};
 use sideways::setup::footprint::memory;
 use sideways::setup::{Purpose, Setup};
@@ -210,4 +214,126 @@ fn what_cannot_be_frozen_is_refused() {
     let error =
         refused(dir.path(), &["train.freeze=[1]", "model.cuts=[2, 5, 7, 10]", "model.modules=5", "data.frames=6"]);
     assert!(error.contains("no cotangent reaches module 2"), "{error}");
+}
+
+/// Against PyTorch's definitions, by hand: of label smoothing, `(1 - e) nll + e / K sum of -log p`, and of mixup, a weighted mean of two
+/// losses; gradients by differences.
+#[test]
+fn soft_labels_are_as_defined() {
+    let values = [0.3, -1.2, 2.0, 0.7, 0.0, 1.5, -0.4, 0.9];
+    let logits = |values: &[f64]| Tensor::from_slice(values, (2, 1, 1, 4), &Device::Cpu).unwrap();
+    let log_p = |row: &[f64], k: usize| row[k] - row.iter().map(|v| v.exp()).sum::<f64>().ln();
+    let mixed = Mixed { partners: vec![0, 2], weight: 0.25 };
+    for (smoothing, mixed) in [(0.0, None), (0.1, None), (0.0, Some(&mixed)), (0.3, Some(&mixed))] {
+        let (labels, others) = ([2, 0], [0, 2]);
+        let weight = if mixed.is_some() { 0.25 } else { 1.0 };
+        let expected = values.chunks(4).zip(labels).zip(others).map(|((row, label), other)| {
+            let nll = -weight * log_p(row, label) - (1.0 - weight) * log_p(row, other);
+            let even: f64 = (0..4).map(|k| -log_p(row, k)).sum();
+            (1.0 - smoothing) * nll + smoothing / 4.0 * even
+        });
+        let expected = expected.sum::<f64>() / 2.0;
+        let loss = |values: &[f64]| soft_cross_entropy(&logits(values), &[2, 0], mixed, smoothing).unwrap();
+        let (found, gradient) = loss(&values);
+        assert!((found - expected).abs() < 1e-12, "{smoothing} {mixed:?}: {found} is not {expected}");
+        let differences: Vec<f64> = (0..8)
+            .map(|n| {
+                let [up, down] = [1e-6, -1e-6].map(|d| {
+                    let mut values = values;
+                    values[n] += d;
+                    loss(&values).0
+                });
+                (up - down) / 2e-6
+            })
+            .collect();
+        let gradient = gradient.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        close_each("the gradient", &gradient, &differences, |_| 1e-8);
+    }
+    // A sample that does not count has neither.
+    let padded = soft_cross_entropy(&logits(&values), &[2, -1], Some(&mixed), 0.1).unwrap();
+    assert_eq!(padded.1.flatten_all().unwrap().to_vec1::<f64>().unwrap()[4..], [0.0; 4]);
+    let alone = Tensor::from_slice(&values[..4], (1, 1, 1, 4), &Device::Cpu).unwrap();
+    let first = soft_cross_entropy(&alone, &[2], Some(&Mixed { partners: vec![0], weight: 0.25 }), 0.1).unwrap();
+    assert!((padded.0 - first.0).abs() < 1e-12);
+    let plain = cross_entropy(&logits(&values), &[2, 0]).unwrap();
+    let spelled = Mixed { partners: vec![2, 0], weight: 1.0 };
+    let same = soft_cross_entropy(&logits(&values), &[2, 0], Some(&spelled), 0.0).unwrap();
+    assert_eq!(plain.0.to_bits(), same.0.to_bits());
+    assert!(
+        soft_cross_entropy(&logits(&values), &[2, 0], Some(&Mixed { partners: vec![0, 4], weight: 0.5 }), 0.0).is_err()
+    );
+}
+
+/// The mixture depends on seed, batch and replica alone; partners are a permutation of the clips that count; frames are what the
+/// weight makes of them.
+#[test]
+fn mixtures_are_drawn_and_made() {
+    let mixup = Mixup { alpha: 0.4, seed: 3, replica: 1 };
+    let labels = [0, 1, -1, 3, 2, 1];
+    let mixture = mixup.draw(7, &labels).unwrap();
+    assert_eq!(mixup.draw(7, &labels).unwrap(), mixture);
+    let others = [
+        mixup.draw(8, &labels),
+        Mixup { seed: 4, ..mixup }.draw(7, &labels),
+        Mixup { replica: 0, ..mixup }.draw(7, &labels),
+    ];
+    assert!(others.into_iter().all(|other| other.unwrap() != mixture));
+    let mut partners = mixture.partners.clone();
+    assert_eq!(partners[2], 2, "what does not count is mixed with nothing");
+    partners.sort();
+    assert_eq!(partners, [0, 1, 2, 3, 4, 5]);
+    let frame = Tensor::arange(0f32, 24.0, &Device::Cpu).unwrap().reshape((6, 2, 1, 2)).unwrap();
+    let mixed = mixture.mix(&frame).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (n, value) in mixed.into_iter().enumerate() {
+        let other = (mixture.partners[n / 4] * 4 + n % 4) as f32;
+        assert!((value - (mixture.weight * n as f32 + (1.0 - mixture.weight) * other)).abs() < 1e-5);
+    }
+    // Beta(a, a): mean 1/2, variance 1 / (8 a + 4).
+    for alpha in [0.2, 1.0, 4.0] {
+        let weights: Vec<f64> =
+            (0..4000).map(|batch| f64::from(Mixup { alpha, ..mixup }.draw(batch, &[0]).unwrap().weight)).collect();
+        let mean = weights.iter().sum::<f64>() / 4000.0;
+        let variance = weights.iter().map(|w| (w - mean) * (w - mean)).sum::<f64>() / 4000.0;
+        assert!((mean - 0.5).abs() < 0.03, "alpha {alpha}: mean {mean}");
+        assert!((variance * (8.0 * alpha + 4.0) - 1.0).abs() < 0.08, "alpha {alpha}: variance {variance}");
+    }
+}
+
+/// Plain SGD for one batch under exact back-propagation, one module: each loss is a sum over labels, so the update by soft labels is
+/// the same mixture of updates by hard ones. Here: by mixup, of a network that sees mixed frames with either label.
+#[test]
+fn a_batch_is_mixed_frames_and_labels_alike() {
+    let dir = place(6);
+    let one =
+        ["model.modules=1", "train.rule=sideways", "data.batch=4", "train.update_every=1000000", "train.batches=1"];
+    let mixed = [&one[..], &["data.mixup=4"]].concat();
+    let found = with_prefix(&run(dir.path(), "mixed", &mixed, &[], 1), "gradient.");
+    let setup = Setup::new(&config(dir.path(), &mixed), 1, Purpose::Train).unwrap();
+    let mut stage = CpuStage::new(setup.stage_spec(1)).unwrap();
+    let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
+    let labels = stream.begin(0).unwrap().labels;
+    let mixture = setup.mixup(0).unwrap().draw(0, &labels).unwrap();
+    let partners: Vec<i32> = mixture.partners.iter().map(|&n| labels[n]).collect();
+    assert!(partners != labels && (0.01..0.99).contains(&mixture.weight), "{mixture:?} of {labels:?} proves nothing");
+    let weight = f64::from(mixture.weight);
+    for t in 0..14 {
+        let frame = stream.frame(t).unwrap();
+        let other =
+            Tensor::cat(&mixture.partners.iter().map(|&n| frame.narrow(0, n, 1).unwrap()).collect::<Vec<_>>(), 0);
+        let frame = ((frame * weight).unwrap() + (other.unwrap() * (1.0 - weight)).unwrap()).unwrap();
+        let pass = sideways::nn::layers::Pass { training: true, key: 0 };
+        let mut tape = sideways::nn::layers::Tape::new();
+        let y = stage.module().forward(&[frame], &pass, &mut tape).unwrap();
+        let [a, b] = [&labels, &partners].map(|labels| cross_entropy(&y, labels).unwrap().1);
+        let g = ((a * weight).unwrap() + (b * (1.0 - weight)).unwrap()).unwrap();
+        stage.module().vjp(&g, &pass, &mut tape, &[false]).unwrap();
+    }
+    let mut expected = Tensors::new();
+    let visited = stage.module().visit(&mut |p| {
+        let grad = p.grad.as_ref().unwrap().flatten_all()?.to_vec1::<f32>()?;
+        expected.insert(p.name.clone(), grad.into_iter().map(f64::from).collect());
+        Ok(())
+    });
+    visited.unwrap();
+    crate::common::runs::assert_close(&found, &expected, 1e-5, "mixup");
 }

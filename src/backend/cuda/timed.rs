@@ -15,6 +15,7 @@ use super::stage::{InPort, OutPort};
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{self, BatchEnd, NotFinite, Snapshot, Stage, StageSpec, TimedStage, Updated};
 use crate::method::Keep;
+use crate::nn::head::Labels;
 use crate::nn::layers::Pass;
 use crate::{Error, Result};
 
@@ -131,7 +132,7 @@ impl CudaTimedStage {
 }
 
 impl Stage for CudaTimedStage {
-    fn begin(&mut self, _: Option<&[i32]>) -> Result<()> {
+    fn begin(&mut self, _: Option<&Labels>) -> Result<()> {
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::backend::cpu::activation;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::method::Keep;
-use crate::nn::head::{Head, Target};
+use crate::nn::head::{Head, Labels, Target};
 use crate::nn::layers::{Pass, Tape};
 use crate::nn::module::{Module, pool_for_edge, pool_for_edge_vjp};
 use crate::nn::optim::Optimizer;
@@ -244,7 +244,7 @@ pub fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> R
 }
 
 impl Stage for CpuStage {
-    fn begin(&mut self, labels: Option<&[i32]>) -> Result<()> {
+    fn begin(&mut self, labels: Option<&Labels>) -> Result<()> {
         self.inputs.fill(None);
         self.kept.clear();
         self.sums.clear();

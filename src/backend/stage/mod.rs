@@ -20,7 +20,7 @@ use super::cuda;
 use super::slots::{Done, Slot, SlotMut};
 use crate::Result;
 use crate::method::{Keep, Stash};
-use crate::nn::head::{HeadSpec, Score};
+use crate::nn::head::{HeadSpec, Labels, Score};
 use crate::nn::layers::Pass;
 use crate::nn::module::{Fuse, SkipInput};
 use crate::nn::optim::OptimizerSpec;
@@ -112,11 +112,11 @@ pub type Snapshot = Vec<(String, Tensor)>;
 
 /// One module at work. Inputs and outputs are numbered from 0, main first, then growing span.
 pub trait Stage {
-    /// Begins a batch: nothing that was held is held any more. Module D gets the labels (`[B]`, −1 for what does not count).
+    /// Begins a batch: nothing that was held is held any more. Module D gets the labels.
     ///
     /// # Errors
     /// [`crate::Error::Run`] if they cannot be copied.
-    fn begin(&mut self, labels: Option<&[i32]>) -> Result<()>;
+    fn begin(&mut self, labels: Option<&Labels>) -> Result<()>;
 
     /// Takes input `k`, `[B, H, W, C]`, from the host: module 1's frame.
     ///

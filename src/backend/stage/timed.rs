@@ -8,6 +8,7 @@ use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::Result;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::method::Keep;
+use crate::nn::head::Labels;
 use crate::nn::layers::Pass;
 
 /// Stands in for a module: messages come, go and are looked at as a module's are.
@@ -53,7 +54,7 @@ fn fill(message: SlotMut<'_>) -> Done {
 }
 
 impl Stage for TimedStage {
-    fn begin(&mut self, _: Option<&[i32]>) -> Result<()> {
+    fn begin(&mut self, _: Option<&Labels>) -> Result<()> {
         Ok(())
     }
 

@@ -2,9 +2,9 @@
 
 use candle_core::{Device, Tensor};
 use sideways::Result;
-use sideways::backend::cuda::ops::{self, Labels};
 use sideways::backend::cuda::Element;
-use sideways::nn::loss::{self, PixelLoss};
+use sideways::backend::cuda::ops::{self, Labels};
+use sideways::nn::loss::{self, Mixed, PixelLoss};
 
 use super::{On, integers, random, tensor};
 
@@ -23,10 +23,15 @@ fn cross_entropy() -> Result<()> {
                 let on_gpu = integers(gpu, &labels)?;
                 // Smoothed, where all count.
                 let smoothing = if padded == 0 { 0.1 } else { 0.0 };
-                let soft = Labels { smoothing, ..Labels::plain(&on_gpu) };
+                // Mixed with the next one, where one does not count.
+                let valid = b - padded;
+                let next = |i: usize| if i < valid { labels[(i + 1) % valid] } else { -1 };
+                let mixed = (padded == 1).then(|| Mixed { partners: (0..b).map(next).collect(), weight: 0.3 });
+                let partners = mixed.as_ref().map(|mixed| integers(gpu, &mixed.partners)).transpose()?;
+                let soft = Labels { own: &on_gpu, mixed: partners.as_ref().map(|partners| (partners, 0.3)), smoothing };
                 ops::cross_entropy(gpu, &x, &soft, Some(&gradient), Some(&sum), &score, &scratch)?;
                 let t = tensor(&logits, &[b, 1, 1, k])?;
-                let (mean, g) = loss::soft_cross_entropy(&t, &labels, smoothing)?;
+                let (mean, g) = loss::soft_cross_entropy(&t, &labels, mixed.as_ref(), smoothing)?;
                 let what = format!("cross-entropy of {b} x {k}, {padded} padded");
                 on.same(&what, &gradient, &g);
                 let flat = t.flatten_all()?;

@@ -41,7 +41,10 @@ fn sizes_that_do_not_fit_are_refused() -> Result<()> {
             ),
             (ops::global_average(gpu, dims, &a, &b), "global pooling's output is an array of 11 elements"),
             (ops::upsample(gpu, dims, 0, &a, &a), "up-sampling by 0"),
-            (ops::cross_entropy(gpu, &b, &ops::Labels::plain(&c), None, None, &c, &scratch), "a loss of 11 elements with 3 labels"),
+            (
+                ops::cross_entropy(gpu, &b, &ops::Labels::plain(&c), None, None, &c, &scratch),
+                "a loss of 11 elements with 3 labels",
+            ),
             (ops::set_words(gpu, &c, 0, &[1, 2]), "setting 2 words from word 0 on of an array of 12 bytes"),
         ] {
             let error = result.expect_err(expected).to_string();

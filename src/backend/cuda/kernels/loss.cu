@@ -1,15 +1,16 @@
 // Losses, their gradients, and sums of both for the report.
 
 // A block a sample: losses[sample], the gradient of the mean, and the logits added to `logits_sum`. The part `smoothing` of a label
-// is spread over all classes.
-extern "C" __global__ void cross_entropy(const real *logits, const int *labels, real *gradient, float *logits_sum,
-                                         float *losses, int samples, int classes, float smoothing) {
+// is spread over all classes; of the rest, where there are partners, `weight` is the label's and what is left its partner's.
+extern "C" __global__ void cross_entropy(const real *logits, const int *labels, const int *partners, real *gradient,
+                                         float *logits_sum, float *losses, int samples, int classes, float weight,
+                                         float smoothing) {
     __shared__ float s[BLOCK];
     float number = 0.0f;
     for (int b = threadIdx.x; b < samples; b += BLOCK) number += labels[b] >= 0 ? 1.0f : 0.0f;
     number = block_sum(number, s);
     count row = (count)blockIdx.x * classes;
-    int label = labels[blockIdx.x];
+    int label = labels[blockIdx.x], partner = partners ? partners[blockIdx.x] : label;
     float top = __uint_as_float(0xff800000u);
     for (int j = threadIdx.x; j < classes; j += BLOCK) {
         float v = load(logits[row + j]);
@@ -38,8 +39,10 @@ extern "C" __global__ void cross_entropy(const real *logits, const int *labels, 
     }
     if (threadIdx.x == 0) {
         // A label beyond the classes must not pass for a loss.
-        float own = label < classes ? load(logits[row + label]) : __uint_as_float(0x7fc00000u);
+        bool known = label < classes && partner >= 0 && partner < classes;
+        float own = known ? load(logits[row + label]) : __uint_as_float(0x7fc00000u);
         float loss = logf(sum) + top - own;
+        if (partners && known) loss = weight * loss + (1.0f - weight) * (logf(sum) + top - load(logits[row + partner]));
         if (smoothing > 0.0f) loss = (1.0f - smoothing) * loss + smoothing * (logf(sum) - mean);
         losses[blockIdx.x] = loss;
     }
@@ -47,7 +50,8 @@ extern "C" __global__ void cross_entropy(const real *logits, const int *labels, 
     float spread = smoothing / (float)classes, sharp = 1.0f - smoothing;
     for (int j = threadIdx.x; j < classes; j += BLOCK) {
         float p = expf(load(logits[row + j]) - top) / sum - spread;
-        gradient[row + j] = store((j == label ? p - sharp : p) / number);
+        float target = (j == label ? weight : 0.0f) + (j == partner ? 1.0f - weight : 0.0f);
+        gradient[row + j] = store((p - sharp * target) / number);
     }
 }
 

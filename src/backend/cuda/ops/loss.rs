@@ -9,6 +9,8 @@ use crate::{Error, Result};
 pub struct Labels<'a> {
     /// A class a sample, `[B]` (32-bit integers, whatever the array's type says); negative: the sample does not count.
     pub own: &'a Array,
+    /// Of mixtures of two samples: the partners' classes, as `own`, of all that count, and the weight of the own class.
+    pub mixed: Option<(&'a Array, f32)>,
     /// The part of every label that is spread over all classes.
     pub smoothing: f64,
 }
@@ -16,7 +18,7 @@ pub struct Labels<'a> {
 impl<'a> Labels<'a> {
     /// Nothing but a class a sample.
     pub fn plain(own: &'a Array) -> Self {
-        Labels { own, smoothing: 0.0 }
+        Labels { own, mixed: None, smoothing: 0.0 }
     }
 }
 
@@ -36,8 +38,12 @@ pub fn cross_entropy(
     score: &Array,
     scratch: &Array,
 ) -> Result<()> {
-    let Labels { own, smoothing } = *labels;
+    let Labels { own, mixed, smoothing } = *labels;
     let samples = samples_of(own, logits)?;
+    if let Some((partners, _)) = mixed {
+        require("the partners' labels", partners, samples, Element::F32)?;
+    }
+    let (partners, weight) = mixed.map_or((None, 1.0), |(partners, weight)| (Some(partners), weight));
     let element = logits.element();
     if let Some(gradient) = gradient {
         require("the logits' gradient", gradient, logits.len(), element)?;
@@ -48,7 +54,7 @@ pub fn cross_entropy(
     require("a score", score, 2, Element::F32)?;
     require_scratch("a loss", scratch, loss_scratch(logits.len(), samples))?;
     let (b, k) = (signed(samples)?, signed(logits.len() / samples)?);
-    let arguments = arguments![logits, own, gradient, logits_sum, scratch, b, k, smoothing as f32];
+    let arguments = arguments![logits, own, partners, gradient, logits_sum, scratch, b, k, weight, smoothing as f32];
     launch(gpu, "cross_entropy", element, [samples, 1, 1], arguments)?;
     let arguments = arguments![scratch, b, own, b, 1.0f32, score];
     launch(gpu, "loss_total", element, [1, 1, 1], arguments)

@@ -29,7 +29,7 @@ use crate::backend::stage::{
 };
 use crate::backend::{GpuPlacement, Precision};
 use crate::method::{Keep, Stash};
-use crate::nn::head::{Head, Target, Task};
+use crate::nn::head::{Head, Labels, Target, Task};
 use crate::nn::layers::Pass;
 use crate::{Error, Result};
 
@@ -85,6 +85,8 @@ struct Loss {
     head: Head,
     /// i32, `[B]`.
     labels: Array,
+    /// The same of the clips' partners, where clips are mixtures.
+    partners: Option<Array>,
     /// Sums over the clip's steps: logits `[B, K]` in recognition, else empty.
     logits: Array,
     /// Sum of losses weighted by clips, and the weights.
@@ -201,8 +203,10 @@ impl CudaStage {
 impl Loss {
     fn new(gpu: &Gpu, head: Head, batch: usize, output: usize) -> Result<Self> {
         let frames = head.spec().task == Task::FutureFrames;
+        let mixed = head.spec().mixed;
         Ok(Loss {
             head,
+            partners: mixed.then(|| gpu.zeros(batch, Element::F32)).transpose()?,
             labels: gpu.zeros(batch, Element::F32)?,
             logits: gpu.zeros(if frames { 0 } else { output }, Element::F32)?,
             sums: gpu.zeros(2, Element::F32)?,
@@ -243,13 +247,16 @@ fn edge_window((fh, fw): (usize, usize)) -> Window {
 }
 
 impl Stage for CudaStage {
-    fn begin(&mut self, labels: Option<&[i32]>) -> Result<()> {
+    fn begin(&mut self, labels: Option<&Labels>) -> Result<()> {
         self.sums.clear();
         if let (Some(loss), Some(labels)) = (&mut self.loss, labels) {
             loss.head.begin(labels);
             loss.steps = 0;
             [&loss.logits, &loss.sums].into_iter().try_for_each(|array| self.gpu.zero(array))?;
-            loss.set_labels(&self.gpu, labels)?;
+            loss.set_labels(&self.gpu, &labels.own)?;
+            if let (Some(partners), Some(mixed)) = (&loss.partners, &labels.mixed) {
+                self.gpu.write(partners, bytemuck::cast_slice(&mixed.partners))?;
+            }
         }
         Ok(())
     }
@@ -298,7 +305,8 @@ impl Stage for CudaStage {
         let y = module.output();
         match (loss.head.spec().task, target) {
             (Task::Recognition, _) => {
-                let labels = ops::Labels { own: &loss.labels, smoothing: loss.head.spec().smoothing };
+                let mixed = loss.partners.as_ref().zip(loss.head.mixed().map(|mixed| mixed.weight));
+                let labels = ops::Labels { own: &loss.labels, mixed, smoothing: loss.head.spec().smoothing };
                 ops::cross_entropy(gpu, y, &labels, gradient, Some(&loss.logits), &loss.sums, scratch)?;
             }
             (Task::FutureFrames, Some(Slot::Host(message))) => {
