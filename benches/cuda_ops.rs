@@ -78,8 +78,8 @@ fn updates(gpu: &Gpu) -> Result<()> {
     let (value, gradient, buffers, rounded) =
         (floats()?, floats()?, [floats()?, floats()?], gpu.zeros(n, Element::Bf16)?);
     let buffers: Vec<&Array> = buffers.iter().collect();
-    let (rounded, decays) = (Some(&rounded), true);
-    let parameter = Parameter { value: &value, gradient: &gradient, buffers: &buffers, rounded, decays };
+    let (rounded, decays, average) = (Some(&rounded), true, None);
+    let parameter = Parameter { value: &value, gradient: &gradient, buffers: &buffers, rounded, decays, average };
     let all = Parameters::new(gpu, &spec, &[parameter])?;
     let other = floats()?;
     line(gpu, "norm", &value, &other, 1.0, &|| all.norm(gpu, 1.0, None))?;

@@ -24,6 +24,9 @@ pub struct EvalArgs {
     /// Override a key of the run's configuration (may be repeated).
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Use the parameters themselves and not their moving average (train.ema).
+    #[arg(long)]
+    pub raw: bool,
     /// Write the confusion matrix there as CSV (rows: label, columns: prediction).
     #[arg(long, value_name = "FILE")]
     pub confusion: Option<PathBuf>,
@@ -96,6 +99,18 @@ pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Re
     Ok(config)
 }
 
+/// The evaluator of the moving average, or of the `raw` parameters; says which where there are both.
+pub(super) fn chosen(evaluator: Evaluator, raw: bool) -> Evaluator {
+    match (evaluator.setup().config.train.ema, raw) {
+        (Some(_), true) => log::info!("of the parameters themselves, not of their moving average"),
+        (Some(decay), false) => {
+            log::info!("of the parameters' moving average (train.ema = {decay}); --raw: of the parameters")
+        }
+        (None, _) => {}
+    }
+    if raw { evaluator.raw() } else { evaluator }
+}
+
 /// Some of many names.
 fn classes(names: &[String]) -> String {
     let first = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -120,7 +135,7 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
                 classes(&names)
             )));
         }
-        Ok(evaluator)
+        Ok(chosen(evaluator, args.raw))
     });
     let evaluator = world.first_error(planned)?;
     let setup = evaluator.setup();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::eval::config_of;
+use super::eval::{chosen, config_of};
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::Task;
@@ -25,6 +25,9 @@ pub struct PredictArgs {
     /// Override a key of the run's configuration (may be repeated).
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Use the parameters themselves and not their moving average (train.ema).
+    #[arg(long)]
+    pub raw: bool,
     /// Clips to predict.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub clips: u64,
@@ -51,7 +54,7 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
             )));
         }
         config.data.batch = 1;
-        Evaluator::new(world, &config, checkpoint, Purpose::Predict, Some(args.clips))
+        Evaluator::new(world, &config, checkpoint, Purpose::Predict, Some(args.clips)).map(|e| chosen(e, args.raw))
     });
     let evaluator = world.first_error(planned)?;
     let mut predictions: Vec<Vec<f32>> = Vec::new();

@@ -287,6 +287,9 @@ mod tests {
             refused(SMALL, &[&format!("data.mixup={alpha}")], &["data.mixup", "above 0"]);
         }
         refused(SMALL, &["data.mixup=0.2", "model.task=future-frames"], &["data.mixup", "recognition"]);
+        for decay in ["0", "1", "-0.5", "nan"] {
+            refused(SMALL, &[&format!("train.ema={decay}")], &["train.ema", "between 0 and 1"]);
+        }
         for part in ["1", "-0.1", "nan"] {
             refused(SMALL, &[&format!("train.label_smoothing={part}")], &["train.label_smoothing", "0 to below 1"]);
         }

@@ -149,6 +149,14 @@ impl Config {
                 "train.label_smoothing is about labels: it needs model.task = \"recognition\"; remove it for future frames",
             ));
         }
+        if let Some(decay) = self.train.ema
+            && !(decay > 0.0 && decay < 1.0)
+        {
+            return Err(Error::input(format!(
+                "train.ema = {decay}: it is the part of itself that the moving average keeps at an update, between 0 and 1, for \
+                 instance 0.999; remove the key to keep no average"
+            )));
+        }
         self.train.optimizer.validate()?;
         self.train.lr_schedule.validate()?;
         self.validate_device()

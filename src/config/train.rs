@@ -38,6 +38,10 @@ pub struct TrainConfig {
     pub label_smoothing: f64,
     /// What keeps its initial values: modules by number, layers and parameters by patterns of their names, such as `"layers.0.*"`.
     pub freeze: Vec<Freeze>,
+    /// Keep an exponential moving average of the parameters, which evaluation uses: the part of itself that it keeps at an update,
+    /// between 0 and 1, such as 0.999; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
     /// When the optimiser is applied.
     pub update_every: UpdateEvery,
     /// R, pipelines side by side whose gradients are averaged.
@@ -63,6 +67,7 @@ impl Default for TrainConfig {
             clip_norm: ClipNorm::default(),
             label_smoothing: 0.0,
             freeze: Vec::new(),
+            ema: None,
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
             replicas: 1,
             seed: 1,

@@ -137,6 +137,7 @@ impl Conditions {
             sums: 1,
             stash: Stash::None,
             optimizer: Some(self.optimizer),
+            ema: None,
             frozen: Default::default(),
             head: None,
             leave_out: false,

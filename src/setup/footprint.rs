@@ -10,9 +10,7 @@ use crate::setup::{Purpose, Setup};
 pub fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
-    // The gradient and the optimiser's memory, of what learns.
-    let copies = 1 + setup.config.train.optimizer.buffers().len() as u64;
-    let parameters = module.params + copies * setup.frozen.learned(i);
+    let parameters = module.params + beside(setup, i);
     let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
     let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
     4 * (parameters + activations(setup, i, module.tape) + buffers as u64)
@@ -33,6 +31,13 @@ fn activations(setup: &Setup, i: usize, tape: u64) -> u64 {
     batch * (tapes * tape + inputs * input + (schedule.sums(i) as u64 - 1) * elements(&module.output))
 }
 
+/// Elements that module `i` keeps beside its values in training, for what learns: gradient, the optimiser's memory, moving average.
+fn beside(setup: &Setup, i: usize) -> u64 {
+    let train = &setup.config.train;
+    let copies = 1 + train.optimizer.buffers().len() + usize::from(train.ema.is_some());
+    copies as u64 * setup.frozen.learned(i)
+}
+
 /// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.
 pub fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
     let links = setup.wiring.links.iter().filter(|l| l.from == w && kinds.contains(&l.kind));
@@ -40,16 +45,15 @@ pub fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
 }
 
 /// Bytes of GPU memory that worker `w` takes with activations of `element` bytes each, but for cuDNN's workspace and the
-/// driver's own: parameters with gradient, the optimiser's memory and a copy of all three to go back to, every layer's output, the
+/// driver's own: parameters with gradient, the optimiser's memory, moving average and a copy of all to go back to, every layer's output, the
 /// cotangents between layers, and messages on their way.
 pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
     let batch = setup.config.data.batch as u64;
     let training = setup.purpose == Purpose::Train;
-    let copies = 1 + setup.config.train.optimizer.buffers().len() as u64;
     let parameters = match training {
-        true => 2 * (module.params + copies * setup.frozen.learned(i)),
+        true => 2 * (module.params + beside(setup, i)),
         false => module.params,
     };
     // Weights and, in training, one pass's gradients in the type of activations.

@@ -204,6 +204,7 @@ impl Setup {
             sums: self.schedule.sums(i),
             stash: config.train.stash,
             optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
+            ema: config.train.ema.filter(|_| self.purpose == Purpose::Train),
             frozen: self.frozen.names().clone(),
             head: (i == self.grid.modules).then(|| self.head()),
             leave_out: config.run.on_nonfinite == OnNonfinite::Skip,

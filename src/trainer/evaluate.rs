@@ -18,7 +18,8 @@ pub struct Evaluator<'w> {
 }
 
 impl<'w> Evaluator<'w> {
-    /// Plans a pass of `checkpoint`'s network over `data.test` of `config`; of at most `batches`, if given.
+    /// Plans a pass of `checkpoint`'s network over `data.test` of `config`; of at most `batches`, if given. Where the checkpoint has a
+    /// moving average of the parameters, that is the network.
     ///
     /// # Errors
     /// [`crate::Error::Input`] for whatever in configuration, data or number of ranks cannot work.
@@ -32,8 +33,14 @@ impl<'w> Evaluator<'w> {
         let setup = Setup::new(config, world.size(), purpose)?;
         let total = setup.total_batches()?;
         let end = batches.map_or(total, |batches| total.min(batches));
-        let range = RunRange { first: 0, end, total, from: Some((checkpoint, Fit::Exact)), record: false };
+        let range = RunRange { first: 0, end, total, from: Some((checkpoint, Fit::Averaged)), record: false };
         Ok(Evaluator { world, setup, range })
+    }
+
+    /// The same with the parameters themselves, whether there is a moving average of them or not.
+    pub fn raw(mut self) -> Self {
+        self.range.from = self.range.from.map(|(checkpoint, _)| (checkpoint, Fit::Exact));
+        self
     }
 
     /// The pass as planned.

@@ -8,13 +8,14 @@ use crate::common::numbers::close_each;
 use crate::common::runs::{config, shard, tensors, train, with_prefix};
 use candle_core::{Device, Tensor};
 use sideways::backend::stage::CpuStage;
+use sideways::checkpoint::Checkpoint;
 use sideways::comm::World;
 use sideways::data::{FrameStream, Mixup};
 use sideways::nn::loss::{Mixed, cross_entropy, soft_cross_entropy};
 use sideways::nn::presets::{PRESETS, preset};
 use sideways::setup::footprint::memory;
 use sideways::setup::{Purpose, Setup};
-use sideways::trainer::Trainer;
+use sideways::trainer::{Evaluator, Trainer};
 
 type Tensors = HashMap<String, Vec<f64>>;
 
@@ -336,4 +337,60 @@ fn a_batch_is_mixed_frames_and_labels_alike() {
     });
     visited.unwrap();
     crate::common::runs::assert_close(&found, &expected, 1e-5, "mixup");
+}
+
+/// The average after each update is decay times the one before plus the rest of the parameters; evaluation is of it, unless it is
+/// asked for the parameters; training from a checkpoint begins with these.
+#[test]
+fn the_moving_average_follows_and_is_evaluated() {
+    let dir = place(6);
+    let end = run(dir.path(), "run", &["train.ema=0.75", "train.freeze=[1]"], &[1, 1, 1], 4);
+    let at = |batches| tensors(&dir.path().join("run"), batches);
+    for batches in 0..4 {
+        let [before, after] = [batches, batches + 1].map(at);
+        let averages = with_prefix(&after, "ema.");
+        assert!(
+            averages.len() > 4 && averages.keys().all(|name| !name.starts_with("layers.0.")),
+            "{:?}",
+            averages.keys()
+        );
+        for (name, average) in averages {
+            let was = &before[&format!("ema.{name}")];
+            let expected: Vec<f64> = was.iter().zip(&after[&name]).map(|(e, p)| 0.75 * e + 0.25 * p).collect();
+            close_each(&name, &average, &expected, |_| 1e-6);
+            assert!(batches > 0 || *was == before[&name], "it begins at the initial values");
+        }
+    }
+    // With the averages for parameters, the same run evaluates as the one that has them beside.
+    let score = |evaluator: Evaluator| evaluator.run(&mut |_| ()).unwrap().score;
+    let config = config(dir.path(), &["train.ema=0.75"]);
+    let open = || Checkpoint::open(&dir.path().join("run")).unwrap();
+    let evaluator = || Evaluator::new(&World::Alone, &config, open(), Purpose::Evaluate, None).unwrap();
+    let (averaged, raw) = (score(evaluator()), score(evaluator().raw()));
+    let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
+    let all = open().load(|_| true).unwrap();
+    let folder = dir.path().join("swapped/checkpoints");
+    for i in 1..=5 {
+        let mut stage = CpuStage::new(setup.stage_spec(i)).unwrap();
+        let mut own = Vec::new();
+        let visited = stage.module().visit(&mut |p| {
+            own.push((p.name.clone(), all.get(&format!("ema.{}", p.name)).unwrap_or(&all[&p.name]).clone()));
+            Ok(())
+        });
+        visited.unwrap();
+        sideways::checkpoint::write_module(&folder, 4, i, own).unwrap();
+    }
+    let manifest = open().manifest().clone();
+    sideways::checkpoint::finish(&folder, 4, 5, manifest, 1).unwrap();
+    let swapped = Checkpoint::open(&dir.path().join("swapped")).unwrap();
+    let swapped = score(Evaluator::new(&World::Alone, &config, swapped, Purpose::Evaluate, None).unwrap());
+    assert_eq!(averaged, swapped);
+    assert_ne!(averaged.loss(), raw.loss());
+    // Initial weights are the parameters; the average begins with them.
+    let init = format!("train.init={}", dir.path().join("run").display());
+    run(dir.path(), "next", &[&init, "train.ema=0.75"], &[], 4);
+    let start = tensors(&dir.path().join("next"), 0);
+    for (name, value) in with_prefix(&start, "ema.") {
+        assert!(value == end[&name] && start[&name] == end[&name], "{name}");
+    }
 }

@@ -8,12 +8,14 @@ use super::gpu::{Array, Element, Gpu};
 use super::module::Module;
 use super::ops::{Parameter, Parameters};
 use crate::Result;
-use crate::nn::optim::{self, OptimizerSpec};
+use crate::nn::optim::{self, Average, OptimizerSpec};
 
 /// What is remembered of one parameter.
 struct Memory {
     name: String,
     buffers: Vec<Array>,
+    /// The parameter's moving average.
+    average: Option<Array>,
 }
 
 /// An update rule with its memory, for the parameters of one module.
@@ -23,14 +25,16 @@ pub struct Optimizer {
     parameters: Parameters,
     /// Steps made, the same for all parameters.
     steps: u64,
+    /// What moving averages keep of themselves.
+    decay: Option<f64>,
 }
 
 impl Optimizer {
-    /// One for `module` that remembers what the host's does.
+    /// One for `module` that remembers what the host's does, with the moving `average` of the parameters, if there is one.
     ///
     /// # Errors
     /// [`crate::Error::Run`] if there is no memory.
-    pub fn new(gpu: &Gpu, host: &optim::Optimizer, module: &mut Module) -> Result<Self> {
+    pub fn new(gpu: &Gpu, host: &optim::Optimizer, average: Option<&Average>, module: &mut Module) -> Result<Self> {
         let spec = host.spec();
         let state: HashMap<String, Tensor> = host.state()?.into_iter().collect();
         let (mut memory, mut arrays, mut steps) = (Vec::new(), Vec::new(), 0u64);
@@ -48,23 +52,33 @@ impl Optimizer {
                 steps = steps.max(count.to_vec1::<f64>()?.first().copied().unwrap_or(0.0) as u64);
             }
             arrays.push((p.value.clone(), gradient, p.rounded.clone(), spec.decays(p.dims.len())));
-            memory.push(Memory { name: p.name.clone(), buffers });
+            let moved = |average: &Average| -> Result<Array> {
+                let array = gpu.array(p.value.len(), Element::F32)?;
+                match average.values().get(&p.name) {
+                    Some(value) => p.write(gpu, value, &array)?,
+                    None => gpu.copy(&p.value, &array)?,
+                }
+                Ok(array)
+            };
+            memory.push(Memory { name: p.name.clone(), buffers, average: average.map(moved).transpose()? });
             Ok(())
         })?;
         let buffers: Vec<Vec<&Array>> = memory.iter().map(|m| m.buffers.iter().collect()).collect();
         let parameters: Vec<Parameter> = arrays
             .iter()
             .zip(&buffers)
-            .map(|((value, gradient, rounded, decays), buffers)| Parameter {
+            .zip(&memory)
+            .map(|(((value, gradient, rounded, decays), buffers), memory)| Parameter {
                 value,
                 gradient,
                 buffers,
                 rounded: rounded.as_ref(),
                 decays: *decays,
+                average: memory.average.as_ref(),
             })
             .collect();
         let parameters = Parameters::new(gpu, &spec, &parameters)?;
-        Ok(Optimizer { spec, memory, parameters, steps })
+        Ok(Optimizer { spec, memory, parameters, steps, decay: average.map(Average::decay) })
     }
 
     /// Launches an update of every parameter by its gradient over `divisor`, and clears the gradients; nothing changes where
@@ -78,7 +92,8 @@ impl Optimizer {
             return Ok(());
         }
         self.parameters.norm(gpu, divisor, clip_norm)?;
-        self.parameters.step(gpu, &self.spec, scale, self.steps)
+        self.parameters.step(gpu, &self.spec, scale, self.steps)?;
+        self.decay.map_or(Ok(()), |decay| self.parameters.average(gpu, decay))
     }
 
     /// The norm of the last update's gradient, and whether it was finite; waits for it.
@@ -112,7 +127,7 @@ impl Optimizer {
             if p.grad.is_none() {
                 return Ok(());
             }
-            let Some(Memory { name, buffers }) = memory.next() else { return Ok(()) };
+            let Some(Memory { name, buffers, .. }) = memory.next() else { return Ok(()) };
             state.insert(format!("{name}.step"), Tensor::from_vec(vec![self.steps as f64], 1, &Device::Cpu)?);
             for (buffer, array) in self.spec.buffers().into_iter().zip(buffers) {
                 state.insert(format!("{name}.{buffer}"), p.read(gpu, array)?);
@@ -120,6 +135,23 @@ impl Optimizer {
             Ok(())
         })?;
         Ok(state)
+    }
+
+    /// The moving averages by the parameters' names, as [`Average::values`] has them.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if a copy fails.
+    pub fn averages(&self, gpu: &Gpu, module: &mut Module) -> Result<Vec<(String, Tensor)>> {
+        let (mut averages, mut memory) = (Vec::new(), self.memory.iter());
+        module.visit(&mut |p| {
+            if p.grad.is_some()
+                && let Some(Memory { name, average: Some(average), .. }) = memory.next()
+            {
+                averages.push((name.clone(), p.read(gpu, average)?));
+            }
+            Ok(())
+        })?;
+        Ok(averages)
     }
 
     /// Steps made.
@@ -132,8 +164,8 @@ impl Optimizer {
         self.steps = steps;
     }
 
-    /// The arrays of its memory.
+    /// The arrays of its memory, moving averages among them.
     pub fn arrays(&self) -> impl Iterator<Item = &Array> {
-        self.memory.iter().flat_map(|m| &m.buffers)
+        self.memory.iter().flat_map(|m| m.buffers.iter().chain(&m.average))
     }
 }

@@ -11,7 +11,7 @@ use crate::method::Keep;
 use crate::nn::head::{Head, Labels, Target};
 use crate::nn::layers::{Pass, Tape};
 use crate::nn::module::{Module, pool_for_edge, pool_for_edge_vjp};
-use crate::nn::optim::Optimizer;
+use crate::nn::optim::{Average, Optimizer};
 use crate::nn::param::Init;
 use crate::nn::spec::Shape;
 use crate::{Error, Result};
@@ -19,11 +19,16 @@ use crate::{Error, Result};
 /// Name of the count of backward passes since the last update, a module (only where updates do not fall on batches' ends).
 const STEPS: &str = "progress.steps";
 
+/// How the names of moving averages begin.
+pub(in crate::backend) const EMA: &str = "ema.";
+
 /// How strictly a checkpoint must fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fit {
     /// Every parameter with its shape: resuming, evaluating.
     Exact,
+    /// The same, and where the checkpoint has a moving average of a parameter, that in its place: evaluating.
+    Averaged,
     /// Initial weights: the last layer may have another size and starts anew.
     NewHead,
 }
@@ -39,6 +44,7 @@ pub struct CpuStage {
     spec: StageSpec,
     module: Module,
     optimizer: Option<Optimizer>,
+    average: Option<Average>,
     head: Option<Head>,
     /// The newest message of each input, held past the end of its sender's clip; or the frame.
     inputs: Vec<Option<Tensor>>,
@@ -67,10 +73,12 @@ impl CpuStage {
         let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu };
         let mut module = Module::new(spec.index, &spec.layers, spec.main, &spec.skips, spec.fuse, &init)?;
         module.freeze(&|name| spec.frozen.contains(name))?;
+        let average = spec.ema.map(|decay| Average::new(decay, &mut |f| module.visit(f))).transpose()?;
         let inputs = 1 + spec.skips.len();
         Ok(CpuStage {
             module,
             optimizer: spec.optimizer.map(Optimizer::new),
+            average,
             head: spec.head.map(|head| Head::new(head, spec.batch)),
             inputs: vec![None; inputs],
             y: None,
@@ -99,6 +107,11 @@ impl CpuStage {
         self.optimizer.as_ref()
     }
 
+    /// The moving average of its parameters, if it keeps one.
+    pub fn average(&self) -> Option<&Average> {
+        self.average.as_ref()
+    }
+
     /// The backward passes since the last update that a checkpoint told of.
     pub fn unfinished(&self) -> u64 {
         self.steps
@@ -111,7 +124,8 @@ impl CpuStage {
     pub fn owns(&mut self) -> Result<impl Fn(&str) -> bool + use<>> {
         let names = self.names()?;
         Ok(move |name: &str| {
-            let name = name.strip_prefix("optimizer.").or(name.strip_prefix("gradient.")).unwrap_or(name);
+            let kinds = ["optimizer.", "gradient.", EMA];
+            let name = kinds.iter().find_map(|kind| name.strip_prefix(kind)).unwrap_or(name);
             let name = name.strip_prefix(STEPS).map_or(name, |rest| rest.trim_start_matches('.'));
             let belongs =
                 |n: &String| name.strip_prefix(n.as_str()).is_some_and(|r| r.is_empty() || r.starts_with('.'));
@@ -136,7 +150,8 @@ impl CpuStage {
     /// [`Error::Input`] naming the parameter that is missing or has another shape.
     pub fn load(&mut self, mut tensors: HashMap<String, Tensor>, fit: Fit, from: &str, last_layer: &str) -> Result<()> {
         self.module.visit(&mut |p| {
-            match tensors.remove(&p.name) {
+            let average = if fit == Fit::Averaged { tensors.remove(&format!("{EMA}{}", p.name)) } else { None };
+            match average.or(tensors.remove(&p.name)) {
                 Some(value) if value.shape() == p.value.shape() => p.value = value.to_dtype(p.value.dtype())?,
                 other if fit == Fit::NewHead && p.name.starts_with(last_layer) => {
                     let found = other.map_or("absent".into(), |t| format!("{:?}", t.dims()));
@@ -155,6 +170,11 @@ impl CpuStage {
             p.grad = tensors.remove(&format!("gradient.{}", p.name)).filter(|_| fit == Fit::Exact && p.trainable);
             Ok(())
         })?;
+        if let Some(average) = &mut self.average {
+            let module = &mut self.module;
+            let mut of = |name: &str| tensors.remove(&format!("{EMA}{name}")).filter(|_| fit == Fit::Exact);
+            average.load(&mut |f| module.visit(f), &mut of)?;
+        }
         let Some(optimizer) = self.optimizer.as_mut().filter(|_| fit == Fit::Exact) else { return Ok(()) };
         let module = &mut self.module;
         let mut state = |name: &str| tensors.remove(&format!("optimizer.{name}"));
@@ -399,7 +419,7 @@ impl Stage for CpuStage {
     fn update(&mut self, lr_factor: f64, divisor: f64, clip_norm: Option<f64>) -> Result<Updated> {
         // Nothing of the batch is needed any more.
         (self.y, self.cotangents) = (None, Vec::new());
-        let CpuStage { module, optimizer, .. } = self;
+        let CpuStage { module, optimizer, average, .. } = self;
         let Some(optimizer) = optimizer else { return Err(Error::Run("this stage is not for training".into())) };
         match optimizer.step(&mut |f| module.visit(f), lr_factor, divisor, clip_norm) {
             Err(Error::NonFinite(text)) => {
@@ -408,6 +428,9 @@ impl Stage for CpuStage {
             }
             stats => {
                 let grad_norm = Some(stats?.grad_norm);
+                if let Some(average) = average {
+                    average.update(&mut |f| module.visit(f))?;
+                }
                 self.steps = 0;
                 Ok(Updated { grad_norm, not_finite: None })
             }
@@ -439,6 +462,9 @@ impl Stage for CpuStage {
             }
             Ok(())
         })?;
+        if let Some(average) = &self.average {
+            tensors.extend(average.values().iter().map(|(name, value)| (format!("{EMA}{name}"), value.clone())));
+        }
         if let Some(optimizer) = &self.optimizer {
             let state = optimizer.state()?;
             tensors.extend(state.into_iter().map(|(name, tensor)| (format!("optimizer.{name}"), tensor)));

@@ -11,9 +11,9 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
-#[cfg(feature = "cuda")]
-pub(in crate::backend) use cpu::unfinished_steps;
 pub use cpu::{CpuStage, Fit, with_values};
+#[cfg(feature = "cuda")]
+pub(in crate::backend) use cpu::{EMA, unfinished_steps};
 pub use timed::TimedStage;
 
 use super::cuda;
@@ -59,6 +59,8 @@ pub struct StageSpec {
     pub stash: Stash,
     /// Training: the optimiser.
     pub optimizer: Option<OptimizerSpec>,
+    /// Training: the part of itself that the moving average of the parameters keeps at an update, where there is one.
+    pub ema: Option<f64>,
     /// Names of the parameters, in the whole network, that do not learn.
     pub frozen: BTreeSet<String>,
     /// Module D: the loss.
@@ -107,7 +109,7 @@ pub struct BatchEnd {
 }
 
 /// A module's tensors by name, as a checkpoint holds them: parameters and running statistics as they are called, the optimiser's
-/// state as `optimizer.…`, an unfinished sum of gradients as `gradient.…` and `progress.steps.…`.
+/// state as `optimizer.…`, moving averages as `ema.…`, an unfinished sum of gradients as `gradient.…` and `progress.steps.…`.
 pub type Snapshot = Vec<(String, Tensor)>;
 
 /// One module at work. Inputs and outputs are numbered from 0, main first, then growing span.

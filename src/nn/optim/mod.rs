@@ -2,6 +2,7 @@
 //!
 //! One optimiser belongs to one module and is stepped at the end of that module's own window: there is no global one.
 
+mod average;
 mod rate;
 
 use std::collections::BTreeMap;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+pub use average::Average;
 pub use rate::LrSchedule;
 
 use crate::backend::cpu::{Host, Real, by_dtype, update_together, vectorized};

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use sideways::Result;
 use sideways::backend::cuda::ops::{self, Parameter, Parameters};
 use sideways::backend::cuda::{Array, Element, Gpu};
-use sideways::nn::optim::{Optimizer, OptimizerSpec};
+use sideways::nn::optim::{Average, Optimizer, OptimizerSpec};
 use sideways::nn::param::Param;
 
 use super::{bf16, bits, close, random};
@@ -34,7 +34,8 @@ fn updates_are_the_cpus() -> Result<()> {
         let spec = rule(text);
         let mut host = Optimizer::new(spec);
         let mut params: Vec<Param> = Vec::new();
-        let (mut values, mut gradients, mut buffers, mut rounded) = (vec![], vec![], vec![], vec![]);
+        let (mut values, mut gradients, mut buffers, mut rounded, mut averages) =
+            (vec![], vec![], vec![], vec![], vec![]);
         let number = if text.contains("adamw") || text.contains("rmsprop") && text.contains("momentum") {
             2
         } else if text.contains("momentum") || text.contains("rmsprop") {
@@ -48,11 +49,13 @@ fn updates_are_the_cpus() -> Result<()> {
             let dims = if i == 0 { vec![n, 1] } else { vec![n] };
             let t = Tensor::from_vec(value.clone(), dims, &Device::Cpu)?;
             params.push(Param { name: format!("p{i}"), value: t, grad: None, trainable: true });
+            averages.push(gpu.upload(&value)?);
             values.push(gpu.upload(&value)?);
             gradients.push(gpu.zeros(n, Element::F32)?);
             buffers.push((0..number).map(|_| gpu.zeros(n, Element::F32)).collect::<Result<Vec<_>>>()?);
             rounded.push(gpu.zeros(n, Element::Bf16)?);
         }
+        let mut average = Average::new(0.75, &mut |f| params.iter_mut().try_for_each(&mut *f))?;
         let of: Vec<Vec<&Array>> = buffers.iter().map(|b| b.iter().collect()).collect();
         let parameters: Vec<Parameter> = (0..sizes.len())
             .map(|i| Parameter {
@@ -61,6 +64,7 @@ fn updates_are_the_cpus() -> Result<()> {
                 buffers: &of[i],
                 rounded: (i != 1).then_some(&rounded[i]),
                 decays: spec.decays(if i == 0 { 2 } else { 1 }),
+                average: Some(&averages[i]),
             })
             .collect();
         let table = Parameters::new(&gpu, &spec, &parameters)?;
@@ -86,6 +90,11 @@ fn updates_are_the_cpus() -> Result<()> {
             table.norm(&gpu, *divisor, *clip)?;
             table.step(&gpu, &spec, *scale, step as u64 + 1)?;
             let stats = host.step(&mut |f| params.iter_mut().try_for_each(&mut *f), *scale, *divisor, *clip)?;
+            table.average(&gpu, 0.75)?;
+            average.update(&mut |f| params.iter_mut().try_for_each(&mut *f))?;
+            for (i, average) in average.values().values().enumerate() {
+                close(&format!("{text}: averages"), &gpu.download(&averages[i])?, average, Element::F32);
+            }
             let state = gpu.download(table.state())?;
             assert!((f64::from(state[0]) / stats.grad_norm - 1.0).abs() < 1e-6 && state[2] == 1.0, "{state:?}");
             check(&params, &format!("step {step}"))?;
@@ -107,6 +116,9 @@ fn updates_are_the_cpus() -> Result<()> {
         let before: Vec<_> = values.iter().map(|v| gpu.download(v)).collect::<Result<_>>()?;
         table.norm(&gpu, 1.0, Some(1.0))?;
         table.step(&gpu, &spec, 1.0, 4)?;
+        let average = gpu.download(&averages[1])?;
+        table.average(&gpu, 0.75)?;
+        assert_eq!(bits(&gpu.download(&averages[1])?), bits(&average), "{text}: no average moves");
         assert_eq!(gpu.download(table.state())?[2], 0.0);
         for (v, before) in values.iter().zip(&before) {
             assert_eq!(bits(&gpu.download(v)?), bits(before), "{text}: nothing changes");

@@ -63,6 +63,7 @@ const NAMES: &[&str] = &[
     "relu_vjp",
     "rmsprop",
     "set_words",
+    "moving_average",
     "sgd",
     "upsample",
     "upsample_vjp",

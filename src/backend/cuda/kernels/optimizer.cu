@@ -1,8 +1,9 @@
 // Updates of all parameters of a module at once. A table holds ROW words a parameter: addresses of value, gradient, two
-// buffers and the rounded copy (0 where there is none), the length, and whether weight decay applies; `pieces` two words a
-// block: which parameter, and from which element. Sums of squares are of doubles, as on the CPU.
+// buffers and the rounded copy (0 where there is none), the length, whether weight decay applies, and the address of the
+// moving average (0 where there is none); `pieces` two words a block: which parameter, and from which element. Sums of squares are of
+// doubles, as on the CPU.
 #define PIECE 4096
-#define ROW 7
+#define ROW 8
 
 #define PARAMETER                                                                      \
     const count *row = table + pieces[2 * blockIdx.x] * ROW;                           \
@@ -111,4 +112,14 @@ extern "C" __global__ void rmsprop(const count *table, const count *pieces, cons
         p -= lr * step;
         DONE;
     }
+}
+
+// After a step: the moving averages of the values, where the step was made.
+extern "C" __global__ void moving_average(const count *table, const count *pieces, const float *state, float keep, float part) {
+    if (state[2] == 0.0f) return;
+    const count *row = table + pieces[2 * blockIdx.x] * ROW;
+    const float *value = (const float *)row[0];
+    float *average = (float *)row[7];
+    count start = pieces[2 * blockIdx.x + 1], end = start + PIECE < row[5] ? start + PIECE : row[5];
+    for (count i = start + threadIdx.x; i < end; i += BLOCK) average[i] = keep * average[i] + part * value[i];
 }

@@ -25,6 +25,8 @@ pub struct Parameter<'a> {
     pub rounded: Option<&'a Array>,
     /// Whether weight decay applies to it.
     pub decays: bool,
+    /// Its moving average, floats; all parameters have one, or none.
+    pub average: Option<&'a Array>,
 }
 
 /// All parameters of a module, as one step updates them. Their arrays must outlive it: it keeps their addresses.
@@ -36,6 +38,7 @@ pub struct Parameters {
     state: Array,
     blocks: usize,
     buffers: usize,
+    averaged: bool,
 }
 
 impl Parameters {
@@ -55,13 +58,25 @@ impl Parameters {
             for array in [p.value, p.gradient].into_iter().chain(p.buffers.iter().copied()) {
                 require(&format!("an array of parameter {i}"), array, n, Element::F32)?;
             }
+            if let Some(average) = p.average {
+                require(&format!("the average of parameter {i}"), average, n, Element::F32)?;
+            }
             if let Some(rounded) = p.rounded {
                 require(&format!("the copy of parameter {i}"), rounded, n, Element::Bf16)?;
             }
             let buffer = |k: usize| p.buffers.get(k).map_or(0, |b| b.pointer());
             let rounded = p.rounded.map_or(0, Array::pointer);
-            let decays = u64::from(p.decays);
-            table.extend([p.value.pointer(), p.gradient.pointer(), buffer(0), buffer(1), rounded, n as u64, decays]);
+            let (decays, average) = (u64::from(p.decays), p.average.map_or(0, Array::pointer));
+            table.extend([
+                p.value.pointer(),
+                p.gradient.pointer(),
+                buffer(0),
+                buffer(1),
+                rounded,
+                n as u64,
+                decays,
+                average,
+            ]);
             pieces.extend((0..n).step_by(PIECE).flat_map(|start| [i as u64, start as u64]));
         }
         let blocks = pieces.len() / 2;
@@ -72,6 +87,7 @@ impl Parameters {
             state: gpu.zeros(4, Element::F32)?,
             blocks,
             buffers,
+            averaged: !parameters.is_empty() && parameters.iter().all(|p| p.average.is_some()),
         })
     }
 
@@ -130,6 +146,21 @@ impl Parameters {
         };
         // Compiled for bfloat16: the type of rounded copies.
         launch(gpu, name, Element::Bf16, [self.blocks, 1, 1], &arguments)
+    }
+}
+
+impl Parameters {
+    /// After [`Parameters::step`]: `average = decay average + (1 - decay) value` for every parameter, if that step was made.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if a parameter has no average, or the launch fails.
+    pub fn average(&self, gpu: &Gpu, decay: f64) -> Result<()> {
+        if !self.averaged {
+            return Err(Error::Run("a moving average of parameters that have none".into()));
+        }
+        let (keep, part) = (decay as f32, (1.0 - decay) as f32);
+        let arguments = arguments![&self.table, &self.pieces, &self.state, keep, part];
+        launch(gpu, "moving_average", Element::F32, [self.blocks, 1, 1], arguments)
     }
 }
 

@@ -163,7 +163,8 @@ impl CudaStage {
         let loss = spec.head.map(|head| Loss::new(&gpu, Head::new(head, batch), batch, output)).transpose()?;
         let largest = spec.outputs.iter().map(|port| size(port.shape)).max().unwrap_or(0).max(output);
         let scratch = ops::guard_scratch(largest).max(ops::loss_scratch(output, batch));
-        let optimizer = host.optimizer().map(|host| Optimizer::new(&gpu, host, &mut module)).transpose()?;
+        let optimizer =
+            host.optimizer().map(|own| Optimizer::new(&gpu, own, host.average(), &mut module)).transpose()?;
         let stage = CudaStage {
             inputs,
             outputs,

@@ -6,7 +6,7 @@ use super::CudaStage;
 use crate::backend::cuda::module::Module;
 use crate::backend::cuda::optim::Optimizer;
 use crate::backend::cuda::{Element, Gpu};
-use crate::backend::stage::{BatchEnd, NotFinite, Snapshot, unfinished_steps};
+use crate::backend::stage::{BatchEnd, EMA, NotFinite, Snapshot, unfinished_steps};
 use crate::nn::module;
 use crate::{Error, Result};
 
@@ -99,6 +99,8 @@ impl CudaStage {
             Ok(())
         })?;
         if let Some(optimizer) = &self.optimizer {
+            let averages = optimizer.averages(&gpu, &mut self.module)?;
+            tensors.extend(averages.into_iter().map(|(name, tensor)| (format!("{EMA}{name}"), tensor)));
             let state = optimizer.state(&gpu, &mut self.module)?;
             tensors.extend(state.into_iter().map(|(name, tensor)| (format!("optimizer.{name}"), tensor)));
             if unfinished {
