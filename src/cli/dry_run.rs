@@ -4,6 +4,7 @@ use bytesize::ByteSize;
 
 use crate::Result;
 use crate::cli::output::table;
+use crate::cli::train::notes;
 use crate::comm::Kind;
 use crate::config::{Config, DeviceChoice, Precision};
 use crate::network::blocks::Blocks;
@@ -48,6 +49,9 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         config.data.frames,
         config.data.batch
     );
+    for note in notes(&setup) {
+        outln!("{note}");
+    }
     for warning in setup.warnings() {
         outln!("warning: {warning}");
     }

@@ -103,12 +103,8 @@ fn announce(world: &World, trainer: &Trainer) {
         setup.config.data.batch,
         setup.config.data.frames,
     );
-    if !setup.config.train.freeze.is_empty() {
-        let learned: u64 = (1..=setup.grid.modules).map(|i| setup.frozen.learned(i)).sum();
-        log::info!(
-            "train.freeze: {learned} parameters learn; modules from {} on have backward passes",
-            setup.frozen.lowest()
-        );
+    for note in notes(setup) {
+        log::info!("{note}");
     }
     if !cpu::has_onednn() {
         log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (README, \"oneDNN\")");
@@ -120,6 +116,25 @@ fn announce(world: &World, trainer: &Trainer) {
     for warning in setup.warnings() {
         log::warn!("{warning}");
     }
+}
+
+/// What some keys of `[train]` come to.
+pub(super) fn notes(setup: &Setup) -> Vec<String> {
+    let config = &setup.config;
+    let mut notes = Vec::new();
+    if let Some(meant) = config.train.scale_lr {
+        let (lr, batch, replicas) = (config.train.optimizer.lr(), config.data.batch, config.train.replicas);
+        let scaled = lr * config.lr_scale();
+        notes.push(format!(
+            "train.scale_lr: learning rate {scaled} = {lr} x {batch} clips x {replicas} replicas / {meant}"
+        ));
+    }
+    if !config.train.freeze.is_empty() {
+        let learned: u64 = (1..=setup.grid.modules).map(|i| setup.frozen.learned(i)).sum();
+        let lowest = setup.frozen.lowest();
+        notes.push(format!("train.freeze: {learned} parameters learn; backward passes in modules from {lowest} on"));
+    }
+    notes
 }
 
 /// The last module's figures and where every worker's time went.

@@ -290,6 +290,7 @@ mod tests {
         for decay in ["0", "1", "-0.5", "nan"] {
             refused(SMALL, &[&format!("train.ema={decay}")], &["train.ema", "between 0 and 1"]);
         }
+        refused(SMALL, &["train.scale_lr=0"], &["train.scale_lr = 0", "at least 1"]);
         for part in ["1", "-0.1", "nan"] {
             refused(SMALL, &[&format!("train.label_smoothing={part}")], &["train.label_smoothing", "0 to below 1"]);
         }

@@ -57,6 +57,7 @@ impl Config {
             ("model.classes", self.model.classes.unwrap_or(1)),
             ("model.modules", self.model.modules.unwrap_or(1)),
             ("train.replicas", self.train.replicas),
+            ("train.scale_lr", self.train.scale_lr.unwrap_or(1)),
             ("run.threads", self.run.threads),
             ("run.keep", self.run.keep),
             ("train.epochs", self.train.epochs.min(1) as usize),
@@ -160,6 +161,21 @@ impl Config {
         self.train.optimizer.validate()?;
         self.train.lr_schedule.validate()?;
         self.validate_device()
+    }
+
+    /// Clips that all replicas work on at once.
+    pub fn global_batch(&self) -> usize {
+        self.data.batch * self.train.replicas
+    }
+
+    /// By how much the global batch is larger than that which the optimiser's learning rate is meant for.
+    pub fn lr_scale(&self) -> f64 {
+        self.train.scale_lr.map_or(1.0, |meant| self.global_batch() as f64 / meant as f64)
+    }
+
+    /// What module `i` of `modules` multiplies the optimiser's learning rate by, at every batch.
+    pub fn lr_factor(&self, i: usize, modules: usize) -> f64 {
+        (i..modules).fold(self.lr_scale(), |factor, _| factor * self.train.lr_depth)
     }
 
     /// Where training computes: exact back-propagation keeps activations of several steps, in host memory.

@@ -30,6 +30,10 @@ pub struct TrainConfig {
     /// The learning rate over the run, in batches (formerly `schedule`).
     #[serde(alias = "schedule", deserialize_with = "with_default_kind")]
     pub lr_schedule: LrSchedule,
+    /// The linear scaling rule (Goyal et al., 2017): the global batch for which `optimizer.lr` is meant; with `data.batch` clips for each
+    /// of `replicas`, modules learn at lr · batch · replicas / this. Absent: at lr.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale_lr: Option<usize>,
     /// Damping by depth: module i of D learns at the learning rate times this to the power D − i; above 0, up to 1.
     pub lr_depth: f64,
     /// Scale a module's gradient down to this Euclidean norm: a number, or "none" (the default): never.
@@ -63,6 +67,7 @@ impl Default for TrainConfig {
             batches: None,
             optimizer: OptimizerSpec::default(),
             lr_schedule: LrSchedule::default(),
+            scale_lr: None,
             lr_depth: 1.0,
             clip_norm: ClipNorm::default(),
             label_smoothing: 0.0,
@@ -73,13 +78,6 @@ impl Default for TrainConfig {
             seed: 1,
             init: None,
         }
-    }
-}
-
-impl TrainConfig {
-    /// What module `i` of `modules` multiplies the optimiser's learning rate by, at every batch.
-    pub fn lr_factor(&self, i: usize, modules: usize) -> f64 {
-        (i..modules).fold(1.0, |factor, _| factor * self.lr_depth)
     }
 }
 

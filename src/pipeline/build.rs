@@ -97,7 +97,7 @@ pub(super) fn build(
     let training = match training {
         true => Some(Training {
             base_lr: config.train.optimizer.lr(),
-            lr_factor: config.train.lr_factor(i, d),
+            lr_factor: config.lr_factor(i, d),
             lr_schedule: config.train.lr_schedule,
             total_batches: range.total,
             every: config.train.update_every,

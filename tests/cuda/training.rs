@@ -20,6 +20,9 @@ const ALL_KINDS: &str = "model.layers=[{ kind = 'conv2d', out = 8, kernel = 3, p
     { kind = 'dropout', rate = 0.2 }, { kind = 'conv2d', out = 8, kernel = 3, padding = 1, groups = 4 }, { kind = 'gelu' }, \
     { kind = 'upsample', factor = 2 }, { kind = 'avg-pool', kernel = 2 }, { kind = 'conv2d', out = 6, kernel = 1 }, \
     { kind = 'relu' }, { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]";
+const EMA: &str = "train.ema=0.9";
+const MIXUP: &str = "data.mixup=0.5";
+const SMOOTHING: &str = "train.label_smoothing=0.1";
 const FUTURE: [&str; 3] = [
     "model.task=future-frames",
     "model.layers=[{ kind = 'conv2d', out = 6, kernel = 3, padding = 1 }, { kind = 'relu' }, \
@@ -33,6 +36,7 @@ const FUTURE: [&str; 3] = [
 fn twenty_clips_end_where_the_cpus_do() {
     let adamw = "train.optimizer={ kind = 'adamw', lr = 0.001 }";
     let rmsprop = "train.optimizer={ kind = 'rmsprop', lr = 0.0005, momentum = 0.5 }";
+    let sparing = "train.optimizer={ kind = 'adamw', lr = 0.001, weight_decay = 0.1, no_decay = true }";
     let gentle = "train.optimizer={ kind = 'sgd', lr = 0.01, momentum = 0.9, weight_decay = 0.001, nesterov = true }";
     for sets in [
         &[SKIPS, "train.clip_norm=0.5"][..],
@@ -40,6 +44,14 @@ fn twenty_clips_end_where_the_cpus_do() {
         &[ALL_KINDS, "model.skip={ spans = [2] }", adamw, "train.update_every=3"],
         &[FUTURE[0], FUTURE[1], FUTURE[2], "train.rule=sideways", rmsprop],
         &["train.replicas=2", "train.rule=sideways", gentle],
+        &[
+            ALL_KINDS,
+            "model.skip={ spans = [2] }",
+            "train.freeze=[2, 'layers.1.*', '*.conv2.weight', 'layers.11.*']",
+            sparing,
+            EMA,
+        ],
+        &[SKIPS, "train.freeze=[1, 'skips.*', '*.bias']", MIXUP, SMOOTHING, EMA, "train.lr_depth=0.5"],
     ] {
         let place = Place::new(&[sets, &["train.batches=20", "run.checkpoint_every=20"]].concat());
         let cpu = place.trained("cpu", 0, &[CPU], &[]);
@@ -54,8 +66,8 @@ fn the_result_does_not_depend_on_where_modules_run() {
     for (sets, rank_counts) in [
         (&[SKIPS][..], &[2, 5][..]),
         (&[ALL_KINDS, "model.skip={ spans = [2], fuse = 'concat' }", "run.precision=bf16"], &[5]),
-        (&["train.replicas=2", "model.modules=2", "train.rule=sideways"], &[4]),
-        (&[SKIPS, "train.stash=activations"], &[5]),
+        (&["train.replicas=2", "model.modules=2", "train.rule=sideways", EMA], &[4]),
+        (&[SKIPS, MIXUP, SMOOTHING, EMA, "train.freeze=[1]", "train.stash=activations"], &[5]),
         (&[ALL_KINDS, "model.skip={ spans = [2, 3] }", "train.stash=inputs"], &[2]),
     ] {
         let place = Place::new(&[sets, &[CUDA]].concat());
@@ -125,7 +137,7 @@ fn large_messages_between_ranks_on_a_gpu() {
 /// unfinished mean of an update that is not due at a clip's end.
 #[test]
 fn checkpoints_move_between_cpu_and_gpu() {
-    let place = Place::new(&[SKIPS, "train.update_every=3", "train.batches=6"]);
+    let place = Place::new(&[SKIPS, EMA, MIXUP, "train.update_every=3", "train.batches=6"]);
     let through = place.trained("through", 0, &[CPU], &[]);
     let all_gpu = place.trained("gpu", 0, &[CUDA], &[]);
     let (run, part) = (format!("run.dir={}", place.at("parts").display()), place.config.as_str());

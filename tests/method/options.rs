@@ -339,6 +339,27 @@ fn a_batch_is_mixed_frames_and_labels_alike() {
     crate::common::runs::assert_close(&found, &expected, 1e-5, "mixup");
 }
 
+/// Labels that are not plain, a moving average, everything at once: the same bits after a stop, and of each other where replicas allow.
+#[test]
+fn options_survive_a_stop() {
+    let dir = place(12);
+    let adamw = "train.optimizer={ kind = 'adamw', lr = 0.01, weight_decay = 0.1, no_decay = true }";
+    for (case, sets) in [
+        &["data.mixup=0.5", "train.ema=0.9", "train.label_smoothing=0.1"][..],
+        &["data.mixup=0.5", "train.ema=0.9", "train.replicas=2", "train.scale_lr=2", adamw],
+        &["data.mixup=0.5", "train.ema=0.9", "train.update_every=5"],
+        &["train.ema=0.5", "train.rule=bp", "data.mixup=2", "train.lr_depth=0.5", "train.clip_norm=0.5", adamw],
+        &["train.ema=0.5", "train.freeze=[2]", "train.replicas=2", "model.skip={ spans = [2, 3] }"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let through = run(dir.path(), &format!("through{case}"), sets, &[], 4);
+        assert!(through == run(dir.path(), &format!("stopped{case}"), sets, &[1, 2], 4), "{sets:?}");
+        assert!(through == run(dir.path(), &format!("again{case}"), sets, &[3], 4), "{sets:?}");
+    }
+}
+
 /// The average after each update is decay times the one before plus the rest of the parameters; evaluation is of it, unless it is
 /// asked for the parameters; training from a checkpoint begins with these.
 #[test]
@@ -393,4 +414,37 @@ fn the_moving_average_follows_and_is_evaluated() {
     for (name, value) in with_prefix(&start, "ema.") {
         assert!(value == end[&name] && start[&name] == end[&name], "{name}");
     }
+}
+
+/// The linear scaling rule: the learning rate, in proportion to the global batch.
+#[test]
+fn the_rate_follows_the_global_batch() {
+    let dir = place(12);
+    for (sets, factor) in [
+        (&["train.scale_lr=2"][..], 1.0),
+        (&["train.scale_lr=1", "train.replicas=3"], 6.0),
+        (&["train.scale_lr=16", "data.batch=4"], 0.25),
+        (&["train.scale_lr=4", "train.lr_depth=0.5"], 0.5),
+    ] {
+        let config = config(dir.path(), sets);
+        assert_eq!(config.lr_factor(5, 5), factor, "{sets:?}");
+        assert_eq!(config.lr_factor(3, 5), factor * config.train.lr_depth.powi(2), "{sets:?}");
+    }
+    let sets = ["data.batch=4", "train.optimizer={ kind = 'sgd', lr = 0.05 }", "train.batches=2"];
+    let scaled = run(dir.path(), "scaled", &[&sets[..], &["train.scale_lr=2"]].concat(), &[], 2);
+    let spelled = ["data.batch=4", "train.optimizer={ kind = 'sgd', lr = 0.1 }", "train.batches=2"];
+    assert!(scaled == run(dir.path(), "spelled", &spelled, &[], 2));
+}
+
+/// Options that are named and change nothing leave the bits as they are.
+#[test]
+fn options_at_their_defaults_change_no_bit() {
+    let dir = place(6);
+    let plain = run(dir.path(), "plain", &[], &[], 4);
+    let off =
+        ["train.clip_norm=none", "train.lr_depth=1", "train.freeze=[]", "train.label_smoothing=0", "train.scale_lr=2"];
+    assert!(plain == run(dir.path(), "off", &[&off[..], &["train.optimizer.no_decay=false"]].concat(), &[], 4));
+    let beside = run(dir.path(), "beside", &["train.ema=0.9"], &[], 4);
+    let without: Tensors = beside.into_iter().filter(|(name, _)| !name.starts_with("ema.")).collect();
+    assert!(plain == without, "a moving average is only looked at");
 }

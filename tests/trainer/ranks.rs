@@ -33,6 +33,11 @@ fn the_result_does_not_depend_on_where_modules_run() {
             &["model.skip={ spans = [2, 4], delay = 2, fuse = 'concat' }", "train.stash=inputs", "train.replicas=2"],
             &[9],
         ),
+        (&["model.skip={ spans = [2, 3] }", "train.freeze=[1]", "data.mixup=0.5", "train.ema=0.9"], &[2, 5]),
+        (
+            &["train.freeze=[1, 2, 4]", "train.replicas=2", "data.mixup=0.5", "train.lr_depth=0.5", "train.scale_lr=2"],
+            &[5, 10],
+        ),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let config = prepare(dir.path(), sets);
