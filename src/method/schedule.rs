@@ -192,9 +192,10 @@ impl Schedule {
             Stash::Activations => clip.stashed(Keep::Activations),
         };
         if lowest > 1 {
-            return match schedule.backwards(lowest).next() {
-                Some(_) => Ok(schedule),
-                None => Err(Error::input(format!(
+            let reached = schedule.backwards(lowest).next().is_some();
+            return match reached {
+                true => Ok(schedule),
+                false => Err(Error::input(format!(
                     "clips of {frames} frames are too short: no cotangent reaches module {lowest}, the lowest that learns; raise \
                      data.frames or use fewer modules"
                 ))),

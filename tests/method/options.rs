@@ -322,7 +322,7 @@ fn a_batch_is_mixed_frames_and_labels_alike() {
         let other =
             Tensor::cat(&mixture.partners.iter().map(|&n| frame.narrow(0, n, 1).unwrap()).collect::<Vec<_>>(), 0);
         let frame = ((frame * weight).unwrap() + (other.unwrap() * (1.0 - weight)).unwrap()).unwrap();
-        let pass = sideways::nn::layers::Pass { training: true, key: 0 };
+        let pass = sideways::nn::layers::Pass { training: true, key: 0, again: false };
         let mut tape = sideways::nn::layers::Tape::new();
         let y = stage.module().forward(&[frame], &pass, &mut tape).unwrap();
         let [a, b] = [&labels, &partners].map(|labels| cross_entropy(&y, labels).unwrap().1);
