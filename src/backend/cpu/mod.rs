@@ -69,6 +69,14 @@ impl Window {
         Window { kernel: [kernel; 2], stride: [stride; 2], padding: [padding; 2] }
     }
 
+    /// The window whose tiles, side by side, average `from` (height, width) down to `to`: where both ratios are whole and a tile is no
+    /// larger than a window may be.
+    pub(crate) fn of_whole_ratio(from: [usize; 2], to: [usize; 2]) -> Option<Self> {
+        let whole = (0..2).all(|i| to[i] > 0 && from[i] > 0 && from[i].is_multiple_of(to[i]));
+        let kernel = whole.then(|| [from[0] / to[0], from[1] / to[1]])?;
+        (kernel[0] * kernel[1] <= pool::MOST_ELEMENTS).then_some(Window { kernel, stride: kernel, padding: [0, 0] })
+    }
+
     /// Output height and width for an input of `height` by `width`.
     ///
     /// # Errors

@@ -1,7 +1,9 @@
-//! Pooling of NHWC tensors: maximum, average, global average, and their cotangents.
+//! Pooling of NHWC tensors: maximum, average, adaptive average, global average, and their cotangents.
 //!
 //! Windows may overlap and may reach into a border. For the maximum the border is never chosen; for the average it
 //! counts as zeros (PyTorch's default, `count_include_pad = True`).
+
+use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -9,16 +11,19 @@ use super::im2col::{Shape, add};
 use super::{Host, Real, Window, by_dtype, overwritten, reduce, simd, tensor, threads};
 use crate::{Error, Result};
 
+/// Elements of a window at most: a byte tells which was the largest.
+pub(crate) const MOST_ELEMENTS: usize = 256;
+
 pub(crate) fn shape(window: &Window, dims: &[usize]) -> Result<Shape> {
     let &[b, h, w, c] = dims else {
         return Err(Error::Run(format!("pooling of {dims:?} (want [B, H, W, C])")));
     };
     let [oh, ow] = window.output(h, w)?;
     let [kh, kw] = window.kernel;
-    if window.padding[0] >= kh || window.padding[1] >= kw || kh * kw > 256 {
+    if window.padding[0] >= kh || window.padding[1] >= kw || kh * kw > MOST_ELEMENTS {
         return Err(Error::input(format!(
             "a pooling window of {kh}x{kw} with padding {:?}: padding must be smaller than the window, and the window \
-             at most 256 elements",
+             at most {MOST_ELEMENTS} elements",
             window.padding
         )));
     }
@@ -196,6 +201,89 @@ pub fn average_vjp(x: &[usize], window: &Window, gy: &Tensor) -> Result<Tensor> 
         });
         tensor(gx, x)
     })
+}
+
+/// Which of `from` rows (or columns) row `r` of `to` averages in [`adaptive_average`]: from ⌊r·from/to⌋ to before
+/// ⌈(r + 1)·from/to⌉. With the sizes exchanged, which of the `to` rows average row `r` of `from`.
+fn averaged(r: usize, from: usize, to: usize) -> Range<usize> {
+    r * from / to..((r + 1) * from).div_ceil(to)
+}
+
+/// The mean by channel of `x` `[B, H, W, C]` down to any `[h, w]`, `[B, h, w, C]`: output row r averages input rows
+/// ⌊r·H/h⌋ … ⌈(r + 1)·H/h⌉ − 1, columns alike (PyTorch's `adaptive_avg_pool2d`). Neighbouring outputs may share a row.
+///
+/// # Errors
+/// [`Error::Run`] where `[h, w]` is empty or larger than the input, and on devices without a kernel.
+pub fn adaptive_average(x: &Tensor, [oh, ow]: [usize; 2]) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    if let Some(window) = Window::of_whole_ratio([h, w], [oh, ow]) {
+        return average(x, &window);
+    }
+    shrinks([h, w], [oh, ow])?;
+    let x = x.contiguous()?;
+    by_dtype!(x, T => {
+        let x = Host::of(&x)?;
+        let x = x.slice::<T>()?;
+        let mut y = overwritten::<T>(b * oh * ow * c);
+        threads::chunks(&mut y, ow * c, || (), |(), i, y| {
+            y.fill(T::ZERO);
+            let (sample, rows) = (&x[i / oh * h * w * c..][..h * w * c], averaged(i % oh, h, oh));
+            simd::vectorized(#[inline(always)] || {
+                for (ox, y) in y.chunks_exact_mut(c).enumerate() {
+                    let columns = averaged(ox, w, ow);
+                    for iy in rows.clone() {
+                        columns.clone().for_each(|ix| add(y, &sample[(iy * w + ix) * c..][..c]));
+                    }
+                    let scale = T::of(1.0 / (rows.len() * columns.len()) as f64);
+                    y.iter_mut().for_each(|v| *v *= scale);
+                }
+            });
+        });
+        tensor(y, (b, oh, ow, c))
+    })
+}
+
+/// The input's cotangent of [`adaptive_average`], of height and width `[h, w]`.
+///
+/// # Errors
+/// As [`adaptive_average`].
+pub fn adaptive_average_vjp([h, w]: [usize; 2], gy: &Tensor) -> Result<Tensor> {
+    let (b, oh, ow, c) = gy.dims4()?;
+    if let Some(window) = Window::of_whole_ratio([h, w], [oh, ow]) {
+        return average_vjp(&[b, h, w, c], &window, gy);
+    }
+    shrinks([h, w], [oh, ow])?;
+    let gy = gy.contiguous()?;
+    by_dtype!(gy, T => {
+        let gy = Host::of(&gy)?;
+        let gy = gy.slice::<T>()?;
+        let mut gx = overwritten::<T>(b * h * w * c);
+        threads::chunks(&mut gx, w * c, || (), |(), i, gx| {
+            gx.fill(T::ZERO);
+            let sample = &gy[i / h * oh * ow * c..][..oh * ow * c];
+            simd::vectorized(#[inline(always)] || {
+                for (ix, gx) in gx.chunks_exact_mut(c).enumerate() {
+                    for oy in averaged(i % h, oh, h) {
+                        for ox in averaged(ix, ow, w) {
+                            let of = averaged(oy, h, oh).len() * averaged(ox, w, ow).len();
+                            let scale = T::of(1.0 / of as f64);
+                            let gy = &sample[(oy * ow + ox) * c..][..c];
+                            gx.iter_mut().zip(gy).for_each(|(x, &g)| *x += g * scale);
+                        }
+                    }
+                }
+            });
+        });
+        tensor(gx, (b, h, w, c))
+    })
+}
+
+fn shrinks(from: [usize; 2], to: [usize; 2]) -> Result<()> {
+    if (0..2).all(|i| (1..=from[i]).contains(&to[i])) {
+        return Ok(());
+    }
+    let ([h, w], [oh, ow]) = (from, to);
+    Err(Error::Run(format!("{h}x{w} pixels cannot be averaged down to {oh}x{ow}")))
 }
 
 /// The mean over all positions: `[B, H, W, C]` to `[B, 1, 1, C]`.

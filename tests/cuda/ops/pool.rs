@@ -1,4 +1,4 @@
-//! Pools over windows and whole images, and upsampling.
+//! Pools over windows, to any size and over whole images, and upsampling.
 
 use sideways::Result;
 use sideways::backend::cpu::{Window, pool, resample};
@@ -81,6 +81,44 @@ fn global_pools_and_upsampling() -> Result<()> {
                 ops::upsample_vjp(gpu, dims, factor, &on.up(&g)?, &gx)?;
                 let gy = tensor(&g, &[b, h * factor, w * factor, c])?;
                 on.same(&format!("upsample's vjp of {dims:?}"), &gx, &resample::upsample_vjp(&gy, factor)?);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// From each size to others, above and below a block's elements: averaged by whole ratios and by others, spread by whole factors and by
+/// others, one side alone.
+#[test]
+fn to_any_height_and_width() -> Result<()> {
+    On::each(|on| {
+        let gpu = &*on.gpu;
+        for dims in SHAPES {
+            let [b, h, w, c] = dims;
+            let n = b * h * w * c;
+            let x = on.random(n, 30);
+            let (dx, input, gx) = (on.up(&x)?, tensor(&x, &dims)?, on.empty(n)?);
+            for to in [[1, 1], [h, 2], [h / 2 + 1, w - 1], [2, w], [h - 1, w.div_ceil(2)], [h, w]] {
+                let what = format!("{dims:?} averaged to {to:?}");
+                let many = b * to[0] * to[1] * c;
+                let y = on.empty(many)?;
+                ops::adaptive_average(gpu, dims, to, &dx, &y)?;
+                on.same(&what, &y, &pool::adaptive_average(&input, to)?);
+                let g = on.random(many, 31);
+                ops::adaptive_average_vjp(gpu, dims, to, &on.up(&g)?, &gx)?;
+                let gy = tensor(&g, &[b, to[0], to[1], c])?;
+                on.same(&format!("vjp, {what}"), &gx, &pool::adaptive_average_vjp([h, w], &gy)?);
+            }
+            for to in [[h, w], [2 * h, w], [h + 1, 2 * w - 1], [3 * h - 1, w + 2]] {
+                let what = format!("{dims:?} spread to {to:?}");
+                let many = b * to[0] * to[1] * c;
+                let y = on.empty(many)?;
+                ops::spread(gpu, dims, to, &dx, &y)?;
+                on.same(&what, &y, &resample::spread(&input, to)?);
+                let g = on.random(many, 32);
+                ops::spread_vjp(gpu, dims, to, &on.up(&g)?, &gx)?;
+                let gy = tensor(&g, &[b, to[0], to[1], c])?;
+                on.same(&format!("vjp, {what}"), &gx, &resample::spread_vjp([h, w], &gy)?);
             }
         }
         Ok(())

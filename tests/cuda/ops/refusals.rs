@@ -41,6 +41,13 @@ fn sizes_that_do_not_fit_are_refused() -> Result<()> {
             ),
             (ops::global_average(gpu, dims, &a, &b), "global pooling's output is an array of 11 elements"),
             (ops::upsample(gpu, dims, 0, &a, &a), "up-sampling by 0"),
+            (ops::adaptive_average(gpu, dims, [3, 1], &a, &b), "2x2 pixels cannot be averaged down to 3x1"),
+            (
+                ops::adaptive_average(gpu, [1, 4, 1, 3], [3, 1], &a, &b),
+                "adaptive pooling's output is an array of 11 elements",
+            ),
+            (ops::spread(gpu, dims, [1, 3], &a, &a), "2x2 pixels cannot be spread to 1x3"),
+            (ops::spread_vjp(gpu, dims, [2, 3], &a, &a), "spreading's output is an array of 12 elements"),
             (
                 ops::cross_entropy(gpu, &b, &ops::Labels::plain(&c), None, None, &c, &scratch),
                 "a loss of 11 elements with 3 labels",

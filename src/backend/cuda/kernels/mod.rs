@@ -25,6 +25,8 @@ const SOURCE: &str = concat!(
 /// Every kernel's name.
 const NAMES: &[&str] = &[
     "accumulate",
+    "adaptive_average",
+    "adaptive_average_vjp",
     "adamw",
     "add",
     "average_pool",
@@ -65,6 +67,8 @@ const NAMES: &[&str] = &[
     "set_words",
     "moving_average",
     "sgd",
+    "spread",
+    "spread_vjp",
     "upsample",
     "upsample_vjp",
     "widen",

@@ -1,4 +1,4 @@
-// Pools and up-sampling. A thread takes `w` channels of one pixel; n counts elements of what is written.
+// Pools, up-sampling, and changes to any size. A thread takes `w` channels of one pixel; n counts elements of what is written.
 
 #define PIXEL(height, width)                                                     \
     unsigned i = INDEX * lanes;                                                  \
@@ -180,6 +180,74 @@ extern "C" __global__ void upsample_vjp(const real *gy, real *gx, unsigned n, un
     for (int y = py * factor; y < (py + 1) * factor; y++) {
         for (int x = px * factor; x < (px + 1) * factor; x++) {
             take(gy + ((sample * ih * factor + y) * iw * factor + x) * c + ch, w, g);
+            for (int k = 0; k < PACK; k++) sum[k] += g[k];
+        }
+    }
+    put(gx + i, w, sum);
+}
+
+// The first and, behind the last, the next of the rows of `from` that row `r` of `to` averages; with the sizes exchanged, of the rows
+// of `to` that average row `r` of `from`.
+#define AVERAGED_FROM(r, from, to) ((int)((long long)(r) * (from) / (to)))
+#define AVERAGED_TO(r, from, to) ((int)(((long long)((r) + 1) * (from) + (to) - 1) / (to)))
+#define AVERAGED(r, from, to) (AVERAGED_TO(r, from, to) - AVERAGED_FROM(r, from, to))
+
+extern "C" __global__ void adaptive_average(const real *x, real *y, unsigned n, unsigned c, int lanes, int ih, int iw, int oh,
+                                            int ow) {
+    PIXEL(oh, ow);
+    int iy = AVERAGED_FROM(py, ih, oh), iy_end = AVERAGED_TO(py, ih, oh);
+    int ix_start = AVERAGED_FROM(px, iw, ow), ix_end = AVERAGED_TO(px, iw, ow);
+    float scale = 1.0f / (float)((iy_end - iy) * (ix_end - ix_start));
+    float sum[PACK], v[PACK];
+    for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
+    for (; iy < iy_end; iy++) {
+        for (int ix = ix_start; ix < ix_end; ix++) {
+            take(x + ((sample * ih + iy) * iw + ix) * c + ch, w, v);
+            for (int k = 0; k < PACK; k++) sum[k] += v[k];
+        }
+    }
+    for (int k = 0; k < PACK; k++) sum[k] *= scale;
+    put(y + i, w, sum);
+}
+
+extern "C" __global__ void adaptive_average_vjp(const real *gy, real *gx, unsigned n, unsigned c, int lanes, int ih, int iw,
+                                                int oh, int ow) {
+    PIXEL(ih, iw);
+    int oy = AVERAGED_FROM(py, oh, ih), oy_end = AVERAGED_TO(py, oh, ih);
+    int ox_start = AVERAGED_FROM(px, ow, iw), ox_end = AVERAGED_TO(px, ow, iw);
+    float sum[PACK], g[PACK];
+    for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
+    for (; oy < oy_end; oy++) {
+        for (int ox = ox_start; ox < ox_end; ox++) {
+            float scale = 1.0f / (float)(AVERAGED(oy, ih, oh) * AVERAGED(ox, iw, ow));
+            take(gy + ((sample * oh + oy) * ow + ox) * c + ch, w, g);
+            for (int k = 0; k < PACK; k++) sum[k] += g[k] * scale;
+        }
+    }
+    put(gx + i, w, sum);
+}
+
+extern "C" __global__ void spread(const real *x, real *y, unsigned n, unsigned c, int lanes, int ih, int iw, int oh, int ow) {
+    PIXEL(oh, ow);
+    int iy = (int)((long long)py * ih / oh), ix = (int)((long long)px * iw / ow);
+    float v[PACK];
+    take(x + ((sample * ih + iy) * iw + ix) * c + ch, w, v);
+    put(y + i, w, v);
+}
+
+// The first of the rows of `to` that take row `r` of `from`, or a later one.
+#define TAKING_FROM(r, from, to) ((int)(((long long)(r) * (to) + (from) - 1) / (from)))
+
+extern "C" __global__ void spread_vjp(const real *gy, real *gx, unsigned n, unsigned c, int lanes, int ih, int iw, int oh,
+                                      int ow) {
+    PIXEL(ih, iw);
+    int oy = TAKING_FROM(py, ih, oh), oy_end = TAKING_FROM(py + 1, ih, oh);
+    int ox_start = TAKING_FROM(px, iw, ow), ox_end = TAKING_FROM(px + 1, iw, ow);
+    float sum[PACK], g[PACK];
+    for (int k = 0; k < PACK; k++) sum[k] = 0.0f;
+    for (; oy < oy_end; oy++) {
+        for (int ox = ox_start; ox < ox_end; ox++) {
+            take(gy + ((sample * oh + oy) * ow + ox) * c + ch, w, g);
             for (int k = 0; k < PACK; k++) sum[k] += g[k];
         }
     }

@@ -24,7 +24,8 @@ pub use loss::{Labels, cross_entropy, loss_scratch, pixel};
 pub use norm::{Norm, NormShape, Over, norm_scratch};
 pub use optimizer::{Accumulation, Parameter, Parameters};
 pub use pool::{
-    average_pool, average_pool_vjp, global_average, global_average_vjp, max_pool, max_pool_vjp, upsample, upsample_vjp,
+    adaptive_average, adaptive_average_vjp, average_pool, average_pool_vjp, global_average, global_average_vjp,
+    max_pool, max_pool_vjp, spread, spread_vjp, upsample, upsample_vjp,
 };
 
 use super::gpu::{Array, Element, Gpu, failed};

@@ -1,7 +1,9 @@
-//! Pools over windows and whole frames, up-sampling, and their gradients, all as gathers.
+//! Pools over windows, to any size and over whole frames, up-sampling by factors and to any size, and their gradients, all as
+//! gathers.
 
 use super::{Argument, Array, Columns, Element, Gpu, arguments, each, launch, require, signed, small, width};
 use crate::backend::cpu::Window;
+use crate::backend::cpu::pool::MOST_ELEMENTS;
 use crate::{Error, Result};
 
 /// Each window's maximum of `x` `[B, H, W, C]` into `y` `[B, H', W', C]`, and which of the window's elements it was into
@@ -56,6 +58,32 @@ pub fn average_pool_vjp(gpu: &Gpu, shape: [usize; 4], window: &Window, gy: &Arra
     let pool = Pool::new(shape, window)?;
     pool.check(gx, gy)?;
     pool.launch(gpu, "average_pool_vjp", gy.element(), arguments![gy, gx], gx.len(), Some(pool.scale()))
+}
+
+/// The mean of `x` `[B, H, W, C]` down to any `to` (height, width) into `y`, as [`crate::backend::cpu::pool::adaptive_average`].
+///
+/// # Errors
+/// [`Error::Run`] if sizes do not fit or the launch fails.
+pub fn adaptive_average(gpu: &Gpu, shape: [usize; 4], to: [usize; 2], x: &Array, y: &Array) -> Result<()> {
+    if let Some(window) = Window::of_whole_ratio([shape[1], shape[2]], to) {
+        return average_pool(gpu, shape, &window, x, y);
+    }
+    let resize = Resize::averaging(shape, to)?;
+    resize.check(x, y)?;
+    resize.launch(gpu, "adaptive_average", x, y)
+}
+
+/// The input's cotangent of [`adaptive_average`] on an input of `shape`.
+///
+/// # Errors
+/// As [`adaptive_average`].
+pub fn adaptive_average_vjp(gpu: &Gpu, shape: [usize; 4], to: [usize; 2], gy: &Array, gx: &Array) -> Result<()> {
+    if let Some(window) = Window::of_whole_ratio([shape[1], shape[2]], to) {
+        return average_pool_vjp(gpu, shape, &window, gy, gx);
+    }
+    let resize = Resize::averaging(shape, to)?;
+    resize.check(gx, gy)?;
+    resize.launch(gpu, "adaptive_average_vjp", gy, gx)
 }
 
 /// The mean over all positions of `x` `[B, H, W, C]` into `y` `[B, C]`.
@@ -134,6 +162,66 @@ fn repeated(shape: [usize; 4], factor: usize, small: &Array, large: &Array) -> R
     Ok(shape)
 }
 
+/// `x` `[B, H, W, C]` spread to any larger `to` (height, width) into `y`, as [`crate::backend::cpu::resample::spread`].
+///
+/// # Errors
+/// [`Error::Run`] if sizes do not fit or the launch fails.
+pub fn spread(gpu: &Gpu, shape: [usize; 4], to: [usize; 2], x: &Array, y: &Array) -> Result<()> {
+    let resize = Resize::spreading(shape, to)?;
+    resize.check(x, y)?;
+    resize.launch(gpu, "spread", x, y)
+}
+
+/// The input's cotangent of [`spread`] on an input of `shape`: the sum of `gy` over the pixels that took each.
+///
+/// # Errors
+/// As [`spread`].
+pub fn spread_vjp(gpu: &Gpu, shape: [usize; 4], to: [usize; 2], gy: &Array, gx: &Array) -> Result<()> {
+    let resize = Resize::spreading(shape, to)?;
+    resize.check(gx, gy)?;
+    resize.launch(gpu, "spread_vjp", gy, gx)
+}
+
+/// A change of height and width, from `[B, H, W, C]` to `[B, to, C]`.
+struct Resize {
+    what: &'static str,
+    shape: [usize; 4],
+    to: [usize; 2],
+}
+
+impl Resize {
+    fn averaging(shape: [usize; 4], to: [usize; 2]) -> Result<Self> {
+        Resize { what: "adaptive pooling", shape, to }.fitting("averaged down", |from, to| to <= from)
+    }
+
+    fn spreading(shape: [usize; 4], to: [usize; 2]) -> Result<Self> {
+        Resize { what: "spreading", shape, to }.fitting("spread", |from, to| to >= from)
+    }
+
+    fn fitting(self, does: &str, fits: impl Fn(usize, usize) -> bool) -> Result<Self> {
+        let (Resize { shape: [_, h, w, _], to: [oh, ow], .. }, empty) = (&self, self.shape.contains(&0));
+        if empty || oh * ow == 0 || !fits(*h, *oh) || !fits(*w, *ow) {
+            return Err(Error::Run(format!("{h}x{w} pixels cannot be {does} to {oh}x{ow}")));
+        }
+        Ok(self)
+    }
+
+    fn check(&self, x: &Array, y: &Array) -> Result<()> {
+        let ([b, h, w, c], [oh, ow]) = (self.shape, self.to);
+        require(&format!("{}'s input", self.what), x, b * h * w * c, x.element())?;
+        require(&format!("{}'s output", self.what), y, b * oh * ow * c, x.element())
+    }
+
+    /// Launches a kernel that reads one of the two arrays and writes the other.
+    fn launch(&self, gpu: &Gpu, name: &'static str, read: &Array, written: &Array) -> Result<()> {
+        let ([_, h, w, c], [oh, ow]) = (self.shape, self.to);
+        let lanes = width(written.element(), &[c]);
+        let (ih, iw, oh, ow) = (signed(h)?, signed(w)?, signed(oh)?, signed(ow)?);
+        let arguments = arguments![read, written, small(written.len())?, small(c)?, lanes as i32, ih, iw, oh, ow];
+        launch(gpu, name, written.element(), each(written.len(), lanes), arguments)
+    }
+}
+
 /// A pool's shapes.
 struct Pool {
     input: [usize; 4],
@@ -145,10 +233,10 @@ impl Pool {
     fn new(input: [usize; 4], window: &Window) -> Result<Pool> {
         let output = window.output(input[1], input[2])?;
         let ([kh, kw], padding) = (window.kernel, window.padding);
-        if padding[0] >= kh || padding[1] >= kw || kh * kw > 256 {
+        if padding[0] >= kh || padding[1] >= kw || kh * kw > MOST_ELEMENTS {
             return Err(Error::input(format!(
                 "a pooling window of {kh}x{kw} with padding {padding:?}: padding must be smaller than the window, and \
-                 the window at most 256 elements"
+                 the window at most {MOST_ELEMENTS} elements"
             )));
         }
         Ok(Pool { input, output, window: *window })
