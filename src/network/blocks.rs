@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::method::graph::{Edge, Graph};
 use crate::network::partition::{Partition, Piece, partition};
+use crate::nn::module::sent_shape;
 use crate::nn::spec::{LayerSpec, Shape};
 use crate::{Error, Result};
 
@@ -59,12 +60,9 @@ impl Blocks {
         self.shapes[b]
     }
 
-    /// The shapes of a piece's skip inputs as sent, averaged down to its main input's height and width; `None` where one
-    /// cannot be by whole factors.
+    /// The shapes of a piece's skip inputs as sent; `None` where one cannot be brought to its main input's height and width.
     pub fn skip_shapes(&self, piece: &Piece) -> Option<Vec<Shape>> {
-        let [h, w, _] = self.shapes[piece.start];
-        let sent = piece.skips.iter().map(|&end| self.shapes[end]);
-        sent.map(|s| (s[0].is_multiple_of(h) && s[1].is_multiple_of(w)).then_some([h, w, s[2]])).collect()
+        piece.skips.iter().map(|&end| sent_shape(self.shapes[end], self.shapes[piece.start])).collect()
     }
 
     /// [`partition`], in layer numbers: the layers before which to cut.

@@ -10,7 +10,7 @@ use crate::config::{Config, Task};
 use crate::method::graph::{Edge, Graph};
 use crate::network::blocks::Blocks;
 use crate::nn::learned::{self, Learned};
-use crate::nn::module::{Fuse, SkipInput, fused_shape};
+use crate::nn::module::{Fuse, SkipInput, fused_shape, sent_shape};
 use crate::nn::presets::preset;
 use crate::nn::spec::LayerSpec;
 use crate::{Error, Result};
@@ -22,7 +22,7 @@ pub struct ModuleSpec {
     pub layers: Range<usize>,
     /// The main input.
     pub main: [usize; 3],
-    /// The skip inputs, in growing span.
+    /// The skip inputs as sent, in growing span.
     pub skips: Vec<SkipInput>,
     /// The output.
     pub output: [usize; 3],
@@ -39,9 +39,9 @@ pub struct ModuleSpec {
 pub struct EdgeSpec {
     /// The edge.
     pub edge: Edge,
-    /// Whole factors (height, width) by which the sender averages before sending.
-    pub pool: (usize, usize),
-    /// `[H, W, C]` of one sample as sent.
+    /// Whether the sender averages its output down before sending.
+    pub pooled: bool,
+    /// `[H, W, C]` of one sample as sent; the receiver spreads it where its main input is larger.
     pub shape: [usize; 3],
 }
 
@@ -105,22 +105,22 @@ impl Network {
             let mut skips = Vec::new();
             for edge in graph.inputs(i) {
                 let sent = modules[edge.from - 1].output;
-                let pool = pool_factors(*edge, sent, main)?;
-                let shape = [main[0], main[1], sent[2]];
-                edges.push(EdgeSpec { edge: *edge, pool, shape });
+                let shape = shape_as_sent(*edge, sent, main)?;
+                edges.push(EdgeSpec { edge: *edge, pooled: shape != sent, shape });
                 if !edge.is_main() {
                     skips.push(SkipInput { from: edge.from, shape });
                 }
             }
             let skip_shapes: Vec<[usize; 3]> = skips.iter().map(|s| s.shape).collect();
             let mut shape = fused_shape(main, &skip_shapes, fuse);
-            let adapters: u64 = match fuse {
-                Fuse::Sum => {
-                    skip_shapes.iter().filter(|s| s[2] != main[2]).map(|s| ((s[2] + 1) * main[2]) as u64).sum()
-                }
-                Fuse::Concat => 0,
-            };
-            let (mut flops, mut params, mut tape) = (2 * adapters * (main[0] * main[1]) as u64, adapters, 0);
+            let (mut flops, mut params, mut tape) = (0, 0, 0);
+            for s in skip_shapes.iter().filter(|s| fuse == Fuse::Sum && s[2] != main[2]) {
+                // An adapter works on what was sent, and keeps it.
+                let adapter = ((s[2] + 1) * main[2]) as u64;
+                flops += 2 * adapter * (s[0] * s[1]) as u64;
+                params += adapter;
+                tape += s.iter().product::<usize>() as u64;
+            }
             for (n, layer) in layers.iter().enumerate().take(end).skip(start) {
                 let output = layer
                     .output_shape(shape)
@@ -189,16 +189,15 @@ impl Network {
     }
 }
 
-/// A skip's output is averaged down to the main input's height and width by whole factors.
-fn pool_factors(edge: Edge, sent: [usize; 3], main: [usize; 3]) -> Result<(usize, usize)> {
-    if !sent[0].is_multiple_of(main[0]) || !sent[1].is_multiple_of(main[1]) {
-        return Err(Error::input(format!(
-            "{edge}: the skip brings {}x{} pixels and the main input of module {} has {}x{}; it can only be averaged \
-             down by whole factors: choose other skips or cuts",
+/// [`sent_shape`], or why there is none.
+fn shape_as_sent(edge: Edge, sent: [usize; 3], main: [usize; 3]) -> Result<[usize; 3]> {
+    sent_shape(sent, main).ok_or_else(|| {
+        Error::input(format!(
+            "{edge}: the skip brings {}x{} pixels (height x width) and the main input of module {} has {}x{}; height and \
+             width must both shrink (or stay), or both grow (or stay): choose other skips or cuts",
             sent[0], sent[1], edge.to, main[0], main[1]
-        )));
-    }
-    Ok((sent[0] / main[0], sent[1] / main[1]))
+        ))
+    })
 }
 
 fn checked_cuts(cuts: &[usize], layers: usize) -> Result<Vec<usize>> {

@@ -1,8 +1,10 @@
 //! A module: the layers one worker runs, and how its inputs become one.
 //!
-//! Module i computes `y = H(a)` with `a = fuse(main, skips)`. Skips come pooled to the main input's height and width (see
-//! [`pool_for_edge`]: the sender does it, so that links carry less); a sum needs equal channels too, which a learned 1x1
-//! convolution, the *adapter*, provides where they differ (Skip-Sideways, arXiv 2106.08318).
+//! Module i computes `y = H(a)` with `a = fuse(main, skips)`. All inputs are brought to the main input's height and width, at that end of
+//! an edge which lets the link carry less: a larger output is averaged down by its sender ([`pool_for_edge`]), a smaller one spread by
+//! nearest neighbour by the receiver ([`resample::spread`]), here. A sum needs equal channels too, which a learned 1x1
+//! convolution, the *adapter*, provides where they differ (Skip-Sideways, arXiv 2106.08318). It works on what was sent, before
+//! spreading: the other order has the same result, since both leave the other's axes alone, and needs more arithmetic.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -11,7 +13,7 @@ use super::layers::{Conv2d, Layer, Pass, Tape};
 use super::param::{Init, Param};
 use super::spec::{LayerSpec, Shape};
 use crate::backend::cpu::conv::Conv;
-use crate::backend::cpu::{Window, activation, pool};
+use crate::backend::cpu::{activation, pool, resample};
 use crate::{Error, Result};
 
 /// How a module's inputs become one.
@@ -30,15 +32,15 @@ pub enum Fuse {
 pub struct SkipInput {
     /// The module it comes from.
     pub from: usize,
-    /// Height, width and channels after the sender's pooling: height and width are the main input's.
+    /// Height, width and channels as sent ([`sent_shape`]): height and width are at most the main input's.
     pub shape: Shape,
 }
 
 /// The layers of one module, its adapters, and their parameters.
 pub struct Module {
     fuse: Fuse,
-    /// Channels of the main input, then of each skip.
-    channels: Vec<usize>,
+    /// The main input, then each skip as sent.
+    inputs: Vec<Shape>,
     adapters: Vec<Option<Conv2d>>,
     layers: Vec<Box<dyn Layer>>,
     /// Whether an adapter, or one of the first k layers, has something to learn: then a cotangent must get so far back.
@@ -62,10 +64,10 @@ impl Module {
     ) -> Result<Module> {
         let mut adapters = Vec::new();
         for skip in skips {
-            if skip.shape[..2] != main[..2] {
+            if sent_shape(skip.shape, main) != Some(skip.shape) {
                 return Err(Error::input(format!(
-                    "the skip from module {} to {index} brings {:?} (after pooling) where the main input is {main:?}: \
-                     height and width must agree",
+                    "the skip from module {} to {index} brings {:?} where the main input is {main:?} (height, width, \
+                     channels): its height and width may be at most the main input's, since the sender averages",
                     skip.from, skip.shape
                 )));
             }
@@ -88,8 +90,8 @@ impl Module {
             }
             output = spec.output_shape(output).map_err(place)?;
         }
-        let channels = std::iter::once(main[2]).chain(skips.iter().map(|s| s.shape[2])).collect();
-        let mut module = Module { fuse, channels, adapters, layers: built, learned: Vec::new(), output };
+        let inputs = std::iter::once(main).chain(skips.iter().map(|s| s.shape)).collect();
+        let mut module = Module { fuse, inputs, adapters, layers: built, learned: Vec::new(), output };
         module.freeze(&|_| false)?;
         Ok(module)
     }
@@ -125,16 +127,21 @@ impl Module {
         self.output
     }
 
-    /// The output `[B, H, W, C]` for `inputs`: main, then skips in the order of growing span. What the vjp needs goes on
-    /// `tape`, which should be empty.
+    /// The output `[B, H, W, C]` for `inputs`: main, then skips as sent in the order of growing span. What the vjp needs goes
+    /// on `tape`, which should be empty.
     ///
     /// # Errors
     /// [`Error::Run`] or [`Error::Tensor`] where shapes do not fit.
     pub fn forward(&mut self, inputs: &[Tensor], pass: &Pass, tape: &mut Tape) -> Result<Tensor> {
-        if inputs.len() != self.channels.len() {
-            return Err(Error::Run(format!("a module got {} inputs and has {}", inputs.len(), self.channels.len())));
+        if inputs.len() != self.inputs.len() {
+            return Err(Error::Run(format!("a module got {} inputs and has {}", inputs.len(), self.inputs.len())));
         }
+        let size = self.size();
         let mut y = match self.fuse {
+            Fuse::Concat if self.inputs.iter().any(|s| s[..2] != size) => {
+                let spread = inputs.iter().map(|x| resample::spread(x, size)).collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&spread, 3)?.contiguous()?
+            }
             Fuse::Concat if inputs.len() > 1 => Tensor::cat(inputs, 3)?.contiguous()?,
             Fuse::Sum | Fuse::Concat => {
                 let mut sum = inputs[0].clone();
@@ -143,7 +150,7 @@ impl Module {
                         Some(adapter) => adapter.forward(skip, pass, tape)?,
                         None => skip.clone(),
                     };
-                    sum = activation::add(&sum, &skip)?;
+                    sum = activation::add(&sum, &resample::spread(&skip, size)?)?;
                 }
                 sum
             }
@@ -160,8 +167,8 @@ impl Module {
     /// # Errors
     /// As [`Module::forward`].
     pub fn vjp(&mut self, gy: &Tensor, pass: &Pass, tape: &mut Tape, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        if wanted.len() != self.channels.len() {
-            return Err(Error::Run(format!("a module has {} inputs, not {}", self.channels.len(), wanted.len())));
+        if wanted.len() != self.inputs.len() {
+            return Err(Error::Run(format!("a module has {} inputs, not {}", self.inputs.len(), wanted.len())));
         }
         let result = self.pull_back(gy, pass, tape, wanted);
         tape.clear();
@@ -185,9 +192,10 @@ impl Module {
                 let mut cotangents = vec![None; wanted.len()];
                 // The tape is a stack: the last adapter's input lies on top.
                 for (k, adapter) in self.adapters.iter_mut().enumerate().rev() {
+                    let [h, w, _] = self.inputs[k + 1];
                     cotangents[k + 1] = match adapter {
-                        Some(adapter) => adapter.vjp(&g, pass, tape, wanted[k + 1])?,
-                        None => wanted[k + 1].then(|| g.clone()),
+                        Some(adapter) => adapter.vjp(&resample::spread_vjp([h, w], &g)?, pass, tape, wanted[k + 1])?,
+                        None => wanted[k + 1].then(|| resample::spread_vjp([h, w], &g)).transpose()?,
                     };
                 }
                 cotangents[0] = wanted[0].then_some(g);
@@ -195,14 +203,21 @@ impl Module {
             }
             Fuse::Concat => {
                 let mut first = 0;
-                let parts = self.channels.iter().zip(wanted).map(|(&channels, &wanted)| {
-                    let part = wanted.then(|| Ok(g.narrow(3, first, channels)?.contiguous()?));
+                let parts = self.inputs.iter().zip(wanted).map(|(&[h, w, channels], &wanted)| {
+                    let part = || resample::spread_vjp([h, w], &g.narrow(3, first, channels)?.contiguous()?);
+                    let part = wanted.then(part).transpose();
                     first += channels;
-                    part.transpose()
+                    part
                 });
                 parts.collect()
             }
         }
+    }
+
+    /// Height and width of the fused input: the main input's.
+    fn size(&self) -> [usize; 2] {
+        let [h, w, _] = self.inputs[0];
+        [h, w]
     }
 
     /// Calls `f` on every parameter and buffer in a fixed order: adapters, then layers.
@@ -224,36 +239,36 @@ pub fn fused_shape(main: Shape, skips: &[Shape], fuse: Fuse) -> Shape {
     }
 }
 
-/// The sender's average pooling of an output `[B, H, W, C]` by whole factors: `[B, H/fh, W/fw, C]`. Factors of 1 copy
-/// nothing.
+/// The shape in which an output of shape `sent` travels to a module whose main input is `main`: averaged down to its height and width,
+/// or as it is where the receiver spreads it. `None` where one of height and width would shrink and the other grow.
+pub fn sent_shape(sent: Shape, main: Shape) -> Option<Shape> {
+    if sent[0] >= main[0] && sent[1] >= main[1] {
+        return Some([main[0], main[1], sent[2]]);
+    }
+    (sent[0] <= main[0] && sent[1] <= main[1]).then_some(sent)
+}
+
+/// The sender's average pooling of an output `[B, H, W, C]` to any height and width up to its own: `[B, h, w, C]`, as
+/// [`pool::adaptive_average`]. To its own nothing is copied.
 ///
 /// # Errors
-/// [`Error::Input`] where the factors do not divide height and width.
-pub fn pool_for_edge(y: &Tensor, fh: usize, fw: usize) -> Result<Tensor> {
-    if (fh, fw) == (1, 1) {
+/// [`Error::Run`] where the output is smaller than that.
+pub fn pool_for_edge(y: &Tensor, [h, w]: [usize; 2]) -> Result<Tensor> {
+    let (_, from_h, from_w, _) = y.dims4()?;
+    if [from_h, from_w] == [h, w] {
         return Ok(y.clone());
     }
-    let (_, h, w, _) = y.dims4()?;
-    if fh == 0 || fw == 0 || h % fh != 0 || w % fw != 0 {
-        return Err(Error::input(format!(
-            "a skip's output of {h}x{w} cannot be pooled by {fh}x{fw}: not a whole ratio"
-        )));
-    }
-    pool::average(y, &edge_window(fh, fw))
+    pool::adaptive_average(y, [h, w])
 }
 
-/// The transpose of [`pool_for_edge`]: from the pooled cotangent `g` to the output's, `[B, H, W, C]`.
+/// The transpose of [`pool_for_edge`]: from the pooled cotangent `g` to that of the output, whose height and width are `[h, w]`.
 ///
 /// # Errors
-/// [`Error::Run`] on devices without a kernel.
-pub fn pool_for_edge_vjp(g: &Tensor, fh: usize, fw: usize) -> Result<Tensor> {
-    if (fh, fw) == (1, 1) {
+/// As [`pool_for_edge`].
+pub fn pool_for_edge_vjp(g: &Tensor, [h, w]: [usize; 2]) -> Result<Tensor> {
+    let (_, pooled_h, pooled_w, _) = g.dims4()?;
+    if [pooled_h, pooled_w] == [h, w] {
         return Ok(g.clone());
     }
-    let (b, h, w, c) = g.dims4()?;
-    pool::average_vjp(&[b, h * fh, w * fw, c], &edge_window(fh, fw), g)
-}
-
-fn edge_window(fh: usize, fw: usize) -> Window {
-    Window { kernel: [fh, fw], stride: [fh, fw], padding: [0, 0] }
+    pool::adaptive_average_vjp([h, w], g)
 }

@@ -121,7 +121,7 @@ impl Worker {
             let due = header(Kind::Cotangent, *id, at.batch, arrival.sent_at, self.clips, edge.spec.shape);
             let (asked, _) = edge.waits.time(|| receiver.wait_slot(&due))?;
             self.requests.raise(asked);
-            let computes = !arrival.first || edge.spec.pool != (1, 1);
+            let computes = !arrival.first || edge.spec.pooled;
             let _core = if computes { self.acquire_core(Phase::Backward) } else { None };
             self.add_cotangent(arrival, &due)?;
         }

@@ -103,10 +103,11 @@ pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(V
         times.backward_leaf = times.backward - first.backward + first.backward_leaf;
         let main = blocks.shape(piece.start);
         for skip in &skips {
-            // Joining: an addition or a copy, and a product where channels differ.
-            let moved = bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
+            // Joining: an addition or a copy, another where it is spread before, and a product where channels differ.
+            let passes = if skip[..2] == main[..2] { 1.0 } else { 2.0 };
+            let moved = passes * bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
             let flops = match setup.network.fuse {
-                Fuse::Sum if skip[2] != main[2] => 2 * (main[0] * main[1] * main[2] * skip[2]) as u64,
+                Fuse::Sum if skip[2] != main[2] => 2 * (skip[0] * skip[1] * main[2] * skip[2]) as u64,
                 Fuse::Sum => 0,
                 Fuse::Concat => {
                     let first = &setup.network.layers[blocks.layers(piece.start, piece.end).start];
@@ -204,7 +205,7 @@ pub fn step_costs(setup: &Setup, profile: &Profile) -> Vec<StepCost> {
     let cost = |w: usize| {
         let (i, r) = grid.module_and_replica(w);
         let inputs: Vec<Shape> = network.inputs(i).iter().map(|e| e.shape).collect();
-        let outputs: Vec<(Shape, bool)> = network.outputs(i).iter().map(|e| (e.shape, e.pool != (1, 1))).collect();
+        let outputs: Vec<(Shape, bool)> = network.outputs(i).iter().map(|e| (e.shape, e.pooled)).collect();
         let neighbour = |m: usize| grid.rank_of(grid.worker(m, r));
         let here = grid.rank_of(w);
         let cross = network.edges.iter().any(|e| {

@@ -129,7 +129,7 @@ impl Conditions {
             fuse: self.fuse,
             output,
             frames: false,
-            outputs: vec![OutputPort { pool: (1, 1), shape: output, returns: true }],
+            outputs: vec![OutputPort { shape: output, returns: true }],
             returns: vec![true; 1 + part.skips.len()],
             batch: self.batch,
             seed: 1,

@@ -196,7 +196,7 @@ impl Setup {
             fuse: network.fuse,
             output: module.output,
             frames: i == 1,
-            outputs: outputs.map(|e| OutputPort { pool: e.pool, shape: e.shape, returns: returns(&e.edge) }).collect(),
+            outputs: outputs.map(|e| OutputPort { shape: e.shape, returns: returns(&e.edge) }).collect(),
             returns: (0..network.inputs(i).len()).map(|k| self.schedule.returns(i, k)).collect(),
             batch: config.data.batch,
             seed: config.train.seed,

@@ -1,14 +1,17 @@
-//! Exact back-propagation through the unrolled graph, written apart from the pipeline: the reference of gradient tests.
+//! Exact back-propagation through the unrolled graph, written apart from the pipeline: the reference of gradient tests. What an edge
+//! brings is brought to the main input's height and width here, by dense matrices, before a module sees it.
 //!
 //! Blocking: all steps forward, all steps back, every activation kept. Memory grows with the clip's length.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use sideways::backend::cpu::activation;
 use sideways::method::schedule::Schedule;
 use sideways::network::{EdgeSpec, Network};
 use sideways::nn::layers::{Pass, Tape};
-use sideways::nn::module::{Module, pool_for_edge, pool_for_edge_vjp};
+use sideways::nn::module::{Module, SkipInput};
+use sideways::nn::param::Init;
+use sideways::setup::Setup;
 use sideways::{Error, Result};
 
 /// A clip's forward passes, `[module − 1][step]`.
@@ -28,6 +31,55 @@ impl Unrolled {
 /// The step of the sender that step `t` of an edge's receiver reads: the one that arrives then, or the last, held.
 fn source_step(edge: &EdgeSpec, t: usize, sender_steps: usize) -> usize {
     (t + edge.edge.lead()).min(sender_steps - 1)
+}
+
+/// The modules of a run with their initial parameters, each of whose inputs has the main one's height and width.
+pub fn modules(setup: &Setup, init: impl Fn(u64) -> Init) -> Vec<Module> {
+    let module = |i| {
+        let spec = setup.stage_spec(i);
+        let [h, w, _] = spec.main;
+        let skips = spec.skips.iter().map(|skip| SkipInput { shape: [h, w, skip.shape[2]], ..*skip });
+        let skips: Vec<SkipInput> = skips.collect();
+        Module::new(i, &spec.layers, spec.main, &skips, spec.fuse, &init(spec.seed)).unwrap()
+    };
+    (1..=setup.grid.modules).map(module).collect()
+}
+
+/// What each of `to` rows takes of each of `from`: the mean of those it covers, if only in part, or the nearest above.
+fn shares(from: usize, to: usize) -> Vec<Vec<f32>> {
+    let row = |r: usize| -> Vec<f32> {
+        let covers = |i: usize| match from >= to {
+            true => (i + 1) * to > r * from && i * to < (r + 1) * from,
+            false => i * to <= r * from && r * from < (i + 1) * to,
+        };
+        let covered = (0..from).filter(|&i| covers(i)).count() as f32;
+        (0..from).map(|i| if covers(i) { 1.0 / covered } else { 0.0 }).collect()
+    };
+    (0..to).map(row).collect()
+}
+
+/// The matrix that brings pixels of one height and width to another's, `[to pixels, from pixels]`.
+fn resizing([h, w]: [usize; 2], [oh, ow]: [usize; 2]) -> Result<Tensor> {
+    let (rows, columns) = (shares(h, oh), shares(w, ow));
+    let pixel = |p: usize, q: usize| rows[p / ow][q / w] * columns[p % ow][q % w];
+    let values: Vec<f32> =
+        (0..oh * ow).flat_map(|p| (0..h * w).map(move |q| (p, q))).map(|(p, q)| pixel(p, q)).collect();
+    Ok(Tensor::from_vec(values, (oh * ow, h * w), &Device::Cpu)?)
+}
+
+/// `matrix` applied to the pixels of `x`, which then have the height and width `[h, w]`.
+fn applied(matrix: &Tensor, x: &Tensor, [h, w]: [usize; 2]) -> Result<Tensor> {
+    let (b, _, _, c) = x.dims4()?;
+    let pixels = x.contiguous()?.reshape((b, (), c))?;
+    Ok(matrix.broadcast_matmul(&pixels)?.reshape((b, h, w, c))?)
+}
+
+fn size(t: &Tensor) -> [usize; 2] {
+    [t.dims()[1], t.dims()[2]]
+}
+
+fn size_of([h, w, _]: [usize; 3]) -> [usize; 2] {
+    [h, w]
 }
 
 /// All steps of all modules forward, in the order of ticks. `frame(t)` gives frame t, `[B, H, W, C]`.
@@ -57,7 +109,9 @@ pub fn forward(
                     .into_iter()
                     .map(|e| {
                         let sent = &run.outputs[e.edge.from - 1];
-                        pool_for_edge(&sent[source_step(e, t, schedule.steps(e.edge.from))], e.pool.0, e.pool.1)
+                        let sent = &sent[source_step(e, t, schedule.steps(e.edge.from))];
+                        let main = size_of(network.modules[i - 1].main);
+                        applied(&resizing(size(sent), main)?, sent, main)
                     })
                     .collect::<Result<Vec<_>>>()?
             };
@@ -103,8 +157,9 @@ pub fn backward(
             }
             for (edge, c) in network.inputs(i).into_iter().zip(cotangents) {
                 let c = c.ok_or_else(|| Error::Run(format!("{}: no input gradient", edge.edge)))?;
-                let c = pool_for_edge_vjp(&c, edge.pool.0, edge.pool.1)?;
                 let from = edge.edge.from;
+                let sent = size_of(network.modules[from - 1].output);
+                let c = applied(&resizing(sent, size(&c))?.t()?.contiguous()?, &c, sent)?;
                 let at = &mut g[from - 1][source_step(edge, t, schedule.steps(from))];
                 *at = Some(match at.take() {
                     Some(sum) => activation::add(&sum, &c)?,

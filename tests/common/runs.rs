@@ -52,6 +52,17 @@ pub const LAYERS: &str = r#"[
     { kind = "global-avg-pool" }, { kind = "linear", out = 4 },
 ]"#;
 
+/// Other frames and layers: five modules whose outputs are 7x7, 4x4, 8x8, 8x8 pixels and one, so that skips are averaged by ratios that are
+/// no whole numbers (7 to 4), spread (4 to 8, 7 to 8), and with the channels' adapters or without.
+pub const UNEVEN: [&str; 2] = [
+    "data.crop=7",
+    "model.layers=[{ kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'relu' }, \
+     { kind = 'conv2d', out = 6, kernel = 3, stride = 2, padding = 1 }, { kind = 'group-norm', groups = 2 }, { kind = 'relu' }, \
+     { kind = 'conv2d', out = 6, kernel = 3, stride = 2, padding = 1 }, { kind = 'gelu' }, { kind = 'upsample', factor = 4 }, \
+     { kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'relu' }, \
+     { kind = 'global-avg-pool' }, { kind = 'linear', out = 4 }]",
+];
+
 /// A configuration on the shards of `dir`, with `sets` applied.
 pub fn config(dir: &Path, sets: &[&str]) -> Config {
     let text = format!(

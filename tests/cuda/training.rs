@@ -8,7 +8,7 @@ use std::process::Command;
 
 use crate::common::cuda::{Place, program, real};
 use crate::common::mpirun::text;
-use crate::common::runs::{assert_close, tensors};
+use crate::common::runs::{UNEVEN, assert_close, tensors};
 
 const CUDA: &str = "run.device=cuda";
 const CPU: &str = "run.device=cpu";
@@ -52,6 +52,8 @@ fn twenty_clips_end_where_the_cpus_do() {
             EMA,
         ],
         &[SKIPS, "train.freeze=[1, 'skips.*', '*.bias']", MIXUP, SMOOTHING, EMA, "train.lr_depth=0.5"],
+        &[UNEVEN[0], UNEVEN[1], SKIPS, gentle],
+        &[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }", gentle],
     ] {
         let place = Place::new(&[sets, &["train.batches=20", "run.checkpoint_every=20"]].concat());
         let cpu = place.trained("cpu", 0, &[CPU], &[]);
@@ -69,6 +71,8 @@ fn the_result_does_not_depend_on_where_modules_run() {
         (&["train.replicas=2", "model.modules=2", "train.rule=sideways", EMA], &[4]),
         (&[SKIPS, MIXUP, SMOOTHING, EMA, "train.freeze=[1]", "train.stash=activations"], &[5]),
         (&[ALL_KINDS, "model.skip={ spans = [2, 3] }", "train.stash=inputs"], &[2]),
+        (&[UNEVEN[0], UNEVEN[1], SKIPS], &[5]),
+        (&[UNEVEN[0], UNEVEN[1], SKIPS, "train.stash=inputs"], &[5]),
     ] {
         let place = Place::new(&[sets, &[CUDA]].concat());
         let threads = place.trained("threads", 0, &[], &[]);

@@ -10,12 +10,11 @@ use std::path::Path;
 use candle_core::{DType, Device};
 
 use crate::common::reference;
-use crate::common::runs::{assert_close, config, shard, tensors, train, with_prefix};
+use crate::common::runs::{UNEVEN, assert_close, config, shard, tensors, train, with_prefix};
 use sideways::config::Config;
 use sideways::data::FrameStream;
 use sideways::nn::head::{Head, Labels};
 use sideways::nn::layers::Pass;
-use sideways::nn::module::Module;
 use sideways::nn::param::Init;
 use sideways::setup::{Purpose, Setup};
 
@@ -34,12 +33,7 @@ fn exact_parts(
     parts: &dyn Fn(usize, usize) -> bool,
 ) -> HashMap<String, Vec<f64>> {
     let setup = Setup::new(config, 1, Purpose::Train).unwrap();
-    let module = |i| {
-        let spec = setup.stage_spec(i);
-        let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu };
-        Module::new(i, &spec.layers, spec.main, &spec.skips, spec.fuse, &init).unwrap()
-    };
-    let mut modules: Vec<_> = (1..=setup.grid.modules).map(module).collect();
+    let mut modules = reference::modules(&setup, |seed| Init { seed, dtype: DType::F32, device: Device::Cpu });
     let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
     let mut head = Head::new(setup.head(), config.data.batch);
     head.begin(&Labels { own: stream.begin(0).unwrap().labels, mixed: None });
@@ -87,22 +81,27 @@ fn one_module_is_back_propagation() {
     assert_close(&sideways, &exact, 1e-5, "D = 1");
 }
 
-/// The loop under rule = "bp": one update of plain SGD is the mean of the gradients, whatever the edges, held ones among them.
+/// The loop under rule = "bp": one update of plain SGD is the mean of the gradients, whatever the edges, held ones among them, and
+/// whatever the heights and widths they join.
 #[test]
 fn the_loop_under_bp_is_back_propagation() {
-    for skip in [
-        "",
-        "model.skip={ spans = [2, 3] }",
-        "model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }",
-        "model.skip={ spans = [3], delay = 2 }",
-        "model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }",
+    for (skip, network) in [
+        ("", &[][..]),
+        ("model.skip={ spans = [2, 3] }", &[]),
+        ("model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }", &[]),
+        ("model.skip={ spans = [3], delay = 2 }", &[]),
+        ("model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }", &[]),
+        ("model.skip={ spans = [2, 3] }", &UNEVEN),
+        ("model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }", &UNEVEN),
     ] {
         for boundary in ["train.boundary=flow", "train.boundary=cut"] {
             let dir = tempfile::tempdir().unwrap();
             shard(&dir.path().join("train.h5"), 4, 14, false);
             let plain = "train.optimizer={ kind = 'sgd', lr = 1.0, momentum = 0.0 }";
             let sets: Vec<&str> = ["train.rule=bp", "train.batches=1", plain, skip, boundary]
-                .into_iter()
+                .iter()
+                .chain(network)
+                .copied()
                 .filter(|s| !s.is_empty())
                 .collect();
             let config = config(dir.path(), &sets);
@@ -195,13 +194,15 @@ fn five_modules_on_moving_frames_are_not_back_propagation() {
 /// state's loss. One more frame adds one more steady step, so it is the difference of the sums of two clips.
 #[test]
 fn identical_frames_give_the_true_gradient() {
-    for (n, skip) in [
-        "",
-        "model.skip={ spans = [2] }",
-        "model.skip={ spans = [2, 3] }",
-        "model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }",
-        "model.skip={ spans = [3], delay = 2 }",
-        "model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }",
+    for (n, (skip, network)) in [
+        ("", &[][..]),
+        ("model.skip={ spans = [2] }", &[]),
+        ("model.skip={ spans = [2, 3] }", &[]),
+        ("model.skip={ spans = [2], edges = [[1, 5]], fuse = 'concat' }", &[]),
+        ("model.skip={ spans = [3], delay = 2 }", &[]),
+        ("model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }", &[]),
+        ("model.skip={ spans = [2, 3] }", &UNEVEN),
+        ("model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }", &UNEVEN),
     ]
     .into_iter()
     .enumerate()
@@ -209,7 +210,7 @@ fn identical_frames_give_the_true_gradient() {
         for boundary in ["train.boundary=flow", "train.boundary=cut"] {
             let dir = tempfile::tempdir().unwrap();
             shard(&dir.path().join("train.h5"), 2, 24, true);
-            let sets: Vec<&str> = [skip, boundary].into_iter().filter(|s| !s.is_empty()).collect();
+            let sets: Vec<&str> = [skip, boundary].iter().chain(network).copied().filter(|s| !s.is_empty()).collect();
             let sum = |name: &str, frames: &str| {
                 let sets: Vec<&str> = sets.iter().copied().chain([frames]).collect();
                 sum_of_pseudo_gradients(dir.path(), name, &sets)
@@ -292,6 +293,7 @@ fn a_stopped_and_resumed_run_is_bit_identical() {
         &["train.rule=bp", "model.skip={ spans = [2] }"],
         &["train.stash=activations", "model.skip={ spans = [2] }"],
         &["train.stash=inputs", "train.update_every=5"],
+        &[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2, 3] }"],
     ]
     .into_iter()
     .enumerate()

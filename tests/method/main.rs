@@ -12,5 +12,6 @@ mod options;
 mod plan;
 mod rooms;
 mod schedule;
+mod skips;
 mod spec;
 mod vjp;

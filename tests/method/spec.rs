@@ -64,9 +64,12 @@ fn what_does_not_fit_is_refused_with_its_shape() {
         let built = layer.build(0, input, &init()).err().expect("it does not fit").to_string();
         assert!(built.contains(expected), "{built}");
     }
-    let skip = SkipInput { from: 1, shape: [2, 4, 8] };
-    let error = Module::new(3, &[], [4, 4, 8], &[skip], Fuse::Sum, &init()).err().expect("heights differ");
-    assert!(error.to_string().contains("from module 1 to 3"), "{error}");
+    for shape in [[5, 4, 8], [2, 5, 8]] {
+        let skip = SkipInput { from: 1, shape };
+        let error = Module::new(3, &[], [4, 4, 8], &[skip], Fuse::Sum, &init()).err().expect("the skip is larger");
+        let text = error.to_string();
+        assert!(error.exit_code() == 2 && text.contains("from module 1 to 3") && text.contains("at most"), "{text}");
+    }
 }
 
 /// The shapes a preset promises, and costs against what the network really does.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::mpirun::{mpirun, text};
 use crate::common::program::{MINUTE, PROGRAM, alone};
-use crate::common::runs::{config, shard, shard_of_side, tensors};
+use crate::common::runs::{UNEVEN, config, shard, shard_of_side, tensors};
 
 /// Writes shards and a configuration file; returns the latter.
 fn prepare(dir: &Path, sets: &[&str]) -> String {
@@ -38,6 +38,8 @@ fn the_result_does_not_depend_on_where_modules_run() {
             &["train.freeze=[1, 2, 4]", "train.replicas=2", "data.mixup=0.5", "train.lr_depth=0.5", "train.scale_lr=2"],
             &[5, 10],
         ),
+        (&[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2, 3] }"], &[2, 5]),
+        (&[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }"], &[3]),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let config = prepare(dir.path(), sets);

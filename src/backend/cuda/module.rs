@@ -20,8 +20,10 @@ use crate::{Error, Result};
 /// An input of a module.
 struct Input {
     x: Array,
-    channels: usize,
+    /// As sent.
+    shape: Shape,
     adapter: Option<Adapter>,
+    spread: Option<Spread>,
     /// Its cotangent, where that is not the fused input's.
     gx: Option<Array>,
 }
@@ -32,6 +34,18 @@ struct Adapter {
     /// Its inputs, by step kept.
     x: Kept,
     y: Array,
+}
+
+/// A skip's way from its own height and width to the main input's, behind its adapter.
+struct Spread {
+    /// What is spread: `[B, H, W, C]`.
+    shape: [usize; 4],
+    /// Height and width to spread to.
+    to: [usize; 2],
+    /// The outcome; in the backward pass, the part of the fused input's cotangent that is this input's, where that has to be copied.
+    wide: Array,
+    /// The cotangent of the adapter's output.
+    narrow: Option<Array>,
 }
 
 /// What a module is made of.
@@ -109,22 +123,32 @@ impl Module {
         let params = HostParams::of(module, element, training)?;
         let mut builder = Builder { gpu, batch, element, training, kept, params, needs: Needs::default() };
         let array = |[h, w, c]: [usize; 3]| gpu.array(batch * h * w * c, element);
-        let mut inputs = vec![Input { x: array(main)?, channels: main[2], adapter: None, gx: None }];
+        let mut inputs = vec![Input { x: array(main)?, shape: main, adapter: None, spread: None, gx: None }];
         for skip in plan.skips {
-            let adapter = if fuse == Fuse::Sum && skip.shape[2] != main[2] {
+            let [h, w, channels] = skip.shape;
+            let adapts = fuse == Fuse::Sum && channels != main[2];
+            let adapted = [h, w, if adapts { main[2] } else { channels }];
+            let adapter = if adapts {
                 let name = format!("skips.{}_{index}", skip.from);
                 let conv = Conv2d::new(&mut builder, &name, Conv::pointwise(), skip.shape, main[2], true)?;
                 let elements = batch * skip.shape.iter().product::<usize>();
                 let x = if kept > 1 { Some(Kept::new(gpu, kept, elements, element)?) } else { None };
-                Some((conv, x, array(main)?))
+                Some((conv, x, array(adapted)?))
             } else {
                 None
             };
-            let own = training && (adapter.is_some() || fuse == Fuse::Concat);
+            let spread = if [h, w] == main[..2] {
+                None
+            } else {
+                let narrow = (training && adapts).then(|| array(adapted)).transpose()?;
+                let (shape, to) = ([batch, h, w, adapted[2]], [main[0], main[1]]);
+                Some(Spread { shape, to, wide: array([main[0], main[1], adapted[2]])?, narrow })
+            };
+            let own = training && (adapts || spread.is_some() || fuse == Fuse::Concat);
             let gx = own.then(|| array(skip.shape)).transpose()?;
             let x = array(skip.shape)?;
             let adapter = adapter.map(|(conv, kept, y)| Adapter { conv, x: kept.unwrap_or(Kept::shared(&x)), y });
-            inputs.push(Input { x, channels: skip.shape[2], adapter, gx });
+            inputs.push(Input { x, shape: skip.shape, adapter, spread, gx });
         }
         let several = inputs.len() > 1;
         if training && several && fuse == Fuse::Concat {
@@ -240,18 +264,21 @@ impl Module {
             gpu.copy(&self.inputs[0].x, fused)?;
         }
         if self.inputs.len() > 1 {
-            let rows = self.inputs[0].x.len() / self.inputs[0].channels;
-            let channels: usize = fused.len() / rows;
+            let channels = fused_channels(&self.inputs, fused);
             let mut first = 0;
             for k in 0..self.inputs.len() {
-                let Input { x, channels: own, adapter, .. } = &mut self.inputs[k];
+                let Input { x, shape: [_, _, own], adapter, spread, .. } = &mut self.inputs[k];
                 if let Some(Adapter { conv, x: kept, y }) = adapter {
                     if self.placing.kept > 1 {
                         gpu.copy(x, kept.at(place))?;
                     }
                     conv.forward(&at, kept.at(place), y)?;
                 }
-                let part = adapter.as_ref().map_or(&*x, |adapter| &adapter.y);
+                let mut part = adapter.as_ref().map_or(&*x, |adapter| &adapter.y);
+                if let Some(Spread { shape, to, wide, .. }) = spread {
+                    ops::spread(gpu, *shape, *to, part, wide)?;
+                    part = wide;
+                }
                 match (self.fuse, k) {
                     (Fuse::Concat, _) => ops::put_channels(gpu, part, fused, *own, channels, first)?,
                     (Fuse::Sum, 0) => gpu.copy(part, fused)?,
@@ -272,19 +299,27 @@ impl Module {
         let (Some(gy), Some(gf)) = (&self.gy, &self.fused_cotangent) else { return Err(not_training()) };
         let needed = wanted.contains(&true) || self.inputs.iter().any(|input| input.adapter.is_some());
         self.sequence.backward(&at, fused, gy, needed.then_some(gf))?;
-        let rows = self.inputs[0].x.len() / self.inputs[0].channels;
-        let channels = fused.len() / rows;
+        let channels = fused_channels(&self.inputs, fused);
         let mut first = 0;
         for (input, &wanted) in self.inputs.iter_mut().zip(wanted) {
-            let gx = input.gx.as_ref().filter(|_| wanted);
-            match (&mut input.adapter, gx) {
-                (Some(Adapter { conv, x, y }), gx) => {
-                    conv.backward(&at, &Backward { x: x.at(place), y, gy: gf, gx })?;
+            let (gx, own) = (input.gx.as_ref().filter(|_| wanted), input.shape[2]);
+            match (&mut input.adapter, gx, &input.spread) {
+                (Some(Adapter { conv, x, y }), gx, spread) => {
+                    let gy = spread.as_ref().map_or(Ok(gf), |spread| spread.narrowed(gpu, gf))?;
+                    conv.backward(&at, &Backward { x: x.at(place), y, gy, gx })?;
                 }
-                (None, Some(gx)) => ops::get_channels(gpu, gf, gx, input.channels, channels, first)?,
-                (None, None) => {}
+                (None, Some(gx), Some(Spread { shape, to, wide, .. })) => {
+                    // In a sum the cotangent is the fused input's.
+                    let part = if self.fuse == Fuse::Sum { gf } else { wide };
+                    if self.fuse == Fuse::Concat {
+                        ops::get_channels(gpu, gf, part, own, channels, first)?;
+                    }
+                    ops::spread_vjp(gpu, *shape, *to, part, gx)?;
+                }
+                (None, Some(gx), None) => ops::get_channels(gpu, gf, gx, own, channels, first)?,
+                (None, None, _) => {}
             }
-            first += input.channels;
+            first += own;
         }
         self.accumulation.as_ref().map_or(Ok(()), |accumulation| accumulation.launch(gpu))
     }
@@ -299,6 +334,21 @@ impl Module {
         }
         self.sequence.visit(f)
     }
+}
+
+impl Spread {
+    /// The cotangent of what is spread, in front of an adapter, from the fused input's.
+    fn narrowed(&self, gpu: &Gpu, gf: &Array) -> Result<&Array> {
+        let narrow = self.narrow.as_ref().ok_or_else(not_training)?;
+        ops::spread_vjp(gpu, self.shape, self.to, gf, narrow)?;
+        Ok(narrow)
+    }
+}
+
+/// Channels of the fused input.
+fn fused_channels(inputs: &[Input], fused: &Array) -> usize {
+    let rows = inputs[0].x.len() / inputs[0].shape[2];
+    fused.len() / rows
 }
 
 impl Captured {

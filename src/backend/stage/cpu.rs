@@ -298,7 +298,7 @@ impl Stage for CpuStage {
         let y = self.module.forward(&inputs, pass, &mut tape)?;
         for ((port, output), _) in self.spec.outputs.iter().zip(&mut self.outputs).zip(send).filter(|(_, send)| **send)
         {
-            *output = Some(pool_for_edge(&y, port.pool.0, port.pool.1)?);
+            *output = Some(pool_for_edge(&y, port.size())?);
         }
         match keep {
             Keep::Nothing => {}
@@ -348,7 +348,8 @@ impl Stage for CpuStage {
             not_finite = Some(NotFinite("a cotangent is not finite".into()));
             cotangent = cotangent.zeros_like()?;
         }
-        self.add_to_sum(step, pool_for_edge_vjp(&cotangent, port.pool.0, port.pool.1)?)?;
+        let [h, w, _] = self.spec.output;
+        self.add_to_sum(step, pool_for_edge_vjp(&cotangent, [h, w])?)?;
         Ok((Done::Now, not_finite))
     }
 

@@ -35,7 +35,7 @@ pub struct StageSpec {
     pub layers: Vec<(usize, LayerSpec)>,
     /// The main input; module 1's frame.
     pub main: Shape,
-    /// The skip inputs, in growing span.
+    /// The skip inputs as sent, in growing span.
     pub skips: Vec<SkipInput>,
     /// How inputs are joined.
     pub fuse: Fuse,
@@ -72,12 +72,18 @@ pub struct StageSpec {
 /// An output edge.
 #[derive(Clone, Copy, Debug)]
 pub struct OutputPort {
-    /// Whole factors (height, width) by which the output is averaged before it is sent.
-    pub pool: (usize, usize),
-    /// As sent.
+    /// As sent: the output is averaged down to this height and width.
     pub shape: Shape,
     /// Whether cotangents ever come back.
     pub returns: bool,
+}
+
+impl OutputPort {
+    /// Height and width as sent.
+    pub fn size(&self) -> [usize; 2] {
+        let [h, w, _] = self.shape;
+        [h, w]
+    }
 }
 
 /// A value that is not a finite number, and what it was; zeros stand in its place.

@@ -22,7 +22,6 @@ use super::event::Clock;
 use super::module::{Module, Placing, Plan};
 use super::optim::Optimizer;
 use super::{Array, Element, Gpu, ops};
-use crate::backend::cpu::Window;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{
     self, BatchEnd, CpuStage, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, with_values,
@@ -145,7 +144,7 @@ impl CudaStage {
             let array = || gpu.array(size(port.shape), element);
             outputs.push(Out {
                 spec: port,
-                pooled: if port.pool == (1, 1) { None } else { Some([array()?, array()?]) },
+                pooled: if port.size() == spec.output[..2] { None } else { Some([array()?, array()?]) },
                 port: OutPort::new(&gpu, size(port.shape), [element, wire])?,
                 cotangent: port.returns.then(|| InPort::new(&gpu, size(port.shape), wire)).transpose()?,
             });
@@ -243,10 +242,6 @@ fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-fn edge_window((fh, fw): (usize, usize)) -> Window {
-    Window { kernel: [fh, fw], stride: [fh, fw], padding: [0, 0] }
-}
-
 impl Stage for CudaStage {
     fn begin(&mut self, labels: Option<&Labels>) -> Result<()> {
         self.sums.clear();
@@ -276,8 +271,7 @@ impl Stage for CudaStage {
         self.module.forward(step, pass)?;
         for (out, _) in self.outputs.iter().zip(send).filter(|(_, send)| **send) {
             if let Some([pooled, _]) = &out.pooled {
-                let window = edge_window(out.spec.pool);
-                ops::average_pool(&self.gpu, self.y_shape(), &window, self.module.output(), pooled)?;
+                ops::adaptive_average(&self.gpu, self.y_shape(), out.spec.size(), self.module.output(), pooled)?;
             }
         }
         Ok(())
@@ -342,7 +336,7 @@ impl Stage for CudaStage {
             match pooled {
                 Some([_, pooled]) => {
                     cast(gpu, values, pooled)?;
-                    ops::average_pool_vjp(gpu, y_shape, &edge_window(port.pool), pooled, target)?;
+                    ops::adaptive_average_vjp(gpu, y_shape, port.size(), pooled, target)?;
                 }
                 None => cast(gpu, values, target)?,
             }
