@@ -3,6 +3,7 @@
 use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
 use crate::method::Stash;
+use crate::nn::module::Fuse;
 use crate::setup::{Purpose, Setup};
 
 /// Bytes worker `w` keeps: under `bp` the activations of all steps, with `stash` those of as many as a cotangent is behind, else
@@ -45,8 +46,8 @@ pub fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
 }
 
 /// Bytes of GPU memory that worker `w` takes with activations of `element` bytes each, but for cuDNN's workspace and the
-/// driver's own: parameters with gradient, the optimiser's memory, moving average and a copy of all to go back to, every layer's output, the
-/// cotangents between layers, and messages on their way.
+/// driver's own: parameters with gradient, the optimiser's memory, moving average and a copy of all to go back to, every layer's
+/// output, the cotangents between layers, skips, and messages on their way.
 pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
@@ -66,9 +67,28 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
         largest = largest.max(elements(shape));
     }
     let kept = if training { activations(setup, i, tape) } else { batch * tape };
-    let activations = elements(module.main) + kept + if training { 4 * largest } else { largest };
+    let skips = batch * skip_elements(setup, i, training);
+    let activations = elements(module.main) + kept + skips + if training { 4 * largest } else { largest };
     let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
     4 * parameters + rounded * module.params + element * activations + 4 * messages
+}
+
+/// Elements of one sample in what module `i`'s skips take on a GPU: inputs as sent and as an adapter gives them, each with its cotangent;
+/// spread; and outputs averaged before they are sent, each with its cotangent.
+fn skip_elements(setup: &Setup, i: usize, training: bool) -> u64 {
+    let (network, copies) = (&setup.network, 1 + usize::from(training));
+    let module = &network.modules[i - 1];
+    let [height, width, channels] = module.main;
+    let inputs = module.skips.iter().map(|skip| {
+        let [h, w, c] = skip.shape;
+        let adapted = network.fuse == Fuse::Sum && c != channels;
+        let joined = if adapted { channels } else { c };
+        let spread = if [h, w] == [height, width] { 0 } else { height * width * joined };
+        copies * h * w * (c + if adapted { channels } else { 0 }) + spread
+    });
+    let outputs = network.edges.iter().filter(|e| e.edge.from == i && e.pooled);
+    let outputs = outputs.map(|e| copies * e.shape.iter().product::<usize>());
+    inputs.chain(outputs).sum::<usize>() as u64
 }
 
 /// How many messages of a link worker `w` has room for in its GPU's memory, at most.
