@@ -54,7 +54,10 @@ impl Default for ModelConfig {
     }
 }
 
-/// `[model.skip]`: spans, single edges, or both.
+/// `[model.skip]`: spans, single edges, or both. A skip may join any two modules between whose outputs and main inputs height and width
+/// both shrink (or stay) or both grow (or stay): the sender averages to a smaller main input, by ratios that need not be whole; the
+/// receiver spreads to a larger one by nearest neighbour, as a decoder's is. So `edges = [[1, 7], [2, 6], [3, 5]]` joins an encoder and a
+/// decoder of eight modules as a U.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default, expecting = "a table, such as { spans = [2] }")]
 pub struct SkipConfig {
