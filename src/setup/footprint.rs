@@ -3,7 +3,7 @@
 use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
 use crate::method::Stash;
-use crate::nn::module::Fuse;
+use crate::nn::module::{Fuse, fused_shape};
 use crate::setup::{Purpose, Setup};
 
 /// Bytes worker `w` keeps: under `bp` the activations of all steps, with `stash` those of as many as a cotangent is behind, else
@@ -60,7 +60,9 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     // Weights and, in training, one pass's gradients in the type of activations.
     let rounded = if element < 4 { element * (1 + u64::from(training)) } else { 0 };
     let elements = |[h, w, c]: [usize; 3]| batch * (h * w * c) as u64;
-    let (mut shape, mut tape, mut largest) = (module.main, 0, elements(module.main));
+    let skips: Vec<[usize; 3]> = module.skips.iter().map(|skip| skip.shape).collect();
+    let mut shape = fused_shape(module.main, &skips, setup.network.fuse);
+    let (mut tape, mut largest) = (0, elements(shape));
     for (_, layer) in setup.network.layers_of(i) {
         tape += layer.tape_elements(shape);
         shape = layer.output_shape(shape).unwrap_or(shape);
