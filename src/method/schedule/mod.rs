@@ -26,11 +26,15 @@
 //! to the sum of the step whose output was used. What belongs to a clip's last δᵢ steps would come too late and is not sent. `bp`
 //! does the same for every step. A rule is nothing but such lists: the tick loop is the same for all.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod clip;
+
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::graph::{Edge, Graph};
+use clip::Clip;
+
+use super::graph::Graph;
 use super::rule::{Rule, Stash};
 use crate::{Error, Result};
 
@@ -171,7 +175,7 @@ impl Schedule {
         loss: LossAt,
         lowest: usize,
     ) -> Result<Self> {
-        let clip = Clip { lowest, ..Clip::new(graph, frames, boundary, loss)? };
+        let clip = Clip::new(graph, frames, boundary, loss, lowest)?;
         let d = graph.modules();
         if rule.is_exact() {
             return match stash {
@@ -218,7 +222,7 @@ impl Schedule {
     /// # Errors
     /// [`Error::Input`] if the clip has no step with a loss.
     pub fn evaluation(graph: &Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Self> {
-        let clip = Clip::new(graph, frames, boundary, loss)?;
+        let clip = Clip::new(graph, frames, boundary, loss, 1)?;
         let windows = (1..=graph.modules()).map(|i| clip.forward_ticks(i).collect()).collect();
         Ok(clip.schedule(frames, Keep::Nothing, windows))
     }
@@ -316,206 +320,5 @@ impl Schedule {
     /// Ticks from one clip's first to the next one's.
     pub fn period(&self) -> usize {
         self.period
-    }
-}
-
-/// A clip on a graph, before it is known what is done backward.
-struct Clip<'a> {
-    graph: &'a Graph,
-    frames: usize,
-    boundary: Boundary,
-    loss: LossAt,
-    /// The lowest module that learns.
-    lowest: usize,
-}
-
-impl<'a> Clip<'a> {
-    fn new(graph: &'a Graph, frames: usize, boundary: Boundary, loss: LossAt) -> Result<Self> {
-        let d = graph.modules();
-        if boundary == Boundary::Cut && frames < d {
-            return Err(Error::input(format!(
-                "clips of {frames} frames never reach module {d} with boundary = \"cut\"; raise data.frames to at \
-                 least {d}"
-            )));
-        }
-        if let LossAt::Ahead(ahead) = loss
-            && ahead >= frames
-        {
-            return Err(Error::input(format!(
-                "clips of {frames} frames have no target: the first lies {ahead} frames after the clip's first; \
-                 raise data.frames or lower model.horizon"
-            )));
-        }
-        Ok(Clip { graph, frames, boundary, loss, lowest: 1 })
-    }
-
-    /// Steps of module `i`.
-    fn steps(&self, i: usize) -> usize {
-        match self.boundary {
-            Boundary::Flow => self.frames,
-            Boundary::Cut => self.frames + 1 - i,
-        }
-    }
-
-    fn has_loss(&self, i: usize, t: usize) -> bool {
-        i == self.graph.modules()
-            && match self.loss {
-                LossAt::EveryStep => true,
-                LossAt::Ahead(ahead) => t + ahead < self.frames,
-            }
-    }
-
-    /// δᵢ, from a step of module `i` to the arrival of its main cotangent.
-    fn way_back(&self, i: usize) -> usize {
-        2 * (self.graph.modules() - i)
-    }
-
-    /// The step of the sender whose output step `t` of an edge's receiver uses: the one that arrives then, or the last, held.
-    fn used_step(&self, e: &Edge, t: usize) -> usize {
-        (t + e.lead()).min(self.steps(e.from) - 1)
-    }
-
-    /// The fewest frames with which module 1 has a backward pass under `stash`: its step 0, whose cotangent sets out from the
-    /// first loss.
-    fn shortest_with_stash(&self) -> usize {
-        self.way_back(1) + 1
-    }
-
-    /// F(t) of module `i` at tick t + i − 1, of which nothing is kept.
-    fn forward_ticks(&self, i: usize) -> impl Iterator<Item = Tick> {
-        (0..self.steps(i)).map(move |t| {
-            let receive = self.graph.inputs(i).map(|e| Some(t + e.lead()).filter(|&u| u < self.steps(e.from)));
-            let send = self.graph.outputs(i).map(|e| t >= e.lead() && t - e.lead() < self.steps(e.to));
-            let (receive, send, loss) = (receive.collect(), send.collect(), self.has_loss(i, t));
-            let forward = Forward { step: t, receive, send, loss, keep: Keep::Nothing };
-            Tick { at: t + i - 1, forward: Some(forward), ..Tick::default() }
-        })
-    }
-
-    /// A schedule of these windows. A step with a backward pass keeps what it needs: its activations, or, where the pass comes
-    /// at a later tick, what `keep` says.
-    fn schedule(&self, period: usize, keep: Keep, mut windows: Vec<Vec<Tick>>) -> Schedule {
-        for window in &mut windows {
-            let backward: BTreeMap<usize, usize> =
-                window.iter().filter_map(|tick| Some((tick.backward.as_ref()?.step, tick.at))).collect();
-            let mut sums = BTreeSet::new();
-            for tick in window {
-                if let Some(forward) = &mut tick.forward {
-                    forward.keep = match backward.get(&forward.step) {
-                        None => Keep::Nothing,
-                        Some(&at) if at == tick.at => Keep::Activations,
-                        Some(_) => keep,
-                    };
-                    if forward.loss {
-                        sums.insert(forward.step);
-                    }
-                }
-                for arrival in &mut tick.cotangents {
-                    arrival.first = sums.insert(arrival.step);
-                }
-            }
-        }
-        let (frames, boundary) = (self.frames, self.boundary);
-        Schedule { frames, boundary, period, mean_over: None, windows }
-    }
-
-    /// Pseudo-gradients: F(t), then B(t) with the cotangents that have just arrived, each computed one tick before.
-    fn pseudo(&self) -> Schedule {
-        let d = self.graph.modules();
-        let mut windows: Vec<Vec<Tick>> = vec![Vec::new(); d];
-        // From the top down: whether a module has backward work follows from the modules above it.
-        for i in (1..=d).rev() {
-            let mut window: Vec<Tick> = self.forward_ticks(i).collect();
-            for (t, tick) in window.iter_mut().enumerate().filter(|_| i >= self.lowest) {
-                for (output, e) in self.graph.outputs(i).enumerate() {
-                    let sent_at = t.checked_sub(e.span() + 1);
-                    if let Some(sent_at) = sent_at.filter(|&v| windows[e.to - 1][v].backward.is_some()) {
-                        tick.cotangents.push(Arrival { output, sent_at, step: t, first: false });
-                    }
-                }
-                if self.has_loss(i, t) || !tick.cotangents.is_empty() {
-                    let used = |e: &Edge| e.from >= self.lowest && t + e.span() + 1 < self.steps(e.from);
-                    tick.backward = Some(Backward { step: t, send: self.graph.inputs(i).map(used).collect() });
-                }
-            }
-            windows[i - 1] = window;
-        }
-        self.schedule(self.frames, Keep::Activations, windows)
-    }
-
-    /// F(t), then B(t − δᵢ) at the activations of its own step, by which time every cotangent of that step has come. What would
-    /// come later than the window's last tick is not sent.
-    fn stashed(&self, keep: Keep) -> Schedule {
-        let d = self.graph.modules();
-        let mut windows: Vec<Vec<Tick>> = vec![Vec::new(); d];
-        for i in (1..=d).rev() {
-            let mut window: Vec<Tick> = self.forward_ticks(i).collect();
-            if i < self.lowest {
-                windows[i - 1] = window;
-                continue;
-            }
-            let mut due: BTreeSet<usize> = (0..self.steps(i)).filter(|&t| self.has_loss(i, t)).collect();
-            // Of skips that arrive at the same tick, the longest first.
-            let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
-            for &(output, e) in outputs.iter().rev() {
-                for (t, there) in windows[e.to - 1].iter().enumerate() {
-                    let Some(Backward { step, send }) = &there.backward else { continue };
-                    if self.graph.inputs(e.to).zip(send).any(|(other, &sent)| other == e && sent) {
-                        let used = self.used_step(e, *step);
-                        // Made at the receiver's step t, a tick before this module's step t + span + 1.
-                        let arrival = Arrival { output, sent_at: *step, step: used, first: false };
-                        window[t + e.span() + 1].cotangents.push(arrival);
-                        due.insert(used);
-                    }
-                }
-            }
-            for step in due {
-                if let Some(tick) = window.get_mut(step + self.way_back(i)) {
-                    let in_time = |e: &Edge| {
-                        e.from >= self.lowest && self.used_step(e, step) + self.way_back(e.from) < self.frames
-                    };
-                    tick.backward = Some(Backward { step, send: self.graph.inputs(i).map(in_time).collect() });
-                }
-            }
-            windows[i - 1] = window;
-        }
-        self.schedule(self.frames, keep, windows)
-    }
-
-    /// Exact back-propagation: all forward passes, then in the reverse order of ticks all backward ones, each at the
-    /// activations of its own step. Every use of an output sends its cotangent, those of held outputs too.
-    fn exact(&self) -> Schedule {
-        let d = self.graph.modules();
-        let forward_ticks = (1..=d).map(|i| self.steps(i) + i - 1).max().unwrap_or(0);
-        let backward_tick = |i: usize, step: usize| 2 * forward_ticks - 1 - (step + i - 1);
-        let mut windows: Vec<BTreeMap<usize, Tick>> = vec![BTreeMap::new(); d];
-        for i in (1..=d).rev() {
-            let mut window: BTreeMap<usize, Tick> = self.forward_ticks(i).map(|tick| (tick.at, tick)).collect();
-            if i < self.lowest {
-                windows[i - 1] = window;
-                continue;
-            }
-            // Of skips that arrive at the same tick, the longest first.
-            let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
-            for &(output, e) in outputs.iter().rev() {
-                for (&at, tick) in &windows[e.to - 1] {
-                    let Some(Backward { step, .. }) = tick.backward else { continue };
-                    let arrival = Arrival { output, sent_at: step, step: self.used_step(e, step), first: false };
-                    let tick = window.entry(at + 1).or_insert_with(|| Tick { at: at + 1, ..Tick::default() });
-                    tick.cotangents.push(arrival);
-                }
-            }
-            let due: Vec<usize> = window.values().flat_map(|tick| &tick.cotangents).map(|c| c.step).collect();
-            for step in (0..self.steps(i)).filter(|&t| self.has_loss(i, t) || due.contains(&t)) {
-                let at = backward_tick(i, step);
-                let tick = window.entry(at).or_insert_with(|| Tick { at, ..Tick::default() });
-                let send = self.graph.inputs(i).map(|e| e.from >= self.lowest).collect();
-                tick.backward = Some(Backward { step, send });
-            }
-            windows[i - 1] = window;
-        }
-        let windows = windows.into_iter().map(|window| window.into_values().collect()).collect();
-        let losses = (0..self.steps(d)).filter(|&t| self.has_loss(d, t)).count();
-        Schedule { mean_over: Some(losses), ..self.schedule(2 * forward_ticks, Keep::Activations, windows) }
     }
 }
