@@ -92,8 +92,8 @@ pub struct Module {
     gy: Option<Array>,
     scratch: Scratch,
     accumulation: Option<Accumulation>,
-    /// By place.
-    forward: Vec<Captured>,
+    /// By place; of training, and of evaluation: they are not the same kernels.
+    forward: Vec<[Captured; 2]>,
     /// By place and the inputs whose cotangents are wanted.
     backward: HashMap<(usize, Vec<bool>), Captured>,
     /// Where the newest step is.
@@ -178,7 +178,7 @@ impl Module {
             sequence,
             scratch,
             accumulation: None,
-            forward: (0..kept).map(|_| Captured::New).collect(),
+            forward: (0..kept).map(|_| Default::default()).collect(),
             backward: HashMap::new(),
             newest: 0,
         };
@@ -230,8 +230,9 @@ impl Module {
         self.sequence.prepare(&self.gpu, pass)?;
         let place = step % self.placing.kept;
         self.newest = place;
-        let (gpu, captured) = (self.gpu.clone(), std::mem::take(&mut self.forward[place]));
-        self.forward[place] = captured.run(&gpu, self.placing.graphs, || self.launch_forward(place))?;
+        let (gpu, kind) = (self.gpu.clone(), usize::from(!pass.training));
+        let captured = std::mem::take(&mut self.forward[place][kind]);
+        self.forward[place][kind] = captured.run(&gpu, self.placing.graphs, || self.launch_forward(place))?;
         Ok(())
     }
 

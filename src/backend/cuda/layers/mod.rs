@@ -89,7 +89,8 @@ pub trait Layer: Send {
     /// As [`Layer::forward`].
     fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()>;
 
-    /// What a pass needs that changes from one to the next, launched outside of graphs.
+    /// What a pass needs that changes from one to the next, launched outside of graphs: before its forward pass, of which there
+    /// is a graph for training and one for evaluation.
     ///
     /// # Errors
     /// As [`Layer::forward`].

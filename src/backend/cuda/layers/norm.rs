@@ -5,6 +5,7 @@ use crate::Result;
 use crate::backend::cuda::gpu::{Array, Element};
 use crate::backend::cuda::ops::{self, Norm, NormShape, Over};
 use crate::backend::cuda::param::Param;
+use crate::nn::layers::Pass;
 use crate::nn::spec::Shape;
 
 /// Added to the variance, as the host's layers do.
@@ -86,7 +87,9 @@ impl Layer for GroupNorm {
 pub struct BatchNorm {
     affine: Affine,
     momentum: f64,
-    /// Whether it follows the batch: something of it learns.
+    /// Whether something of it learns: else it computes as in evaluation.
+    learns: bool,
+    /// By the batch's statistics, or the running ones; as the last pass was prepared.
     training: bool,
     mean: Param,
     variance: Param,
@@ -100,8 +103,10 @@ impl BatchNorm {
     pub fn new(builder: &mut Builder, name: &str, input: Shape, momentum: f64, relu: bool) -> Result<Self> {
         let shape = shape_of(builder, input);
         let affine = Affine::new(builder, name, shape, shape.channels, relu)?;
+        let learns = affine.weight.grad.is_some() || affine.bias.grad.is_some();
         Ok(BatchNorm {
-            training: affine.weight.grad.is_some() || affine.bias.grad.is_some(),
+            learns,
+            training: learns,
             affine,
             momentum,
             mean: builder.params.take_buffer(builder.gpu, &format!("{name}.running_mean"))?,
@@ -119,6 +124,11 @@ impl BatchNorm {
 }
 
 impl Layer for BatchNorm {
+    fn prepare(&mut self, _: &Gpu, pass: &Pass) -> Result<()> {
+        self.training = pass.training && self.learns;
+        Ok(())
+    }
+
     fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()> {
         self.affine.norm(self.over(at), at).forward(at.gpu, x, y)
     }

@@ -86,7 +86,8 @@ impl Layer for Residual {
     }
 
     fn prepare(&mut self, gpu: &Gpu, pass: &Pass) -> Result<()> {
-        self.branch.prepare(gpu, pass)
+        self.branch.prepare(gpu, pass)?;
+        self.projection.as_mut().map_or(Ok(()), |projection| projection.prepare(gpu, pass))
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param) -> Result<()>) -> Result<()> {

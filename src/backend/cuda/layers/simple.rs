@@ -141,6 +141,7 @@ impl Layer for Upsample {
 pub struct Dropout {
     name: String,
     rate: f64,
+    /// Whether the last pass prepared is a training one.
     training: bool,
     /// The pass's key, in device memory, so that a graph reads each pass's own.
     key: Array,
@@ -174,6 +175,7 @@ impl Layer for Dropout {
     }
 
     fn prepare(&mut self, gpu: &Gpu, pass: &Pass) -> Result<()> {
+        self.training = pass.training;
         ops::set_words(gpu, &self.key, 0, &[xxh3_64_with_seed(self.name.as_bytes(), pass.key)])
     }
 }
