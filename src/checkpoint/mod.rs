@@ -2,8 +2,9 @@
 //!
 //! Tensors carry global names and the manifest knows no ranks, so a checkpoint loads at any partition. A checkpoint is
 //! written under a temporary name, each file synced, and renamed when the manifest is in it: a folder with its final
-//! name is complete. `step-00000000` is the start.
+//! name is complete. `step-00000000` is the start; `best.json` names the one that scored best in validation.
 
+pub mod best;
 pub mod writer;
 
 use std::collections::HashMap;
@@ -121,17 +122,23 @@ fn entry_name(module: usize) -> String {
 }
 
 /// Completes the checkpoint of `batches` once all `modules` have been written: manifest, sync, rename. Then removes older
-/// ones, so that `keep` are left with this one (and the start), and what failed before it. Called by one rank. Returns the
-/// checkpoint's folder.
+/// ones, so that `keep` are left with this one (and the start, and the `best` one), and what failed before it. Called by one rank.
+/// Returns the checkpoint's folder.
 ///
 /// # Errors
 /// [`Error::Io`] if the disk refuses or a module's entry is not there; nothing of it is left then.
-pub fn finish(dir: &Path, batches: u64, modules: usize, manifest: Manifest, keep: usize) -> Result<PathBuf> {
+pub fn finish(
+    dir: &Path,
+    batches: u64,
+    modules: usize,
+    manifest: Manifest,
+    (keep, best): (usize, Option<u64>),
+) -> Result<PathBuf> {
     let complete = complete(dir, batches, modules, manifest).inspect_err(|_| {
         let _ = fs::remove_dir_all(partial_of(dir, batches));
     })?;
     // The checkpoint is there: a run need not end because something else is in the way of tidying up.
-    if let Err(e) = remove_old(dir, batches, keep) {
+    if let Err(e) = remove_old(dir, batches, keep, best) {
         log::warn!("old checkpoints cannot be removed: {e}");
     }
     Ok(complete)
@@ -163,12 +170,12 @@ fn complete(dir: &Path, batches: u64, modules: usize, mut manifest: Manifest) ->
 
 /// After the checkpoint of `batches`. One that is further on is from before the run went back behind it, since it was damaged:
 /// it counts for nothing, or it would take the place of a good one.
-fn remove_old(dir: &Path, batches: u64, keep: usize) -> Result<()> {
+fn remove_old(dir: &Path, batches: u64, keep: usize, best: Option<u64>) -> Result<()> {
     for (_, path) in named(dir, ".step-", PARTIAL)?.into_iter().filter(|(of, _)| *of < batches) {
         fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
     }
     let mut found = list(dir)?;
-    found.retain(|(of, _)| (1..=batches).contains(of));
+    found.retain(|(of, _)| (1..=batches).contains(of) && best != Some(*of));
     let old = found.len().saturating_sub(keep);
     found.drain(..old).try_for_each(|(_, path)| discard(&path))
 }
@@ -273,7 +280,7 @@ fn read_manifest(path: &Path) -> Result<Manifest> {
 }
 
 /// A complete checkpoint, opened for reading.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
@@ -289,12 +296,13 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_path_buf(), manifest: read_manifest(path)? })
     }
 
-    /// Opens `path` (a `step-NNNNNNNN` folder, or a run folder, whose newest checkpoint is meant) and verifies sizes
-    /// and checksums.
+    /// Opens `path` (a `step-NNNNNNNN` folder, a run folder, whose newest checkpoint is meant, or its `checkpoints/best`, which
+    /// is the one that scored best in validation) and verifies sizes and checksums.
     ///
     /// # Errors
     /// [`Error::Input`] naming the file that is missing or damaged.
     pub fn open(path: &Path) -> Result<Self> {
+        let path = &best::resolve(path)?;
         let runs = path.join("checkpoints");
         if !path.join(MANIFEST).exists() && runs.is_dir() {
             return latest(&runs)?.ok_or_else(|| {
@@ -362,7 +370,7 @@ mod tests {
     fn write(dir: &Path, batches: u64, keep: usize) -> PathBuf {
         write_module(dir, batches, 1, vec![("layers.0.conv2d.weight".into(), tensor(batches as f32))]).unwrap();
         write_module(dir, batches, 2, vec![("layers.1.linear.weight".into(), tensor(7.0))]).unwrap();
-        finish(dir, batches, 2, Manifest::new("".into(), vec![], [1, 1, 3], vec![1]), keep).unwrap()
+        finish(dir, batches, 2, Manifest::new("".into(), vec![], [1, 1, 3], vec![1]), (keep, None)).unwrap()
     }
 
     #[test]
@@ -378,6 +386,18 @@ mod tests {
         let tensors = newest.load(|n| n.starts_with("layers.0")).unwrap();
         assert_eq!(tensors.len(), 1);
         assert_eq!(tensors["layers.0.conv2d.weight"].to_vec1::<f32>().unwrap(), [3.0, 4.0]);
+    }
+
+    #[test]
+    fn the_best_is_kept_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        for (batches, best) in [(1, None), (2, Some(1)), (3, Some(1)), (4, Some(3))] {
+            write_module(dir.path(), batches, 1, vec![("a".into(), tensor(0.0))]).unwrap();
+            let manifest = Manifest::new("".into(), vec![], [1, 1, 3], vec![]);
+            finish(dir.path(), batches, 1, manifest, (1, best)).unwrap();
+            let left: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(c, _)| c).collect();
+            assert_eq!(left, [best, Some(batches)].into_iter().flatten().collect::<Vec<_>>());
+        }
     }
 
     #[test]
@@ -427,7 +447,7 @@ mod tests {
         for batches in [3, 4, 6] {
             write_module(dir.path(), batches, 2, vec![("a".into(), tensor(0.0))]).unwrap();
         }
-        finish(dir.path(), 4, 2, manifest(), 1).unwrap_err();
+        finish(dir.path(), 4, 2, manifest(), (1, None)).unwrap_err();
         write(dir.path(), 5, 1);
         let left = named(dir.path(), ".step-", PARTIAL).unwrap();
         assert_eq!(left, [(6, partial_of(dir.path(), 6))], "another rank is ahead");

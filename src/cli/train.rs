@@ -163,7 +163,9 @@ fn summarise(setup: &Setup, totals: &Totals) {
         log::warn!("{} losses, cotangents or updates were left out because they were not finite", totals.skipped);
     }
     log::info!("{}", limits::describe(setup, totals));
-    log::info!("time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other");
+    log::info!(
+        "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other, validation"
+    );
     for (w, time) in totals.time.iter().enumerate() {
         let (module, replica) = setup.grid.module_and_replica(w);
         let all = time.total().max(1e-9);

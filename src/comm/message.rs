@@ -14,7 +14,7 @@ pub const HEADER_WORDS: usize = 16;
 /// First word of every message.
 const MAGIC: u32 = 0x5344_5759;
 /// Version of headers and payloads; programs of different versions refuse each other's messages.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// What a message carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,6 +75,42 @@ bitflags::bitflags! {
     }
 }
 
+/// Which batch of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchId {
+    /// In training its number, counted from the start; in a validation how many batches were trained on before.
+    pub number: u64,
+    /// 0 in training; in a validation the batch's place there, from 1.
+    pub validation: u32,
+}
+
+impl BatchId {
+    /// Batch `place` (from 0) of the validation after `done` batches of training.
+    pub fn of_validation(done: u64, place: u64) -> Self {
+        BatchId { number: done, validation: place as u32 + 1 }
+    }
+
+    /// Whether it is trained on.
+    pub fn is_training(self) -> bool {
+        self.validation == 0
+    }
+}
+
+impl From<u64> for BatchId {
+    fn from(number: u64) -> Self {
+        BatchId { number, validation: 0 }
+    }
+}
+
+impl fmt::Display for BatchId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.number, self.validation) {
+            (number, 0) => write!(f, "batch {number}"),
+            (done, place) => write!(f, "batch {} of the validation after {done} batches", place - 1),
+        }
+    }
+}
+
 /// What a message says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -82,8 +118,8 @@ pub struct Header {
     pub kind: Kind,
     /// The link's number ([`super::LinkSpec::id`]).
     pub link: u32,
-    /// Batch, counted from the start of training.
-    pub batch: u64,
+    /// The batch.
+    pub batch: BatchId,
     /// The sender's step within the clip.
     pub step: u32,
     /// The sender's tick; for people reading logs, not verified.
@@ -111,15 +147,15 @@ struct Wire {
     words: u32,
     shape: [u32; 4],
     sequence: u32,
-    reserved: u32,
+    validation: u32,
 }
 
 impl Header {
     /// A header for a payload of `shape` on link `link`, without tick and orders.
-    pub fn new(kind: Kind, link: u32, batch: u64, step: u32, shape: [u32; 4]) -> Self {
+    pub fn new(kind: Kind, link: u32, batch: impl Into<BatchId>, step: u32, shape: [u32; 4]) -> Self {
         // Saturates instead of wrapping: a shape too large is then refused by the link's capacity check.
         let words = shape.iter().fold(1u32, |product, &dim| product.saturating_mul(dim));
-        Header { kind, link, batch, step, tick: 0, orders: Orders::empty(), shape, words }
+        Header { kind, link, batch: batch.into(), step, tick: 0, orders: Orders::empty(), shape, words }
     }
 
     /// The same header, stamped with the sender's tick, and orders.
@@ -144,13 +180,13 @@ impl Header {
             version: VERSION,
             link,
             step,
-            batch,
+            batch: batch.number,
             tick,
             orders: orders.bits(),
             words,
             shape,
             sequence,
-            reserved: 0,
+            validation: batch.validation,
         })
     }
 
@@ -174,7 +210,8 @@ impl Header {
         let kind = Kind::from_code(wire.kind).ok_or_else(|| {
             Error::Transport(format!("a message has the unknown kind {} (1 to 7 are known)", wire.kind))
         })?;
-        let Wire { link, step, batch, tick, words, shape, sequence, .. } = wire;
+        let Wire { link, step, tick, words, shape, sequence, .. } = wire;
+        let batch = BatchId { number: wire.batch, validation: wire.validation };
         let orders = Orders::from_bits_truncate(wire.orders);
         Ok((Header { kind, link, batch, step, tick, orders, shape, words }, sequence))
     }
@@ -203,7 +240,7 @@ impl fmt::Display for Header {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d] = self.shape;
         let Header { kind, link, batch, step, tick, words, .. } = self;
-        write!(f, "[{kind} link {link} batch {batch} step {step} tick {tick} shape {a}x{b}x{c}x{d} ({words} words)]")
+        write!(f, "[{kind} link {link} {batch} step {step} tick {tick} shape {a}x{b}x{c}x{d} ({words} words)]")
     }
 }
 
@@ -300,7 +337,7 @@ mod tests {
     fn foreign_bytes_and_versions_are_refused() {
         let mut words = sample().encode(0);
         words[1] += 1 << 16;
-        assert!(Header::decode(&words).unwrap_err().to_string().contains("version 3"));
+        assert!(Header::decode(&words).unwrap_err().to_string().contains("version 4"));
         words = sample().encode(0);
         words[1] |= 0xff;
         assert!(Header::decode(&words).unwrap_err().to_string().contains("unknown kind 255"));

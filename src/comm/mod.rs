@@ -37,7 +37,7 @@ pub mod world;
 
 pub use ends::{Receiver, Sender};
 pub use link::Breaker;
-pub use message::{HEADER_WORDS, Header, Kind, Orders};
+pub use message::{BatchId, HEADER_WORDS, Header, Kind, Orders};
 pub(crate) use mpi::Baseline;
 pub use mpi::Values;
 pub use world::World;
@@ -79,7 +79,7 @@ impl LinkSpec {
     }
 
     /// A header for a message on this link (see [`Header::new`]).
-    pub fn header(&self, batch: u64, step: u32, shape: [u32; 4]) -> Header {
+    pub fn header(&self, batch: impl Into<BatchId>, step: u32, shape: [u32; 4]) -> Header {
         Header::new(self.kind, self.id, batch, step, shape)
     }
 }

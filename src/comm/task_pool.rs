@@ -95,7 +95,7 @@ impl Worker {
                 self.up.flush()?;
                 return Ok(done);
             }
-            done.push(work(header.batch, &mut |tally| self.tell(TALLY, tally))?);
+            done.push(work(header.batch.number, &mut |tally| self.tell(TALLY, tally))?);
         }
     }
 

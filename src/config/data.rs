@@ -12,6 +12,8 @@ pub struct DataConfig {
     pub train: Globs,
     /// Glob(s) of test shards.
     pub test: Globs,
+    /// Glob(s) of the shards that `train.validate_every` is about; without, those of `test`.
+    pub validation: Globs,
     /// T, frames of a clip.
     pub frames: usize,
     /// Source frames from one frame of a clip to the next.
@@ -67,6 +69,7 @@ impl Default for DataConfig {
         DataConfig {
             train: Globs::default(),
             test: Globs::default(),
+            validation: Globs::default(),
             frames: 16,
             stride: 1,
             batch: 16,

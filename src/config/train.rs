@@ -48,6 +48,9 @@ pub struct TrainConfig {
     pub ema: Option<f64>,
     /// When the optimiser is applied.
     pub update_every: UpdateEvery,
+    /// Score the parameters on `data.validation` each time so many more batches were trained on, and at the end; 0: never. The best
+    /// so far are kept as a checkpoint.
+    pub validate_every: u64,
     /// R, pipelines side by side whose gradients are averaged.
     pub replicas: usize,
     /// Seed of initial values, order, augmentation and dropout.
@@ -74,6 +77,7 @@ impl Default for TrainConfig {
             freeze: Vec::new(),
             ema: None,
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
+            validate_every: 0,
             replicas: 1,
             seed: 1,
             init: None,

@@ -46,6 +46,8 @@ pub struct StreamOptions {
     pub seed: u64,
     /// Training or evaluation (see [`SamplerOptions::training`]).
     pub training: bool,
+    /// Evaluation: through all videos again and again.
+    pub again: bool,
     /// Subtracted from each channel of u8/255.
     pub mean: [f32; 3],
     /// Then divided by.
@@ -81,6 +83,7 @@ impl Default for StreamOptions {
             shuffle: false,
             seed: 1,
             training: false,
+            again: false,
             mean: [0.43216, 0.394666, 0.37645],
             std: [0.22803, 0.22145, 0.216989],
             replicas: 1,
@@ -112,6 +115,7 @@ impl StreamOptions {
             batch: self.batch,
             shuffle: self.shuffle,
             training: self.training,
+            again: self.again,
             seed: self.seed,
             replicas: self.replicas,
             replica: self.replica,

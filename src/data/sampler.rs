@@ -28,6 +28,8 @@ pub struct SamplerOptions {
     pub shuffle: bool,
     /// Training: whole batches only, epoch after epoch. Evaluation: once through all videos, the last batch padded.
     pub training: bool,
+    /// Evaluation: through all videos again and again.
+    pub again: bool,
     /// The run's seed.
     pub seed: u64,
     /// Replicas, R.
@@ -159,7 +161,8 @@ impl Sampler {
     pub fn batch(&mut self, number: u64) -> Vec<Option<VideoWindow>> {
         let (b, r, replicas) = (self.options.batch as u64, self.options.replica as u64, self.options.replicas as u64);
         let epoch = self.epoch(number);
-        let within = if self.options.training { number % self.batches_per_epoch() } else { number };
+        let repeats = self.options.training || self.options.again;
+        let within = if repeats { number % self.batches_per_epoch() } else { number };
         let first = within.saturating_mul(replicas).saturating_add(r).saturating_mul(b);
         (0..b).map(|i| self.video_at(epoch, first.saturating_add(i)).map(|v| self.window(epoch, v))).collect()
     }

@@ -30,10 +30,12 @@ pub enum Phase {
     WaitCore,
     /// Checkpoints, reports, what is between phases.
     Other,
+    /// Everything between the begin and the end of a validation.
+    Validation,
 }
 
 /// How many phases there are.
-pub const PHASES: usize = 9;
+pub const PHASES: usize = 10;
 
 /// Seconds spent in each phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Pod, Zeroable)]
@@ -57,6 +59,8 @@ pub struct TimeAccount {
     pub wait_core: f32,
     /// [`Phase::Other`]
     pub other: f32,
+    /// [`Phase::Validation`]
+    pub validation: f32,
 }
 
 impl TimeAccount {
@@ -92,13 +96,15 @@ impl TimeAccount {
 #[derive(Debug)]
 pub struct Stopwatch {
     phase: Phase,
+    /// Whatever the phase, it is a validation's.
+    validates: bool,
     since: Instant,
     spent: [f64; PHASES],
 }
 
 impl Default for Stopwatch {
     fn default() -> Self {
-        Stopwatch { phase: Phase::Other, since: Instant::now(), spent: [0.0; PHASES] }
+        Stopwatch { phase: Phase::Other, validates: false, since: Instant::now(), spent: [0.0; PHASES] }
     }
 }
 
@@ -106,9 +112,16 @@ impl Stopwatch {
     /// Ends the present phase and begins another.
     pub fn enter(&mut self, phase: Phase) {
         let now = Instant::now();
-        self.spent[self.phase as usize] += (now - self.since).as_secs_f64();
+        let present = if self.validates { Phase::Validation } else { self.phase };
+        self.spent[present as usize] += (now - self.since).as_secs_f64();
         self.since = now;
         self.phase = phase;
+    }
+
+    /// Begins a validation, or ends it: what is entered meanwhile counts as [`Phase::Validation`].
+    pub fn validate(&mut self, begins: bool) {
+        self.enter(Phase::Other);
+        self.validates = begins;
     }
 
     /// The account since the last call, which starts anew.
@@ -136,5 +149,21 @@ mod tests {
         assert!((account.total() - wall).abs() < 1e-3, "{account:?} against {wall}");
         assert!(account.forward >= 0.003 && account.data >= 0.003 && account.backward == 0.0);
         assert_eq!(TimeAccount::from_array(account.to_array()), account);
+    }
+
+    #[test]
+    fn a_validation_is_a_phase_of_its_own() {
+        let mut watch = Stopwatch::default();
+        watch.validate(true);
+        watch.enter(Phase::Forward);
+        std::thread::sleep(Duration::from_millis(3));
+        watch.enter(Phase::WaitActivations);
+        std::thread::sleep(Duration::from_millis(3));
+        watch.validate(false);
+        watch.enter(Phase::Forward);
+        std::thread::sleep(Duration::from_millis(3));
+        let account = watch.take();
+        assert!(account.validation >= 0.006 && account.forward >= 0.003, "{account:?}");
+        assert!(account.wait_activations == 0.0 && account.busy() == account.forward, "{account:?}");
     }
 }

@@ -46,7 +46,7 @@ pub struct Report {
 struct Wire {
     /// 0: none; else one more than [`Report::saved`].
     saved: u64,
-    score: [f32; 5],
+    score: [f32; 7],
     time: TimeAccount,
     grad_norm: f32,
     lr: f32,
@@ -59,7 +59,6 @@ struct Wire {
     decision: u32,
     outputs: u32,
     labels: u32,
-    reserved: u32,
 }
 
 const FIXED: usize = size_of::<Wire>() / 4;
@@ -75,10 +74,10 @@ impl Report {
     /// # Errors
     /// [`Error::Run`] if the message is too small.
     pub fn write(&self, message: &mut [f32]) -> Result<usize> {
-        let Score { loss_sum, loss_steps, clips, top1, top5 } = self.score;
+        let Score { loss_sum, loss_steps, clips, top1, top5, pixel_error, copy_error } = self.score;
         let wire = Wire {
             saved: self.saved.map_or(0, |batches| batches + 1),
-            score: [loss_sum, loss_steps, clips, top1, top5],
+            score: [loss_sum, loss_steps, clips, top1, top5, pixel_error, copy_error],
             time: self.time,
             grad_norm: self.grad_norm,
             lr: self.lr,
@@ -91,7 +90,6 @@ impl Report {
             decision: self.decision.bits(),
             outputs: self.outputs.len() as u32,
             labels: self.labels.len() as u32,
-            reserved: 0,
         };
         let words = Self::words(self.outputs.len(), self.labels.len());
         let message = message.get_mut(..words);
@@ -117,9 +115,9 @@ impl Report {
         if labels.len() != wire.labels as usize {
             return Err(wrong());
         }
-        let [loss_sum, loss_steps, clips, top1, top5] = wire.score;
+        let [loss_sum, loss_steps, clips, top1, top5, pixel_error, copy_error] = wire.score;
         Ok(Report {
-            score: Score { loss_sum, loss_steps, clips, top1, top5 },
+            score: Score { loss_sum, loss_steps, clips, top1, top5, pixel_error, copy_error },
             time: wire.time,
             backward_steps: wire.backward_steps,
             grad_norm: wire.grad_norm,
@@ -144,8 +142,16 @@ mod tests {
     #[test]
     fn a_report_reads_back_as_written() {
         let mut report = Report {
-            score: Score { loss_sum: 1.0, loss_steps: 2.0, clips: 3.0, top1: 4.0, top5: 5.0 },
-            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]),
+            score: Score {
+                loss_sum: 1.0,
+                loss_steps: 2.0,
+                clips: 3.0,
+                top1: 4.0,
+                top5: 5.0,
+                pixel_error: 6.0,
+                copy_error: 7.0,
+            },
+            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]),
             backward_steps: 8,
             grad_norm: 9.0,
             lr: 10.0,

@@ -46,6 +46,11 @@ pub struct Score {
     pub top1: f32,
     /// Of these, how many had the label among the first five.
     pub top5: f32,
+    /// Evaluation of future frames: the mean squared difference of predicted pixels, within 0..=1, from true ones, of every clip and
+    /// step with a loss added up.
+    pub pixel_error: f32,
+    /// The same of the newest frame seen: what a copy of it would be wrong by.
+    pub copy_error: f32,
 }
 
 impl Score {
@@ -56,6 +61,8 @@ impl Score {
         self.clips += other.clips;
         self.top1 += other.top1;
         self.top5 += other.top5;
+        self.pixel_error += other.pixel_error;
+        self.copy_error += other.copy_error;
     }
 
     /// Mean loss of a step; NaN without steps.

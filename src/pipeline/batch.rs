@@ -1,9 +1,13 @@
 //! One batch of one module: what comes before its first tick and after its last.
 
+use super::pixels::PixelError;
+use super::role::Source;
 use super::worker::{At, Worker};
 use crate::Result;
-use crate::comm::{Header, Kind, Orders};
+use crate::comm::{BatchId, Header, Kind, Orders};
+use crate::method::Schedule;
 use crate::metrics::{Phase, Report};
+use crate::nn::head::Score;
 
 impl Worker {
     /// One batch.
@@ -11,23 +15,30 @@ impl Worker {
     /// # Errors
     /// Whatever fails, with module, batch, step and tick in front.
     pub(super) fn run_batch(&mut self, batch: u64) -> Result<()> {
-        self.begin(batch)?;
+        self.mark()?;
         let schedule = self.schedule.clone();
-        let window = schedule.window(self.index);
-        for (n, tick) in window.iter().enumerate() {
-            let at = At { batch, step: tick.step(), tick: schedule.first_tick(batch) + tick.at as u64 };
-            self.tick(tick, window.get(n + 1), at).map_err(|e| e.within(&at.place(self.index)))?;
-        }
+        let validated = self.validation.as_ref().map_or(0, |validation| validation.ticks_before_batch(batch));
+        self.follow(&schedule, batch.into(), schedule.first_tick(batch) + validated)?;
         self.end(batch)
     }
 
+    /// The module's window of one batch, which begins at tick `first` at module 1.
+    pub(super) fn follow(&mut self, schedule: &Schedule, batch: BatchId, first: u64) -> Result<()> {
+        self.begin(batch)?;
+        let window = schedule.window(self.index);
+        for (n, tick) in window.iter().enumerate() {
+            let at = At { batch, step: tick.step(), tick: first + tick.at as u64 };
+            self.tick(tick, window.get(n + 1), at).map_err(|e| e.within(&at.place(self.index)))?;
+        }
+        Ok(())
+    }
+
     /// Clears every register and passes the clips' labels on.
-    fn begin(&mut self, batch: u64) -> Result<()> {
+    fn begin(&mut self, batch: BatchId) -> Result<()> {
         self.decision = Orders::empty();
-        self.mark()?;
         self.watch.enter(Phase::Data);
         if let Some(Err(e)) = self.role.source().map(|source| source.begin(batch)) {
-            let error = e.within(&format!("module 1, batch {batch}"));
+            let error = e.within(&format!("module 1, {batch}"));
             match self.role.source_if_undoable(0, self.decision_step) {
                 Some(source) => source.give_up(error.to_string()),
                 None => return Err(error),
@@ -36,7 +47,7 @@ impl Worker {
         self.role.send_labels(batch)?;
         self.watch.enter(Phase::WaitActivations);
         let labels = self.role.labels(batch, self.clips)?;
-        self.stage.begin(labels.as_ref())
+        self.stage.begin(labels.as_ref(), self.trains_on(batch))
     }
 
     /// The end of the module's own window.
@@ -54,7 +65,7 @@ impl Worker {
         let saved = self.save(batch)?;
         let (link, waited) = self.longest_wait();
         let mut report = Report {
-            score: end.score.unwrap_or_default(),
+            score: self.score(end.score),
             backward_steps: self.schedule.backwards(self.index).count() as u32,
             saved,
             skipped: self.non_finite.take(),
@@ -85,8 +96,16 @@ impl Worker {
         self.send_report(first, report)
     }
 
+    /// What the stage has counted, and in evaluation of future frames the errors of pixels.
+    pub(super) fn score(&mut self, counted: Option<Score>) -> Score {
+        let mut score = counted.unwrap_or_default();
+        score.pixel_error = self.pixels.as_mut().map_or(0.0, PixelError::take);
+        score.copy_error = self.role.source().map_or(0.0, Source::take_copy_error);
+        score
+    }
+
     /// Sends a report of `batch` to the console.
-    fn send_report(&mut self, batch: u64, report: Report) -> Result<()> {
+    pub(super) fn send_report(&mut self, batch: impl Into<BatchId>, report: Report) -> Result<()> {
         let (id, sender) = &mut self.console;
         let report = Report { asked: self.requests.pending(), decision: self.decision, ..report };
         let words = report.write(sender.host_slot()?)?;

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use super::cores::CoreUser;
 use super::links::WorkerLinks;
 use super::orders::{Decider, Files, Requests};
+use super::pixels::PixelError;
 use super::role::{Role, Source, Truth};
 use super::run::RunRange;
 use super::training::{Gradient, Saver, Training};
@@ -69,6 +70,13 @@ pub fn frames_of(setup: &Setup, range: &RunRange, r: usize) -> Result<Box<dyn Fr
     Ok(Box::new(FrameStream::open(dataset, setup.stream(r, range.first, range.end))?))
 }
 
+/// The frames that replica `r` is validated on, over and over; none where it is not.
+fn validation_frames(setup: &Setup, range: &RunRange, r: usize) -> Result<Option<Box<dyn Frames>>> {
+    let Some(validation) = setup.validation.as_ref().filter(|_| range.record) else { return Ok(None) };
+    let stream = FrameStream::open(validation.dataset.clone(), setup.validation_stream(r))?;
+    Ok(Some(Box::new(stream)))
+}
+
 /// The name under which the last layer's parameters begin: what a new head may replace.
 fn last_layer(setup: &Setup) -> String {
     let last = setup.network.layers.iter().rposition(|l| l.is_heavy()).unwrap_or(0);
@@ -110,9 +118,15 @@ pub(super) fn build(
         }),
         false => None,
     };
+    let pixels = || {
+        let data = &config.data;
+        setup.ahead.map(|_| PixelError::new(data.batch, data.mean, data.std))
+    };
     let source = |decider| {
         let (targets, mixup) = ((setup.ahead, setup.schedule.losses()), setup.mixup(r));
-        Ok::<_, Error>(Source::new((parts.frames)(r)?, config.data.batch, network.input, targets, mixup, decider))
+        let source = Source::new((parts.frames)(r)?, config.data.batch, network.input, targets, mixup, decider);
+        let source = source.comparing(pixels(), config.model.horizon);
+        Ok::<_, Error>(source.validating(validation_frames(setup, range, r)?))
     };
     let missing = || Error::Run(format!("module {i} has no link for labels or targets"));
     let truth = match setup.ahead {
@@ -153,6 +167,8 @@ pub(super) fn build(
         outputs: outputs.collect(),
         role,
         training,
+        validation: setup.validation.clone().filter(|_| range.record),
+        pixels: if i == d { pixels() } else { None },
         predictions: (setup.purpose == Purpose::Predict && i == d).then(Vec::new),
         requests,
         decision_step: setup.schedule.steps(d).saturating_sub(1),

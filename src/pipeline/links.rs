@@ -4,7 +4,7 @@ use crate::Error;
 use crate::Result;
 use crate::comm::all_reduce::AllReduce;
 use crate::comm::exchange::Edge;
-use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender};
+use crate::comm::{BatchId, Endpoints, Kind, LinkSpec, Receiver, Sender};
 use crate::metrics::Report;
 use crate::setup::Setup;
 
@@ -89,12 +89,13 @@ impl Reports {
     ///
     /// # Errors
     /// [`Error::Transport`] if a worker is gone or reports another batch.
-    pub fn gather(&mut self, batch: u64) -> Result<Vec<Report>> {
+    pub fn gather(&mut self, batch: impl Into<BatchId>) -> Result<Vec<Report>> {
+        let batch = batch.into();
         let mut reports = Vec::with_capacity(self.0.len());
         for receiver in &mut self.0 {
             let (header, payload) = receiver.wait_any()?;
             if header.kind != Kind::Report || header.batch != batch {
-                return Err(Error::Transport(format!("{header} came where the report of batch {batch} was due")));
+                return Err(Error::Transport(format!("{header} came where the report of {batch} was due")));
             }
             reports.push(Report::read(&payload[..header.words as usize])?);
             receiver.release()?;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::comm::{Header, Kind, Orders, Receiver, Sender};
+use crate::comm::{BatchId, Header, Kind, Orders, Receiver, Sender};
 use crate::{Error, Result};
 
 /// Files in the run folder that ask for something, and for what.
@@ -33,9 +33,9 @@ impl Requests {
         Orders::from_bits_truncate(self.0.load(Ordering::Relaxed))
     }
 
-    /// Takes what was asked for.
-    fn take(&self) -> Orders {
-        Orders::from_bits_truncate(self.0.swap(0, Ordering::Relaxed))
+    /// Takes those of `which` that were asked for.
+    fn take(&self, which: Orders) -> Orders {
+        Orders::from_bits_truncate(self.0.fetch_and(!which.bits(), Ordering::Relaxed)) & which
     }
 }
 
@@ -111,14 +111,16 @@ impl Decider {
     ///
     /// # Errors
     /// [`Error::Transport`] if another replica is gone.
-    pub fn decide(&mut self, requests: &Requests, own: Orders, batch: u64, step: usize) -> Result<Orders> {
+    pub fn decide(&mut self, requests: &Requests, own: Orders, batch: BatchId, step: usize) -> Result<Orders> {
         let due = |id: u32| Header::new(Kind::Control, id, batch, step as u32, [1; 4]);
         match self {
             Decider::Chief { files, others } => {
                 requests.raise(files.look());
-                let decision = requests.take() | own;
+                // A validation changes no parameters: a checkpoint alone can wait for its end.
+                let which = if batch.is_training() { Orders::all() } else { Orders::ENDS };
+                let decision = requests.take(which) | own;
                 if !decision.is_empty() {
-                    log::info!("batch {batch}: {}", describe(decision));
+                    log::info!("{batch}: {}", describe(decision));
                 }
                 for (id, sender) in others {
                     sender.send(&due(*id).stamped(0, decision), &[0.0])?;

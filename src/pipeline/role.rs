@@ -3,9 +3,10 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::orders::Decider;
+use super::pixels::PixelError;
 use super::worker::header;
 use crate::backend::stage::with_values;
-use crate::comm::{Header, Kind, Receiver, Sender};
+use crate::comm::{BatchId, Header, Kind, Receiver, Sender};
 use crate::data::{Frames, Mixture, Mixup};
 use crate::nn::head::{Labels, Target};
 use crate::nn::loss::Mixed;
@@ -54,6 +55,12 @@ pub enum Truth {
 /// Module 1's frames.
 pub struct Source {
     frames: Box<dyn Frames>,
+    /// Those of validation, over and over, and how many batches of them there were so far.
+    validation: Option<(Box<dyn Frames>, u64)>,
+    /// Whether this batch is validation's.
+    validates: bool,
+    /// Evaluation of future frames: how far the newest frame seen is from the target, and by how many frames before it.
+    copy: Option<(PixelError, usize)>,
     clips: usize,
     shape: Shape,
     /// How many frames after a step's own its target is; `None` in recognition.
@@ -88,15 +95,59 @@ impl Source {
         mixup: Option<Mixup>,
         decider: Option<Decider>,
     ) -> Self {
-        let (labels, mixture) = (Vec::new(), None);
-        Source { frames, clips, shape, ahead, losses, labels, mixup, mixture, decider, failure: None }
+        let (validation, copy, labels, mixture) = (None, None, Vec::new(), None);
+        Source {
+            frames,
+            validation,
+            validates: false,
+            copy,
+            clips,
+            shape,
+            ahead,
+            losses,
+            labels,
+            mixup,
+            mixture,
+            decider,
+            failure: None,
+        }
+    }
+
+    /// With frames to validate on, if there are any.
+    pub(super) fn validating(self, frames: Option<Box<dyn Frames>>) -> Self {
+        Source { validation: frames.map(|frames| (frames, 0)), ..self }
+    }
+
+    /// Comparing targets with the frame `horizon` before them, if that is asked for, wherever is evaluated.
+    pub(super) fn comparing(self, pixels: Option<PixelError>, horizon: usize) -> Self {
+        Source { copy: pixels.map(|pixels| (pixels, horizon)), ..self }
     }
 
     /// Goes on to `batch`.
-    pub(super) fn begin(&mut self, batch: u64) -> Result<()> {
-        self.labels = self.frames.begin(batch)?;
-        self.mixture = self.mixup.map(|mixup| mixup.draw(batch, &self.labels())).transpose()?;
+    pub(super) fn begin(&mut self, batch: BatchId) -> Result<()> {
+        self.validates = !batch.is_training();
+        self.labels = match &mut self.validation {
+            Some((frames, next)) if self.validates => {
+                *next += 1;
+                frames.begin(*next - 1)?
+            }
+            _ => self.frames.begin(batch.number)?,
+        };
+        let mixup = self.mixup.filter(|_| !self.validates);
+        self.mixture = mixup.map(|mixup| mixup.draw(batch.number, &self.labels())).transpose()?;
         Ok(())
+    }
+
+    fn present(&self) -> &dyn Frames {
+        match &self.validation {
+            Some((frames, _)) if self.validates => frames.as_ref(),
+            _ => self.frames.as_ref(),
+        }
+    }
+
+    /// The mean squared error of copying, summed over clips and steps with a loss since it was last asked for.
+    pub(super) fn take_copy_error(&mut self) -> f32 {
+        self.copy.as_mut().map_or(0.0, |(pixels, _)| pixels.take())
     }
 
     /// Goes on without frames, for `why`.
@@ -108,7 +159,7 @@ impl Source {
     /// This batch's labels: −1 for clips that do not count, as far as is known.
     pub(super) fn labels(&self) -> Vec<i32> {
         let mut labels = self.labels.clone();
-        for &place in self.frames.skipped() {
+        for &place in self.present().skipped() {
             if let Some(label) = labels.get_mut(place) {
                 *label = -1;
             }
@@ -130,7 +181,7 @@ impl Source {
 
     /// Places of the batch that damaged videos leave empty.
     pub(super) fn skipped(&self) -> usize {
-        self.frames.skipped().len()
+        self.present().skipped().len()
     }
 
     /// The frame of `step`, and the target frame if module D has a loss there that needs one.
@@ -142,9 +193,19 @@ impl Source {
             let blank = Tensor::zeros((self.clips, h, w, c), DType::F32, &Device::Cpu)?;
             return Ok(Read { target: ahead.map(|_| blank.clone()), frame: blank });
         }
-        let frame = self.frames.frame(step)?;
+        let frames = match &mut self.validation {
+            Some((frames, _)) if self.validates => frames.as_mut(),
+            _ => self.frames.as_mut(),
+        };
+        let frame = frames.frame(step)?;
         let frame = self.mixture.as_ref().map_or(Ok(frame.clone()), |mixture| mixture.mix(&frame))?;
-        let target = ahead.map(|ahead| self.frames.frame(step + ahead)).transpose()?;
+        let target = ahead.map(|ahead| frames.frame(step + ahead)).transpose()?;
+        if let (Some((pixels, horizon)), Some(ahead), Some(target)) = (&mut self.copy, ahead, &target)
+            && (self.validates || self.decider.is_none())
+        {
+            let seen = frames.frame(step + ahead - *horizon)?;
+            with_values(target, |target| pixels.add(&seen, target, &self.labels))?;
+        }
         Ok(Read { frame, target })
     }
 
@@ -168,7 +229,7 @@ impl Role {
     }
 
     /// Passes a target frame on to where the loss is.
-    pub(super) fn pass_on_target(&mut self, frame: &Tensor, batch: u64, step: usize, tick: u64) -> Result<()> {
+    pub(super) fn pass_on_target(&mut self, frame: &Tensor, batch: BatchId, step: usize, tick: u64) -> Result<()> {
         match self {
             Role::First { source, truth: (id, sender) } => {
                 let due = target_header(*id, batch, step, source.clips, source.shape);
@@ -184,7 +245,7 @@ impl Role {
     }
 
     /// Module D: the labels of `batch`, once module 1 has them.
-    pub(super) fn labels(&mut self, batch: u64, clips: usize) -> Result<Option<Labels>> {
+    pub(super) fn labels(&mut self, batch: BatchId, clips: usize) -> Result<Option<Labels>> {
         match self {
             Role::Only { source, .. } => Ok(Some(source.truth())),
             Role::Last { truth: Truth::Labels { mixed }, from: (id, receiver) } => {
@@ -200,7 +261,7 @@ impl Role {
     }
 
     /// Module 1: sends the labels of `batch`, where they go alone.
-    pub(super) fn send_labels(&mut self, batch: u64) -> Result<()> {
+    pub(super) fn send_labels(&mut self, batch: BatchId) -> Result<()> {
         match self {
             Role::First { source, truth: (id, sender) } if source.ahead.is_none() => {
                 let labels = source.truth();
@@ -219,7 +280,7 @@ impl Role {
     }
 
     /// Module D: the target frame of `step` as a message, once it has come; `None` in recognition.
-    pub(super) fn target(&mut self, batch: u64, step: usize, clips: usize) -> Result<Option<&[f32]>> {
+    pub(super) fn target(&mut self, batch: BatchId, step: usize, clips: usize) -> Result<Option<&[f32]>> {
         match self {
             Role::Last { truth: Truth::Frames(shape), from: (id, receiver) } => {
                 receiver.wait(&target_header(*id, batch, step, clips, *shape)).map(Some)
@@ -262,10 +323,10 @@ impl Role {
     }
 }
 
-fn labels_header(id: u32, batch: u64, clips: usize, mixed: bool) -> Header {
+fn labels_header(id: u32, batch: BatchId, clips: usize, mixed: bool) -> Header {
     header(Kind::Labels, id, batch, 0, clips, [1, 1, 1]).carrying(Labels::words(clips, mixed) as u32)
 }
 
-fn target_header(id: u32, batch: u64, step: usize, clips: usize, shape: Shape) -> Header {
+fn target_header(id: u32, batch: BatchId, step: usize, clips: usize, shape: Shape) -> Header {
     header(Kind::Target, id, batch, step, clips, shape).carrying(Target::words(clips, shape) as u32)
 }

@@ -28,8 +28,10 @@ pub struct RunRange {
     pub total: u64,
     /// Where parameters (and in training the optimiser's state) come from.
     pub from: Option<(Checkpoint, Fit)>,
-    /// Training: whether the run folder gets metrics and checkpoints; without, nothing is written.
+    /// Training: whether the run folder gets metrics and checkpoints; without, nothing is written, and not validated.
     pub record: bool,
+    /// Training: whether the validation after `first` batches is still to be made.
+    pub validates_first: bool,
 }
 
 impl RunRange {
@@ -137,14 +139,23 @@ fn work(setup: &Setup, range: &RunRange, build: impl FnOnce() -> Result<super::w
     cpu::with_threads(setup.config.run.threads, move || {
         let mut worker = build()?;
         worker.start(range.first)?;
-        let mut end = End::default();
-        for batch in range.first..range.end {
-            worker.run_batch(batch)?;
-            if worker.decision.intersects(Orders::ENDS) {
-                let failure = worker.role.source().and_then(|source| source.failure.take());
-                end = End { decision: worker.decision, failure };
-                break;
+        let validation = worker.validation.clone();
+        if range.validates_first {
+            worker.validate(range.first)?;
+        }
+        let mut done = range.first;
+        while done < range.end && !worker.decision.intersects(Orders::ENDS) {
+            worker.run_batch(done)?;
+            done += 1;
+            let due = validation.as_ref().is_some_and(|validation| validation.is_due(done, range.total));
+            if due && !worker.decision.intersects(Orders::ENDS) {
+                worker.validate(done)?;
             }
+        }
+        let mut end = End::default();
+        if worker.decision.intersects(Orders::ENDS) {
+            let failure = worker.role.source().and_then(|source| source.failure.take());
+            end = End { decision: worker.decision, failure };
         }
         worker.flush()?;
         Ok(end)

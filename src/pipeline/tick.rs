@@ -35,7 +35,7 @@ impl Worker {
         drop(core);
         if let Some(backward) = &tick.backward {
             self.send_cotangents(backward, at)?;
-            self.update_between_steps(at.batch, at.step)?;
+            self.update_between_steps(at.batch.number, at.step)?;
         }
         self.settle(next, at)
     }
@@ -146,9 +146,12 @@ impl Worker {
     fn loss(&mut self, at: At) -> Result<()> {
         self.watch.enter(Phase::WaitActivations);
         self.role.target(at.batch, at.step, self.clips)?;
-        let _core = self.acquire_core(Phase::Backward);
+        let (_core, trains) = (self.acquire_core(Phase::Backward), self.trains_on(at.batch));
         let target = self.role.target(at.batch, at.step, self.clips)?;
         let (_, not_finite) = self.stage.loss(at.step, target.map(Slot::Host))?;
+        if let (Some(pixels), Some(target), false) = (&mut self.pixels, target, trains) {
+            pixels.add_target(&self.stage.output()?, target)?;
+        }
         self.role.release_target()?;
         not_finite.map_or(Ok(()), |what| self.non_finite.note(what))
     }

@@ -119,9 +119,12 @@ impl Worker {
     /// Hands the module over to be written if a checkpoint is due after `batch`, or was decided on; at the end of the run
     /// waits until it is written. Returns the newest checkpoint that this worker's part of is on disk.
     pub(super) fn save(&mut self, batch: u64) -> Result<Option<u64>> {
-        let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        let Some(training) = &mut self.training else { return Ok(None) };
+        let Some(saver) = &mut training.saver else { return Ok(None) };
         let (done, decision) = (batch + 1, self.decision);
-        if saver.is_due(done) || !decision.is_empty() {
+        let validates =
+            self.validation.as_ref().is_some_and(|validation| validation.is_due(done, training.total_batches));
+        if saver.is_due(done) || validates || !decision.is_empty() {
             saver.writer.begin(done, self.stage.snapshot()?)?;
         }
         if done != saver.end && !decision.intersects(Orders::ENDS) {
@@ -145,6 +148,21 @@ impl Worker {
         match saver.writer.wait()? {
             Some(written) if written == batch => Ok(Some(written)),
             _ => Err(Error::Run(format!("the checkpoint of {batch} batches could not be written (see above)"))),
+        }
+    }
+
+    /// Waits until the checkpoint of `done` batches is written, which are those the module was trained on; begins with it where
+    /// none is under way. It `must` be, or the policy decides.
+    pub(super) fn save_as_is(&mut self, done: u64, must: bool) -> Result<Option<u64>> {
+        let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        if saver.writer.wait()? != Some(done) {
+            saver.writer.begin(done, self.stage.snapshot()?)?;
+        }
+        match saver.writer.wait()? {
+            Some(written) if must && written != done => {
+                Err(Error::Run(format!("the checkpoint of {done} batches could not be written (see above)")))
+            }
+            written => Ok(written),
         }
     }
 

@@ -5,22 +5,24 @@ use std::time::Instant;
 
 use super::cores::CoreUser;
 use super::orders::Requests;
+use super::pixels::PixelError;
 use super::role::Role;
 use super::training::Training;
 use crate::backend::stage::{NotFinite, Stage};
-use crate::comm::{Header, Kind, Orders, Receiver, Sender};
+use crate::comm::{BatchId, Header, Kind, Orders, Receiver, Sender};
 use crate::config::OnNonfinite;
 use crate::method::Schedule;
 use crate::metrics::{Phase, Stopwatch};
 use crate::network::EdgeSpec;
 use crate::nn::layers::Pass;
+use crate::setup::validation::Validation;
 use crate::{Error, Result};
 
 /// Where in the run a worker is.
 #[derive(Clone, Copy, Debug)]
 pub struct At {
-    /// Batch, from the start of training.
-    pub batch: u64,
+    /// The batch.
+    pub batch: BatchId,
     /// The module's step in its clips.
     pub step: usize,
     /// The tick, from the start of training.
@@ -30,7 +32,7 @@ pub struct At {
 impl At {
     /// Where module `module` is, for messages to people.
     pub(super) fn place(&self, module: usize) -> String {
-        format!("module {module}, batch {}, step {}, tick {}", self.batch, self.step, self.tick)
+        format!("module {module}, {}, step {}, tick {}", self.batch, self.step, self.tick)
     }
 }
 
@@ -66,7 +68,7 @@ pub struct OutEdge {
 
 impl InEdge {
     /// The header of the message that the sender sends at its step `step`.
-    pub(super) fn due(&self, batch: u64, step: usize, clips: usize) -> Header {
+    pub(super) fn due(&self, batch: BatchId, step: usize, clips: usize) -> Header {
         header(Kind::Activation, self.id, batch, step, clips, self.spec.shape)
     }
 }
@@ -155,6 +157,10 @@ pub struct Worker {
     pub role: Role,
     /// Training only.
     pub training: Option<Training>,
+    /// Training: what is validated on, and when.
+    pub validation: Option<Arc<Validation>>,
+    /// Evaluation of future frames, module D: how far predicted pixels are from true ones.
+    pub pixels: Option<PixelError>,
     /// Prediction, module D: the outputs of the steps so far.
     pub predictions: Option<Vec<f32>>,
     /// What this process was asked for.
@@ -175,13 +181,18 @@ pub struct Worker {
 
 impl Worker {
     /// What a pass for `step` needs to know: its key depends on the run's key, batch and step alone.
-    pub(super) fn pass(&self, batch: u64, step: usize) -> Pass {
-        let words = [self.key, batch, step as u64];
+    pub(super) fn pass(&self, batch: BatchId, step: usize) -> Pass {
+        let words = [self.key, batch.number, step as u64];
         Pass {
-            training: self.training.is_some(),
+            training: self.trains_on(batch),
             key: xxhash_rust::xxh3::xxh3_64(bytemuck::bytes_of(&words)),
             again: false,
         }
+    }
+
+    /// Whether a batch is there to be trained on.
+    pub(super) fn trains_on(&self, batch: BatchId) -> bool {
+        self.training.is_some() && batch.is_training()
     }
 
     /// Lets every message whose values are still being copied go on; whether none is left.
@@ -240,7 +251,7 @@ impl Worker {
 }
 
 /// The header of a message of `clips` times `shape` (`[H, W, C]`) sent at step `step`.
-pub(super) fn header(kind: Kind, id: u32, batch: u64, step: usize, clips: usize, shape: [usize; 3]) -> Header {
+pub(super) fn header(kind: Kind, id: u32, batch: BatchId, step: usize, clips: usize, shape: [usize; 3]) -> Header {
     let [h, w, c] = shape.map(|x| x as u32);
     Header::new(kind, id, batch, step as u32, [clips as u32, h, w, c])
 }

@@ -4,6 +4,7 @@ pub mod footprint;
 pub mod grid;
 pub mod neighbours;
 pub mod site;
+pub mod validation;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::network::Network;
 use crate::network::freeze::Frozen;
 use crate::nn::head::HeadSpec;
 use crate::setup::grid::{Grid, Truth, Wiring};
+use crate::setup::validation::Validation;
 use crate::{Error, Result};
 
 /// What a run is for.
@@ -38,6 +40,8 @@ pub struct Setup {
     pub purpose: Purpose,
     /// The videos; absent in a dry run without data.
     pub dataset: Option<Arc<Dataset>>,
+    /// Training: what is validated on meanwhile.
+    pub validation: Option<Arc<Validation>>,
     /// Classes in label order; empty for future frames.
     pub class_names: Vec<String>,
     /// K; 0 for future frames.
@@ -70,11 +74,10 @@ impl Setup {
         if globs.is_empty() {
             return Err(Error::input(format!("{key} is not set: give a glob of shards, such as \"data/train-*.h5\"")));
         }
-        let dataset = Dataset::open(&globs).map_err(|e| match e {
-            Error::Input(text) => Error::Input(format!("{key}: {text}")),
-            e => e,
-        })?;
-        Self::plan(config, ranks, purpose, Some(Arc::new(dataset)))
+        let dataset = open(key, &globs)?;
+        let validated = purpose == Purpose::Train && config.train.validate_every > 0;
+        let validated = if validated { Some(validation::videos(config, &dataset)?) } else { None };
+        Self::plan(config, ranks, purpose, Some(Arc::new(dataset)), validated.map(Arc::new))
     }
 
     /// Plans a run without opening its shards where they are not there: the frame size is `data.crop`, the classes
@@ -89,10 +92,16 @@ impl Setup {
         if present {
             return Self::new(config, ranks, Purpose::Train);
         }
-        Self::plan(config, ranks, Purpose::Train, None)
+        Self::plan(config, ranks, Purpose::Train, None, None)
     }
 
-    fn plan(config: &Config, ranks: usize, purpose: Purpose, dataset: Option<Arc<Dataset>>) -> Result<Self> {
+    fn plan(
+        config: &Config,
+        ranks: usize,
+        purpose: Purpose,
+        dataset: Option<Arc<Dataset>>,
+        validated: Option<Arc<Dataset>>,
+    ) -> Result<Self> {
         let (height, width) = frame_size(config, dataset.as_deref())?;
         let class_names = match config.model.task {
             Task::Recognition => class_names(config, dataset.as_deref())?,
@@ -140,10 +149,21 @@ impl Setup {
         if config.run.halves_messages() {
             wiring.halve_messages();
         }
+        let evaluation = || Schedule::evaluation(graph, frames, boundary, loss);
+        let validation = match validated {
+            Some(dataset) => Some(Arc::new(Validation {
+                every: config.train.validate_every,
+                batches: dataset.videos.len().div_ceil(batch * replicas) as u64,
+                schedule: Arc::new(evaluation()?),
+                dataset,
+            })),
+            None => None,
+        };
         Ok(Setup {
             config: config.clone(),
             purpose,
             dataset,
+            validation,
             class_names,
             classes,
             network,
@@ -162,7 +182,8 @@ impl Setup {
     pub fn recut(&self, cuts: Vec<usize>) -> Result<Self> {
         let mut config = self.config.clone();
         (config.model.modules, config.model.cuts) = (None, Some(cuts));
-        Self::plan(&config, self.grid.ranks, self.purpose, self.dataset.clone())
+        let validated = self.validation.as_ref().map(|validation| validation.dataset.clone());
+        Self::plan(&config, self.grid.ranks, self.purpose, self.dataset.clone(), validated)
     }
 
     /// The layers before which the network is cut.
@@ -293,6 +314,11 @@ impl Setup {
         Some(Mixup { alpha, seed: self.config.train.seed, replica })
     }
 
+    /// How replica `replica`'s share of the validation clips is read, validation after validation.
+    pub fn validation_stream(&self, replica: usize) -> StreamOptions {
+        StreamOptions { training: false, again: true, ..self.stream(replica, 0, u64::MAX) }
+    }
+
     /// Batches in the whole run: `train.batches`, or `train.epochs` passes; one pass in evaluation.
     ///
     /// # Errors
@@ -313,8 +339,9 @@ impl Setup {
     /// As [`Config::to_toml`].
     pub fn fingerprint(&self, first_batch: u64) -> Result<u64> {
         let data = self.dataset.as_ref().map(|d| d.digest()).unwrap_or_default();
+        let validation = self.validation.as_ref().map(|validation| validation.dataset.digest()).unwrap_or_default();
         let text = format!(
-            "{}\n{:?}\n{}\n{data}\n{first_batch}\n{}",
+            "{}\n{:?}\n{}\n{data}\n{validation}\n{first_batch}\n{}",
             env!("CARGO_PKG_VERSION"),
             self.class_names,
             self.config.to_toml()?,
@@ -327,6 +354,13 @@ impl Setup {
     pub fn checkpoints(&self) -> std::path::PathBuf {
         Path::new(&self.config.run.dir).join("checkpoints")
     }
+}
+
+fn open(key: &str, globs: &[String]) -> Result<Dataset> {
+    Dataset::open(globs).map_err(|e| match e {
+        Error::Input(text) => Error::Input(format!("{key}: {text}")),
+        e => e,
+    })
 }
 
 fn frame_size(config: &Config, dataset: Option<&Dataset>) -> Result<(usize, usize)> {

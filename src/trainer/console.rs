@@ -1,17 +1,20 @@
 //! What rank 0 does with the workers' reports: metrics, progress, and completing checkpoints.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::recorder::{Line, Recorder, WorkerLine};
+use super::validation::{Tally, Validated};
 use crate::Result;
-use crate::comm::Orders;
+use crate::comm::{BatchId, Orders};
 use crate::metrics::{Report, TimeAccount};
-use crate::nn::head::Score;
+use crate::nn::head::{Score, Task};
 use crate::pipeline::orders::Requests;
 use crate::pipeline::{Reports, RunRange};
 use crate::setup::Setup;
 use crate::setup::grid::Grid;
+use crate::setup::validation::Validation;
 
 /// One batch, all replicas together, as rank 0 shows it.
 #[derive(Clone, Debug)]
@@ -42,7 +45,7 @@ pub struct Totals {
     pub score: Score,
     /// Time accounts by worker, summed.
     pub time: Vec<TimeAccount>,
-    /// Seconds from the first batch's begin to the last one's end.
+    /// Seconds from the first batch's begin to the last one's end, but for validations.
     pub seconds: f64,
     /// Frames worked on.
     pub frames: u64,
@@ -52,10 +55,21 @@ pub struct Totals {
     pub skipped: u64,
     /// Times a damaged video was passed over.
     pub videos_skipped: u64,
+    /// The validations made.
+    pub validations: Vec<Validated>,
     /// What ended the run early; empty if nothing did.
     pub decision: Orders,
     /// Why the batch that was undone could not be read.
     pub failure: Option<String>,
+}
+
+/// The reports of one batch and what was decided, with what others were asked for passed on to this process's workers.
+fn heard(reports: &mut Reports, batch: BatchId, requests: &Requests) -> Result<(Vec<Report>, Orders)> {
+    let reports = reports.gather(batch)?;
+    let all = |of: fn(&Report) -> Orders| reports.iter().map(of).fold(Orders::empty(), |all, one| all | one);
+    let (asked, decided) = (all(|r| r.asked), all(|r| r.decision));
+    requests.raise(asked);
+    Ok((reports, decided))
 }
 
 /// Gathers reports batch by batch.
@@ -72,6 +86,11 @@ pub struct Console<'a> {
     waits: BTreeMap<u32, f64>,
     skipped: u64,
     videos_skipped: u64,
+    task: Task,
+    validation: Option<Arc<Validation>>,
+    validations: Vec<Validated>,
+    /// Seconds of `begun` to `last` that went into them.
+    validating: f64,
 }
 
 impl<'a> Console<'a> {
@@ -92,6 +111,10 @@ impl<'a> Console<'a> {
             waits: BTreeMap::new(),
             skipped: 0,
             videos_skipped: 0,
+            task: setup.config.model.task,
+            validation: setup.validation.clone(),
+            validations: Vec::new(),
+            validating: 0.0,
         }
     }
 
@@ -101,22 +124,60 @@ impl<'a> Console<'a> {
     /// [`crate::Error::Transport`] if a worker is gone; [`crate::Error::Io`] if metrics or a checkpoint cannot be written.
     pub fn follow(&mut self, reports: &mut Reports, range: &RunRange, requests: &Requests) -> Result<()> {
         self.started(&reports.gather(range.first)?)?;
+        if range.validates_first && self.validate(reports, range.first, requests)? {
+            return Ok(());
+        }
         for batch in range.first..range.end {
-            let reports = reports.gather(batch)?;
-            let all = |of: fn(&Report) -> Orders| reports.iter().map(of).fold(Orders::empty(), |all, one| all | one);
-            let (asked, decided) = (all(|r| r.asked), all(|r| r.decision));
-            requests.raise(asked);
+            let (of_batch, decided) = heard(reports, batch.into(), requests)?;
             let ends = decided.intersects(Orders::ENDS);
             if decided.contains(Orders::UNDO) {
-                self.undone(&reports)?;
+                self.undone(&of_batch)?;
             } else {
-                self.batch(batch, reports, ends || batch + 1 == range.end)?;
+                self.batch(batch, of_batch, ends || batch + 1 == range.end)?;
+            }
+            let validates = |validation: &Arc<Validation>| range.record && validation.is_due(batch + 1, range.total);
+            let due = self.validation.as_ref().is_some_and(validates);
+            if ends || due && self.validate(reports, batch + 1, requests)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The validation after `done` batches. Returns whether it was decided that the run ends.
+    fn validate(&mut self, reports: &mut Reports, done: u64, requests: &Requests) -> Result<bool> {
+        let Some(validation) = self.validation.clone() else { return Ok(false) };
+        let (mut tally, begun) = (Tally::default(), Instant::now());
+        let mut ends = false;
+        for place in 0..validation.batches {
+            let (of_batch, decided) = heard(reports, BatchId::of_validation(done, place), requests)?;
+            ends = decided.intersects(Orders::ENDS);
+            self.time.iter_mut().zip(&of_batch).for_each(|(time, report)| time.add(&report.time));
+            tally.add(&of_batch);
+            let whole = place + 1 == validation.batches && !decided.contains(Orders::UNDO);
+            if let Some(recorder) = self.recorder.as_mut().filter(|_| ends || whole) {
+                recorder.complete(&of_batch, self.grid.modules, ends)?;
+            }
+            if whole {
+                let mut validated = tally.result(self.task, done, begun.elapsed().as_secs_f64());
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.validated(&mut validated)?;
+                }
+                log::info!("{validated}");
+                self.skipped += tally.skipped();
+                self.validations.push(validated);
             }
             if ends {
                 break;
             }
         }
-        Ok(())
+        if let Some(recorder) = self.recorder.as_mut().filter(|_| ends || done == self.total) {
+            recorder.flush()?;
+        }
+        // The time between batches is training's.
+        self.validating += self.last.elapsed().as_secs_f64();
+        self.last = Instant::now();
+        Ok(ends)
     }
 
     /// All workers are set up; if they wrote their modules, checkpoint 0 is completed.
@@ -202,11 +263,12 @@ impl<'a> Console<'a> {
             recent: sum(&self.done[recent..]),
             score: sum(&self.done),
             time: self.time,
-            seconds: (self.last - self.begun).as_secs_f64(),
+            seconds: ((self.last - self.begun).as_secs_f64() - self.validating).max(0.0),
             frames: batches * self.frames_a_batch,
             waits: self.waits,
             skipped: self.skipped,
             videos_skipped: self.videos_skipped,
+            validations: self.validations,
             decision: Orders::empty(),
             failure: None,
         }

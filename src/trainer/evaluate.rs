@@ -33,7 +33,8 @@ impl<'w> Evaluator<'w> {
         let setup = Setup::new(config, world.size(), purpose)?;
         let total = setup.total_batches()?;
         let end = batches.map_or(total, |batches| total.min(batches));
-        let range = RunRange { first: 0, end, total, from: Some((checkpoint, Fit::Averaged)), record: false };
+        let from = Some((checkpoint, Fit::Averaged));
+        let range = RunRange { first: 0, end, total, from, record: false, validates_first: false };
         Ok(Evaluator { world, setup, range })
     }
 

@@ -2,7 +2,8 @@
 //!
 //! It plans the run ([`crate::setup`]), checks what the hosts offer ([`preflight`]), holds the run folder ([`run_folder`]),
 //! resumes from the newest checkpoint ([`resume`]), listens to signals, runs the pipeline, and gathers on rank 0 what workers
-//! report ([`console`]). [`evaluate`] is a pass over the test clips with fixed parameters.
+//! report ([`console`]). The parameters are validated meanwhile where that is
+//! asked for ([`Validated`]). [`evaluate`] is a pass over the test clips with fixed parameters.
 
 pub mod console;
 pub mod evaluate;
@@ -13,12 +14,14 @@ mod recorder;
 pub mod resume;
 pub mod run_folder;
 mod signals;
+mod validation;
 
 use std::fs::File;
 use std::time::Duration;
 
 pub use console::{BatchSummary, Observer, Totals};
 pub use evaluate::Evaluator;
+pub use validation::{Tally, Validated, psnr};
 
 use crate::Result;
 use crate::comm::{Orders, World};
@@ -59,7 +62,8 @@ impl<'w> Trainer<'w> {
 
     /// The first `batches` of a run that is planned, of which nothing is recorded and no run folder is used: for measuring.
     pub fn unrecorded(world: &'w World, setup: Setup, batches: u64) -> Self {
-        let range = RunRange { first: 0, end: batches, total: batches, from: None, record: false };
+        let range =
+            RunRange { first: 0, end: batches, total: batches, from: None, record: false, validates_first: false };
         Trainer { world, setup, range, requests: Requests::default(), _held: None }
     }
 
@@ -86,9 +90,9 @@ impl<'w> Trainer<'w> {
         signals::raise_on_signals(&self.requests, self.world.rank() == 0)
     }
 
-    /// Whether all batches were done before.
+    /// Whether all batches were done before, and validated where that is to be.
     pub fn is_done(&self) -> bool {
-        self.range.first >= self.range.end
+        self.range.first >= self.range.end && !self.range.validates_first
     }
 
     /// Trains. `observer` is called on rank 0 after every batch; totals are rank 0's, but for the decision that ended the run

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::checkpoint::{self, Manifest};
+use super::validation::Validated;
+use crate::checkpoint::best::Best;
+use crate::checkpoint::{self, Checkpoint, Manifest};
 use crate::config::{OnCheckpointError, RunConfig};
 use crate::metrics::{Report, TimeAccount};
 use crate::pipeline::RunRange;
@@ -44,6 +46,8 @@ pub struct Recorder {
     keep: usize,
     policy: OnCheckpointError,
     completed: Option<u64>,
+    /// The best checkpoint so far.
+    best: Option<Best>,
 }
 
 impl Recorder {
@@ -79,6 +83,11 @@ impl Recorder {
             }
         }
         write_whole(&path, &kept)?;
+        let best = Best::read(&checkpoints).filter(|best| best.batches <= first_batch);
+        if best.is_none() {
+            // Of another run, or of batches that are trained on again.
+            Best::forget(&checkpoints)?;
+        }
         let metrics = OpenOptions::new().append(true).open(&path).map_err(io)?;
         Ok(Recorder {
             metrics,
@@ -89,6 +98,7 @@ impl Recorder {
             keep: run.keep,
             policy: run.on_checkpoint_error,
             completed: (first_batch > 0).then_some(first_batch),
+            best,
         })
     }
 
@@ -121,6 +131,24 @@ impl Recorder {
         Ok(())
     }
 
+    /// Appends a validation's line. Where it is the best so far, and the checkpoint of its parameters is there, that is the best
+    /// checkpoint from now on: this comes first, since a run that goes on from there repeats a validation only where it finds no
+    /// line of it.
+    pub(super) fn validated(&mut self, validated: &mut Validated) -> Result<()> {
+        let best = validated.as_best().filter(|best| best.beats(self.best.as_ref()));
+        if let Some(best) = best {
+            let there = Checkpoint::trusted(&checkpoint::folder_of(&self.checkpoints, best.batches));
+            match there.and_then(|_| best.write(&self.checkpoints)) {
+                Ok(()) => (validated.best, self.best) = (true, Some(best)),
+                Err(e) if self.policy == OnCheckpointError::Continue => {
+                    log::error!("these are the best parameters so far, but they cannot be kept: {e}");
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        self.write(&ValidationLine { kind: VALIDATION, validated })
+    }
+
     /// Completes the checkpoint that every module (of replica 0, the first `modules` reports) is on disk in.
     pub(super) fn complete(&mut self, reports: &[Report], modules: usize, last: bool) -> Result<()> {
         let Some(batches) = reports.iter().take(modules).map(|r| r.saved).min().flatten() else { return Ok(()) };
@@ -132,7 +160,8 @@ impl Recorder {
         if let Err(e) = self.metrics.sync_data() {
             log::warn!("{}: its last lines may be lost: {e}", self.path.display());
         }
-        match checkpoint::finish(&self.checkpoints, batches, modules, self.manifest.clone(), self.keep) {
+        let keep = (self.keep, self.best.as_ref().map(|best| best.batches));
+        match checkpoint::finish(&self.checkpoints, batches, modules, self.manifest.clone(), keep) {
             Ok(path) => log::info!("checkpoint {}", path.display()),
             Err(e) if self.policy == OnCheckpointError::Continue && !last => {
                 log::error!("checkpoint {batches} could not be completed, the run goes on without it: {e}");
@@ -141,6 +170,27 @@ impl Recorder {
         }
         Ok(())
     }
+}
+
+/// The validations in a run folder's `metrics.jsonl`: after how many batches each.
+pub(super) fn validations(dir: &Path) -> Vec<u64> {
+    let text = std::fs::read(dir.join("metrics.jsonl")).unwrap_or_default();
+    let of = |line: &[u8]| {
+        let line: serde_json::Value = serde_json::from_slice(line).ok()?;
+        line.get("batches").filter(|_| line.get("kind").is_some_and(|kind| kind == VALIDATION))?.as_u64()
+    };
+    text.split(|&byte| byte == b'\n').filter_map(of).collect()
+}
+
+/// What tells a validation's line from a batch's.
+const VALIDATION: &str = "validation";
+
+/// A validation's line.
+#[derive(Serialize)]
+struct ValidationLine<'a> {
+    kind: &'static str,
+    #[serde(flatten)]
+    validated: &'a Validated,
 }
 
 /// One line of `metrics.jsonl`.

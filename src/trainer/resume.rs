@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::recorder::validations;
 use crate::backend::stage::Fit;
 use crate::checkpoint::{self, Checkpoint};
 use crate::comm::World;
@@ -11,13 +12,17 @@ use crate::setup::Setup;
 use crate::{Error, Result};
 
 /// Training resumes from the newest checkpoint in the run folder, else starts (from `train.init` if set).
-/// Ends after `stop_after` batches, if given. Rank 0 verifies the checkpoints and chooses for all. Collective.
+/// A validation that is due there and of which `metrics.jsonl` has no line comes first. Ends after `stop_after` batches, if given. Rank 0 verifies the checkpoints and chooses for all. Collective.
 ///
 /// # Errors
 /// [`Error::Input`] if the run folder's checkpoints are of another network, or `train.init` cannot be read.
 pub fn range(setup: &Setup, world: &World, stop_after: Option<u64>) -> Result<RunRange> {
     let newest = world.first_error(newest_of_all(setup, world))?;
-    world.first_error(from_newest(setup, newest, stop_after))
+    let range = world.first_error(from_newest(setup, newest, stop_after))?;
+    let due = setup.validation.as_ref().is_some_and(|validation| validation.is_due(range.first, range.total));
+    // Rank 0's files decide.
+    let lacks = world.rank() == 0 && due && !validations(&setup.config.run.dir).contains(&range.first);
+    Ok(RunRange { validates_first: world.gather(&[u8::from(lacks)])?[0] == [1], ..range })
 }
 
 fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64>) -> Result<RunRange> {
@@ -31,7 +36,7 @@ fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64
         (None, None) => (0, None),
     };
     let end = stop_after.map_or(total, |n| total.min(first.saturating_add(n)));
-    Ok(RunRange { first, end: end.max(first), total, from, record: true })
+    Ok(RunRange { first, end: end.max(first), total, from, record: true, validates_first: false })
 }
 
 /// The run folder's newest checkpoint that is whole, as rank 0 finds it.

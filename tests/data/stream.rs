@@ -16,7 +16,7 @@ fn sampler(lengths: &[u64], options: SamplerOptions) -> Sampler {
 }
 
 fn training(batch: usize, replicas: usize, replica: usize, seed: u64) -> SamplerOptions {
-    SamplerOptions { frames: 4, stride: 2, batch, shuffle: true, training: true, seed, replicas, replica }
+    SamplerOptions { frames: 4, stride: 2, batch, shuffle: true, training: true, again: false, seed, replicas, replica }
 }
 
 const LENGTHS: [u64; 23] = [9, 1, 7, 30, 8, 12, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21];

@@ -15,7 +15,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("metrics", &["comm", "nn"]),
     ("config", &["method", "nn", "backend", "comm", "data"]),
     ("network", &["config", "method", "nn"]),
-    ("checkpoint", &["config"]),
+    ("checkpoint", &["config", "sys"]),
     ("setup", &["config", "network", "method", "nn", "backend", "comm", "data", "metrics", "sys"]),
     (
         "pipeline",

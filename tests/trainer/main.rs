@@ -6,3 +6,4 @@ mod data;
 mod faults;
 mod plan;
 mod ranks;
+mod validation;

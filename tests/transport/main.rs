@@ -196,8 +196,8 @@ fn deep_queue(world: &World, rank_of_worker: &[usize]) -> Result<()> {
                 std::thread::yield_now();
             }
             let (header, payload) = receiver.wait_any()?;
-            assert_eq!(header.batch, tick);
-            check(payload, header.link, header.batch)?;
+            assert_eq!(header.batch.number, tick);
+            check(payload, header.link, header.batch.number)?;
             receiver.release()?;
         }
         assert!(!receiver.ready()?);

@@ -132,7 +132,7 @@ impl CudaTimedStage {
 }
 
 impl Stage for CudaTimedStage {
-    fn begin(&mut self, _: Option<&Labels>) -> Result<()> {
+    fn begin(&mut self, _: Option<&Labels>, _: bool) -> Result<()> {
         Ok(())
     }
 

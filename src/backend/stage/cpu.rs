@@ -46,6 +46,8 @@ pub struct CpuStage {
     optimizer: Option<Optimizer>,
     average: Option<Average>,
     head: Option<Head>,
+    /// Whether the present batch is trained on.
+    training: bool,
     /// The newest message of each input, held past the end of its sender's clip; or the frame.
     inputs: Vec<Option<Tensor>>,
     /// H(a), and what of it each output edge takes.
@@ -80,6 +82,7 @@ impl CpuStage {
             optimizer: spec.optimizer.map(Optimizer::new),
             average,
             head: spec.head.map(|head| Head::new(head, spec.batch)),
+            training: false,
             inputs: vec![None; inputs],
             y: None,
             outputs: vec![None; spec.outputs.len()],
@@ -264,7 +267,8 @@ pub fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> R
 }
 
 impl Stage for CpuStage {
-    fn begin(&mut self, labels: Option<&Labels>) -> Result<()> {
+    fn begin(&mut self, labels: Option<&Labels>, training: bool) -> Result<()> {
+        self.training = training;
         self.inputs.fill(None);
         self.kept.clear();
         self.sums.clear();
@@ -329,12 +333,11 @@ impl Stage for CpuStage {
             }
             None => None,
         };
-        let training = self.optimizer.is_some();
         let (gradient, not_finite) = match head.loss(&y, target) {
-            Err(Error::NonFinite(text)) if training => (y.zeros_like()?, Some(NotFinite(text))),
+            Err(Error::NonFinite(text)) if self.optimizer.is_some() => (y.zeros_like()?, Some(NotFinite(text))),
             gradient => (gradient?, None),
         };
-        if training {
+        if self.training {
             self.add_to_sum(step, gradient)?;
         }
         Ok((Done::Now, not_finite))

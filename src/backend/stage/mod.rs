@@ -120,11 +120,11 @@ pub type Snapshot = Vec<(String, Tensor)>;
 
 /// One module at work. Inputs and outputs are numbered from 0, main first, then growing span.
 pub trait Stage {
-    /// Begins a batch: nothing that was held is held any more. Module D gets the labels.
+    /// Begins a batch, to be trained on or not: nothing that was held is held any more. Module D gets the labels.
     ///
     /// # Errors
     /// [`crate::Error::Run`] if they cannot be copied.
-    fn begin(&mut self, labels: Option<&Labels>) -> Result<()>;
+    fn begin(&mut self, labels: Option<&Labels>, training: bool) -> Result<()>;
 
     /// Takes input `k`, `[B, H, W, C]`, from the host: module 1's frame.
     ///
@@ -157,11 +157,11 @@ pub trait Stage {
     /// [`crate::Error::Run`] if there is none.
     fn output(&mut self) -> Result<Tensor>;
 
-    /// Module D: the loss of y, and in training its gradient as the first part of `step`'s cotangent. Future frames come with
+    /// Module D: the loss of y, and where the batch is trained on its gradient as the first part of `step`'s cotangent. Future frames come with
     /// a message of [`crate::nn::head::Target`].
     ///
     /// # Errors
-    /// [`crate::Error::NonFinite`] in evaluation, [`crate::Error::Run`] without a target where one is needed.
+    /// [`crate::Error::NonFinite`] if the stage was not made for training, [`crate::Error::Run`] without a target where one is needed.
     fn loss(&mut self, step: usize, target: Option<Slot<'_>>) -> Result<(Done, Option<NotFinite>)>;
 
     /// Adds the cotangent of output edge `k` out of a message to `step`'s, spread over the pixels that were averaged.

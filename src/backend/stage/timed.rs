@@ -54,7 +54,7 @@ fn fill(message: SlotMut<'_>) -> Done {
 }
 
 impl Stage for TimedStage {
-    fn begin(&mut self, _: Option<&Labels>) -> Result<()> {
+    fn begin(&mut self, _: Option<&Labels>, _: bool) -> Result<()> {
         Ok(())
     }
 

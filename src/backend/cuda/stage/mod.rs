@@ -108,6 +108,8 @@ pub struct CudaStage {
     sums: Sums,
     loss: Option<Loss>,
     optimizer: Option<Optimizer>,
+    /// Whether the present batch is trained on.
+    training: bool,
     /// Backward passes since the last update.
     steps: u64,
     /// How many messages and losses were not finite in this batch.
@@ -172,6 +174,7 @@ impl CudaStage {
             sums: Sums::new(&gpu, if training { spec.sums } else { 1 }, output, element)?,
             loss,
             optimizer,
+            training: false,
             steps: host.unfinished(),
             flags: gpu.zeros(1, Element::F32)?,
             scratch: gpu.array(scratch.max(1), Element::F32)?,
@@ -243,7 +246,8 @@ fn mib(bytes: u64) -> String {
 }
 
 impl Stage for CudaStage {
-    fn begin(&mut self, labels: Option<&Labels>) -> Result<()> {
+    fn begin(&mut self, labels: Option<&Labels>, training: bool) -> Result<()> {
+        self.training = training;
         self.sums.clear();
         if let (Some(loss), Some(labels)) = (&mut self.loss, labels) {
             loss.head.begin(labels);
@@ -291,8 +295,8 @@ impl Stage for CudaStage {
     }
 
     fn loss(&mut self, step: usize, target: Option<Slot<'_>>) -> Result<(Done, Option<NotFinite>)> {
-        let CudaStage { gpu, loss, module, scratch, flags, spec, sums, .. } = self;
-        let training = spec.optimizer.is_some();
+        let CudaStage { gpu, loss, module, scratch, flags, spec, sums, training, .. } = self;
+        let training = *training;
         let Some(loss) = loss else { return Err(Error::Run("this module has no loss".into())) };
         // It comes before cotangents: its sum begins with it.
         let gradient = if training { Some(sums.begin(step, module.output_cotangent()?).0) } else { None };
