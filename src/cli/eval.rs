@@ -1,22 +1,27 @@
-//! `sideways eval`: top-1, top-5, per class, confusion matrix.
+//! `sideways eval`: top-1, top-5, accuracy by class, confusion matrix, scores of every video; the error of future frames.
 
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::path::PathBuf;
 
 use clap::Args;
+use serde::Serialize;
 
+use super::output::table;
 use super::progress::Progress;
+use super::votes::{Scores, Votes};
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::{Config, DeviceChoice, Exchange, Globs, Precision, Task, Wire};
-use crate::nn::loss::topk_correct;
-use crate::setup::Purpose;
-use crate::trainer::{BatchSummary, Evaluator};
+use crate::data::Views;
+use crate::setup::{Purpose, Setup};
+use crate::trainer::{BatchSummary, Evaluator, Tally, Validated};
 use crate::{Error, Result};
 
 /// Arguments of `sideways eval`.
 #[derive(Args, Debug)]
 pub struct EvalArgs {
-    /// A checkpoint folder (step-NNNNNNNN), or a run folder, whose newest checkpoint is meant.
+    /// A checkpoint folder (step-NNNNNNNN), a run folder, whose newest checkpoint is meant, or RUN/best, which is the one that scored
+    /// best in validation.
     pub checkpoint: PathBuf,
     /// Shards to score on; default: the run's data.test.
     #[arg(long, value_name = "GLOB")]
@@ -27,6 +32,16 @@ pub struct EvalArgs {
     /// Use the parameters themselves and not their moving average (train.ema).
     #[arg(long)]
     pub raw: bool,
+    /// Look at every video several times: CLIPS windows spread evenly from its first frame to its last, 1 crop of the centre or 3
+    /// along the frame's longer side; a video's class probabilities are the mean over its views.
+    #[arg(long, value_name = "CLIPSxCROPS", value_parser = views, default_value = "1x1")]
+    pub views: Views,
+    /// Write every video's id, label, predicted class and class probabilities there: .csv, or .jsonl (JSON lines).
+    #[arg(long, value_name = "FILE")]
+    pub scores: Option<PathBuf>,
+    /// Print the accuracy of every class.
+    #[arg(long)]
+    pub per_class: bool,
     /// Write the confusion matrix there as CSV (rows: label, columns: prediction).
     #[arg(long, value_name = "FILE")]
     pub confusion: Option<PathBuf>,
@@ -35,45 +50,61 @@ pub struct EvalArgs {
     pub json: bool,
 }
 
-/// Counts over the test clips.
-struct Tally {
-    classes: usize,
-    clips: u64,
-    top1: u64,
-    top5: u64,
-    /// `[label][prediction]`
-    confusion: Vec<u64>,
+impl EvalArgs {
+    /// What cannot work, before anything is read.
+    fn validate(&self, task: Task) -> Result<()> {
+        let asks = self.scores.is_some() || self.confusion.is_some() || self.per_class;
+        if task == Task::FutureFrames && asks {
+            return Err(Error::input(
+                "--scores, --confusion and --per-class are about classes: this network predicts frames",
+            ));
+        }
+        self.scores.as_ref().map_or(Ok(()), |path| Scores::is_json(path).map(drop))
+    }
 }
 
-impl Tally {
-    fn new(classes: usize) -> Self {
-        Tally { classes, clips: 0, top1: 0, top5: 0, confusion: vec![0; classes * classes] }
+/// `3x1`: clips of a video, crops of a clip.
+fn views(text: &str) -> std::result::Result<Views, String> {
+    let (clips, crops) = text.split_once('x').ok_or("CLIPSxCROPS is meant, for instance 10x3")?;
+    let number = |text: &str| text.parse::<usize>().map_err(|e| format!("{text:?}: {e}"));
+    let (clips, crops) = (number(clips)?, number(crops)?);
+    if clips == 0 || !matches!(crops, 1 | 3) {
+        return Err("clips are 1 or more, crops 1 or 3".into());
     }
+    Ok(Views { clips, crops })
+}
 
-    fn add(&mut self, summary: &BatchSummary) {
-        let Some(last) = summary.reports.last().filter(|r| !r.outputs.is_empty()) else { return };
-        for (row, &label) in last.outputs.chunks_exact(self.classes).zip(&last.labels) {
-            let Ok(label) = usize::try_from(label) else { continue };
-            self.clips += 1;
-            self.top1 += u64::from(topk_correct(row, label as i32, 1));
-            self.top5 += u64::from(topk_correct(row, label as i32, 5));
-            let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0);
-            self.confusion[label * self.classes + best] += 1;
-        }
+/// How videos are looked at.
+#[derive(Clone, Debug, Serialize)]
+struct Protocol {
+    frames: usize,
+    stride: usize,
+    /// Clips of a video, crops of a clip.
+    views: [usize; 2],
+    /// Height, width.
+    crop: [usize; 2],
+    of: [usize; 2],
+    /// Frames are taken as they are stored.
+    resize: &'static str,
+}
+
+impl Protocol {
+    fn of(setup: &Setup) -> Self {
+        let (data, [h, w, _]) = (&setup.config.data, setup.network.input);
+        let of = setup.dataset.as_ref().map_or([h, w], |dataset| [dataset.height, dataset.width]);
+        let views = [setup.views.clips, setup.views.crops];
+        Protocol { frames: data.frames, stride: data.stride, views, crop: [h, w], of, resize: "none" }
     }
+}
 
-    fn share(&self, correct: u64) -> f64 {
-        correct as f64 / self.clips.max(1) as f64
-    }
-
-    fn write(&self, names: &[String], path: &Path) -> Result<()> {
-        let quoted: Vec<String> = names.iter().map(|n| format!("\"{}\"", n.replace('"', "\"\""))).collect();
-        let mut text = format!("label,{}\n", quoted.join(","));
-        for (name, row) in quoted.iter().zip(self.confusion.chunks_exact(self.classes)) {
-            let row: Vec<String> = row.iter().map(u64::to_string).collect();
-            text += &format!("{name},{}\n", row.join(","));
-        }
-        std::fs::write(path, text).map_err(|e| Error::io(path, e))
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Protocol { frames, stride, views: [clips, crops], crop: [h, w], of: [height, width], resize } = self;
+        write!(
+            f,
+            "protocol: T = {frames} frames, stride {stride}; {clips}x{crops} views (clips of a video x crops of a clip); \
+             {h}x{w} of {height}x{width} pixels (HxW), resize: {resize}"
+        )
     }
 }
 
@@ -124,8 +155,9 @@ fn classes(names: &[String]) -> String {
 pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let planned = Checkpoint::open(&args.checkpoint).and_then(|checkpoint| {
         let config = config_of(&checkpoint, &args.set, &args.data)?;
+        args.validate(config.model.task)?;
         let (names, path) = (checkpoint.manifest().class_names.clone(), checkpoint.path().to_path_buf());
-        let evaluator = Evaluator::new(world, &config, checkpoint, Purpose::Evaluate, None)?;
+        let evaluator = Evaluator::new(world, &config, checkpoint, Purpose::Evaluate, args.views, None)?;
         let setup = evaluator.setup();
         if setup.class_names != names {
             return Err(Error::input(format!(
@@ -140,46 +172,107 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let evaluator = world.first_error(planned)?;
     let setup = evaluator.setup();
     let chief = world.rank() == 0;
-    let mut tally = Tally::new(setup.classes);
-    let mut progress = chief.then(|| Progress::new(setup.config.model.task == Task::Recognition));
+    let (task, names) = (setup.config.model.task, &setup.class_names);
+    if chief && setup.grid.ranks < world.size() {
+        log::warn!(
+            "{} of {} ranks have nothing to do: pipelines take {} ranks each, one a module",
+            world.size() - setup.grid.ranks,
+            world.size(),
+            setup.grid.modules
+        );
+    }
+    let scores = args.scores.as_ref().filter(|_| chief);
+    let mut scores = world.first_error(scores.map(|path| Scores::create(path, names)).transpose())?;
+    let (mut tally, mut votes) = (Tally::default(), Votes::new(setup.classes, setup.views.count()));
+    let mut progress = chief.then(|| Progress::new(task == Task::Recognition));
+    let mut refused = None;
     let mut observer = |summary: &BatchSummary| {
-        tally.add(summary);
+        tally.add(&summary.reports);
+        // The last modules' logits, replica by replica: their clips are in this order.
+        for last in summary.reports.iter().filter(|report| !report.outputs.is_empty()) {
+            let added = votes.add(&last.outputs, &last.labels, |video| match (&mut scores, &setup.dataset) {
+                (Some(scores), Some(dataset)) => scores.write(&dataset.videos[video.place].id, &video),
+                _ => Ok(()),
+            });
+            refused = refused.take().or(added.err());
+        }
         if let Some(progress) = &mut progress {
             progress.show(summary);
         }
     };
-    let totals = evaluator.run(&mut observer);
+    let run = evaluator.run(&mut observer);
     if let Some(progress) = progress {
         progress.finish();
     }
-    let totals = totals?;
+    run?;
     if !chief {
         return Ok(());
     }
-    if setup.config.model.task == Task::FutureFrames {
-        outln!("loss {:.6} over {} clips", totals.score.loss(), totals.score.clips);
-        return Ok(());
-    }
+    refused.map_or(Ok(()), Err)?;
+    scores.map_or(Ok(()), Scores::finish)?;
     if let Some(path) = &args.confusion {
-        tally.write(&setup.class_names, path)?;
+        votes.write_confusion(names, path)?;
     }
-    let (top1, top5) = (tally.share(tally.top1), tally.share(tally.top5));
+    let (result, protocol) = (tally.result(task, 0, 0.0), Protocol::of(setup));
     if args.json {
-        let loss = totals.score.loss();
-        outln!("{}", serde_json::json!({ "clips": tally.clips, "top1": top1, "top5": top5, "loss": loss }));
-        return Ok(());
+        return print_json(&result, &votes, &protocol, args.per_class.then_some(names));
     }
-    outln!(
-        "clips {}  loss {:.4}  top-1 {:.2} %  top-5 {:.2} %",
-        tally.clips,
-        totals.score.loss(),
-        100.0 * top1,
-        100.0 * top5
-    );
-    for (k, name) in setup.class_names.iter().enumerate() {
-        let row = &tally.confusion[k * tally.classes..(k + 1) * tally.classes];
-        let clips: u64 = row.iter().sum();
-        outln!("  {name}: {:.2} % of {clips}", 100.0 * row[k] as f64 / clips.max(1) as f64);
+    match (result.mse, result.psnr, result.copy_mse) {
+        (Some(mse), Some(psnr), Some(copy)) => {
+            outln!("loss {:.6} over {} clips", result.loss, result.clips);
+            outln!("MSE {mse:.6}  PSNR {psnr:.2} dB  (copy of the newest frame seen: MSE {copy:.6})");
+        }
+        _ => {
+            let share = |correct| 100.0 * votes.share(correct);
+            outln!(
+                "{} {}  loss {:.4}  top-1 {:.2} %  top-5 {:.2} %  mean class accuracy {:.2} %",
+                if setup.views == Views::ONE { "clips" } else { "videos" },
+                votes.videos,
+                result.loss,
+                share(votes.top1),
+                share(votes.top5),
+                100.0 * votes.mean_class_accuracy()
+            );
+        }
     }
+    if args.per_class {
+        let share = |(videos, found): (u64, u64)| 100.0 * found as f64 / videos.max(1) as f64;
+        let row = |(name, of): (&String, (u64, u64))| format!("{name}\t{}\t{}\t{:.2}", of.0, of.1, share(of));
+        table(1, "class\tvideos\tcorrect\taccuracy %", names.iter().zip(votes.classes()).map(row));
+    }
+    outln!("{protocol}");
     Ok(())
+}
+
+fn print_json(result: &Validated, votes: &Votes, protocol: &Protocol, names: Option<&Vec<String>>) -> Result<()> {
+    let mut line = serde_json::json!({ "clips": result.clips, "loss": result.loss, "protocol": protocol });
+    match (result.mse, result.psnr, result.copy_mse) {
+        (Some(mse), Some(psnr), Some(copy)) => {
+            (line["mse"], line["psnr"], line["copy_mse"]) = (mse.into(), psnr.into(), copy.into());
+        }
+        _ => {
+            line["videos"] = votes.videos.into();
+            (line["top1"], line["top5"]) = (votes.share(votes.top1).into(), votes.share(votes.top5).into());
+            line["mean_class_accuracy"] = votes.mean_class_accuracy().into();
+        }
+    }
+    if let Some(names) = names {
+        let class = |(name, (videos, correct)): (&String, (u64, u64))| serde_json::json!({ "class": name, "videos": videos, "correct": correct });
+        line["classes"] = names.iter().zip(votes.classes()).map(class).collect();
+    }
+    outln!("{line}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_are_clips_by_crops() {
+        assert_eq!(views("10x3"), Ok(Views { clips: 10, crops: 3 }));
+        for wrong in ["10", "0x1", "1x2", "x", "3x", "-1x1"] {
+            assert!(views(wrong).is_err(), "{wrong}");
+        }
+    }
 }

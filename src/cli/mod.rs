@@ -20,6 +20,7 @@ pub mod plan;
 pub mod predict;
 pub mod progress;
 pub mod train;
+mod votes;
 
 /// Training of deep video networks without the backward lock.
 #[derive(Parser, Debug)]

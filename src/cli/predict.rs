@@ -8,10 +8,10 @@ use super::eval::{chosen, config_of};
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::Task;
-use crate::data::FrameStream;
 use crate::data::inspect::png_writer;
+use crate::data::{FrameStream, Views};
 use crate::setup::Purpose;
-use crate::trainer::Evaluator;
+use crate::trainer::{Evaluator, Tally, psnr};
 use crate::{Error, Result};
 
 /// Arguments of `sideways predict`.
@@ -28,7 +28,7 @@ pub struct PredictArgs {
     /// Use the parameters themselves and not their moving average (train.ema).
     #[arg(long)]
     pub raw: bool,
-    /// Clips to predict.
+    /// Clips to make pictures of. Errors are those of all clips.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub clips: u64,
     /// Folder for the pictures: clip-NNNN.png (columns: steps; rows: newest frame seen, target, prediction) and
@@ -53,10 +53,14 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
                 checkpoint.path().display()
             )));
         }
+        let all = Evaluator::new(world, &config, checkpoint.clone(), Purpose::Evaluate, Views::ONE, None)?;
         config.data.batch = 1;
-        Evaluator::new(world, &config, checkpoint, Purpose::Predict, Some(args.clips)).map(|e| chosen(e, args.raw))
+        let pictures = Evaluator::new(world, &config, checkpoint, Purpose::Predict, Views::ONE, Some(args.clips))?;
+        Ok((chosen(all, args.raw), chosen(pictures, args.raw)))
     });
-    let evaluator = world.first_error(planned)?;
+    let (all, evaluator) = world.first_error(planned)?;
+    let mut tally = Tally::default();
+    all.run(&mut |summary| tally.add(&summary.reports))?;
     let mut predictions: Vec<Vec<f32>> = Vec::new();
     evaluator.run(&mut |summary| predictions.extend(summary.reports.last().map(|last| last.outputs.clone())))?;
     if world.rank() > 0 {
@@ -72,7 +76,6 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
     let pixels = |values: &[f32]| -> Vec<f32> {
         values.iter().enumerate().map(|(n, v)| (v * data.std[n % c] + data.mean[n % c]).clamp(0.0, 1.0)).collect()
     };
-    let mut errors = (0.0, 0.0, 0usize);
     for (clip, outputs) in (0..clips).zip(&predictions) {
         stream.begin(clip)?;
         let mut frames = Vec::new();
@@ -83,29 +86,16 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
         for (t, y) in outputs.chunks_exact(h * w * c).enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
             steps.push([frames[t + ahead - horizon].clone(), frames[t + ahead].clone(), pixels(y)]);
         }
-        for [seen, target, prediction] in &steps {
-            errors.0 += mean_square(prediction, target);
-            errors.1 += mean_square(seen, target);
-            errors.2 += 1;
-        }
         strip(&args.out.join(format!("clip-{clip:04}.png")), &steps, h, w)?;
         animation(&args.out.join(format!("clip-{clip:04}-animated.png")), &steps, h, w)?;
     }
-    let count = errors.2.max(1) as f64;
-    let (network, copy) = (errors.0 / count, errors.1 / count);
-    outln!("{} steps of {clips} clips; pixels in 0..1; pictures in {}", errors.2, args.out.display());
-    outln!("prediction:              MSE {network:.6}  PSNR {:.2} dB", psnr(network));
-    outln!("copy of the newest seen: MSE {copy:.6}  PSNR {:.2} dB", psnr(copy));
+    let result = tally.result(Task::FutureFrames, 0, 0.0);
+    outln!("{} clips; pixels in 0..1; pictures of {clips} in {}", result.clips, args.out.display());
+    for (what, mse) in [("prediction:", result.mse), ("copy of the newest seen:", result.copy_mse)] {
+        let mse = mse.unwrap_or(f64::NAN);
+        outln!("{what:24} MSE {mse:.6}  PSNR {:.2} dB", psnr(mse));
+    }
     Ok(())
-}
-
-fn mean_square(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / a.len().max(1) as f64
-}
-
-/// Of pixels in 0..=1.
-fn psnr(mean_square: f64) -> f64 {
-    -10.0 * mean_square.log10()
 }
 
 /// Pictures side by side, as bytes.

@@ -101,6 +101,21 @@ impl Geometry {
         Ok(Self { height, width, out_height, out_width })
     }
 
+    /// Whether so many different crops fit along the longer side.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no room beside the centre.
+    pub fn check_crops(&self, crops: usize) -> Result<()> {
+        let room = if self.width >= self.height { self.width - self.out_width } else { self.height - self.out_height };
+        if crops > 1 && room < crops - 1 {
+            return Err(Error::input(format!(
+                "{crops} crops of {}x{} do not differ in frames of {}x{} (HxW): set data.crop to less than the longer side",
+                self.out_height, self.out_width, self.height, self.width
+            )));
+        }
+        Ok(())
+    }
+
     /// Values of a delivered frame.
     pub fn frame_len(&self) -> usize {
         self.out_height * self.out_width * 3
@@ -160,9 +175,14 @@ struct Taps {
 }
 
 impl View {
-    /// The centre of the frame, unchanged.
-    pub fn central(geometry: Geometry, scaling: Scaling) -> Self {
-        let (top, left) = ((geometry.height - geometry.out_height) / 2, (geometry.width - geometry.out_width) / 2);
+    /// Crop `crop` of `crops` along the frame's longer side, one being the centre; unchanged.
+    pub fn fixed(geometry: Geometry, scaling: Scaling, (crop, crops): (usize, usize)) -> Self {
+        let (rows, columns) = (geometry.height - geometry.out_height, geometry.width - geometry.out_width);
+        let along = |room: usize| if crops > 1 { room * crop / (crops - 1) } else { room / 2 };
+        let (top, left) = match geometry.width >= geometry.height {
+            true => (rows / 2, along(columns)),
+            false => (along(rows), columns / 2),
+        };
         let colour = Colour::new(&scaling, 1.0, 1.0, true);
         View { geometry, top, left, mirrored: false, resize: None, scaling, colour, saturation: None }
     }
@@ -368,12 +388,26 @@ mod tests {
     }
 
     #[test]
+    fn crops_are_spread_along_the_longer_side() {
+        let corners = |height, width, crops: usize| -> Vec<_> {
+            let g = Geometry::new(height, width, Some(8)).unwrap();
+            let view = |crop| View::fixed(g, SCALING, (crop, crops));
+            (0..crops).map(view).map(|view| (view.top, view.left)).collect()
+        };
+        assert_eq!(corners(10, 21, 1), [(1, 6)]);
+        assert_eq!(corners(10, 21, 3), [(1, 0), (1, 6), (1, 13)]);
+        assert_eq!(corners(21, 10, 3), [(0, 1), (6, 1), (13, 1)]);
+        assert!(Geometry::new(8, 9, Some(8)).unwrap().check_crops(3).is_err());
+        assert!(Geometry::new(8, 8, None).unwrap().check_crops(1).is_ok());
+    }
+
+    #[test]
     fn the_whole_frame_resized_to_itself_is_the_frame() {
         let g = Geometry::new(16, 16, Some(16)).unwrap();
         let a = Augmentation { crop_scale: Some([1.0, 1.0]), crop_ratio: [1.0, 1.0], ..Augmentation::default() };
         let frame: Vec<u8> = (0..16 * 16 * 3).map(|i| (i * 37 % 256) as u8).collect();
         let (mut plain, mut resized) = (vec![0.0; frame.len()], vec![0.0; frame.len()]);
-        View::central(g, SCALING).apply(&frame, &mut plain);
+        View::fixed(g, SCALING, (0, 1)).apply(&frame, &mut plain);
         View::drawn(g, SCALING, &a, (1, 2, 3)).apply(&frame, &mut resized);
         assert!(plain.iter().zip(&resized).all(|(a, b)| (a - b).abs() < 1e-6));
     }

@@ -18,7 +18,7 @@ use candle_core::Tensor;
 use super::augment::{Augmentation, Geometry};
 use super::dataset::Dataset;
 use super::reader::Reader;
-use super::sampler::{Sampler, SamplerOptions};
+use super::sampler::{Sampler, SamplerOptions, Views};
 use crate::{Error, Result};
 
 /// Frames read at a time from each video where as many are to be made ahead: enough to make little of what a read costs
@@ -48,6 +48,8 @@ pub struct StreamOptions {
     pub training: bool,
     /// Evaluation: through all videos again and again.
     pub again: bool,
+    /// Evaluation: how often each video is looked at.
+    pub views: Views,
     /// Subtracted from each channel of u8/255.
     pub mean: [f32; 3],
     /// Then divided by.
@@ -84,6 +86,7 @@ impl Default for StreamOptions {
             seed: 1,
             training: false,
             again: false,
+            views: Views::ONE,
             mean: [0.43216, 0.394666, 0.37645],
             std: [0.22803, 0.22145, 0.216989],
             replicas: 1,
@@ -107,6 +110,19 @@ impl StreamOptions {
         self
     }
 
+    /// Whether crops fit the dataset's frames.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where they do not.
+    pub fn fits(&self, dataset: &Dataset) -> Result<()> {
+        self.geometry(dataset).map(drop)
+    }
+
+    fn geometry(&self, dataset: &Dataset) -> Result<Geometry> {
+        let geometry = Geometry::new(dataset.height, dataset.width, self.crop)?;
+        geometry.check_crops(self.views.crops).map(|()| geometry)
+    }
+
     /// The part that decides which windows are read.
     pub fn sampler(&self) -> SamplerOptions {
         SamplerOptions {
@@ -116,6 +132,7 @@ impl StreamOptions {
             shuffle: self.shuffle,
             training: self.training,
             again: self.again,
+            views: self.views,
             seed: self.seed,
             replicas: self.replicas,
             replica: self.replica,
@@ -180,7 +197,7 @@ impl FrameStream {
             )));
         }
         options.augmentation.validate(options.crop)?;
-        let geometry = Geometry::new(dataset.height, dataset.width, options.crop)?;
+        let geometry = options.geometry(&dataset)?;
         let sampler = Sampler::of(&dataset, options.sampler())?;
         let (send, incoming) = sync_channel(options.prefetch);
         let mut reader = Reader::new(dataset, sampler, geometry, options.clone())?;

@@ -33,5 +33,5 @@ pub use augment::Augmentation;
 pub use dataset::{Dataset, Video, missing_shards};
 pub use loader::{BatchVideos, FrameStream, Frames, StreamOptions};
 pub use mixup::{Mixture, Mixup};
-pub use sampler::{Sampler, SamplerOptions, VideoWindow};
+pub use sampler::{Sampler, SamplerOptions, VideoWindow, Views};
 pub use shard::{Encoding, ShardHeader, ShardReader, ShardWriter};

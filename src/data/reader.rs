@@ -155,12 +155,12 @@ impl Reader {
         Ok(())
     }
 
-    /// What is made of a window's frames: drawn from (seed, epoch, video) in training, the centre in evaluation.
+    /// What is made of a window's frames: drawn from (seed, epoch, video) in training, the window's crop in evaluation.
     fn view(&self, epoch: u64, window: VideoWindow) -> View {
         let o = &self.options;
         let scaling = Scaling { mean: o.mean, std: o.std };
         if !o.training {
-            return View::central(self.geometry, scaling);
+            return View::fixed(self.geometry, scaling, (window.crop, o.views.crops));
         }
         View::drawn(self.geometry, scaling, &o.augmentation, (o.seed, epoch, window.video as u64))
     }

@@ -15,6 +15,25 @@ use crate::{Error, Result};
 /// Shards whose videos are shuffled together.
 pub const MIXED_SHARDS: usize = 32;
 
+/// How often evaluation looks at a video: every clip of it, every crop of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Views {
+    /// Clips a video, spread evenly from its first frame to its last; one is in the middle.
+    pub clips: usize,
+    /// Crops a clip: 1, the centre; or 3, spread along the frame's longer side.
+    pub crops: usize,
+}
+
+impl Views {
+    /// The middle of the video, the centre of the frame.
+    pub const ONE: Views = Views { clips: 1, crops: 1 };
+
+    /// Views of a video.
+    pub fn count(self) -> usize {
+        self.clips * self.crops
+    }
+}
+
 /// What a [`Sampler`] depends on besides the videos' lengths.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplerOptions {
@@ -30,6 +49,8 @@ pub struct SamplerOptions {
     pub training: bool,
     /// Evaluation: through all videos again and again.
     pub again: bool,
+    /// Evaluation: the windows of each video, one after another.
+    pub views: Views,
     /// The run's seed.
     pub seed: u64,
     /// Replicas, R.
@@ -49,6 +70,8 @@ pub struct VideoWindow {
     pub stride: u64,
     /// The video's length in frames; past its end the last frame repeats.
     pub length: u64,
+    /// Evaluation: which of [`Views::crops`].
+    pub crop: usize,
 }
 
 impl VideoWindow {
@@ -104,11 +127,20 @@ impl Sampler {
     /// or fewer videos than one training batch of all replicas.
     pub fn new(lengths: Vec<u64>, options: SamplerOptions) -> Result<Self> {
         let o = &options;
-        for (name, value) in [("frames", o.frames), ("stride", o.stride), ("batch", o.batch), ("replicas", o.replicas)]
-        {
+        let sizes = [
+            ("frames", o.frames),
+            ("stride", o.stride),
+            ("batch", o.batch),
+            ("replicas", o.replicas),
+            ("clips of a video", o.views.clips),
+        ];
+        for (name, value) in sizes {
             if value == 0 {
                 return Err(Error::input(format!("data: {name} must be at least 1")));
             }
+        }
+        if !matches!(o.views.crops, 1 | 3) {
+            return Err(Error::input(format!("{} crops of a clip: 1 or 3 are possible", o.views.crops)));
         }
         if o.replica >= o.replicas {
             return Err(Error::input(format!("replica {} does not exist: there are {}", o.replica, o.replicas)));
@@ -147,9 +179,13 @@ impl Sampler {
     /// Clips (batches of all replicas) in one pass over the videos.
     pub fn batches_per_epoch(&self) -> u64 {
         let batch = self.options.batch * self.options.replicas;
-        let batches =
-            if self.options.training { self.lengths.len() / batch } else { self.lengths.len().div_ceil(batch) };
+        let batches = if self.options.training { self.lengths.len() / batch } else { self.views().div_ceil(batch) };
         batches as u64
+    }
+
+    /// Windows of all videos in evaluation.
+    fn views(&self) -> usize {
+        self.lengths.len() * self.options.views.count()
     }
 
     /// The epoch that a batch belongs to: always 0 in evaluation.
@@ -164,7 +200,14 @@ impl Sampler {
         let repeats = self.options.training || self.options.again;
         let within = if repeats { number % self.batches_per_epoch() } else { number };
         let first = within.saturating_mul(replicas).saturating_add(r).saturating_mul(b);
-        (0..b).map(|i| self.video_at(epoch, first.saturating_add(i)).map(|v| self.window(epoch, v))).collect()
+        (0..b).map(|i| self.window_at(epoch, first.saturating_add(i))).collect()
+    }
+
+    /// The window at a place of an epoch's order.
+    fn window_at(&mut self, epoch: u64, place: u64) -> Option<VideoWindow> {
+        let views = if self.options.training { Views::ONE } else { self.options.views };
+        let view = place % views.count() as u64;
+        self.video_at(epoch, place / views.count() as u64).map(|video| self.window(epoch, video, view as usize))
     }
 
     /// The video at a place of an epoch's order.
@@ -206,8 +249,8 @@ impl Sampler {
         order
     }
 
-    /// Training: drawn from (seed, epoch, video), or 0 unshuffled. Evaluation: the middle.
-    fn window(&self, epoch: u64, video: usize) -> VideoWindow {
+    /// Training: drawn from (seed, epoch, video), or 0 unshuffled. Evaluation: one of the views, the crops of a clip side by side.
+    fn window(&self, epoch: u64, video: usize, view: usize) -> VideoWindow {
         let o = &self.options;
         let length = self.lengths[video];
         let span = (o.frames as u64 - 1).saturating_mul(o.stride as u64).saturating_add(1);
@@ -215,8 +258,11 @@ impl Sampler {
         let start = match (o.training, o.shuffle) {
             (true, true) => draw(o.seed, epoch, video as u64, Draw::Start, slack + 1),
             (true, false) => 0,
-            (false, _) => slack / 2,
+            (false, _) => match (o.views.clips as u64, (view / o.views.crops) as u64) {
+                (1, _) => slack / 2,
+                (clips, clip) => slack.saturating_mul(clip) / (clips - 1),
+            },
         };
-        VideoWindow { video, start, stride: o.stride as u64, length }
+        VideoWindow { video, start, stride: o.stride as u64, length, crop: view % o.views.crops }
     }
 }

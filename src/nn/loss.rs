@@ -134,13 +134,13 @@ pub fn pixel(kind: PixelLoss, output: &Tensor, target: &Tensor, labels: &[i32]) 
     Ok((loss / n, like(values, output)?))
 }
 
-/// Whether `label` is among the `k` highest of one sample's logits. Ties count against the network, so that constant
-/// logits score nothing; so does a logit that is not a number.
-pub fn topk_correct(logits: &[f32], label: i32, k: usize) -> bool {
+/// Whether `label` is among the `k` highest of one sample's logits (or probabilities). Ties count against the network, so that
+/// constant logits score nothing; so does a logit that is not a number.
+pub fn topk_correct<T: PartialOrd>(logits: &[T], label: i32, k: usize) -> bool {
     let Some(own) = usize::try_from(label).ok().and_then(|i| logits.get(i)) else { return false };
     // Not `v >= own`: a comparison with what is not a number must count against the network too.
     let ahead = logits.iter().filter(|v| !matches!(v.partial_cmp(&own), Some(std::cmp::Ordering::Less))).count();
-    !own.is_nan() && ahead <= k
+    own.partial_cmp(own).is_some() && ahead <= k
 }
 
 fn to_f64(t: &Tensor) -> Result<Vec<f64>> {

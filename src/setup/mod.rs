@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::backend::stage::{OutputPort, StageSpec};
 use crate::config::{Config, OnNonfinite, Task};
-use crate::data::{Dataset, Mixup, Sampler, StreamOptions, missing_shards};
+use crate::data::{Dataset, Mixup, Sampler, StreamOptions, Views, missing_shards};
 use crate::method::{LossAt, Rule, Schedule};
 use crate::metrics::Report;
 use crate::network::Network;
@@ -58,6 +58,8 @@ pub struct Setup {
     pub wiring: Wiring,
     /// Future frames: how many frames after a step's own its target is.
     pub ahead: Option<usize>,
+    /// Evaluation: how often each video is looked at.
+    pub views: Views,
 }
 
 impl Setup {
@@ -108,7 +110,14 @@ impl Setup {
             Task::FutureFrames => Vec::new(),
         };
         let classes = class_names.len();
-        let replicas = if purpose == Purpose::Train { config.train.replicas } else { 1 };
+        // Evaluation takes as many pipelines as there are ranks for. Ranks that are left over have nothing to do.
+        let modules = config.model.cuts.as_ref().map(|cuts| cuts.len() + 1).or(config.model.modules).unwrap_or(ranks);
+        let (replicas, ranks) = match purpose {
+            Purpose::Train => (config.train.replicas, ranks),
+            Purpose::Evaluate if ranks > modules => (ranks / modules, ranks / modules * modules),
+            Purpose::Evaluate => (1, ranks),
+            Purpose::Predict => (1, ranks.min(modules)),
+        };
         if config.train.rule == Rule::Bp && purpose == Purpose::Train && ranks > 1 {
             return Err(Error::input(format!(
                 "train.rule = \"bp\" runs in one process, but there are {ranks} ranks: start it without mpirun or srun"
@@ -172,6 +181,7 @@ impl Setup {
             grid,
             wiring,
             ahead,
+            views: Views::ONE,
         })
     }
 
@@ -295,6 +305,7 @@ impl Setup {
             shuffle: data.shuffle,
             seed: self.config.train.seed,
             training: self.purpose == Purpose::Train,
+            views: self.views,
             mean: data.mean,
             std: data.std,
             replicas: self.grid.replicas,
@@ -341,9 +352,10 @@ impl Setup {
         let data = self.dataset.as_ref().map(|d| d.digest()).unwrap_or_default();
         let validation = self.validation.as_ref().map(|validation| validation.dataset.digest()).unwrap_or_default();
         let text = format!(
-            "{}\n{:?}\n{}\n{data}\n{validation}\n{first_batch}\n{}",
+            "{}\n{:?}\n{:?}\n{}\n{data}\n{validation}\n{first_batch}\n{}",
             env!("CARGO_PKG_VERSION"),
             self.class_names,
+            self.views,
             self.config.to_toml()?,
             self.wiring.links.len()
         );

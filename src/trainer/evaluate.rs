@@ -6,6 +6,7 @@ use crate::backend::stage::Fit;
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::Config;
+use crate::data::Views;
 use crate::pipeline::orders::Requests;
 use crate::pipeline::{self, Parts, RunRange, frames_of, stage_of};
 use crate::setup::{Purpose, Setup};
@@ -18,8 +19,9 @@ pub struct Evaluator<'w> {
 }
 
 impl<'w> Evaluator<'w> {
-    /// Plans a pass of `checkpoint`'s network over `data.test` of `config`; of at most `batches`, if given. Where the checkpoint has a
-    /// moving average of the parameters, that is the network.
+    /// Plans a pass of `checkpoint`'s network over `data.test` of `config`, each video in `views`; of at most `batches`, if given.
+    /// Where the checkpoint has a moving average of the parameters, that is the network. Of more ranks than modules as many as make
+    /// whole pipelines take part, which share the clips.
     ///
     /// # Errors
     /// [`crate::Error::Input`] for whatever in configuration, data or number of ranks cannot work.
@@ -28,10 +30,12 @@ impl<'w> Evaluator<'w> {
         config: &Config,
         checkpoint: Checkpoint,
         purpose: Purpose,
+        views: Views,
         batches: Option<u64>,
     ) -> Result<Self> {
-        let setup = Setup::new(config, world.size(), purpose)?;
+        let setup = Setup { views, ..Setup::new(config, world.size(), purpose)? };
         let total = setup.total_batches()?;
+        setup.dataset.as_ref().map_or(Ok(()), |dataset| setup.stream(0, 0, total).fits(dataset))?;
         let end = batches.map_or(total, |batches| total.min(batches));
         let from = Some((checkpoint, Fit::Averaged));
         let range = RunRange { first: 0, end, total, from, record: false, validates_first: false };

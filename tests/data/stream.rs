@@ -6,6 +6,7 @@ use std::sync::Arc;
 use sideways::data::sampler::MIXED_SHARDS;
 use sideways::data::{
     Augmentation, BatchVideos, Dataset, Encoding, FrameStream, Sampler, SamplerOptions, StreamOptions, VideoWindow,
+    Views,
 };
 
 use crate::common::numbers::close_each;
@@ -16,7 +17,18 @@ fn sampler(lengths: &[u64], options: SamplerOptions) -> Sampler {
 }
 
 fn training(batch: usize, replicas: usize, replica: usize, seed: u64) -> SamplerOptions {
-    SamplerOptions { frames: 4, stride: 2, batch, shuffle: true, training: true, again: false, seed, replicas, replica }
+    SamplerOptions {
+        frames: 4,
+        stride: 2,
+        batch,
+        shuffle: true,
+        training: true,
+        again: false,
+        views: Views::ONE,
+        seed,
+        replicas,
+        replica,
+    }
 }
 
 const LENGTHS: [u64; 23] = [9, 1, 7, 30, 8, 12, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21];
@@ -85,7 +97,7 @@ fn windows_follow_the_rules() {
 
 #[test]
 fn a_short_video_repeats_its_last_frame() {
-    let w = VideoWindow { video: 0, start: 0, stride: 2, length: 4 };
+    let w = VideoWindow { video: 0, start: 0, stride: 2, length: 4, crop: 0 };
     assert_eq!((0..5).map(|t| w.source(t)).collect::<Vec<_>>(), [0, 2, 3, 3, 3]);
 }
 
@@ -99,6 +111,27 @@ fn evaluation_pads_its_last_batch() {
     let mut s = sampler(&[8; 5], SamplerOptions { training: false, ..training(2, 2, 0, 1) });
     assert_eq!(videos(s.batch(1)), [Some(4), None]);
     assert_eq!(videos(s.batch(u64::MAX)), [None, None]);
+}
+
+/// Clips of a video from its first frame to its last, crops side by side; replicas share them; again and again.
+#[test]
+fn every_view_of_every_video_comes_once() {
+    let views = Views { clips: 3, crops: 3 };
+    let all = |batch, replicas, passes: u64| -> Vec<_> {
+        let options =
+            |r| SamplerOptions { training: false, again: passes > 1, views, ..training(batch, replicas, r, 1) };
+        let mut samplers: Vec<_> = (0..replicas).map(|r| sampler(&[17, 7, 3], options(r))).collect();
+        let batches = passes * samplers[0].batches_per_epoch();
+        let windows = (0..batches).flat_map(|n| samplers.iter_mut().flat_map(|s| s.batch(n)).collect::<Vec<_>>());
+        windows.flatten().map(|w| (w.video, w.start, w.crop)).collect()
+    };
+    // Windows of seven frames.
+    let starts = [(0, 0), (0, 5), (0, 10), (1, 0), (1, 0), (1, 0), (2, 0), (2, 0), (2, 0)];
+    let expected: Vec<_> = starts.iter().flat_map(|&(v, start)| (0..3).map(move |crop| (v, start, crop))).collect();
+    assert_eq!(all(1, 1, 1), expected);
+    assert_eq!(all(4, 1, 1), expected);
+    assert_eq!(all(2, 3, 1), expected);
+    assert_eq!(all(2, 3, 2), [&expected[..], &expected[..]].concat());
 }
 
 #[test]

@@ -35,7 +35,10 @@ const ROOMS: &[(&str, &[&str])] = &[
         ],
     ),
     ("plan", &["setup", "network", "checkpoint", "config", "method", "nn", "backend", "backend::cpu", "comm", "sys"]),
-    ("trainer", &["pipeline", "plan", "setup", "checkpoint", "config", "metrics", "nn", "backend", "comm", "sys"]),
+    (
+        "trainer",
+        &["pipeline", "plan", "setup", "checkpoint", "config", "data", "metrics", "nn", "backend", "comm", "sys"],
+    ),
     (
         "cli",
         &[

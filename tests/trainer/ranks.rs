@@ -122,6 +122,103 @@ fn evaluation_does_not_depend_on_ranks() {
     assert!(String::from_utf8_lossy(&one.stdout).contains("\"clips\":12"), "{}", text(&one));
 }
 
+/// More ranks than modules are pipelines that share the clips; ranks that are left over have nothing to do. The same result to the
+/// last bit, whatever is asked for; views and scores of videos as well.
+#[test]
+fn evaluation_takes_all_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &["model.modules=2", "data.batch=5", "data.frames=9", "train.rule=sideways"]);
+    assert!(alone(&["train", &config]).status.success());
+    let run = dir.path().join("run");
+    for (n, more) in
+        [&["--json", "--per-class"][..], &["--views", "3x1"], &["--views", "2x1", "--json"]].iter().enumerate()
+    {
+        let eval = |ranks: usize| {
+            let path = dir.path().join(format!("scores-{n}-{ranks}.{}", if n == 0 { "jsonl" } else { "csv" }));
+            let args = [&["eval", run.to_str().unwrap(), "--scores", path.to_str().unwrap()], *more].concat();
+            let output = match ranks {
+                0 => alone(&args),
+                _ => mpirun(ranks, Path::new(PROGRAM), &args, &[], MINUTE),
+            };
+            assert!(output.status.success(), "{}", text(&output));
+            let idle = text(&output).contains("1 of 5 ranks have nothing to do");
+            assert_eq!(idle, ranks == 5, "{}", text(&output));
+            (String::from_utf8(output.stdout).unwrap(), std::fs::read_to_string(path).unwrap())
+        };
+        let one = eval(0);
+        for ranks in [2, 4, 5] {
+            assert_eq!(eval(ranks), one, "{more:?} on {ranks} ranks");
+        }
+        let (said, scores) = one;
+        match n {
+            0 => {
+                assert!(said.contains("\"clips\":12") && said.contains("\"views\":[1,1]"), "{said}");
+                let lines = scores.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+                let lines: Vec<_> = lines.collect();
+                let right = lines.iter().filter(|line| line["label"] == line["predicted"]).count();
+                let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+                assert_eq!((lines.len(), said["top1"].as_f64()), (12, Some(right as f64 / 12.0)));
+                assert_eq!((&lines[7]["video"], &lines[7]["label"]), (&"video 7".into(), &3.into()));
+                let classes = said["classes"].as_array().unwrap();
+                assert_eq!(classes.iter().map(|class| class["videos"].as_u64().unwrap()).sum::<u64>(), 12);
+            }
+            1 => {
+                assert!(said.starts_with("videos 12  loss ") && said.contains("mean class accuracy"), "{said}");
+                assert!(said.contains("T = 9 frames, stride 1; 3x1 views") && said.contains("8x8 of 8x8"), "{said}");
+                assert!(scores.starts_with("video,label,predicted,\"class 0\","), "{scores}");
+                assert!(scores.lines().nth(12).unwrap().starts_with("\"video 11\",3,"), "{scores}");
+            }
+            _ => assert!(said.contains("\"clips\":24") && said.contains("\"videos\":12"), "{said}"),
+        }
+    }
+    for (more, expected) in [
+        (["--views", "3x2"], "crops 1 or 3"),
+        (["--views", "1x3"], "set data.crop to less than the longer side"),
+        (["--scores", "scores.txt"], "ends in .csv or .jsonl"),
+    ] {
+        let output = alone(&[&["eval", run.to_str().unwrap()][..], &more].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+        assert!(text(&output).contains(expected), "{expected}: {}", text(&output));
+    }
+}
+
+/// Errors of predicted pixels and of the copy, by `eval` and by `predict`, against frames put side by side here.
+#[test]
+fn predicted_frames_are_measured_beside_a_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = "model.layers=[{ kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'relu' }, \
+                  { kind = 'conv2d', out = 3, kernel = 3, padding = 1 }]";
+    let sets = ["model.task=future-frames", layers, "model.modules=2", "train.rule=sideways", "data.batch=5"];
+    prepare(dir.path(), &[&sets[..], &["model.horizon=2"]].concat());
+    let config = dir.path().join("config.toml").display().to_string();
+    assert!(alone(&["train", &config]).status.success());
+    let (run, out) = (dir.path().join("run"), dir.path().join("pictures"));
+    let eval = alone(&["eval", run.to_str().unwrap(), "--json"]);
+    let said: serde_json::Value = serde_json::from_slice(&eval.stdout).unwrap_or_else(|_| panic!("{}", text(&eval)));
+    // Frames t + 2 and t of `shard`, at every step with a target.
+    let pixel = |v: usize, n: usize, t: usize| {
+        f64::from((128.0 + 100.0 * ((n * (v + 3)) as f64 * 0.37 + t as f64 * 0.9).sin()) as u8) / 255.0
+    };
+    let of =
+        |v: usize, t: usize| (0..8 * 8 * 3).map(|n| (pixel(v, n, t + 2) - pixel(v, n, t)).powi(2)).sum::<f64>() / 192.0;
+    let errors: Vec<f64> = (0..12).flat_map(|v| (0..12).map(move |t| (v, t))).map(|(v, t)| of(v, t)).collect();
+    let copy = errors.iter().sum::<f64>() / errors.len() as f64;
+    assert!((said["copy_mse"].as_f64().unwrap() / copy - 1.0).abs() < 1e-5, "{said} {copy}");
+    // The loss is the same error, of values that are pixels over a deviation of some 0.22, where none is clamped.
+    let (loss, mse) = (said["loss"].as_f64().unwrap(), said["mse"].as_f64().unwrap());
+    assert!(mse < loss * 0.0521 && mse > loss * 0.02, "{said}");
+    let args = ["predict", run.to_str().unwrap(), "--clips", "2", "--out", out.to_str().unwrap()];
+    for output in [alone(&args), mpirun(5, Path::new(PROGRAM), &args, &[], MINUTE)] {
+        assert!(output.status.success(), "{}", text(&output));
+        let text = text(&output);
+        for part in ["12 clips; pixels in 0..1; pictures of 2 in", &format!("MSE {mse:.6}"), &format!("MSE {copy:.6}")]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(out).unwrap().count(), 4);
+}
+
 /// The loss of future frames is a mean over clips: ranks and the padding of the last batch do not matter.
 #[test]
 fn evaluation_of_future_frames_counts_no_padding() {

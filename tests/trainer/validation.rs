@@ -65,6 +65,14 @@ fn a_validation_changes_nothing_and_says_what_eval_says() {
         assert_eq!(batches(&validated), [3, 4], "{sets:?}");
         assert!(totals.validations.iter().all(|v| v.clips == 7 && v.skipped == 0), "{:?}", totals.validations);
         assert!(totals.time.iter().all(|time| time.validation > 0.0));
+        for line in validations(&validated) {
+            let step = validated.join(format!("checkpoints/step-{:08}", line["batches"].as_u64().unwrap()));
+            let output = alone(&["eval", step.to_str().unwrap(), "--data", &held_out, "--json"]);
+            let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output)));
+            for key in ["clips", "loss", "top1", "top5", "mse", "copy_mse"] {
+                assert_eq!(line.get(key), said.get(key), "{key} {sets:?}");
+            }
+        }
     }
 }
 
