@@ -62,6 +62,46 @@ fn twenty_clips_end_where_the_cpus_do() {
     }
 }
 
+/// Passes of evaluation between those of training: no parameter changes, with graphs or without, and the scores are those of the
+/// same parameters on the CPU.
+#[test]
+fn validation_changes_nothing_and_scores_as_the_cpu_does() {
+    let gentle = "train.optimizer={ kind = 'sgd', lr = 0.01, momentum = 0.9 }";
+    for sets in [
+        &[ALL_KINDS, "model.skip={ spans = [2], fuse = 'concat' }", gentle][..],
+        &[FUTURE[0], FUTURE[1], FUTURE[2], "train.rule=sideways", gentle],
+    ] {
+        let place = Place::new(&[sets, &["train.batches=6", "run.checkpoint_every=6", CUDA]].concat());
+        let plain = place.trained("plain", 0, &[], &[]);
+        let validates = "train.validate_every=2";
+        assert!(place.trained("validated", 0, &[validates], &[]) == plain, "{sets:?}");
+        assert!(
+            place.trained("launches", 0, &[validates, "run.graphs=false"], &[]) == plain,
+            "{sets:?} without graphs"
+        );
+        let lines = |name: &str| -> Vec<serde_json::Value> {
+            let text = std::fs::read_to_string(place.at(name).join("metrics.jsonl")).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+            lines.filter(|line| line["kind"] == "validation").collect()
+        };
+        let (graphs, launches) = (lines("validated"), lines("launches"));
+        assert_eq!(graphs.len(), 3);
+        let run = place.at("validated");
+        let output = place.run(0, &["eval", run.to_str().unwrap(), "--json", "--set", CPU], &[]);
+        let cpu: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output)));
+        for key in ["loss", "mse", "copy_mse"] {
+            let of = |line: &serde_json::Value| line[key].as_f64();
+            assert!(graphs.iter().map(of).eq(launches.iter().map(of)), "{key} {sets:?}");
+            if let (Some(gpu), Some(cpu)) = (of(&graphs[2]), of(&cpu)) {
+                assert!((gpu - cpu).abs() < 1e-3 * cpu, "{key} {sets:?}: {gpu} on the GPU, {cpu} on the CPU");
+            } else {
+                assert!(key != "loss" && of(&cpu).is_none(), "{key} {sets:?}");
+            }
+        }
+    }
+}
+
 /// One process or ranks that share a GPU, graphs or none, copies that take their time: the same bits.
 #[test]
 fn the_result_does_not_depend_on_where_modules_run() {
