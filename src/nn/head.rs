@@ -156,6 +156,8 @@ fn wrong_size(found: usize, wanted: usize) -> Error {
 /// *Future frames*: mean squared or absolute difference over all elements of the output and the target frame.
 pub struct Head {
     spec: HeadSpec,
+    /// As in [`Head::smoothing`].
+    smoothing: f64,
     labels: Labels,
     logits: Vec<f32>,
     steps: usize,
@@ -167,7 +169,7 @@ impl Head {
     pub fn new(spec: HeadSpec, batch: usize) -> Self {
         let labels = Labels { own: vec![-1; batch], mixed: None };
         let logits = vec![0.0; batch * spec.classes];
-        Head { spec, labels, logits, steps: 0, score: Score::default() }
+        Head { spec, smoothing: 0.0, labels, logits, steps: 0, score: Score::default() }
     }
 
     /// What it was made from.
@@ -175,8 +177,9 @@ impl Head {
         self.spec
     }
 
-    /// Begins a batch with `labels`.
-    pub fn begin(&mut self, labels: &Labels) {
+    /// Begins a batch with `labels`, which are smoothed in `training` alone.
+    pub fn begin(&mut self, labels: &Labels, training: bool) {
+        self.smoothing = if training { self.spec.smoothing } else { 0.0 };
         self.labels.clone_from(labels);
         self.logits.fill(0.0);
         self.steps = 0;
@@ -187,6 +190,11 @@ impl Head {
     pub fn set_labels(&mut self, labels: &[i32]) {
         self.labels.own.clear();
         self.labels.own.extend_from_slice(labels);
+    }
+
+    /// The part of every label that is spread over all classes in this batch.
+    pub fn smoothing(&self) -> f64 {
+        self.smoothing
     }
 
     /// The labels `[B]`.
@@ -217,7 +225,7 @@ impl Head {
             (Task::Recognition, _) => {
                 let step = y.flatten_all()?.to_vec1::<f32>()?;
                 self.logits.iter_mut().zip(&step).for_each(|(sum, x)| *sum += x);
-                loss::soft_cross_entropy(y, &self.labels.own, self.labels.mixed.as_ref(), self.spec.smoothing)?
+                loss::soft_cross_entropy(y, &self.labels.own, self.labels.mixed.as_ref(), self.smoothing)?
             }
             (Task::FutureFrames, Some(target)) => {
                 let target = Tensor::from_slice(target, y.shape(), &Device::Cpu)?;

@@ -68,7 +68,15 @@ fn twenty_clips_end_where_the_cpus_do() {
 fn validation_changes_nothing_and_scores_as_the_cpu_does() {
     let gentle = "train.optimizer={ kind = 'sgd', lr = 0.01, momentum = 0.9 }";
     for sets in [
-        &[ALL_KINDS, "model.skip={ spans = [2], fuse = 'concat' }", gentle][..],
+        &[
+            ALL_KINDS,
+            "model.skip={ spans = [2], fuse = 'concat' }",
+            gentle,
+            EMA,
+            SMOOTHING,
+            MIXUP,
+            "train.stash=inputs",
+        ][..],
         &[FUTURE[0], FUTURE[1], FUTURE[2], "train.rule=sideways", gentle],
     ] {
         let place = Place::new(&[sets, &["train.batches=6", "run.checkpoint_every=6", CUDA]].concat());

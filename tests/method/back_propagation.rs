@@ -36,7 +36,7 @@ fn exact_parts(
     let mut modules = reference::modules(&setup, |seed| Init { seed, dtype: DType::F32, device: Device::Cpu });
     let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
     let mut head = Head::new(setup.head(), config.data.batch);
-    head.begin(&Labels { own: stream.begin(0).unwrap().labels, mixed: None });
+    head.begin(&Labels { own: stream.begin(0).unwrap().labels, mixed: None }, true);
     let mut frame = |t: usize| stream.frame(t);
     // No layer of these networks is random.
     let passes = |_: usize| Pass { training: true, key: 0, again: false };

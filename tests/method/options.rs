@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use sideways::backend::stage::CpuStage;
 use sideways::checkpoint::Checkpoint;
 use sideways::comm::World;
-use sideways::data::{FrameStream, Mixup};
+use sideways::data::{FrameStream, Mixup, Views};
 use sideways::nn::loss::{Mixed, cross_entropy, soft_cross_entropy};
 use sideways::nn::presets::{PRESETS, preset};
 use sideways::setup::footprint::memory;
@@ -386,7 +386,7 @@ fn the_moving_average_follows_and_is_evaluated() {
     let score = |evaluator: Evaluator| evaluator.run(&mut |_| ()).unwrap().score;
     let config = config(dir.path(), &["train.ema=0.75"]);
     let open = || Checkpoint::open(&dir.path().join("run")).unwrap();
-    let evaluator = || Evaluator::new(&World::Alone, &config, open(), Purpose::Evaluate, None).unwrap();
+    let evaluator = || Evaluator::new(&World::Alone, &config, open(), Purpose::Evaluate, Views::ONE, None).unwrap();
     let (averaged, raw) = (score(evaluator()), score(evaluator().raw()));
     let setup = Setup::new(&config, 1, Purpose::Train).unwrap();
     let all = open().load(|_| true).unwrap();
@@ -402,9 +402,9 @@ fn the_moving_average_follows_and_is_evaluated() {
         sideways::checkpoint::write_module(&folder, 4, i, own).unwrap();
     }
     let manifest = open().manifest().clone();
-    sideways::checkpoint::finish(&folder, 4, 5, manifest, 1).unwrap();
+    sideways::checkpoint::finish(&folder, 4, 5, manifest, (1, None)).unwrap();
     let swapped = Checkpoint::open(&dir.path().join("swapped")).unwrap();
-    let swapped = score(Evaluator::new(&World::Alone, &config, swapped, Purpose::Evaluate, None).unwrap());
+    let swapped = score(Evaluator::new(&World::Alone, &config, swapped, Purpose::Evaluate, Views::ONE, None).unwrap());
     assert_eq!(averaged, swapped);
     assert_ne!(averaged.loss(), raw.loss());
     // Initial weights are the parameters; the average begins with them.

@@ -47,6 +47,13 @@ fn a_validation_changes_nothing_and_says_what_eval_says() {
         &["train.boundary=cut", "train.update_every=5"],
         &[BATCH_NORM, "model.modules=3", "train.rule=sideways"],
         &["train.rule=bp"],
+        &[
+            "train.stash=inputs",
+            "train.ema=0.9",
+            "train.label_smoothing=0.2",
+            "data.mixup=0.5",
+            "model.skip={ spans = [2] }",
+        ],
         &["train.replicas=2", "data.batch=1"],
         &["model.modules=1", "train.rule=sideways"],
         &[FRAMES, "model.task=future-frames", "model.modules=3", "train.rule=sideways"],

@@ -27,6 +27,10 @@ pub struct Optimizer {
     steps: u64,
     /// What moving averages keep of themselves.
     decay: Option<f64>,
+    /// Whether parameters and their averages have changed places.
+    averaged: bool,
+    /// For that, as large as the largest parameter; made when first needed.
+    aside: Option<Array>,
 }
 
 impl Optimizer {
@@ -78,7 +82,15 @@ impl Optimizer {
             })
             .collect();
         let parameters = Parameters::new(gpu, &spec, &parameters)?;
-        Ok(Optimizer { spec, memory, parameters, steps, decay: average.map(Average::decay) })
+        Ok(Optimizer {
+            spec,
+            memory,
+            parameters,
+            steps,
+            decay: average.map(Average::decay),
+            averaged: false,
+            aside: None,
+        })
     }
 
     /// Launches an update of every parameter by its gradient over `divisor`, and clears the gradients; nothing changes where
@@ -152,6 +164,36 @@ impl Optimizer {
             Ok(())
         })?;
         Ok(averages)
+    }
+
+    /// Lets parameters and moving averages, if there are any, change places, or back.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if there is no memory, or a copy fails.
+    pub fn use_average(&mut self, gpu: &Gpu, module: &mut Module, averaged: bool) -> Result<()> {
+        if self.averaged == averaged || self.decay.is_none() {
+            return Ok(());
+        }
+        let largest = self.memory.iter().filter_map(|m| m.average.as_ref()).map(Array::len).max().unwrap_or(0);
+        let aside = match &self.aside {
+            Some(aside) => aside.clone(),
+            None => self.aside.insert(gpu.array(largest, Element::F32)?).clone(),
+        };
+        let mut memory = self.memory.iter();
+        module.visit(&mut |p| {
+            if p.grad.is_some()
+                && let Some(Memory { average: Some(average), .. }) = memory.next()
+            {
+                let aside = aside.first(p.value.len())?;
+                gpu.copy(&p.value, &aside)?;
+                gpu.copy(average, &p.value)?;
+                gpu.copy(&aside, average)?;
+                p.changed(gpu)?;
+            }
+            Ok(())
+        })?;
+        self.averaged = averaged;
+        Ok(())
     }
 
     /// Steps made.

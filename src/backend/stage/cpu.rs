@@ -48,6 +48,8 @@ pub struct CpuStage {
     head: Option<Head>,
     /// Whether the present batch is trained on.
     training: bool,
+    /// Whether parameters and their averages have changed places: in validation.
+    averaged: bool,
     /// The newest message of each input, held past the end of its sender's clip; or the frame.
     inputs: Vec<Option<Tensor>>,
     /// H(a), and what of it each output edge takes.
@@ -83,6 +85,7 @@ impl CpuStage {
             average,
             head: spec.head.map(|head| Head::new(head, spec.batch)),
             training: false,
+            averaged: false,
             inputs: vec![None; inputs],
             y: None,
             outputs: vec![None; spec.outputs.len()],
@@ -194,6 +197,16 @@ impl CpuStage {
         Ok(())
     }
 
+    /// Computes with the moving average of the parameters, if there is one, or with themselves.
+    fn use_average(&mut self, averaged: bool) -> Result<()> {
+        let CpuStage { module, average: Some(average), .. } = self else { return Ok(()) };
+        if self.averaged != averaged {
+            average.swap(&mut |f| module.visit(f))?;
+            self.averaged = averaged;
+        }
+        Ok(())
+    }
+
     fn forget_gradients(&mut self) -> Result<()> {
         self.steps = 0;
         self.module.visit(&mut |p| {
@@ -269,11 +282,12 @@ pub fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> R
 impl Stage for CpuStage {
     fn begin(&mut self, labels: Option<&Labels>, training: bool) -> Result<()> {
         self.training = training;
+        self.use_average(!training && self.optimizer.is_some())?;
         self.inputs.fill(None);
         self.kept.clear();
         self.sums.clear();
         if let (Some(head), Some(labels)) = (&mut self.head, labels) {
-            head.begin(labels);
+            head.begin(labels, training);
         }
         Ok(())
     }
@@ -454,6 +468,7 @@ impl Stage for CpuStage {
     }
 
     fn snapshot(&mut self) -> Result<Snapshot> {
+        self.use_average(false)?;
         let unfinished = self.steps > 0;
         let mut tensors = Vec::new();
         let mut first = None;

@@ -45,6 +45,19 @@ impl Average {
         })
     }
 
+    /// Parameters and averages change places, for evaluation in the midst of training; and back.
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    pub fn swap(&mut self, visit: Visit) -> Result<()> {
+        visit(&mut |p| {
+            if let Some(average) = self.values.get_mut(&p.name) {
+                std::mem::swap(average, &mut p.value);
+            }
+            Ok(())
+        })
+    }
+
     /// The averages by the parameters' names.
     pub fn values(&self) -> &BTreeMap<String, Tensor> {
         &self.values

@@ -2,7 +2,7 @@
 
 use super::{Backward, Builder, Kept, Launch, Layer, Use};
 use crate::Result;
-use crate::backend::cuda::gpu::{Array, Element};
+use crate::backend::cuda::gpu::{Array, Element, Gpu};
 use crate::backend::cuda::ops::{self, Norm, NormShape, Over};
 use crate::backend::cuda::param::Param;
 use crate::nn::layers::Pass;

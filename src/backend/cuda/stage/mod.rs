@@ -249,8 +249,9 @@ impl Stage for CudaStage {
     fn begin(&mut self, labels: Option<&Labels>, training: bool) -> Result<()> {
         self.training = training;
         self.sums.clear();
+        self.use_average(!training)?;
         if let (Some(loss), Some(labels)) = (&mut self.loss, labels) {
-            loss.head.begin(labels);
+            loss.head.begin(labels, training);
             loss.steps = 0;
             [&loss.logits, &loss.sums].into_iter().try_for_each(|array| self.gpu.zero(array))?;
             loss.set_labels(&self.gpu, &labels.own)?;
@@ -305,7 +306,7 @@ impl Stage for CudaStage {
         match (loss.head.spec().task, target) {
             (Task::Recognition, _) => {
                 let mixed = loss.partners.as_ref().zip(loss.head.mixed().map(|mixed| mixed.weight));
-                let labels = ops::Labels { own: &loss.labels, mixed, smoothing: loss.head.spec().smoothing };
+                let labels = ops::Labels { own: &loss.labels, mixed, smoothing: loss.head.smoothing() };
                 ops::cross_entropy(gpu, y, &labels, gradient, Some(&loss.logits), &loss.sums, scratch)?;
             }
             (Task::FutureFrames, Some(Slot::Host(message))) => {

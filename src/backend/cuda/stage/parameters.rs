@@ -86,8 +86,17 @@ impl CudaStage {
         self.module.visit(&mut |p| p.grad.as_ref().map_or(Ok(()), |grad| gpu.zero(grad)))
     }
 
+    /// Computes with the moving average of the parameters, if there is one, or with themselves.
+    pub(super) fn use_average(&mut self, averaged: bool) -> Result<()> {
+        match &mut self.optimizer {
+            Some(optimizer) => optimizer.use_average(&self.gpu, &mut self.module, averaged),
+            None => Ok(()),
+        }
+    }
+
     /// Waits, and copies everything that a checkpoint holds.
     pub(super) fn download(&mut self) -> Result<Snapshot> {
+        self.use_average(false)?;
         let (gpu, unfinished) = (self.gpu.clone(), self.steps > 0);
         let (mut tensors, mut first) = (Snapshot::new(), None);
         self.module.visit(&mut |p| {
@@ -112,6 +121,7 @@ impl CudaStage {
 
     /// In device memory: nothing is waited for.
     pub(super) fn remember(&mut self) -> Result<()> {
+        self.use_average(false)?;
         let mut own = Vec::new();
         self.module.visit(&mut |p| {
             own.extend([Some(p.value.clone()), p.grad.clone()].into_iter().flatten());
