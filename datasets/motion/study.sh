@@ -1,20 +1,65 @@
 #!/usr/bin/env bash
-# Test top-1 of sideways, skip-sideways and exact back-propagation on the demo's data and network, seeds 1 to 3, each
-# run in one process: about 12 minutes on 2 cores. Needs data/motion (`make demo` makes it). SEEDS="1 2" takes others.
+# What learns, and by which rule (README.md here has the tables). A part by its name, each resumable:
+#
+#   datasets/motion/study.sh defaults   demo.toml with default settings, 8 seeds, and with twice the batches
+#   datasets/motion/study.sh modules    study.toml: textures so fine that frozen lower modules do not do; 6 modules, all rules
+#   datasets/motion/study.sh depth      the same with 12 and 16 modules on longer clips
+#   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
+#
+# SEEDS="1 2 3", JOBS=N at a time (datasets/study.sh).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-sideways=target/release/sideways
-mkdir -p runs/study
-printf '%-16s %6s %12s\n' rule seed 'test top-1'
-for rule in sideways skip-sideways bp; do
-  skips=()
-  [ "$rule" = sideways ] && skips=(--set 'model.skip={}')
+here=datasets/motion
+part=${1:?one of defaults, modules, depth, rates}
+
+synth() { # FOLDER FRAMES SPEED
+  [ -e "$1/train-00000.h5" ] ||
+    target/release/sideways data synth --out "$1" --videos 4096 --test-videos 800 --frames "$2" --speed "$3" $FINE >&2
+}
+EASY="--shapes 8 --radius 12 --noise 0 --grey"
+FINE="--shapes 6 --radius 5 --texture 2"
+
+# NAME SEED CONFIG SETS..., for every rule on the same network; FROZEN: the modules that keep their initial weights.
+rules() { # PREFIX CONFIG FROZEN SETS...
+  local prefix=$1 config=$2 frozen=$3
+  shift 3
   for seed in ${SEEDS:-1 2 3}; do
-    run="runs/study/$rule-$seed"
-    rm -rf "$run"
-    "$sideways" train datasets/motion/demo.toml --set "train.rule=$rule" --set "train.seed=$seed" \
-      --set "run.dir=$run" "${skips[@]}" 2>"$run.err" || { cat "$run.err" >&2; exit 1; }
-    "$sideways" eval "$run" --json 2>/dev/null |
-      sed -E 's/.*"top1":([0-9.eE+-]+).*/\1/' | awk -v r="$rule" -v s="$seed" '{ printf "%-16s %6d %10.1f %%\n", r, s, 100 * $1 }'
+    echo "$prefix-sideways $seed $config train.rule=sideways model.skip={} $*"
+    echo "$prefix-fresh $seed $config $*"
+    echo "$prefix-stash $seed $config train.stash=activations $*"
+    echo "$prefix-stash-aligned $seed $config train.stash=activations model.skip.delay=aligned $*"
+    echo "$prefix-frozen $seed $config train.stash=activations train.freeze=$frozen $*"
+    echo "$prefix-bp $seed $config train.rule=bp $*"
   done
-done
+}
+
+on() { echo "data.train=$1/train-*.h5 data.test=$1/test-*.h5"; }
+
+case $part in
+defaults)
+  FINE=$EASY synth data/motion 12 1
+  for seed in ${SEEDS:-1 2 3 4 5 6 7 8}; do
+    echo "demo $seed $here/demo.toml $(on data/motion)"
+    echo "demo-twice $seed $here/demo.toml $(on data/motion) train.batches=1024"
+  done
+  ;;
+modules)
+  synth data/motion-fine 16 1
+  rules 6 $here/study.toml '[1,2,3,4]' "$(on data/motion-fine)"
+  ;;
+depth)
+  synth data/motion-fine-long 32 1
+  rules 12 $here/study-12.toml '[1,2,3,4,5,6,7,8]' "$(on data/motion-fine-long)"
+  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11]' "$(on data/motion-fine-long)"
+  ;;
+rates)
+  for speed in 0.5 0.25; do
+    synth data/motion-fine-$speed 16 $speed
+    rules 6-speed-$speed $here/study.toml '[1,2,3,4]' "$(on data/motion-fine-$speed)"
+  done
+  ;;
+*)
+  echo "unknown part $part: defaults, modules, depth or rates" >&2
+  exit 2
+  ;;
+esac | datasets/study.sh "runs/study/$part"

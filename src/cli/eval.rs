@@ -114,7 +114,7 @@ impl fmt::Display for Protocol {
 /// [`Error::Input`] if checkpoint or overrides are unusable.
 pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Result<Config> {
     let manifest = checkpoint.manifest();
-    let mut config = Config::parse(&manifest.config, &checkpoint.path().display().to_string(), set)?;
+    let mut config = Config::of_manifest(&manifest.config, &checkpoint.path().display().to_string(), set)?;
     if !set.iter().any(|s| s.starts_with("run.device") || s.starts_with("run.precision")) {
         // Not where it was trained: where it is evaluated.
         (config.run.device, config.run.precision) = (DeviceChoice::Auto, Precision::F32);

@@ -21,6 +21,20 @@ impl Config {
         Self::parse(&text, &path.display().to_string(), overrides)
     }
 
+    /// The configuration in a checkpoint's manifest, with `overrides`; `source` names it in errors. What later became a key, or got
+    /// another default, is as it was when the checkpoint was written.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn of_manifest(text: &str, source: &str, overrides: &[String]) -> Result<Self> {
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| Error::input(format!("{source}: {e}")))?;
+        if let Some(train) = table.get_mut("train").and_then(toml::Value::as_table_mut) {
+            train.entry("clip_norm").or_insert("none".into());
+            train.entry("lr_depth").or_insert(1.0.into());
+        }
+        Self::parse(&table.to_string(), source, overrides)
+    }
+
     /// [`Config::load`] from text; `source` names it in errors.
     ///
     /// # Errors
@@ -224,6 +238,31 @@ mod tests {
         assert_eq!(train("", &["train.clip_norm=1"]).clip_norm, ClipNorm::To(1.0));
         let written = Config::parse(SMALL, "c.toml", &["train.clip_norm=none".into()]).unwrap().to_toml().unwrap();
         assert!(written.contains("clip_norm = \"none\""), "{written}");
+    }
+
+    #[test]
+    fn damping_by_depth_follows_what_gradients_are() {
+        let beta = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            Config::parse(SMALL, "c.toml", &sets).unwrap().lr_depth()
+        };
+        assert_eq!(beta(&[]), 0.5);
+        assert_eq!(beta(&["train.stash=inputs"]), 1.0);
+        assert_eq!(beta(&["train.rule=bp"]), 1.0);
+        assert_eq!(beta(&["train.lr_depth=0.7", "train.rule=bp"]), 0.7);
+        assert_eq!(beta(&["train.lr_depth=auto"]), 0.5);
+        refused(SMALL, &["train.lr_depth=deep"], &["in `train.lr_depth`", "expected a number or \"auto\""]);
+    }
+
+    /// A manifest from before these keys, or their defaults, says what held then.
+    #[test]
+    fn a_manifest_has_the_defaults_of_its_time() {
+        let of = |text: &str| Config::of_manifest(&format!("{SMALL}[train]\n{text}"), "manifest", &[]).unwrap();
+        let before = of("seed = 3\n");
+        assert_eq!((before.train.clip_norm.limit(), before.lr_depth(), before.train.seed), (None, 1.0, 3));
+        let now = Config::parse(SMALL, "c.toml", &[]).unwrap();
+        assert_eq!((now.train.clip_norm.limit(), now.lr_depth()), (Some(1.0), 0.5));
+        assert_eq!(Config::of_manifest(&now.to_toml().unwrap(), "manifest", &[]).unwrap(), now);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use data::{DataConfig, Globs};
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
 pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
-pub use train::{ClipNorm, Freeze, NamedPeriod, NoClipping, TrainConfig, UpdateEvery};
+pub use train::{AutoDepth, ClipNorm, Freeze, LrDepth, NamedPeriod, NoClipping, TrainConfig, UpdateEvery};
 
 pub use crate::backend::Precision;
 pub use crate::comm::exchange::Exchange;
@@ -25,6 +25,10 @@ use crate::data::Mixup;
 use crate::method::{Edge, Graph};
 use crate::nn::module::Fuse;
 use crate::{Error, Result};
+
+/// `train.lr_depth` where gradients are fresh pseudo-gradients. On the motion demo (6 modules, 12 frames, 512 batches, `clip_norm` 1)
+/// seeds 1 to 8 end at 99.4 to 100 % test top-1 with it; at 1, some end at 41 to 73 %.
+const FRESH_LR_DEPTH: f64 = 0.5;
 
 /// A whole run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -125,7 +129,7 @@ impl Config {
                 ));
             }
         }
-        let beta = self.train.lr_depth;
+        let beta = self.lr_depth();
         if !(beta > 0.0 && beta <= 1.0) {
             return Err(Error::input(format!(
                 "train.lr_depth = {beta}: module i of D learns at the learning rate times train.lr_depth to the power D - i, so it \
@@ -173,9 +177,19 @@ impl Config {
         self.train.scale_lr.map_or(1.0, |meant| self.global_batch() as f64 / meant as f64)
     }
 
+    /// β: what the learning rate is multiplied by for each module between a module and the loss.
+    pub fn lr_depth(&self) -> f64 {
+        let fresh = !self.train.rule.is_exact() && self.train.stash == Stash::None;
+        match self.train.lr_depth {
+            LrDepth::By(beta) => beta,
+            LrDepth::Named(AutoDepth::Auto) if fresh => FRESH_LR_DEPTH,
+            LrDepth::Named(AutoDepth::Auto) => 1.0,
+        }
+    }
+
     /// What module `i` of `modules` multiplies the optimiser's learning rate by, at every batch.
     pub fn lr_factor(&self, i: usize, modules: usize) -> f64 {
-        (i..modules).fold(self.lr_scale(), |factor, _| factor * self.train.lr_depth)
+        (i..modules).fold(self.lr_scale(), |factor, _| factor * self.lr_depth())
     }
 
     /// Where training computes: exact back-propagation keeps activations of several steps, in host memory.

@@ -34,9 +34,10 @@ pub struct TrainConfig {
     /// of `replicas`, modules learn at lr · batch · replicas / this. Absent: at lr.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_lr: Option<usize>,
-    /// Damping by depth: module i of D learns at the learning rate times this to the power D − i; above 0, up to 1.
-    pub lr_depth: f64,
-    /// Scale a module's gradient down to this Euclidean norm: a number, or "none" (the default): never.
+    /// Damping by depth: module i of D learns at the learning rate times this to the power D − i; above 0, up to 1. "auto" (the
+    /// default): 0.5 with fresh pseudo-gradients, whose noise grows with the way back from the loss; 1 with `stash` and `bp`.
+    pub lr_depth: LrDepth,
+    /// Scale a module's gradient down to this Euclidean norm: a number, or "none": never.
     pub clip_norm: ClipNorm,
     /// Recognition: the part of every label that is spread evenly over all classes in training, 0 up to below 1.
     pub label_smoothing: f64,
@@ -71,7 +72,7 @@ impl Default for TrainConfig {
             optimizer: OptimizerSpec::default(),
             lr_schedule: LrSchedule::default(),
             scale_lr: None,
-            lr_depth: 1.0,
+            lr_depth: LrDepth::default(),
             clip_norm: ClipNorm::default(),
             label_smoothing: 0.0,
             freeze: Vec::new(),
@@ -82,6 +83,30 @@ impl Default for TrainConfig {
             seed: 1,
             init: None,
         }
+    }
+}
+
+/// What the learning rate is multiplied by for each module between a module and the loss.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a number or \"auto\"")]
+pub enum LrDepth {
+    /// This.
+    By(f64),
+    /// `"auto"`: by what the gradients are.
+    Named(AutoDepth),
+}
+
+/// The one named choice of [`LrDepth`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AutoDepth {
+    /// By rule and stash.
+    Auto,
+}
+
+impl Default for LrDepth {
+    fn default() -> Self {
+        LrDepth::Named(AutoDepth::Auto)
     }
 }
 
@@ -105,7 +130,7 @@ pub enum NoClipping {
 
 impl Default for ClipNorm {
     fn default() -> Self {
-        ClipNorm::Named(NoClipping::None)
+        ClipNorm::To(1.0)
     }
 }
 

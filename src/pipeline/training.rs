@@ -81,19 +81,29 @@ impl Worker {
             Some(Training { every: UpdateEvery::Named(_), .. }) if self.stage.steps() > 0 => {
                 self.update(batch, self.schedule.steps(self.index))
             }
+            // A checkpoint holds one sum, so it must be every replica's.
+            Some(Training { every: UpdateEvery::Steps(_), all_reduce: Some(_), .. }) if self.stage.steps() > 0 => {
+                self.average_gradients(batch, self.schedule.steps(self.index))
+            }
             _ => Ok(()),
         }
     }
 
+    /// Replaces the sums of gradients by their means over the replicas.
+    fn average_gradients(&mut self, batch: u64, step: usize) -> Result<()> {
+        self.watch.enter(Phase::Optimizer);
+        let all_reduce = self.training.as_mut().and_then(|training| training.all_reduce.as_mut());
+        let Some(all_reduce) = all_reduce else { return Ok(()) };
+        let mut gradients = self.stage.gradients()?;
+        all_reduce.mean(&mut gradients, batch, step as u32)?;
+        self.stage.set_gradients(&gradients)
+    }
+
     /// Applies the optimiser to G, the mean of the steps' gradients since the last update (and over replicas).
     fn update(&mut self, batch: u64, step: usize) -> Result<()> {
+        self.average_gradients(batch, step)?;
         self.watch.enter(Phase::Optimizer);
         let Some(training) = &mut self.training else { return Ok(()) };
-        if let Some(all_reduce) = &mut training.all_reduce {
-            let mut gradients = self.stage.gradients()?;
-            all_reduce.mean(&mut gradients, batch, step as u32)?;
-            self.stage.set_gradients(&gradients)?;
-        }
         let divisor = self.schedule.mean_over().map_or(self.stage.steps() as f64, |losses| losses as f64);
         let mut factor = training.lr_factor * training.lr_schedule.factor(batch, training.total_batches);
         if let Some(gradients) = &training.gradients {

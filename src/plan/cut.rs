@@ -21,7 +21,7 @@ pub fn resume_cut(config: &mut Config) -> Result<bool> {
         return Ok(false);
     }
     let Some(manifest) = checkpoint::newest_manifest(&config.run.dir.join("checkpoints"))? else { return Ok(false) };
-    let Ok(before) = Config::parse(&manifest.config, "manifest", &[]) else { return Ok(false) };
+    let Ok(before) = Config::of_manifest(&manifest.config, "manifest", &[]) else { return Ok(false) };
     // A checkpoint of another network is refused later, with the reason.
     if (&before.model.preset, &before.model.layers) != (&config.model.preset, &config.model.layers) {
         return Ok(false);

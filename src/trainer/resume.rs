@@ -55,7 +55,7 @@ fn newest_of_all(setup: &Setup, world: &World) -> Result<Option<Checkpoint>> {
 /// A run folder belongs to one network; other differences are allowed, with a warning.
 fn check_same_run(setup: &Setup, checkpoint: &Checkpoint) -> Result<()> {
     let path = checkpoint.path().display();
-    let before = Config::parse(&checkpoint.manifest().config, &path.to_string(), &[])?;
+    let before = Config::of_manifest(&checkpoint.manifest().config, &path.to_string(), &[])?;
     let now = &setup.config;
     let network = |c: &Config| (c.model.preset.clone(), c.model.layers.clone(), c.model.task, c.train.rule);
     if network(&before) != network(now) || checkpoint.manifest().class_names != setup.class_names {

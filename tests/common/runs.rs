@@ -69,6 +69,7 @@ pub fn config(dir: &Path, sets: &[&str]) -> Config {
         "[data]\ntrain = '{0}/train*.h5'\ntest = '{0}/train*.h5'\nframes = 14\nbatch = 2\n\
          [model]\nlayers = {1}\nmodules = 5\n\
          [train]\noptimizer = {{ kind = 'sgd', lr = 0.05, momentum = 0.9 }}\nbatches = 4\n\
+         clip_norm = 'none'\nlr_depth = 1\n\
          [run]\ndir = '{0}/run'\ncheckpoint_every = 1\nkeep = 9\ntimeout = 60\n",
         dir.display(),
         LAYERS.replace('\n', " "),

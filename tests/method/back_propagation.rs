@@ -289,6 +289,7 @@ fn a_stopped_and_resumed_run_is_bit_identical() {
     for (case, sets) in [
         &["model.skip={ spans = [2, 3] }"][..],
         &["train.update_every=5"],
+        &["train.update_every=5", "train.replicas=2", "data.batch=1"],
         &["train.optimizer={ kind = 'adamw', lr = 0.01 }", "train.lr_schedule={ kind = 'cosine', warmup = 2 }"],
         &["train.rule=bp", "model.skip={ spans = [2] }"],
         &["train.stash=activations", "model.skip={ spans = [2] }"],

@@ -428,7 +428,7 @@ fn the_rate_follows_the_global_batch() {
     ] {
         let config = config(dir.path(), sets);
         assert_eq!(config.lr_factor(5, 5), factor, "{sets:?}");
-        assert_eq!(config.lr_factor(3, 5), factor * config.train.lr_depth.powi(2), "{sets:?}");
+        assert_eq!(config.lr_factor(3, 5), factor * config.lr_depth().powi(2), "{sets:?}");
     }
     let sets = ["data.batch=4", "train.optimizer={ kind = 'sgd', lr = 0.05 }", "train.batches=2"];
     let scaled = run(dir.path(), "scaled", &[&sets[..], &["train.scale_lr=2"]].concat(), &[], 2);
