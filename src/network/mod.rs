@@ -156,6 +156,11 @@ impl Network {
         self.edges.iter().filter(|e| e.edge.to == i).collect()
     }
 
+    /// The layer whose output is logits or pixels: the last with weights.
+    pub fn last_layer(&self) -> usize {
+        self.layers.iter().rposition(LayerSpec::is_heavy).unwrap_or(0)
+    }
+
     /// The edges out of module `i`, main first, then growing span.
     pub fn outputs(&self, i: usize) -> Vec<&EdgeSpec> {
         let mut edges: Vec<&EdgeSpec> = self.edges.iter().filter(|e| e.edge.from == i).collect();

@@ -73,15 +73,23 @@ pub struct Init {
     pub dtype: DType,
     /// Where parameters live.
     pub device: Device,
+    /// The place in the whole network of the layer whose output is logits or pixels.
+    pub last_layer: Option<usize>,
 }
 
 impl Init {
-    /// Kaiming normal with fan-out and the gain for ReLU (He et al., 2015): standard deviation sqrt(2 / fan), where fan
-    /// is the first dimension times those past the second, as PyTorch counts it. Drawn in f64, so that types agree to
-    /// rounding.
-    pub fn kaiming(&self, name: String, shape: &[usize]) -> Result<Param> {
-        let fan = shape.first().unwrap_or(&1) * shape.iter().skip(2).product::<usize>();
-        let deviation = (2.0 / fan.max(1) as f64).sqrt();
+    /// Weights of a convolution or linear map, `[O, I, ...]`. Kaiming normal with fan-out and the gain for ReLU (He et al., 2015):
+    /// standard deviation sqrt(2 / fan), where fan is the first dimension times those past the second, as PyTorch counts it. The
+    /// last layer's: sqrt(1 / (3 fan-in)), with the dimensions past the first, or its first outputs would be several times
+    /// too large. Drawn in f64, so that types agree to rounding.
+    pub fn weight(&self, name: String, shape: &[usize]) -> Result<Param> {
+        let of = |kind: &str| self.last_layer.is_some_and(|n| name == format!("layers.{n}.{kind}.weight"));
+        let deviation = if of("conv2d") || of("linear") {
+            (1.0 / (3 * shape.iter().skip(1).product::<usize>().max(1)) as f64).sqrt()
+        } else {
+            let fan = shape.first().unwrap_or(&1) * shape.iter().skip(2).product::<usize>();
+            (2.0 / fan.max(1) as f64).sqrt()
+        };
         let mut rng = ChaCha8Rng::seed_from_u64(xxh3_64_with_seed(name.as_bytes(), self.seed));
         let normal = StandardNormal.sample_iter(&mut rng).map(|v: f64| v * deviation);
         let normal = normal.take(shape.iter().product());

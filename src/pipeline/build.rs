@@ -79,8 +79,7 @@ fn validation_frames(setup: &Setup, range: &RunRange, r: usize) -> Result<Option
 
 /// The name under which the last layer's parameters begin: what a new head may replace.
 fn last_layer(setup: &Setup) -> String {
-    let last = setup.network.layers.iter().rposition(|l| l.is_heavy()).unwrap_or(0);
-    format!("layers.{last}.")
+    format!("layers.{}.", setup.network.last_layer())
 }
 
 /// Worker `w`.

@@ -133,6 +133,7 @@ impl Conditions {
             returns: vec![true; 1 + part.skips.len()],
             batch: self.batch,
             seed: 1,
+            last_layer: None,
             kept: 1,
             sums: 1,
             stash: Stash::None,

@@ -231,6 +231,7 @@ impl Setup {
             returns: (0..network.inputs(i).len()).map(|k| self.schedule.returns(i, k)).collect(),
             batch: config.data.batch,
             seed: config.train.seed,
+            last_layer: Some(network.last_layer()),
             kept: self.schedule.kept(i),
             sums: self.schedule.sums(i),
             stash: config.train.stash,

@@ -34,13 +34,13 @@ fn source_step(edge: &EdgeSpec, t: usize, sender_steps: usize) -> usize {
 }
 
 /// The modules of a run with their initial parameters, each of whose inputs has the main one's height and width.
-pub fn modules(setup: &Setup, init: impl Fn(u64) -> Init) -> Vec<Module> {
+pub fn modules(setup: &Setup, init: impl Fn(u64, Option<usize>) -> Init) -> Vec<Module> {
     let module = |i| {
         let spec = setup.stage_spec(i);
         let [h, w, _] = spec.main;
         let skips = spec.skips.iter().map(|skip| SkipInput { shape: [h, w, skip.shape[2]], ..*skip });
         let skips: Vec<SkipInput> = skips.collect();
-        Module::new(i, &spec.layers, spec.main, &skips, spec.fuse, &init(spec.seed)).unwrap()
+        Module::new(i, &spec.layers, spec.main, &skips, spec.fuse, &init(spec.seed, spec.last_layer)).unwrap()
     };
     (1..=setup.grid.modules).map(module).collect()
 }

@@ -33,7 +33,12 @@ fn exact_parts(
     parts: &dyn Fn(usize, usize) -> bool,
 ) -> HashMap<String, Vec<f64>> {
     let setup = Setup::new(config, 1, Purpose::Train).unwrap();
-    let mut modules = reference::modules(&setup, |seed| Init { seed, dtype: DType::F32, device: Device::Cpu });
+    let mut modules = reference::modules(&setup, |seed, last_layer| Init {
+        seed,
+        dtype: DType::F32,
+        device: Device::Cpu,
+        last_layer,
+    });
     let mut stream = FrameStream::open(setup.dataset.clone().unwrap(), setup.stream(0, 0, 1)).unwrap();
     let mut head = Head::new(setup.head(), config.data.batch);
     head.begin(&Labels { own: stream.begin(0).unwrap().labels, mixed: None }, true);

@@ -303,7 +303,7 @@ fn values_that_are_not_numbers_stay_visible() -> Result<()> {
 
 #[test]
 fn running_statistics_follow_pytorch() -> Result<()> {
-    let init = Init { seed: 1, dtype: DType::F32, device: Device::Cpu };
+    let init = Init { seed: 1, dtype: DType::F32, device: Device::Cpu, last_layer: None };
     let mut module = Module::new(1, &[(0, LayerSpec::BatchNorm { momentum: 0.1 })], [1, 2, 1], &[], Fuse::Sum, &init)?;
     let x = image(&[&[1.0, 5.0]])?;
     module.forward(std::slice::from_ref(&x), &Pass { training: true, key: 0, again: false }, &mut Tape::new())?;

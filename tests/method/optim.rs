@@ -175,9 +175,9 @@ fn schedules() -> Result<()> {
 /// Initial values: Kaiming's deviation, a function of seed and name alone, equal to rounding in both types.
 #[test]
 fn initial_values() -> Result<()> {
-    let init = |seed, dtype| Init { seed, dtype, device: Device::Cpu };
+    let init = |seed, dtype| Init { seed, dtype, device: Device::Cpu, last_layer: None };
     let draw = |i: Init, name: &str| -> Result<Vec<f64>> {
-        let p = i.kaiming(name.into(), &[32, 16, 3, 3])?;
+        let p = i.weight(name.into(), &[32, 16, 3, 3])?;
         Ok(p.value.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
     };
     let a = draw(init(1, DType::F64), "a")?;
@@ -186,5 +186,12 @@ fn initial_values() -> Result<()> {
     close("in f32", &draw(init(1, DType::F32), "a")?, &a, 1e-7);
     assert_ne!(a, draw(init(2, DType::F64), "a")?);
     assert_ne!(a, draw(init(1, DType::F64), "b")?);
+    // The last layer's are a third as large as fan-in allows, and as many draws: 16 x 9 inputs.
+    let last = Init { last_layer: Some(7), ..init(1, DType::F64) };
+    let [inner, output] =
+        [draw(last.clone(), "layers.7.residual.conv1.weight")?, draw(last, "layers.7.conv2d.weight")?];
+    let deviation = |v: &[f64]| (v.iter().map(|v| v * v).sum::<f64>() / v.len() as f64).sqrt();
+    assert!((deviation(&output) / (1.0f64 / (3.0 * 144.0)).sqrt() - 1.0).abs() < 0.03, "{}", deviation(&output));
+    assert!((deviation(&inner) / (2.0f64 / (32.0 * 9.0)).sqrt() - 1.0).abs() < 0.03, "{}", deviation(&inner));
     Ok(())
 }

@@ -150,7 +150,7 @@ fn spreads_to_any_size() -> Result<()> {
 /// A skip of 2x3 pixels into 3x4: the adapter works before it is spread, and the result is that of the other order.
 #[test]
 fn a_smaller_skip_joins_as_if_spread_first() -> Result<()> {
-    let init = Init { seed: 1, dtype: DType::F64, device: Device::Cpu };
+    let init = Init { seed: 1, dtype: DType::F64, device: Device::Cpu, last_layer: None };
     let skips = [SkipInput { from: 1, shape: [2, 3, 3] }];
     let inputs = [quarters(&[1, 3, 4, 2], 1)?, quarters(&[1, 2, 3, 3], 2)?];
     let mut module = Module::new(3, &[], [3, 4, 2], &skips, Fuse::Sum, &init)?;

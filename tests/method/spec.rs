@@ -9,7 +9,7 @@ use sideways::nn::presets::{PRESETS, preset};
 use sideways::nn::spec::LayerSpec;
 
 fn init() -> Init {
-    Init { seed: 1, dtype: DType::F32, device: Device::Cpu }
+    Init { seed: 1, dtype: DType::F32, device: Device::Cpu, last_layer: None }
 }
 
 fn parse(text: &str) -> std::result::Result<LayerSpec, toml::de::Error> {

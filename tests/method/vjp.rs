@@ -20,7 +20,7 @@ const STEP: f64 = 1e-5;
 const CLOSE: f64 = 2e-7;
 
 fn init() -> Init {
-    Init { seed: 3, dtype: DType::F64, device: Device::Cpu }
+    Init { seed: 3, dtype: DType::F64, device: Device::Cpu, last_layer: None }
 }
 
 fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {

@@ -74,7 +74,7 @@ impl CpuStage {
     /// # Errors
     /// As [`Module::new`].
     pub fn new(spec: StageSpec) -> Result<Self> {
-        let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu };
+        let init = Init { seed: spec.seed, dtype: DType::F32, device: Device::Cpu, last_layer: spec.last_layer };
         let mut module = Module::new(spec.index, &spec.layers, spec.main, &spec.skips, spec.fuse, &init)?;
         module.freeze(&|name| spec.frozen.contains(name))?;
         let average = spec.ema.map(|decay| Average::new(decay, &mut |f| module.visit(f))).transpose()?;

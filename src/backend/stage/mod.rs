@@ -51,6 +51,8 @@ pub struct StageSpec {
     pub batch: usize,
     /// Seed of initial values.
     pub seed: u64,
+    /// The place in the whole network of the layer whose output is logits or pixels.
+    pub last_layer: Option<usize>,
     /// Of how many steps in a row activations, or inputs, are held at most.
     pub kept: usize,
     /// Over how many steps in a row the sums of cotangents reach that are held at once.

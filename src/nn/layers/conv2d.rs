@@ -20,7 +20,7 @@ impl Conv2d {
     /// are multiples of the groups.
     pub fn new(prefix: &str, conv: Conv, channels: usize, out: usize, bias: bool, init: &Init) -> Result<Self> {
         let [kh, kw] = conv.window.kernel;
-        let weight = init.kaiming(format!("{prefix}.weight"), &[out, channels / conv.groups, kh, kw])?;
+        let weight = init.weight(format!("{prefix}.weight"), &[out, channels / conv.groups, kh, kw])?;
         let bias = if bias { Some(init.constant(format!("{prefix}.bias"), out, 0.0)?) } else { None };
         Ok(Conv2d { conv: Convolution::new(conv), weight, bias, input: Vec::new() })
     }

@@ -19,7 +19,7 @@ pub struct Linear {
 impl Linear {
     /// Parameters `{prefix}.weight` and, with `bias`, `{prefix}.bias`; `inputs` elements a sample.
     pub fn new(prefix: &str, inputs: usize, out: usize, bias: bool, init: &Init) -> Result<Self> {
-        let weight = init.kaiming(format!("{prefix}.weight"), &[out, inputs])?;
+        let weight = init.weight(format!("{prefix}.weight"), &[out, inputs])?;
         let bias = if bias { Some(init.constant(format!("{prefix}.bias"), out, 0.0)?) } else { None };
         Ok(Linear { product: Convolution::new(Conv::pointwise()), weight, bias, input: Vec::new(), kernel: None })
     }
