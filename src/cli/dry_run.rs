@@ -81,7 +81,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         ),
         _ => {
             outln!(
-                "memory: parameters, gradient, optimizer, one step's activations, message buffers; without the program"
+                "memory: parameters, gradient, optimizer, the activations kept, message buffers; without the program"
             )
         }
     }

@@ -225,7 +225,7 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
                  gradient and optimizer with a copy to go back to, outputs, cotangents, messages"
             }
             None => {
-                ", with messages. Memory: parameters, gradient, optimizer, one step's activations, message buffers"
+                ", with messages. Memory: parameters, gradient, optimizer, the activations kept, message buffers"
             }
         }
     );

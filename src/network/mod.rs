@@ -30,8 +30,6 @@ pub struct ModuleSpec {
     pub flops: u64,
     /// Parameters, skip adapters included.
     pub params: u64,
-    /// Elements one sample's tape keeps.
-    pub tape: u64,
 }
 
 /// What travels along an edge.
@@ -113,13 +111,12 @@ impl Network {
             }
             let skip_shapes: Vec<[usize; 3]> = skips.iter().map(|s| s.shape).collect();
             let mut shape = fused_shape(main, &skip_shapes, fuse);
-            let (mut flops, mut params, mut tape) = (0, 0, 0);
+            let (mut flops, mut params) = (0, 0);
             for s in skip_shapes.iter().filter(|s| fuse == Fuse::Sum && s[2] != main[2]) {
-                // An adapter works on what was sent, and keeps it.
+                // An adapter works on what was sent.
                 let adapter = ((s[2] + 1) * main[2]) as u64;
                 flops += 2 * adapter * (s[0] * s[1]) as u64;
                 params += adapter;
-                tape += s.iter().product::<usize>() as u64;
             }
             for (n, layer) in layers.iter().enumerate().take(end).skip(start) {
                 let output = layer
@@ -127,10 +124,9 @@ impl Network {
                     .map_err(|e| Error::input(format!("layer {n} (in module {i} of {}): {e}", graph.modules())))?;
                 flops += layer.flops(shape);
                 params += layer.params(shape);
-                tape += layer.tape_elements(shape);
                 shape = output;
             }
-            modules.push(ModuleSpec { layers: start..end, main, skips, output: shape, flops, params, tape });
+            modules.push(ModuleSpec { layers: start..end, main, skips, output: shape, flops, params });
         }
         Ok(Network { layers, graph, fuse, input, modules, edges })
     }

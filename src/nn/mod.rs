@@ -12,3 +12,4 @@ pub mod optim;
 pub mod param;
 pub mod presets;
 pub mod spec;
+pub mod tape_size;

@@ -4,6 +4,7 @@ use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
 use crate::method::Stash;
 use crate::nn::module::{Fuse, fused_shape};
+use crate::nn::tape_size::tape_elements;
 use crate::setup::{Purpose, Setup};
 
 /// Bytes worker `w` keeps: under `bp` the activations of all steps, with `stash` those of as many as a cotangent is behind, else
@@ -14,10 +15,22 @@ pub fn memory(setup: &Setup, w: usize) -> u64 {
     let parameters = module.params + beside(setup, i);
     let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
     let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    4 * (parameters + activations(setup, i, module.tape) + buffers as u64)
+    4 * (parameters + activations(setup, i, host_tape(setup, i)) + buffers as u64)
 }
 
-/// Elements of activations that module `i` keeps, of `tape` elements a step and clip: those of the steps kept, or of one and the
+/// Elements that a forward pass of module `i` keeps for its vjp, of a batch.
+fn host_tape(setup: &Setup, i: usize) -> u64 {
+    let (module, batch) = (&setup.network.modules[i - 1], setup.config.data.batch);
+    let skips: Vec<[usize; 3]> = module.skips.iter().map(|skip| skip.shape).collect();
+    let input = fused_shape(module.main, &skips, setup.network.fuse);
+    let layers: Vec<_> = setup.network.layers[module.layers.clone()].iter().collect();
+    // An adapter works on what was sent, and keeps it.
+    let adapts = |skip: &&[usize; 3]| setup.network.fuse == Fuse::Sum && skip[2] != module.main[2];
+    let adapted: usize = skips.iter().filter(adapts).map(|skip| skip.iter().product::<usize>()).sum();
+    tape_elements(&layers, input, batch) + (batch * adapted) as u64
+}
+
+/// Elements of activations that module `i` keeps, of `tape` elements a step: those of the steps kept, or of one and the
 /// kept ones' inputs; and the sums of cotangents of those to come.
 fn activations(setup: &Setup, i: usize, tape: u64) -> u64 {
     let (schedule, batch) = (&setup.schedule, setup.config.data.batch as u64);
@@ -29,7 +42,7 @@ fn activations(setup: &Setup, i: usize, tape: u64) -> u64 {
         _ => (kept, 0),
     };
     let input = elements(&module.main) + module.skips.iter().map(|skip| elements(&skip.shape)).sum::<u64>();
-    batch * (tapes * tape + inputs * input + (schedule.sums(i) as u64 - 1) * elements(&module.output))
+    tapes * tape + batch * (inputs * input + (schedule.sums(i) as u64 - 1) * elements(&module.output))
 }
 
 /// Elements that module `i` keeps beside its values in training, for what learns: gradient, the optimiser's memory, moving average.
@@ -68,7 +81,7 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
         shape = layer.output_shape(shape).unwrap_or(shape);
         largest = largest.max(elements(shape));
     }
-    let kept = if training { activations(setup, i, tape) } else { batch * tape };
+    let kept = if training { activations(setup, i, batch * tape) } else { batch * tape };
     let skips = batch * skip_elements(setup, i, training);
     let activations = elements(module.main) + kept + skips + if training { 4 * largest } else { largest };
     let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();

@@ -95,6 +95,16 @@ fn choose(s: &Shape, f32: bool) -> Algorithm {
     }
 }
 
+impl Conv {
+    /// Elements that a forward pass on inputs of shape `x` in 32-bit floats keeps in place of its input: of the input's transform, where
+    /// the algorithm has one.
+    pub fn transform_elements(&self, x: [usize; 4], out: usize) -> Option<usize> {
+        let [kh, kw] = self.window.kernel;
+        let shape = self.shape(&x, &[out, x[3] / self.groups.max(1), kh, kw]).ok()?;
+        (choose(&shape, true) == Algorithm::Winograd).then(|| winograd::transformed_len(&shape))
+    }
+}
+
 /// A convolution of one layer: geometry, and what was made ready for a shape and a weight. Weights in the algorithm's
 /// layout are kept until the weight changes, which for Sideways is once a batch or less.
 pub struct Convolution {
