@@ -4,26 +4,27 @@
 #
 #   datasets/study.sh FOLDER <LIST        a line of LIST: NAME SEED CONFIG [SECTION.KEY=VALUE ...]
 #
-# JOBS=N trainings at a time (default: one a core), each in one process; LIST=- only prints the table of what is done.
+# JOBS=N trainings at a time (default: one a core), each in one process and on one core; ONLY=PATTERN takes the lines that match.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 mkdir -p "$out"
 
 one() {
-  local name=$1 seed=$2 config=$3 run sets=()
+  local name=$1 seed=$2 config=$3 run sets=() pin=(taskset -c "$SLOT")
   shift 3
+  "${pin[@]}" true 2>/dev/null || pin=()
   run="$out/$name-$seed"
   [ -e "$run/eval.json" ] && return
   for set in "$@"; do sets+=(--set "$set"); done
-  target/release/sideways train "$config" --set "run.dir=$run" --set "train.seed=$seed" "${sets[@]}" 2>"$run.log" ||
+  "${pin[@]}" target/release/sideways train "$config" --set "run.dir=$run" --set "train.seed=$seed" "${sets[@]}" 2>"$run.log" ||
     { tail -n 3 "$run.log" >&2; return 1; }
-  target/release/sideways eval "$run" --json 2>>"$run.log" >"$run/eval.part" && mv "$run/eval.part" "$run/eval.json"
+  "${pin[@]}" target/release/sideways eval "$run" --json 2>>"$run.log" >"$run/eval.part" && mv "$run/eval.part" "$run/eval.json"
 }
 export -f one
 export out
 
-xargs -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' _ || echo "some runs failed: see $out/*.log" >&2
+{ grep -E "${ONLY:-.}" || true; } | xargs -r --process-slot-var=SLOT -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' _ || echo "some runs failed: see $out/*.log" >&2
 
 printf '%-28s %5s %10s %8s %10s\n' run seeds mean +- worst
 for name in $(ls "$out"/*/eval.json 2>/dev/null | sed -E 's|.*/([^/]*)-[0-9]+/eval.json|\1|' | sort -u); do

@@ -5,12 +5,13 @@
 #   datasets/motion/study.sh modules    study.toml: textures so fine that frozen lower modules do not do; 6 modules, all rules
 #   datasets/motion/study.sh depth      the same with 12 and 16 modules on longer clips
 #   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
+#   datasets/motion/study.sh frames     frames.toml: future frames; the copy's MSE is `copy_mse` in runs/study/frames/*/eval.json
 #
-# SEEDS="1 2 3", JOBS=N at a time (datasets/study.sh).
+# SEEDS="1 2 3", JOBS=N at a time, ONLY=PATTERN (datasets/study.sh).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=datasets/motion
-part=${1:?one of defaults, modules, depth, rates}
+part=${1:?one of defaults, modules, depth, rates, frames}
 
 synth() { # FOLDER FRAMES SPEED
   [ -e "$1/train-00000.h5" ] ||
@@ -58,8 +59,22 @@ rates)
     rules 6-speed-$speed $here/study.toml '[1,2,3,4]' "$(on data/motion-fine-$speed)"
   done
   ;;
+frames)
+  FINE=$EASY synth data/motion 12 1
+  for seed in ${SEEDS:-1 2 3}; do
+    for rule in sideways fresh stash bp; do
+      case $rule in
+        sideways) sets="train.rule=sideways model.skip={}" ;;
+        fresh) sets="" ;;
+        stash) sets="train.stash=activations" ;;
+        bp) sets="train.rule=bp" ;;
+      esac
+      echo "$rule $seed $here/frames.toml $(on data/motion) $sets"
+    done
+  done
+  ;;
 *)
-  echo "unknown part $part: defaults, modules, depth or rates" >&2
+  echo "unknown part $part: defaults, modules, depth, rates or frames" >&2
   exit 2
   ;;
 esac | datasets/study.sh "runs/study/$part"

@@ -15,7 +15,9 @@ pub fn memory(setup: &Setup, w: usize) -> u64 {
     let parameters = module.params + beside(setup, i);
     let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
     let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    4 * (parameters + activations(setup, i, host_tape(setup, i)) + buffers as u64)
+    4 * (parameters
+        + activations(setup, i, setup.schedule.kept_at_once(i).max(1), host_tape(setup, i))
+        + buffers as u64)
 }
 
 /// Elements that a forward pass of module `i` keeps for its vjp, of a batch.
@@ -32,13 +34,14 @@ fn host_tape(setup: &Setup, i: usize) -> u64 {
 
 /// Elements of activations that module `i` keeps, of `tape` elements a step: those of the steps kept, or of one and the
 /// kept ones' inputs; and the sums of cotangents of those to come.
-fn activations(setup: &Setup, i: usize, tape: u64) -> u64 {
+fn activations(setup: &Setup, i: usize, kept: usize, tape: u64) -> u64 {
     let (schedule, batch) = (&setup.schedule, setup.config.data.batch as u64);
     let module = &setup.network.modules[i - 1];
     let elements = |shape: &[usize; 3]| shape.iter().product::<usize>() as u64;
-    let kept = schedule.kept(i) as u64;
+    let kept = kept as u64;
     let (tapes, inputs) = match setup.config.train.stash {
-        Stash::Inputs if kept > 1 => (1, kept),
+        // The tape has the newest step's.
+        Stash::Inputs if kept > 1 => (1, kept - 1),
         _ => (kept, 0),
     };
     let input = elements(&module.main) + module.skips.iter().map(|skip| elements(&skip.shape)).sum::<u64>();
@@ -81,7 +84,7 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
         shape = layer.output_shape(shape).unwrap_or(shape);
         largest = largest.max(elements(shape));
     }
-    let kept = if training { activations(setup, i, batch * tape) } else { batch * tape };
+    let kept = if training { activations(setup, i, setup.schedule.kept(i), batch * tape) } else { batch * tape };
     let skips = batch * skip_elements(setup, i, training);
     let activations = elements(module.main) + kept + skips + if training { 4 * largest } else { largest };
     let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();

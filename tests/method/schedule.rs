@@ -148,6 +148,9 @@ fn stash_waits_for_the_cotangent() {
     let schedule = stash(&graph(3, &[2], 1), 20);
     assert_eq!([1, 2, 3].map(|i| schedule.kept(i)), [5, 3, 1]);
     assert_eq!([1, 2, 3].map(|i| schedule.sums(i)), [3, 1, 1]);
+    assert_eq!([1, 2, 3].map(|i| schedule.kept_at_once(i)), [5, 3, 1]);
+    let short = stash(&chain, 6);
+    assert_eq!([1, 2, 3].map(|i| (short.kept(i), short.kept_at_once(i))), [(5, 2), (3, 3), (1, 1)]);
     let schedule = Schedule::training(&chain, 9, Rule::Bp, Stash::None, Boundary::Flow, LossAt::EveryStep).unwrap();
     assert_eq!([1, 2, 3].map(|i| schedule.kept(i)), [9, 9, 9]);
     assert_eq!([1, 2, 3].map(|i| training(&chain, 9, Boundary::Flow, LossAt::EveryStep).unwrap().kept(i)), [1, 1, 1]);

@@ -280,6 +280,18 @@ impl Schedule {
         most
     }
 
+    /// Of how many steps module `i` keeps activations (or inputs) at once, at most: fewer than [`Schedule::kept`] where clips are so
+    /// short that most steps have no backward pass.
+    pub fn kept_at_once(&self, i: usize) -> usize {
+        let (mut most, mut now) = (0usize, 0usize);
+        for tick in self.window(i) {
+            now += usize::from(tick.forward.as_ref().is_some_and(|forward| forward.keep != Keep::Nothing));
+            most = most.max(now);
+            now -= usize::from(tick.backward.is_some());
+        }
+        most
+    }
+
     /// Whether module `i` does forward passes once more, in its backward passes.
     pub fn recomputes(&self, i: usize) -> bool {
         self.forwards(i).any(|forward| forward.keep == Keep::Inputs)
