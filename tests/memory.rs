@@ -1,4 +1,4 @@
-//! Peak resident memory of a training process: flat in the clip's length under Skip-Sideways, not under exact
+//! Peak resident memory of a training process: flat in the clip's length under Skip-Sideways, with stash too, not under exact
 //! back-propagation. A program of its own: the peak of a child counts that of the process that starts it, whose memory it has
 //! until it runs another program.
 
@@ -36,7 +36,8 @@ fn memory_does_not_grow_with_the_clip_except_under_exact_back_propagation() {
         let path = dir.path().join(format!("{rule}-{frames}.toml"));
         let sets = [
             format!("data.frames={frames}"),
-            format!("train.rule={rule}"),
+            format!("train.rule={}", if rule == "stash" { "skip-sideways" } else { rule }),
+            format!("train.stash={}", if rule == "stash" { "activations" } else { "none" }),
             format!("run.dir={}/{rule}-{frames}", dir.path().display()),
             "model.skip={ spans = [2] }".into(),
             "data.batch=32".into(),
@@ -48,6 +49,9 @@ fn memory_does_not_grow_with_the_clip_except_under_exact_back_propagation() {
     };
     let (short, long) = (measure("skip-sideways", 16), measure("skip-sideways", 64));
     assert!(long < 1.03 * short, "skip-sideways: {short} KiB at T = 16, {long} KiB at T = 64");
+    // A clip must be longer than the way back, or fewer steps are kept.
+    let (stash_short, stash_long) = (measure("stash", 24), measure("stash", 64));
+    assert!(stash_long < 1.03 * stash_short, "stash: {stash_short} KiB at T = 24, {stash_long} KiB at T = 64");
     let (bp_short, bp_long) = (measure("bp", 16), measure("bp", 64));
     assert!(bp_long > 1.10 * bp_short, "bp: {bp_short} KiB at T = 16, {bp_long} KiB at T = 64");
 }
