@@ -60,7 +60,7 @@ fn plan(world: &World, args: &FidelityArgs) -> Result<()> {
         let init = config.train.init.as_ref().map(|path| Checkpoint::open(path)).transpose()?;
         (config, init)
     };
-    let rules = match (args.rules.is_empty(), config.model.skip.is_some()) {
+    let rules = match (args.rules.is_empty(), config.has_skips()) {
         (true, true) => vec![Compared::SkipSideways, Compared::Stash],
         (true, false) => vec![Compared::Sideways, Compared::Stash],
         (false, _) => args.rules.iter().map(|name| Compared::named(name)).collect::<Result<_>>()?,

@@ -29,6 +29,11 @@ impl Frozen {
         for entry in freeze {
             match entry {
                 Freeze::Module(i) if (1..=modules).contains(i) => {
+                    if all[i - 1].is_empty() {
+                        return Err(Error::input(format!(
+                            "train.freeze: module {i} has nothing that learns; remove it from the list"
+                        )));
+                    }
                     names.extend(all[i - 1].iter().map(|(name, _)| name.clone()));
                 }
                 Freeze::Module(i) => {

@@ -124,7 +124,7 @@ pub(super) fn build(
     let source = |decider| {
         let (targets, mixup) = ((setup.ahead, setup.schedule.losses()), setup.mixup(r));
         let source = Source::new((parts.frames)(r)?, config.data.batch, network.input, targets, mixup, decider);
-        let source = source.comparing(pixels(), config.model.horizon);
+        let source = source.comparing(pixels(), config.model.horizon, setup.purpose != Purpose::Train);
         Ok::<_, Error>(source.validating(validation_frames(setup, range, r)?))
     };
     let missing = || Error::Run(format!("module {i} has no link for labels or targets"));

@@ -59,6 +59,8 @@ pub struct Source {
     validation: Option<(Box<dyn Frames>, u64)>,
     /// Whether this batch is validation's.
     validates: bool,
+    /// Whether every batch is one of evaluation.
+    evaluates: bool,
     /// Evaluation of future frames: how far the newest frame seen is from the target, and by how many frames before it.
     copy: Option<(PixelError, usize)>,
     clips: usize,
@@ -100,6 +102,7 @@ impl Source {
             frames,
             validation,
             validates: false,
+            evaluates: false,
             copy,
             clips,
             shape,
@@ -119,8 +122,8 @@ impl Source {
     }
 
     /// Comparing targets with the frame `horizon` before them, if that is asked for, wherever is evaluated.
-    pub(super) fn comparing(self, pixels: Option<PixelError>, horizon: usize) -> Self {
-        Source { copy: pixels.map(|pixels| (pixels, horizon)), ..self }
+    pub(super) fn comparing(self, pixels: Option<PixelError>, horizon: usize, evaluates: bool) -> Self {
+        Source { copy: pixels.map(|pixels| (pixels, horizon)), evaluates, ..self }
     }
 
     /// Goes on to `batch`.
@@ -201,7 +204,7 @@ impl Source {
         let frame = self.mixture.as_ref().map_or(Ok(frame.clone()), |mixture| mixture.mix(&frame))?;
         let target = ahead.map(|ahead| frames.frame(step + ahead)).transpose()?;
         if let (Some((pixels, horizon)), Some(ahead), Some(target)) = (&mut self.copy, ahead, &target)
-            && (self.validates || self.decider.is_none())
+            && (self.validates || self.evaluates)
         {
             let seen = frames.frame(step + ahead - *horizon)?;
             with_values(target, |target| pixels.add(&seen, target, &self.labels))?;

@@ -68,7 +68,7 @@ impl Worker {
     /// Updates the parameters if steps are what counts, and so many were made.
     pub(super) fn update_between_steps(&mut self, batch: u64, step: usize) -> Result<()> {
         match &self.training {
-            Some(Training { every: UpdateEvery::Steps(every), .. }) if self.stage.steps() == *every => {
+            Some(Training { every: UpdateEvery::Steps(every), .. }) if self.stage.steps() >= *every => {
                 self.update(batch, step)
             }
             _ => Ok(()),

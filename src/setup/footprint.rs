@@ -85,6 +85,10 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
         largest = largest.max(elements(shape));
     }
     let kept = if training { activations(setup, i, setup.schedule.kept(i), batch * tape) } else { batch * tape };
+    // Each step kept has the fused input and the output too, which no tape of a neighbouring layer may count.
+    let kept_steps = if training { setup.schedule.kept(i) as u64 - 1 } else { 0 };
+    let kept =
+        kept + kept_steps * (elements(fused_shape(module.main, &skips, setup.network.fuse)) + elements(module.output));
     let skips = batch * skip_elements(setup, i, training);
     let activations = elements(module.main) + kept + skips + if training { 4 * largest } else { largest };
     let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();

@@ -52,7 +52,7 @@ impl Compared {
         if self == Compared::Sideways {
             config.model.skip = None;
         }
-        let rule = if config.model.skip.is_some() { Rule::SkipSideways } else { Rule::Sideways };
+        let rule = if config.has_skips() { Rule::SkipSideways } else { Rule::Sideways };
         let stash = if self == Compared::Stash { Stash::Activations } else { Stash::None };
         [(rule, stash), (Rule::Bp, Stash::None)].map(|(rule, stash)| {
             let mut config = config.clone();
@@ -130,7 +130,7 @@ pub fn fidelity(config: &Config, from: Option<&Checkpoint>, comparison: &Compari
     base.run.device = DeviceChoice::Cpu;
     (base.run.precision, base.run.exchange, base.run.wire) = (Precision::F32, Exchange::Auto, Wire::Auto);
     base.train.update_every = UpdateEvery::Named(NamedPeriod::Batch);
-    base.train.replicas = 1;
+    (base.train.replicas, base.train.validate_every) = (1, 0);
     let mut rows = Vec::new();
     for &stride in &comparison.strides {
         base.data.stride = config.data.stride * stride;
@@ -159,7 +159,8 @@ type Gradients = BTreeMap<(usize, u64), Vec<f32>>;
 /// Runs batches without updates.
 fn gradients(config: &Config, from: Option<&Checkpoint>, batches: u64) -> Result<Gradients> {
     let setup = Setup::new(config, 1, Purpose::Train)?;
-    let from = from.map(|checkpoint| Ok::<_, Error>((Checkpoint::open(checkpoint.path())?, Fit::Exact))).transpose()?;
+    let from =
+        from.map(|checkpoint| Ok::<_, Error>((Checkpoint::open(checkpoint.path())?, Fit::Weights))).transpose()?;
     let range = RunRange { first: 0, end: batches, total: batches, from, record: false, validates_first: false };
     let (sender, made) = mpsc::channel();
     let stage = |spec, w, site| stage_of(&setup, &range, spec, w, site);

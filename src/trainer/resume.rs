@@ -6,7 +6,7 @@ use super::recorder::validations;
 use crate::backend::stage::Fit;
 use crate::checkpoint::{self, Checkpoint};
 use crate::comm::World;
-use crate::config::Config;
+use crate::config::{Config, LrDepth};
 use crate::pipeline::RunRange;
 use crate::setup::Setup;
 use crate::{Error, Result};
@@ -87,7 +87,13 @@ fn changed(before: &Config, now: &Config) -> Result<Vec<String>> {
     let read = |config: &Config| -> Result<toml::Table> {
         config.to_toml()?.parse().map_err(|e| Error::Run(format!("reading a configuration again: {e}")))
     };
-    let (before, now) = (read(before)?, read(now)?);
+    // What "auto" means is what counts.
+    let plain = |config: &Config| {
+        let mut config = config.clone();
+        config.train.lr_depth = LrDepth::By(config.lr_depth());
+        config
+    };
+    let (before, now) = (read(&plain(before))?, read(&plain(now))?);
     let mut changed = Vec::new();
     for section in ["data", "model", "train"] {
         let [before, now] = [&before, &now].map(|all| all.get(section).and_then(toml::Value::as_table));

@@ -57,17 +57,18 @@ pub fn check(world: &World, setup: &Setup) -> Result<Check> {
             ),
         ));
     }
-    let kept = setup.config.run.keep as u64 + 1;
+    // Beside those of run.keep the start's, the best one, and the one being written.
+    let kept = setup.config.run.keep as u64 + 2 + u64::from(setup.config.train.validate_every > 0);
     let a_checkpoint: u64 = 4
         * setup.network.modules.iter().map(|m| m.params).sum::<u64>()
-        * (1 + setup.config.train.optimizer.buffers().len() as u64);
+        * (1 + setup.config.train.optimizer.buffers().len() as u64 + u64::from(setup.config.train.ema.is_some()));
     let free = free_space(dir).unwrap_or(u64::MAX);
     let found = format!("{}, seen by all ranks, {} free", dir.display(), ByteSize(free));
     Ok(match free < kept * a_checkpoint {
         true => Check::warning(
             WHAT,
             format!(
-                "{found}; {kept} checkpoints (run.keep and the one being written) take {}",
+                "{found}; {kept} checkpoints (run.keep, the start's, the best, the one being written) take {}",
                 ByteSize(kept * a_checkpoint)
             ),
         ),

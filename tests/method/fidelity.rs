@@ -1,6 +1,7 @@
 //! `sideways fidelity`: gradients beside the exact ones.
 
-use crate::common::runs::{config, shard};
+use crate::common::runs::{config, shard, train};
+use sideways::checkpoint::Checkpoint;
 use sideways::trainer::fidelity::{Compared, Comparison, Fidelity, fidelity};
 
 fn rows(still: bool, sets: &[&str], rules: &[Compared]) -> Vec<Fidelity> {
@@ -22,10 +23,12 @@ fn stash_is_nearer_than_fresh_pseudo_gradients() {
         assert!(row.cosine.mean > 1.0 - 1e-9 && row.relative_error.mean < 1e-5, "{row:?}");
         assert!((row.norm_ratio.mean - 1.0).abs() < 1e-5, "{row:?}");
     }
-    for (fresh, stash) in fresh[..4].iter().zip(&stash[..4]) {
-        assert_eq!(fresh.module, stash.module);
-        assert!(fresh.cosine.mean < 0.999 && fresh.cosine.mean < stash.cosine.mean, "{fresh:?} {stash:?}");
-        assert!(stash.cosine.mean > 0.7 && stash.relative_error.mean > 1e-3, "{stash:?}");
+    // The farther from the loss, the staler what a fresh pseudo-gradient is made of.
+    for k in [0, 1] {
+        assert!(fresh[k].cosine.mean < stash[k].cosine.mean, "{:?} {:?}", fresh[k], stash[k]);
+    }
+    for row in fresh[..4].iter().chain(&stash[..4]) {
+        assert!(row.cosine.mean < 0.9999 && row.relative_error.mean > 1e-3, "{row:?}");
     }
 }
 
@@ -44,4 +47,19 @@ fn a_comparison_changes_nothing() {
     let both = rows(false, &skip, &[Compared::Stash, Compared::SkipSideways]);
     assert_eq!(both[..5], rows(false, &skip, &[Compared::Stash])[..]);
     assert_ne!(both[0].cosine, both[5].cosine);
+}
+
+/// Of a checkpoint the weights count alone: not an unfinished sum of gradients, nor an optimiser's memory.
+#[test]
+fn weights_alone_count() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 6, 24, false);
+    let comparison = Comparison { rules: vec![Compared::Stash], strides: vec![1], batches: 1 };
+    let start = config(dir.path(), &["train.update_every=1000000", "train.batches=1"]);
+    train(&start, None);
+    let unfinished = Checkpoint::open(&start.run.dir.join("checkpoints/step-00000001")).unwrap();
+    let other = config(dir.path(), &["train.optimizer={ kind = 'adamw' }", "train.validate_every=3", "data.test=[]"]);
+    let rows = fidelity(&other, Some(&unfinished), &comparison).unwrap();
+    assert_eq!(rows, fidelity(&start, None, &comparison).unwrap());
+    assert_eq!(rows.len(), 5);
 }

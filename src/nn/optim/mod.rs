@@ -65,7 +65,7 @@ impl Optimizer {
     /// together are scaled down to that norm where theirs is larger, as PyTorch's `clip_grad_norm_` does.
     ///
     /// # Errors
-    /// [`Error::Run`] where the gradient is not finite: nothing is updated then.
+    /// [`Error::NonFinite`] where the gradient is not finite: nothing is updated then. [`Error::Run`] where sizes differ.
     pub fn step(&mut self, visit: Visit, scale: f64, divisor: f64, clip_norm: Option<f64>) -> Result<StepStats> {
         let (mut squares, mut culprit) = (0.0, None);
         visit(&mut |p| {

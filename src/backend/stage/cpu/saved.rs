@@ -21,6 +21,8 @@ pub enum Fit {
     Exact,
     /// The same, and where the checkpoint has a moving average of a parameter, that in its place: evaluating.
     Averaged,
+    /// The parameters alone, with their shapes: looking at a network as it was trained.
+    Weights,
     /// Initial weights: the last layer may have another size and starts anew.
     NewHead,
 }
