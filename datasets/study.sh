@@ -24,11 +24,11 @@ one() {
 export -f one
 export out
 
-{ grep -E "${ONLY:-.}" || true; } | xargs -r --process-slot-var=SLOT -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' _ || echo "some runs failed: see $out/*.log" >&2
+{ grep -E "${ONLY:-.}" || true; } | sed "s/[[:blank:]]*$//" | xargs -r --process-slot-var=SLOT -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' _ || echo "some runs failed: see $out/*.log" >&2
 
 printf '%-28s %5s %10s %8s %10s\n' run seeds mean +- worst
 for name in $(ls "$out"/*/eval.json 2>/dev/null | sed -E 's|.*/([^/]*)-[0-9]+/eval.json|\1|' | sort -u); do
-  cat "$out/$name"-*/eval.json | awk -v name="$name" '
+  cat "$out/$name"-[0-9]*/eval.json | awk -v name="$name" '
     function field(key) { return match($0, "\"" key "\":[0-9.eE+-]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) : "" }
     { x = field("mse"); mse = x != ""; if (!mse) x = 100 * field("top1"); n++; s += x; q += x * x
       if (n == 1 || (mse ? x > worst : x < worst)) worst = x }

@@ -11,7 +11,7 @@ BATCHES=${BATCHES:-${CLIPS:-}}
 [ -n "$BATCHES" ] && extra=(--set "train.batches=$BATCHES")
 
 [ -e data/motion-fine/train-00000.h5 ] ||
-  "$sideways" data synth --out data/motion-fine --videos 4096 --test-videos 800 --frames 16 --shapes 6 --radius 5 --speed 1 --texture 2
+  "$sideways" data synth --out data/motion-fine --videos 4096 --test-videos 800 --frames 16 --shapes 4 --radius 6 --speed 1 --texture 2 --camera 1
 
 rm -rf runs/demo
 rules=(sideways skip-sideways skip-sideways+stash)

@@ -2,7 +2,7 @@
 # What learns, and by which rule (README.md here has the tables). A part by its name, each resumable:
 #
 #   datasets/motion/study.sh defaults   demo.toml with default settings, 8 seeds, and with twice the batches
-#   datasets/motion/study.sh modules    study.toml: textures so fine that frozen lower modules do not do; 6 modules, all rules
+#   datasets/motion/study.sh modules    study.toml: fine textures over a background that moves by itself; 6 modules, all rules
 #   datasets/motion/study.sh depth      the same with 12 and 16 modules on longer clips
 #   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
 #   datasets/motion/study.sh frames     frames.toml: future frames; the copy's MSE is `copy_mse` in runs/study/frames/*/eval.json
@@ -18,7 +18,7 @@ synth() { # FOLDER FRAMES SPEED
     target/release/sideways data synth --out "$1" --videos 4096 --test-videos 800 --frames "$2" --speed "$3" $FINE >&2
 }
 EASY="--shapes 8 --radius 12 --noise 0 --grey"
-FINE="--shapes 6 --radius 5 --texture 2"
+FINE="--shapes 4 --radius 6 --texture 2 --camera 1"
 
 # NAME SEED CONFIG SETS..., for every rule on the same network; FROZEN: the modules that keep their initial weights.
 rules() { # PREFIX CONFIG FROZEN SETS...
@@ -69,7 +69,7 @@ frames)
         stash) sets="train.stash=activations" ;;
         bp) sets="train.rule=bp" ;;
       esac
-      echo "$rule $seed $here/frames.toml $(on data/motion) $sets"
+      echo "$rule $seed $here/frames.toml $(on data/motion)${sets:+ $sets}"
     done
   done
   ;;

@@ -3,8 +3,8 @@
 #
 #   datasets/weizmann/prepare.sh VIDEOS      with VIDEOS/ACTION/PERSON_ACTION.avi
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 videos=$(realpath "${1:?the folder of videos}")
+cd "$(dirname "$0")/../.."
 n=0
 while read -r persons; do
   n=$((n + 1))
