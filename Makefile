@@ -26,7 +26,7 @@ slurm-deps:
 build: deps ## the program, target/release/sideways
 	$(CARGO) build $(PROFILE)
 
-demo: build ## train on a motion dataset under mpirun, with and without skips, and compare
+demo: build ## train on a motion dataset under mpirun, without skips, with them, and with stash, and compare
 	datasets/motion/demo.sh
 
 cluster-demo: build slurm-deps ## the same on a Slurm cluster of five hosts made of this machine (root)
