@@ -70,8 +70,14 @@ lint: deps ## formatting and clippy, without CUDA and with it
 doc: deps ## the library's documentation, target/doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --no-deps
 
+# All programs of tests but the cluster's, which waits most of its minutes for hosts' time-outs, and CUDA's.
+TESTS := $(filter-out cluster cuda,$(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs)))
+
 test: build slurm-deps lint doc ## everything that continuous integration checks
-	$(CARGO) test $(PROFILE) -- --test-threads=2
+	$(CARGO) test $(PROFILE) --no-run
+	$(CARGO) test $(PROFILE) --test cluster & beside=$$!; \
+	$(CARGO) test $(PROFILE) --lib --bins $(TESTS:%=--test %) -- --test-threads=2 && $(CARGO) test $(PROFILE) --doc; others=$$?; \
+	wait $$beside && exit $$others
 	$(MAKE) test-cuda
 
 # CUDA's libraries as an emulator for the CPU; needs a C++ compiler alone.
