@@ -76,7 +76,7 @@ fn plan(world: &World, args: &FidelityArgs) -> Result<()> {
     }
     let weights = checkpoint.map_or("initial weights".into(), |c| format!("weights of {}", c.path().display()));
     outln!(
-        "{weights}; {} batches of {} clips, T = {}; mean and standard deviation of a batch",
+        "{weights}; {} batches of {} clips, T = {}; on the CPU in 32-bit floats; mean and standard deviation of a batch",
         args.batches,
         config.data.batch,
         config.data.frames

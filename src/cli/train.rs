@@ -129,6 +129,14 @@ pub(super) fn notes(setup: &Setup) -> Vec<String> {
             "train.scale_lr: learning rate {scaled} = {lr} x {batch} clips x {replicas} replicas / {meant}"
         ));
     }
+    let (beta, d) = (config.lr_depth(), setup.grid.modules);
+    if beta < 1.0 && d > 1 {
+        notes.push(format!(
+            "train.lr_depth: modules farther from the loss learn at a lower rate, {beta} times for each module between; module 1 \
+             at {:.2e} of module {d}'s (lr_depth = 1: all at the same)",
+            config.lr_factor(1, d) / config.lr_factor(d, d)
+        ));
+    }
     if !config.train.freeze.is_empty() {
         let learned: u64 = (1..=setup.grid.modules).map(|i| setup.frozen.learned(i)).sum();
         let lowest = setup.frozen.lowest();
@@ -164,7 +172,7 @@ fn summarise(setup: &Setup, totals: &Totals) {
     }
     log::info!("{}", limits::describe(setup, totals));
     log::info!(
-        "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, turn, other, validation"
+        "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, wait for a core, other, validation"
     );
     for (w, time) in totals.time.iter().enumerate() {
         let (module, replica) = setup.grid.module_and_replica(w);

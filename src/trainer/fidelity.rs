@@ -3,7 +3,7 @@
 //! Every rule runs through the pipeline's own loop, and so does exact back-propagation; updates are left out. Compared is what
 //! the optimiser would get: the mean gradient of a batch, all parameters of a module together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc;
 
 use serde::Serialize;
@@ -200,5 +200,9 @@ fn compare(rule: Compared, stride: usize, own: &Gradients, exact: &Gradients) ->
         norm_ratio: Spread::of(&ratio),
         relative_error: Spread::of(&error),
     };
+    let of_all: BTreeSet<usize> = own.keys().chain(exact.keys()).map(|&(module, _)| module).collect();
+    for module in of_all.into_iter().filter(|module| !measures.contains_key(module)) {
+        log::warn!("{rule}, stride {stride}: module {module} has no gradient, or no exact one, to compare");
+    }
     Ok(measures.into_iter().map(row).collect())
 }
