@@ -24,7 +24,7 @@ one() {
 export -f one
 export out
 
-{ grep -E "${ONLY:-.}" || true; } | sed "s/[[:blank:]]*$//" | xargs -r --process-slot-var=SLOT -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' _ || echo "some runs failed: see $out/*.log" >&2
+{ grep -E "${ONLY:-.}" || true; } | sed "s/[[:blank:]]*$//" | xargs -r --process-slot-var=SLOT -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' _ && failed=0 || failed=1
 
 printf '%-28s %5s %10s %8s %10s\n' run seeds mean +- worst
 for name in $(ls "$out"/*/eval.json 2>/dev/null | sed -E 's|.*/([^/]*)-[0-9]+/eval.json|\1|' | sort -u); do
@@ -36,3 +36,7 @@ for name in $(ls "$out"/*/eval.json 2>/dev/null | sed -E 's|.*/([^/]*)-[0-9]+/ev
       format = mse ? "%-28s %5d %10.5f %8.5f %10.5f   MSE\n" : "%-28s %5d %10.1f %8.1f %10.1f   %% top-1\n"
       printf format, name, n, s / n, d, worst }'
 done
+if [ "$failed" = 1 ]; then
+  echo "some runs failed, and are not in the table: see $out/*.log" >&2
+  exit 1
+fi

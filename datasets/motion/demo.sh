@@ -33,5 +33,5 @@ for rule in "${rules[@]}"; do
   awk -v rule="$rule" -v top1="$(field top1)" -v loss="$(field loss)" -v clips="$(field clips)" \
     'BEGIN { printf "%-20s %10.1f %% %12.4f %12d\n", rule, 100 * top1, loss, clips }'
 done
-echo 'Chance is 12.5 %. Without skips no module sees motion. Fresh pseudo-gradients teach only what lies next to the loss. With stash each'
-echo 'cotangent meets the activations it belongs to, and all modules learn.'
+echo 'Chance is 12.5 %. Without skips no module sees motion. Fresh pseudo-gradients do not teach the lower modules. With stash each'
+echo 'cotangent meets the activations it belongs to, and they learn.'

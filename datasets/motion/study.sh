@@ -7,7 +7,7 @@
 #   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
 #   datasets/motion/study.sh frames     frames.toml: future frames; the copy's MSE is `copy_mse` in runs/study/frames/*/eval.json
 #
-# SEEDS="1 2 3", JOBS=N at a time, ONLY=PATTERN (datasets/study.sh).
+# FINE="--shapes 6 ..." makes other fine data (in an empty data/motion-fine). SEEDS="1 2 3", JOBS=N at a time, ONLY=PATTERN (datasets/study.sh).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=datasets/motion
@@ -18,7 +18,7 @@ synth() { # FOLDER FRAMES SPEED
     target/release/sideways data synth --out "$1" --videos 4096 --test-videos 800 --frames "$2" --speed "$3" $FINE >&2
 }
 EASY="--shapes 8 --radius 12 --noise 0 --grey"
-FINE="--shapes 4 --radius 6 --texture 2 --camera 1"
+FINE=${FINE:-"--shapes 4 --radius 6 --texture 2 --camera 1"}
 
 # NAME SEED CONFIG SETS..., for every rule on the same network; FROZEN: the modules that keep their initial weights.
 rules() { # PREFIX CONFIG FROZEN SETS...
