@@ -13,9 +13,10 @@ use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
 use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory, sent};
+use crate::setup::grid::Grid;
 use crate::sys::cpus::at_once;
 
-/// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each rank's share.
+/// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each module's share.
 ///
 /// # Errors
 /// Whatever in the configuration cannot work.
@@ -57,11 +58,10 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     }
     let header = "rank\treplica\tmodule\tlayers\tinput\toutput\tparameters\tGFLOP/tick\tmemory\tsent/tick";
     let row = |w: usize| {
-        let (i, r) = grid.module_and_replica(w);
+        let (i, _) = grid.module_and_replica(w);
         let module = &setup.network.modules[i - 1];
         format!(
-            "{}\t{r}\t{i}\t{}-{}\t{:?}\t{:?}\t{}\t{:.3}\t{}\t{}",
-            grid.rank_of(w),
+            "{i}\t{}-{}\t{:?}\t{:?}\t{}\t{:.3}\t{}\t{}",
             module.layers.start,
             module.layers.end - 1,
             module.main,
@@ -73,7 +73,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
             ByteSize(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
         )
     };
-    table(0, header, (0..grid.workers()).map(row));
+    table(0, header, folded(grid, row));
     match config.run.device {
         DeviceChoice::Cuda => outln!(
             "memory: the GPU's, for parameters, gradient, optimizer and a copy of these, activations, messages; without cuDNN's \
@@ -86,6 +86,45 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A row for each module of each replica, `row` but for its first two columns: ranks and replicas. Replicas that follow each other
+/// and differ in nothing else share one.
+fn folded(grid: Grid, row: impl Fn(usize) -> String) -> Vec<String> {
+    let mut rows = Vec::new();
+    // By module, the first replica of the row that is not finished.
+    let mut open: Vec<(usize, String)> = Vec::new();
+    let finish = |i: usize, (first, row): &(usize, String), end: usize| {
+        let mut ranks: Vec<usize> = (*first..end).map(|r| grid.rank_of(grid.worker(i, r))).collect();
+        ranks.dedup();
+        let replicas = if end - first == 1 { first.to_string() } else { format!("{first}-{}", end - 1) };
+        (*first, format!("{}\t{replicas}\t{row}", some(&ranks)))
+    };
+    for r in 0..grid.replicas {
+        for i in 1..=grid.modules {
+            let row = row(grid.worker(i, r));
+            match open.get_mut(i - 1) {
+                None => open.push((r, row)),
+                Some(other) if other.1 == row => {}
+                Some(other) => {
+                    rows.push(finish(i, other, r));
+                    *other = (r, row);
+                }
+            }
+        }
+    }
+    rows.extend(open.iter().enumerate().map(|(n, last)| finish(n + 1, last, grid.replicas)));
+    // Replica by replica, and within one as its modules are.
+    rows.sort_by_key(|(first, _)| *first);
+    rows.into_iter().map(|(_, row)| row).collect()
+}
+
+/// `0`, `0, 6`, or `0, 16 … 4080`.
+fn some(ranks: &[usize]) -> String {
+    match ranks {
+        [first, second, _, .., last] => format!("{first}, {second} … {last}"),
+        few => few.iter().map(usize::to_string).collect::<Vec<_>>().join(", "),
+    }
 }
 
 /// Bytes of worker `w`'s memory, where it computes.

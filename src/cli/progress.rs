@@ -1,5 +1,6 @@
 //! Progress of a run: a bar on a terminal, plain lines in the log.
 
+use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,39 @@ pub struct Progress {
     first: Option<u64>,
     last_line: Instant,
     lines: Score,
-    speed: f64,
+    speed: Speed,
+}
+
+/// Frames per second over the last seconds of training: reports of several batches may come at once, and show nothing of it.
+#[derive(Default)]
+struct Speed {
+    /// Frames and seconds of training so far, from time to time, the newest behind.
+    marks: VecDeque<(u64, f64)>,
+    frames: u64,
+    seconds: f64,
+}
+
+impl Speed {
+    /// The seconds that it is over, if there were so many.
+    const OVER: f64 = 10.0;
+    /// The seconds from a mark to the next.
+    const APART: f64 = 0.5;
+
+    /// So many more frames, in so many seconds.
+    fn add(&mut self, frames: u64, seconds: f64) {
+        if self.marks.back().is_none_or(|(_, at)| self.seconds - at >= Self::APART) {
+            self.marks.push_back((self.frames, self.seconds));
+        }
+        (self.frames, self.seconds) = (self.frames + frames, self.seconds + seconds);
+        while self.marks.get(1).is_some_and(|(_, at)| self.seconds - at >= Self::OVER) {
+            self.marks.pop_front();
+        }
+    }
+
+    fn per_second(&self) -> f64 {
+        let (frames, seconds) = self.marks.front().copied().unwrap_or_default();
+        (self.frames - frames) as f64 / (self.seconds - seconds).max(1e-9)
+    }
 }
 
 impl Progress {
@@ -38,17 +71,13 @@ impl Progress {
         });
         logging::around(bar.clone());
         let (since, lines) = (Score::default(), Score::default());
-        Progress { bar, recognition, since, begun: now, first: None, last_line: now, lines, speed: 0.0 }
+        Progress { bar, recognition, since, begun: now, first: None, last_line: now, lines, speed: Speed::default() }
     }
 
     /// One more batch is done.
     pub fn show(&mut self, summary: &BatchSummary) {
         let first = *self.first.get_or_insert(summary.batches - 1);
-        self.speed = if self.speed == 0.0 {
-            summary.frames_per_second
-        } else {
-            0.95 * self.speed + 0.05 * summary.frames_per_second
-        };
+        self.speed.add(summary.frames, summary.seconds);
         self.since.add(&summary.score);
         self.lines.add(&summary.score);
         let finished = summary.batches == summary.total;
@@ -84,7 +113,7 @@ impl Progress {
         } else {
             String::new()
         };
-        format!("loss {:.4}{accuracy}  {:.0} frames/s", score.loss(), self.speed)
+        format!("loss {:.4}{accuracy}  {:.0} frames/s", score.loss(), self.speed.per_second())
     }
 
     /// Takes the bar away.
@@ -93,5 +122,29 @@ impl Progress {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Batches of 100 frames a second whose reports come four at once; a slow start is forgotten.
+    #[test]
+    fn speed_is_over_seconds_whatever_comes_at_once() {
+        let mut speed = Speed::default();
+        speed.add(100, 7.0);
+        assert!((speed.per_second() - 100.0 / 7.0).abs() < 1e-9);
+        for _ in 0..20 {
+            speed.add(100, 4.0);
+            for _ in 0..3 {
+                speed.add(100, 1e-9);
+            }
+        }
+        assert!((speed.per_second() - 100.0).abs() < 1.0, "{}", speed.per_second());
+        assert!(speed.marks.len() < 30);
+        // A batch that takes longer than what the speed is over.
+        speed.add(100, 50.0);
+        assert!((speed.per_second() - 2.0).abs() < 0.1, "{}", speed.per_second());
     }
 }

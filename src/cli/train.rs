@@ -9,6 +9,7 @@ use crate::Result;
 use crate::backend::cpu;
 use crate::comm::World;
 use crate::config::{Config, Task};
+use crate::metrics::TimeAccount;
 use crate::setup::Setup;
 use crate::trainer::{Totals, Trainer, limits};
 
@@ -145,6 +146,9 @@ pub(super) fn notes(setup: &Setup) -> Vec<String> {
     notes
 }
 
+/// With more workers than this, the end of a run tells of modules, not of each replica's.
+const LINES: usize = 64;
+
 /// The last module's figures and where every worker's time went.
 fn summarise(setup: &Setup, totals: &Totals) {
     let recent = &totals.recent;
@@ -174,10 +178,21 @@ fn summarise(setup: &Setup, totals: &Totals) {
     log::info!(
         "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, wait for a core, other, validation"
     );
-    for (w, time) in totals.time.iter().enumerate() {
-        let (module, replica) = setup.grid.module_and_replica(w);
+    let share = |time: &TimeAccount| -> String {
         let all = time.total().max(1e-9);
-        let share: Vec<String> = time.to_array().iter().map(|t| format!("{:5.1}", 100.0 * t / all)).collect();
-        log::info!("  module {module} replica {replica} rank {}: {}", setup.grid.rank_of(w), share.join(" "));
+        time.to_array().map(|t| format!("{:5.1}", 100.0 * t / all)).join(" ")
+    };
+    let grid = setup.grid;
+    if grid.workers() > LINES {
+        for i in 1..=grid.modules {
+            let mut time = TimeAccount::default();
+            (0..grid.replicas).for_each(|r| time.add(&totals.time[grid.worker(i, r)]));
+            log::info!("  module {i}, all {} replicas: {}", grid.replicas, share(&time));
+        }
+        return;
+    }
+    for (w, time) in totals.time.iter().enumerate() {
+        let (module, replica) = grid.module_and_replica(w);
+        log::info!("  module {module} replica {replica} rank {}: {}", grid.rank_of(w), share(time));
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A *worker* is one module of one replica; it runs on its own thread. A *rank* is a process with one or more
 //! workers. A *link* carries messages of one kind from one worker to another, in order, through a ring of
-//! `depth` buffers made once. All links are listed before training starts, the same list on every rank, and
-//! [`connect`] makes the ends that belong to this rank. From then on nothing is allocated and there is no
+//! `depth` buffers made once. A rank lists the links that begin or end there before training starts, and
+//! [`connect`] makes their ends. From then on nothing is allocated and there is no
 //! collective operation: a tick is slots filled, messages started, messages waited for.
 //!
 //! ```text
@@ -18,7 +18,7 @@
 //! (threads of one process), [`world`] (which ranks there are), `mpi` (between processes), [`exchange`] (from GPU to GPU), [`all_reduce`]
 //! (replicas' gradients), [`task_pool`] (tasks for whoever is free). Only the files of `mpi/` name the MPI library.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -95,9 +95,9 @@ pub struct Outside {
 
 /// The ends of links that belong to this rank's workers, to be handed out to them.
 pub struct Endpoints {
-    values: Vec<(u32, Values)>,
-    senders: Vec<(u32, Sender)>,
-    receivers: Vec<(u32, Receiver)>,
+    values: HashMap<u32, Values>,
+    senders: HashMap<u32, Sender>,
+    receivers: HashMap<u32, Receiver>,
     breaker: Breaker,
 }
 
@@ -129,13 +129,12 @@ impl Endpoints {
     }
 }
 
-fn take<T>(ends: &mut Vec<(u32, T)>, id: u32) -> Result<T> {
-    let place = ends.iter().position(|(other, _)| *other == id);
-    let place = place.ok_or_else(|| Error::Transport(format!("link {id} does not end here")))?;
-    Ok(ends.swap_remove(place).1)
+fn take<T>(ends: &mut HashMap<u32, T>, id: u32) -> Result<T> {
+    ends.remove(&id).ok_or_else(|| Error::Transport(format!("link {id} does not end here")))
 }
 
-/// Makes the ends of all links that touch this rank; every rank calls it once, with the same list.
+/// Makes the ends of all links that touch this rank; every rank calls it once, with a list in which these are. Others may be
+/// in it too, and are not looked at.
 ///
 /// `rank_of_worker[w]` is the rank that runs worker w. Links between workers of one rank stay inside the
 /// process, the others go through MPI, with their receives posted when this returns. `timeout` bounds every
@@ -143,7 +142,7 @@ fn take<T>(ends: &mut Vec<(u32, T)>, id: u32) -> Result<T> {
 /// and first reads of a file system included.
 ///
 /// # Errors
-/// [`Error::Input`] for a list that cannot work, or that is not the same on all ranks; [`Error::Transport`]
+/// [`Error::Input`] for a list that cannot work, or a link that is not the same in the lists of its two ends; [`Error::Transport`]
 /// when MPI refuses.
 pub fn connect(world: &World, rank_of_worker: &[usize], links: &[LinkSpec], timeout: Duration) -> Result<Endpoints> {
     connect_outside(world, rank_of_worker, links, timeout, &HashMap::new())
@@ -162,8 +161,16 @@ pub(crate) fn connect_outside(
     outside: &HashMap<u32, Vec<Outside>>,
 ) -> Result<Endpoints> {
     world.first_error(check(world, rank_of_worker, links, timeout))?;
-    let list = format!("{links:?} {rank_of_worker:?} {timeout:?}");
-    world.agree(xxhash_rust::xxh3::xxh3_64(list.as_bytes()), "the list of links between modules")?;
+    // Each link counts at its beginning, and the other way at its end: all ranks' sums are 0 together if both know the same.
+    let mut sum = 0u64;
+    for link in links {
+        let (from, to, here) = (rank_of_worker[link.from], rank_of_worker[link.to], world.rank());
+        if (from == here) != (to == here) {
+            let hash = xxhash_rust::xxh3::xxh3_64(format!("{link:?} {from} {to} {timeout:?}").as_bytes());
+            sum = if from == here { sum.wrapping_add(hash) } else { sum.wrapping_sub(hash) };
+        }
+    }
+    world.balance(sum, "the list of links between modules")?;
     // Doubles as a barrier: when it returns, every rank's receives are posted.
     world.first_error(open(world, rank_of_worker, links, timeout, outside))
 }
@@ -178,14 +185,14 @@ fn open(
 ) -> Result<Endpoints> {
     let opening = match world {
         World::Mpi(ranks) if ranks.session.size > 1 => {
-            let computes = |w: &usize| links.iter().any(|l| l.kind != Kind::Report && (l.from == *w || l.to == *w));
-            let here = (0..rank_of_worker.len()).filter(|&w| rank_of_worker[w] == world.rank()).filter(computes);
-            Some(ranks.session.open(here.count())?)
+            let at_work = links.iter().filter(|l| l.kind != Kind::Report).flat_map(|l| [l.from, l.to]);
+            let here: HashSet<usize> = at_work.filter(|&w| rank_of_worker[w] == world.rank()).collect();
+            Some(ranks.session.open(here.len())?)
         }
         _ => None,
     };
     let breaker = Breaker::default();
-    let (senders, receivers, values) = (Vec::new(), Vec::new(), Vec::new());
+    let (senders, receivers, values) = (HashMap::new(), HashMap::new(), HashMap::new());
     let mut endpoints = Endpoints { values, senders, receivers, breaker: breaker.clone() };
     let here = world.rank();
     for spec in links {
@@ -194,17 +201,17 @@ fn open(
         match &opening {
             _ if from_rank == to_rank && from_rank == here => {
                 let (sender, receiver) = local::pair(&link);
-                endpoints.senders.push((spec.id, Sender::new(SenderEnd::Local(sender))));
-                endpoints.receivers.push((spec.id, Receiver::new(ReceiverEnd::Local(receiver))));
+                endpoints.senders.insert(spec.id, Sender::new(SenderEnd::Local(sender)));
+                endpoints.receivers.insert(spec.id, Receiver::new(ReceiverEnd::Local(receiver)));
             }
             Some(opening) if outside.contains_key(&spec.id) => {
-                endpoints.values.push((spec.id, opening.values(&link, from_rank == here, &outside[&spec.id])?));
+                endpoints.values.insert(spec.id, opening.values(&link, from_rank == here, &outside[&spec.id])?);
             }
             Some(opening) if from_rank == here => {
-                endpoints.senders.push((spec.id, Sender::new(SenderEnd::Mpi(opening.sender(&link)?))));
+                endpoints.senders.insert(spec.id, Sender::new(SenderEnd::Mpi(opening.sender(&link)?)));
             }
             Some(opening) if to_rank == here => {
-                endpoints.receivers.push((spec.id, Receiver::new(ReceiverEnd::Mpi(opening.receiver(&link)?))));
+                endpoints.receivers.insert(spec.id, Receiver::new(ReceiverEnd::Mpi(opening.receiver(&link)?)));
             }
             _ => {}
         }

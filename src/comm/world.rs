@@ -144,6 +144,23 @@ impl World {
         )))
     }
 
+    /// Checks that the ranks' numbers add up to 0 (modulo 2⁶⁴), as where each thing that two ranks share counts with one sign on
+    /// one of them and with the other on the other; `what` they are of is for the error. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Input`], on every rank.
+    pub fn balance(&self, number: u64, what: &str) -> Result<()> {
+        let all = self.gather(&number.to_le_bytes())?;
+        let numbers = all.iter().filter_map(|bytes| bytes.as_slice().try_into().ok()).map(u64::from_le_bytes);
+        if numbers.fold(0, u64::wrapping_add) == 0 {
+            return Ok(());
+        }
+        self.mark_shared();
+        Err(Error::input(format!(
+            "{what} is not the same on all ranks: start every rank with the same program, files and options"
+        )))
+    }
+
     /// Makes one rank's error every rank's error, so that all stop together and one of them prints it. Collective.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 
 use super::cores::CoreUser;
 use super::links::WorkerLinks;
-use super::orders::{Decider, Files, Requests};
+use super::orders::{By, Decider, Files, Requests};
 use super::pixels::PixelError;
 use super::role::{Role, Source, Truth};
 use super::run::RunRange;
@@ -96,9 +96,9 @@ pub(super) fn build(
     let (config, network, d) = (&setup.config, &setup.network, setup.grid.modules);
     let stage = (parts.stage)(setup.stage_spec(i), w, site)?;
     let training = setup.purpose == Purpose::Train;
-    let decider = (training && i == 1 && range.record).then(|| match links.decisions_in.take() {
-        Some(link) => Decider::Told(link),
-        None => Decider::Chief { files: Files::new(&config.run.dir), others: std::mem::take(&mut links.decisions_out) },
+    let decider = (training && i == 1 && range.record).then(|| {
+        let from = links.decisions_in.take().map_or_else(|| By::Files(Files::new(&config.run.dir)), By::Link);
+        Decider::new(from, std::mem::take(&mut links.decisions_out))
     });
     let all_reduce = links.all_reduce.take();
     let training = match training {

@@ -19,16 +19,17 @@ pub(super) struct WorkerLinks {
     pub truth_out: Option<(u32, Sender)>,
     pub console: (u32, Sender),
     pub all_reduce: Option<AllReduce>,
-    /// Other replicas' first module: decisions come here; replica 0's: they go there.
+    /// First modules: decisions come here, but to replica 0's, and are passed on there.
     pub decisions_in: Option<(u32, Receiver)>,
     pub decisions_out: Vec<(u32, Sender)>,
 }
 
-/// The two links of every edge of the network, for all replicas.
-pub(super) fn edges(setup: &Setup) -> Vec<Edge> {
-    let wiring = &setup.wiring;
-    let pairs = wiring.activations.iter().flatten().zip(wiring.cotangents.iter().flatten());
-    pairs.map(|(&there, &back)| Edge { there, back }).collect()
+/// The two links of every edge of the network, for all replicas: for GPUs, which settle together how messages travel.
+pub(super) fn edges(setup: &Setup) -> (Vec<Edge>, Vec<LinkSpec>) {
+    let (wiring, edges) = (&setup.wiring, setup.network.edges.len());
+    let all = || (0..setup.grid.replicas).flat_map(|r| (0..edges).map(move |k| (r, k)));
+    let edge = |(r, k)| Edge { there: wiring.activations(r, k), back: wiring.cotangents(r, k) };
+    (all().map(edge).collect(), all().flat_map(|(r, k)| wiring.of_edge(r, k)).collect())
 }
 
 impl WorkerLinks {
@@ -38,7 +39,7 @@ impl WorkerLinks {
         let wiring = &setup.wiring;
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
         for (k, spec) in setup.network.edges.iter().enumerate() {
-            let (forward, back) = (wiring.activations[r][k], wiring.cotangents[r][k]);
+            let (forward, back) = (wiring.activations(r, k), wiring.cotangents(r, k));
             if spec.edge.to == i {
                 let back = back.map(|id| Ok::<_, Error>((id, ends.sender(id)?))).transpose()?;
                 inputs.push((forward, ends.receiver(forward)?, back));
@@ -50,30 +51,23 @@ impl WorkerLinks {
         }
         outputs.sort_by_key(|(span, _)| *span);
         let (first, last) = (i == 1, i == setup.grid.modules);
-        let truth = wiring.truth[r];
-        let decisions = || wiring.decisions.iter().flatten().filter(|_| first && r == 0);
+        let truth = wiring.truth(r);
+        let told = wiring.told_by(r).filter(|_| first).filter_map(|r| wiring.decisions(r));
         Ok(WorkerLinks {
             inputs,
             outputs: outputs.into_iter().map(|(_, ends)| ends).collect(),
             truth_out: truth.filter(|_| first).map(|id| Ok::<_, Error>((id, ends.sender(id)?))).transpose()?,
             truth_in: truth.filter(|_| last).map(|id| Ok::<_, Error>((id, ends.receiver(id)?))).transpose()?,
-            console: (wiring.reports[w], ends.sender(wiring.reports[w])?),
-            all_reduce: wiring.all_reduce[i - 1]
-                .map(|id| AllReduce::new(ends, &all_reduce_links(setup, i, id), r))
-                .transpose()?,
-            decisions_in: wiring.decisions[r]
+            console: (wiring.reports(w), ends.sender(wiring.reports(w))?),
+            all_reduce: wiring.averaging(i, |group| AllReduce::new(ends, group, r)).transpose()?,
+            decisions_in: wiring
+                .decisions(r)
                 .filter(|_| first)
                 .map(|id| Ok::<_, Error>((id, ends.receiver(id)?)))
                 .transpose()?,
-            decisions_out: decisions().map(|&id| Ok((id, ends.sender(id)?))).collect::<Result<_>>()?,
+            decisions_out: told.map(|id| Ok((id, ends.sender(id)?))).collect::<Result<_>>()?,
         })
     }
-}
-
-fn all_reduce_links(setup: &Setup, i: usize, first: u32) -> Vec<LinkSpec> {
-    let workers: Vec<usize> = (0..setup.grid.replicas).map(|r| setup.grid.worker(i, r)).collect();
-    let words = setup.frozen.learned(i) as usize;
-    AllReduce::links(first, &format!("module {i}"), &workers, words)
 }
 
 /// Rank 0's ends of all workers' reports.
@@ -82,7 +76,7 @@ pub struct Reports(Vec<Receiver>);
 impl Reports {
     /// Takes them.
     pub(super) fn take(setup: &Setup, ends: &mut Endpoints) -> Result<Self> {
-        setup.wiring.reports.iter().map(|&id| ends.receiver(id)).collect::<Result<_>>().map(Reports)
+        (0..setup.grid.workers()).map(|w| ends.receiver(setup.wiring.reports(w))).collect::<Result<_>>().map(Reports)
     }
 
     /// One report of every worker, in their order, of `batch`.

@@ -3,7 +3,7 @@
 //! A request may reach any rank. It travels in the headers of messages that are sent anyway: down with cotangents, and with
 //! reports to rank 0, where module 1 of replica 0 works. That one decides, once a batch, at the last step that every module
 //! has. Its decision travels up in the headers of that step's activations (to the other replicas' first modules on links of
-//! their own), so every worker knows before its batch ends what to do then. No collective, no extra message in a tick.
+//! their own, from one to the next four), so every worker knows before its batch ends what to do then. No collective, no extra message in a tick.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -89,32 +89,39 @@ pub fn describe(decision: Orders) -> &'static str {
 }
 
 /// A first module's part in deciding.
-pub enum Decider {
-    /// Module 1 of replica 0, with a link to every other replica's.
-    Chief {
-        /// Files that people ask with.
-        files: Files,
-        /// To the others.
-        others: Vec<(u32, Sender)>,
-    },
-    /// Module 1 of another replica: it is told.
-    Told((u32, Receiver)),
+pub struct Decider {
+    by: By,
+    /// To other replicas' first modules, which hear it from this one.
+    others: Vec<(u32, Sender)>,
+}
+
+/// How a first module knows what was decided.
+pub enum By {
+    /// It decides: replica 0's. People ask with these files.
+    Files(Files),
+    /// It is told.
+    Link((u32, Receiver)),
 }
 
 impl Decider {
-    /// Whether this one decides.
-    pub fn is_chief(&self) -> bool {
-        matches!(self, Decider::Chief { .. })
+    /// One that knows `by`, and passes on to `others`.
+    pub fn new(by: By, others: Vec<(u32, Sender)>) -> Self {
+        Decider { by, others }
     }
 
-    /// What to do after `batch`, decided or heard of; `own` is what the chief adds to what was asked for.
+    /// Whether this one decides.
+    pub fn is_chief(&self) -> bool {
+        matches!(self.by, By::Files(_))
+    }
+
+    /// What to do after `batch`, decided or heard of, and passed on; `own` is what the chief adds to what was asked for.
     ///
     /// # Errors
     /// [`Error::Transport`] if another replica is gone.
     pub fn decide(&mut self, requests: &Requests, own: Orders, batch: BatchId, step: usize) -> Result<Orders> {
         let due = |id: u32| Header::new(Kind::Control, id, batch, step as u32, [1; 4]);
-        match self {
-            Decider::Chief { files, others } => {
+        let decision = match &mut self.by {
+            By::Files(files) => {
                 requests.raise(files.look());
                 // A validation changes no parameters: a checkpoint alone can wait for its end.
                 let which = if batch.is_training() { Orders::all() } else { Orders::ENDS };
@@ -122,17 +129,18 @@ impl Decider {
                 if !decision.is_empty() {
                     log::info!("{batch}: {}", describe(decision));
                 }
-                for (id, sender) in others {
-                    sender.send(&due(*id).stamped(0, decision), &[0.0])?;
-                }
-                Ok(decision)
+                decision
             }
-            Decider::Told((id, receiver)) => {
+            By::Link((id, receiver)) => {
                 let (decision, _) = receiver.wait_with_orders(&due(*id))?;
                 receiver.release()?;
-                Ok(decision)
+                decision
             }
+        };
+        for (id, sender) in &mut self.others {
+            sender.send(&due(*id).stamped(0, decision), &[0.0])?;
         }
+        Ok(decision)
     }
 
     /// Waits until everything sent has left.
@@ -140,10 +148,7 @@ impl Decider {
     /// # Errors
     /// As [`Decider::decide`].
     pub fn flush(&mut self) -> Result<()> {
-        match self {
-            Decider::Chief { others, .. } => others.iter_mut().try_for_each(|(_, sender)| sender.flush()),
-            Decider::Told(_) => Ok(()),
-        }
+        self.others.iter_mut().try_for_each(|(_, sender)| sender.flush())
     }
 }
 

@@ -66,16 +66,19 @@ pub fn run(
     let (grid, config) = (setup.grid, &setup.config.run);
     let device = if setup.purpose == Purpose::Train { setup.config.training_device() } else { config.device };
     let site = site::choose(world, device)?;
-    let edges = edges(setup);
+    let (edges, links) = if site == Site::Cpu { Default::default() } else { edges(setup) };
     let gpus = match site {
         Site::Cpu => None,
-        Site::Gpu { ordinal, .. } => Some(Gpus { ordinal, exchange: config.exchange, edges: &edges }),
+        Site::Gpu { ordinal, .. } => {
+            let (exchange, numbers) = (config.exchange, setup.wiring.numbers());
+            Some(Gpus { ordinal, exchange, edges: &edges, links: &links, numbers })
+        }
     };
-    let timeout = Duration::from_secs(config.timeout);
-    let (mut ends, shared) = connect_gpus(world, &grid.placement(), &setup.wiring.links, timeout, gpus)?;
+    let (timeout, links) = (Duration::from_secs(config.timeout), setup.wiring.of_rank(world.rank()));
+    let (mut ends, shared) = connect_gpus(world, &grid.placement(), &links, timeout, gpus)?;
     let breaker = ends.breaker();
     let mut reports = if world.rank() == 0 { Some(Reports::take(setup, &mut ends)?) } else { None };
-    let own: Vec<usize> = (0..grid.workers()).filter(|&w| grid.rank_of(w) == world.rank()).collect();
+    let own: Vec<usize> = grid.workers_of(world.rank()).collect();
     let users = cores::share(own.len(), at_once(config.threads), &processors_of_own(world, setup, site)?);
     let (done, finished) = mpsc::channel();
     let links = own.iter().map(|&w| WorkerLinks::take(setup, w, &mut ends)).collect::<Result<Vec<_>>>()?;

@@ -13,8 +13,8 @@ pub fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
     let parameters = module.params + beside(setup, i);
-    let links = setup.wiring.links.iter().filter(|l| l.from == w || l.to == w);
-    let buffers: usize = links.map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
+    let links = setup.wiring.of_worker(w);
+    let buffers: usize = links.iter().map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
     4 * (parameters
         + activations(setup, i, setup.schedule.kept_at_once(i).max(1), host_tape(setup, i))
         + buffers as u64)
@@ -57,8 +57,9 @@ fn beside(setup: &Setup, i: usize) -> u64 {
 
 /// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.
 pub fn sent(setup: &Setup, w: usize, kinds: &[Kind]) -> u64 {
-    let links = setup.wiring.links.iter().filter(|l| l.from == w && kinds.contains(&l.kind));
-    links.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
+    let links = setup.wiring.of_worker(w);
+    let sent = links.iter().filter(|l| l.from == w && kinds.contains(&l.kind));
+    sent.map(|l| 4 * (l.words + HEADER_WORDS) as u64).sum()
 }
 
 /// Bytes of GPU memory that worker `w` takes with activations of `element` bytes each, but for cuDNN's workspace and the
@@ -91,7 +92,7 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
         kept + kept_steps * (elements(fused_shape(module.main, &skips, setup.network.fuse)) + elements(module.output));
     let skips = batch * skip_elements(setup, i, training);
     let activations = elements(module.main) + kept + skips + if training { 4 * largest } else { largest };
-    let messages: u64 = setup.wiring.links.iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
+    let messages: u64 = setup.wiring.of_worker(w).iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
     4 * parameters + rounded * module.params + element * activations + 4 * messages
 }
 
@@ -118,7 +119,6 @@ fn places(setup: &Setup, link: &LinkSpec, w: usize) -> u64 {
     let neighbours = matches!(link.kind, Kind::Activation | Kind::Cotangent);
     match (link.from == w, link.to == w) {
         (_, true) if neighbours && setup.config.run.exchange != Exchange::Staged => 2 * link.depth as u64,
-        (false, false) => 0,
         _ => 1,
     }
 }

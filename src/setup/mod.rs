@@ -5,6 +5,7 @@ pub mod grid;
 pub mod neighbours;
 pub mod site;
 pub mod validation;
+pub mod wiring;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,8 +18,9 @@ use crate::metrics::Report;
 use crate::network::Network;
 use crate::network::freeze::Frozen;
 use crate::nn::head::HeadSpec;
-use crate::setup::grid::{Grid, Truth, Wiring};
+use crate::setup::grid::Grid;
 use crate::setup::validation::Validation;
+use crate::setup::wiring::{Truth, Wiring};
 use crate::{Error, Result};
 
 /// What a run is for.
@@ -149,15 +151,10 @@ impl Setup {
                 batch * network.modules[last - 1].output.iter().product::<usize>() * schedule.steps(last)
             }
         };
-        let report_words = |w: usize| match grid.module_and_replica(w).0 == last && !training {
-            true => Report::words(outputs, batch),
-            false => Report::words(0, 0),
-        };
-        let learned = training.then_some(&frozen);
-        let mut wiring = Wiring::new(&network, &schedule, grid, batch, truth, report_words, learned);
-        if config.run.halves_messages() {
-            wiring.halve_messages();
-        }
+        let plain = Report::words(0, 0);
+        let reports = (if training { plain } else { Report::words(outputs, batch) }, plain);
+        let (learned, halved) = (training.then_some(&frozen), config.run.halves_messages());
+        let wiring = Wiring::new(&network, &schedule, grid, (batch, truth), reports, learned, halved);
         let evaluation = || Schedule::evaluation(graph, frames, boundary, loss);
         let validation = match validated {
             Some(dataset) => Some(Arc::new(Validation {
@@ -358,7 +355,7 @@ impl Setup {
             self.class_names,
             self.views,
             self.config.to_toml()?,
-            self.wiring.links.len()
+            self.wiring.numbers()
         );
         Ok(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
     }

@@ -25,7 +25,11 @@ pub struct BatchSummary {
     pub total: u64,
     /// The last module's counts.
     pub score: Score,
-    /// Frames per second of this process group since the last batch: R·B·T over the time between.
+    /// Its frames: R·B·T.
+    pub frames: u64,
+    /// Seconds since the batch before it was done, validations aside.
+    pub seconds: f64,
+    /// Frames per second, from these two.
     pub frames_per_second: f64,
     /// Every worker's report, by worker number.
     pub reports: Vec<Report>,
@@ -209,6 +213,8 @@ impl<'a> Console<'a> {
             batches: batch + 1,
             total: self.total,
             score,
+            frames: self.frames_a_batch,
+            seconds,
             frames_per_second: self.frames_a_batch as f64 / seconds,
             reports,
         };

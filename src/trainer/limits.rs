@@ -74,7 +74,7 @@ pub fn describe(setup: &Setup, totals: &Totals) -> String {
             )
         }
         Limit::Link { link, waited, busiest } => {
-            let name = setup.wiring.links.get(link as usize).map_or("?", |spec| spec.name.as_str());
+            let name = setup.wiring.name_of_edge(link).unwrap_or_else(|| "?".into());
             format!(
                 "limited by links: the busiest module works {:.0} % of the time; the longest waits are on \"{name}\", {:.1} ms a tick",
                 100.0 * busiest,

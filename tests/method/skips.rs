@@ -275,8 +275,7 @@ fn edges_links_and_costs_are_of_the_smaller_size() {
         let found = &setup.network.edges[k];
         assert_eq!((found.shape, found.pooled), (shape, pooled), "{edge:?}");
         let words = 2 * shape.iter().product::<usize>();
-        let links = [Some(setup.wiring.activations[0][k]), setup.wiring.cotangents[0][k]];
-        assert!(links.into_iter().flatten().all(|id| setup.wiring.links[id as usize].words == words), "{edge:?}");
+        assert!(setup.wiring.of_edge(0, k).all(|link| link.words == words), "{edge:?}");
     }
     // Module 4: a convolution on 8x8, and the adapter of module 1's 7x7 pixels from 4 to 6 channels.
     let module = &setup.network.modules[3];

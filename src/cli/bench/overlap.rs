@@ -53,7 +53,7 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     let alone = Mutex::new(Vec::new());
     let pass = Duration::try_from_secs_f64(args.compute_ms / 1e3)
         .map_err(|e| Error::input(format!("--compute-ms {}: {e}", args.compute_ms)))?;
-    let own = (0..workers).filter(|&w| setup.grid.rank_of(w) == world.rank()).count();
+    let own = setup.grid.workers_of(world.rank()).len();
     let stage = |spec: StageSpec, w: usize, site: Site| {
         let mut stage = match site {
             Site::Cpu => Box::new(TimedStage::new(spec, pass, args.busy)),

@@ -62,8 +62,12 @@ pub struct Gpus<'a> {
     pub ordinal: usize,
     /// How messages between GPUs are to travel.
     pub exchange: Exchange,
-    /// Which links join modules on GPUs.
+    /// Which links join modules on GPUs: all ranks' edges.
     pub edges: &'a [Edge],
+    /// Those links, all ranks'.
+    pub links: &'a [LinkSpec],
+    /// All links' numbers are below.
+    pub numbers: u32,
 }
 
 /// GPU memory behind a run's links.
@@ -86,7 +90,7 @@ impl Shared {
     }
 }
 
-/// As [`connect`], between modules on GPUs where `gpus` says so. Collective: lists are the same on all ranks.
+/// As [`connect`], between modules on GPUs where `gpus` says so. Collective: what `gpus` says is the same on all ranks.
 ///
 /// # Errors
 /// As [`connect`]; [`crate::Error::Input`], on all ranks, where the exchange that is asked for does not work.
@@ -101,17 +105,17 @@ pub fn connect_gpus(
     let Some(gpus) = gpus else {
         return Ok((connect(world, placement, links, timeout)?, Shared { settled: Settled::default() }));
     };
-    let settled = settle(world, placement, links, gpus.edges, gpus.exchange, gpus.ordinal, timeout)?;
+    let settled = settle(world, placement, &gpus, timeout)?;
     let connected = settled.links(links, placement);
     let mut ends = super::connect_outside(world, placement, &connected, timeout, &settled.outside())?;
     for link in links {
         let Some(ring) = settled.ring(link.id) else { continue };
         // Where MPI moves the values, between ranks, one of the two ends is here.
         let mut values = settled.values(link.id).and_then(|id| ends.values(id));
-        if let Some((_, sender)) = ends.senders.iter_mut().find(|(id, _)| *id == link.id) {
+        if let Some(sender) = ends.senders.get_mut(&link.id) {
             sender.places = Some(Places::new(ring, values.take()));
         }
-        if let Some((_, receiver)) = ends.receivers.iter_mut().find(|(id, _)| *id == link.id) {
+        if let Some(receiver) = ends.receivers.get_mut(&link.id) {
             receiver.places = Some(Places::new(ring, values.take()));
         }
     }

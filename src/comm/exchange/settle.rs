@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::arena::Arena;
 use super::carried::Carried;
-use super::{Edge, Exchange, trial};
+use super::{Edge, Exchange, Gpus, trial};
 use crate::backend::cuda::shared::{Port, Ring};
 use crate::comm::{LinkSpec, Outside, World};
 use crate::sys::host::hostname;
@@ -60,8 +60,8 @@ pub fn announcing(link: &LinkSpec, same_rank: bool) -> LinkSpec {
     LinkSpec { words: 0, depth: link.depth + usize::from(same_rank), ..link.clone() }
 }
 
-/// Settles how messages of `edges`, some of `links`, travel between workers placed as `placement` says, this rank's on
-/// GPU number `ordinal`. Collective: `choice` and lists are the same on all ranks.
+/// Settles how messages of the edges of `gpus` travel between workers placed as `placement` says. Collective: but for the
+/// GPU's number, `gpus` is the same on all ranks.
 ///
 /// # Errors
 /// [`Error::Input`], on all ranks, where what `choice` names does not work; [`Error::Run`] if CUDA fails otherwise;
@@ -69,10 +69,7 @@ pub fn announcing(link: &LinkSpec, same_rank: bool) -> LinkSpec {
 pub fn settle(
     world: &World,
     placement: &[usize],
-    links: &[LinkSpec],
-    edges: &[Edge],
-    choice: Exchange,
-    ordinal: usize,
+    &Gpus { ordinal, exchange: choice, edges, links, numbers }: &Gpus,
     timeout: Duration,
 ) -> Result<Settled> {
     if choice == Exchange::Staged || edges.is_empty() {
@@ -80,7 +77,8 @@ pub fn settle(
     }
     let port = world.first_error(Port::open(ordinal))?;
     let hosts = world.gather(hostname().as_bytes())?;
-    let link = |id: u32| links.iter().find(|link| link.id == id);
+    let by_number: HashMap<u32, &LinkSpec> = links.iter().map(|link| (link.id, link)).collect();
+    let link = |id: u32| by_number.get(&id).copied();
     let ranks = |edge: &Edge| link(edge.there).map_or((0, 0), |l| (placement[l.from], placement[l.to]));
     let name = |edge: &Edge| link(edge.there).map_or("", |l| l.name.as_str());
     let of = |edges: &[Edge]| -> Vec<LinkSpec> {
@@ -102,8 +100,7 @@ pub fn settle(
             false => others.push((*edge, format!("ranks {a} and {b} are on different nodes"))),
         }
     }
-    let first = links.iter().map(|link| link.id + 1).max().unwrap_or(0);
-    let carry = |edges: &[Edge]| world.first_error(Carried::open(&port, placement, world.rank(), &of(edges), first));
+    let carry = |edges: &[Edge]| world.first_error(Carried::open(&port, placement, world.rank(), &of(edges), numbers));
     if !between.is_empty() {
         world.prepare_threads(port.binding());
     }

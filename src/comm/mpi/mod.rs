@@ -79,6 +79,8 @@ struct Entry {
 struct Table {
     requests: Vec<Request>,
     entries: Vec<Option<Entry>>,
+    /// Places without a request.
+    free: Vec<usize>,
     completions: Completions,
     comm: Option<Comm>,
     sends_flying: usize,
@@ -125,15 +127,14 @@ impl Table {
     /// Adds a request with its buffer; returns its place.
     fn add(&mut self, entry: Entry) -> usize {
         let request = entry.persistent;
-        let index = self.entries.iter().position(Option::is_none).unwrap_or(self.entries.len());
-        if index == self.entries.len() {
-            self.entries.push(Some(entry));
-            self.requests.push(request);
-            self.completions.reserve(self.requests.len());
-        } else {
+        if let Some(index) = self.free.pop() {
             (self.entries[index], self.requests[index]) = (Some(entry), request);
+            return index;
         }
-        index
+        self.entries.push(Some(entry));
+        self.requests.push(request);
+        self.completions.reserve(self.requests.len());
+        self.entries.len() - 1
     }
 
     /// Gives a buffer to MPI: starts its receive, or the send of its first `words` words, header included.
@@ -161,6 +162,7 @@ impl Table {
     fn remove(&mut self, index: usize) -> Result<()> {
         let Some(mut entry) = self.entries[index].take() else { return Ok(()) };
         self.requests[index] = Request::null();
+        self.free.push(index);
         entry.persistent.free()
     }
 }

@@ -142,10 +142,7 @@ fn memories(places: &[Place], hosts: &[(&str, Vec<usize>)], setup: Option<&Setup
             }
             continue;
         };
-        let of_rank = |rank: usize| {
-            let workers = (0..setup.grid.workers()).filter(|&w| setup.grid.rank_of(w) == rank);
-            workers.map(|w| memory(setup, w)).sum::<u64>() + PROGRAM
-        };
+        let of_rank = |rank: usize| setup.grid.workers_of(rank).map(|w| memory(setup, w)).sum::<u64>() + PROGRAM;
         let needed: u64 = ranks.iter().map(|&rank| of_rank(rank)).sum();
         let found = format!("{} needed of {} free on {host}", ByteSize(needed), ByteSize(available));
         if needed > limit {

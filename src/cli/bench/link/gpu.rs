@@ -123,7 +123,7 @@ fn over(args: &LinkArgs, world: &World, ordinal: usize, bytes: usize, exchange: 
     let links = [link(0, 0, 1), link(1, 1, 0)];
     let placement = [0, world.size() - 1];
     let edges = [Edge { there: 0, back: Some(1) }];
-    let gpus = Gpus { ordinal, exchange, edges: &edges };
+    let gpus = Gpus { ordinal, exchange, edges: &edges, links: &links, numbers: links.len() as u32 };
     let (mut ends, shared) = connect_gpus(world, &placement, &links, TIMEOUT, Some(gpus))?;
     let rounds = (BATCH / bytes).clamp(LEAST, MOST);
     let repeat = args.repeat.max(1);

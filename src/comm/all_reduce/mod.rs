@@ -1,0 +1,270 @@
+//! All-reduce: the mean of a module's gradients over its replicas, the same bits whatever the transport.
+//!
+//! R is factored into small numbers, R = s₁ · s₂ · …, and the replicas exchange level by level ([`group`]). At the first, groups
+//! of s₁ replicas cut their values into as many parts; each member sends the others their parts and sums what it gets for
+//! its own, **in the order of members** (*reduce-scatter*). At the next, groups of s₂ of which each has the same part do that
+//! with it, and so on, until a replica has the sum over all replicas of an R-th of the values. Then the levels are gone through
+//! backwards, and each member sends its part's sum to the others (*all-gather*). So a replica sends and receives 2 (R − 1) / R
+//! of the values, as in a ring, in two messages to each of Σ (s − 1) others, not of R − 1. A level of 11 or more (a
+//! prime factor of R) is a ring: a part goes from member to member, each adding its own, until it is where it belongs.
+//!
+//! The order of every sum is a matter of R alone, not of who came first or where replicas are, so that threads and ranks agree
+//! to the bit. Values are worked through in buckets, so that buffers stay small for large modules.
+
+use super::{Endpoints, Header, Kind, Receiver, Sender};
+use crate::Result;
+
+mod group;
+
+use group::{BUCKET, LARGEST, part};
+pub use group::{Group, Level, levels};
+
+/// Words of a sum made at a time, in the nearest cache.
+const BLOCK: usize = 2048;
+
+/// One replica's part in it.
+pub struct AllReduce {
+    replicas: usize,
+    levels: Vec<Members>,
+}
+
+/// A level's other members, as one of them deals with them.
+struct Members {
+    size: usize,
+    own: usize,
+    others: Others,
+}
+
+enum Others {
+    /// To and from every other member; `None` at the own place.
+    All(Vec<Option<Peer>>),
+    /// To the next member, from the one before.
+    Ring(Peer),
+}
+
+struct Peer {
+    to: (u32, Sender),
+    from: (u32, Receiver),
+}
+
+/// Which update a message is of.
+#[derive(Clone, Copy)]
+struct Stamp {
+    batch: u64,
+    step: u32,
+}
+
+impl AllReduce {
+    /// Replica `replica`'s part, with its ends of the links of `group`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if an end is not on this rank.
+    pub fn new(endpoints: &mut Endpoints, group: &Group, replica: usize) -> Result<Self> {
+        let mut members = Vec::new();
+        for level in levels(group.replicas, group.words) {
+            let own = level.member(replica);
+            let mut peer = |to: usize, from: usize| {
+                let (to, from) = (level.replica(replica, to), level.replica(replica, from));
+                let (out, back) = (group.number(&level, replica, to), group.number(&level, from, replica));
+                Ok(Peer { to: (out, endpoints.sender(out)?), from: (back, endpoints.receiver(back)?) })
+            };
+            let others = if level.ring {
+                Others::Ring(peer(level.next(own), (own + level.size - 1) % level.size)?)
+            } else {
+                let peers = (0..level.size).map(|other| (other != own).then(|| peer(other, other)).transpose());
+                Others::All(peers.collect::<Result<_>>()?)
+            };
+            members.push(Members { size: level.size, own, others });
+        }
+        Ok(AllReduce { replicas: group.replicas, levels: members })
+    }
+
+    /// Replaces `values` by their mean over the replicas, which all call it with as many values. `batch` and `step` say
+    /// in messages which update this is.
+    ///
+    /// # Errors
+    /// [`crate::Error::Transport`] if a replica is gone or sends something else.
+    pub fn mean(&mut self, values: &mut [f32], batch: u64, step: u32) -> Result<()> {
+        let (stamp, scale) = (Stamp { batch, step }, 1.0 / self.replicas as f32);
+        values.chunks_mut(BUCKET).try_for_each(|bucket| mean(&mut self.levels, bucket, stamp, scale))
+    }
+}
+
+/// The sums over `levels` of `values`, times `scale`.
+fn mean(levels: &mut [Members], values: &mut [f32], stamp: Stamp, scale: f32) -> Result<()> {
+    let Some((level, others)) = levels.split_first_mut() else {
+        values.iter_mut().for_each(|x| *x *= scale);
+        return Ok(());
+    };
+    level.reduce(values, stamp)?;
+    let own = part(values.len(), level.size, level.own);
+    mean(others, &mut values[own], stamp, scale)?;
+    level.gather(values, stamp)
+}
+
+// No waiting in a circle: a message needs a free buffer, of two. Where all exchange with all, that of a sum is sent when all parts have
+// come, and the next bucket's when all sums have; by then at most one message before it is not released. In a ring, a member that waits
+// for a buffer has two messages with the next one, which therefore is behind it: whoever is last waits for nobody.
+impl Members {
+    /// Makes the own part of `values` the sum of all members'.
+    fn reduce(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
+        let (size, own, length) = (self.size, self.own, values.len());
+        let part = |member: usize| part(length, size, member);
+        match &mut self.others {
+            Others::All(peers) => {
+                for (member, peer) in peers.iter_mut().enumerate() {
+                    if let Some(peer) = peer {
+                        peer.send(&values[part(member)], stamp)?;
+                    }
+                }
+                let own_part = part(own);
+                let values = &mut values[own_part];
+                let mut terms: [&[f32]; LARGEST] = [&[]; LARGEST];
+                for (term, peer) in terms.iter_mut().zip(peers.iter_mut()) {
+                    if let Some(peer) = peer {
+                        *term = peer.wait(values.len(), stamp)?;
+                    }
+                }
+                sum(values, &terms[..size], own);
+                peers.iter_mut().flatten().try_for_each(|peer| peer.from.1.release())
+            }
+            Others::Ring(peer) => {
+                for hop in 1..size {
+                    let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
+                    peer.send(&values[there], stamp)?;
+                    let values = &mut values[here];
+                    let so_far = peer.wait(values.len(), stamp)?;
+                    values.iter_mut().zip(so_far).for_each(|(x, sum)| *x += sum);
+                    peer.from.1.release()?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes every other part of `values` that member's.
+    fn gather(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
+        let (size, own, length) = (self.size, self.own, values.len());
+        let part = |member: usize| part(length, size, member);
+        match &mut self.others {
+            Others::All(peers) => {
+                for peer in peers.iter_mut().flatten() {
+                    peer.send(&values[part(own)], stamp)?;
+                }
+                for (member, peer) in peers.iter_mut().enumerate() {
+                    if let Some(peer) = peer {
+                        peer.receive(&mut values[part(member)], stamp)?;
+                    }
+                }
+            }
+            Others::Ring(peer) => {
+                for hop in 0..size - 1 {
+                    let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
+                    peer.send(&values[there], stamp)?;
+                    peer.receive(&mut values[here], stamp)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Peer {
+    fn send(&mut self, values: &[f32], stamp: Stamp) -> Result<()> {
+        let shape = [values.len() as u32, 1, 1, 1];
+        self.to.1.send(&Header::new(Kind::Gradient, self.to.0, stamp.batch, stamp.step, shape), values)
+    }
+
+    fn wait(&mut self, words: usize, stamp: Stamp) -> Result<&[f32]> {
+        let shape = [words as u32, 1, 1, 1];
+        self.from.1.wait(&Header::new(Kind::Gradient, self.from.0, stamp.batch, stamp.step, shape))
+    }
+
+    fn receive(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
+        values.copy_from_slice(self.wait(values.len(), stamp)?);
+        self.from.1.release()
+    }
+}
+
+/// Replaces `values`, which are term `own`, by the sum of all terms in their order.
+fn sum(values: &mut [f32], terms: &[&[f32]], own: usize) {
+    let mut block = [0.0; BLOCK];
+    for (n, values) in values.chunks_mut(BLOCK).enumerate() {
+        let sum = &mut block[..values.len()];
+        sum.fill(0.0);
+        for (member, term) in terms.iter().enumerate() {
+            let term = if member == own { &*values } else { &term[n * BLOCK..][..values.len()] };
+            sum.iter_mut().zip(term).for_each(|(sum, x)| *sum += x);
+        }
+        values.copy_from_slice(sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::{World, connect};
+    use std::time::Duration;
+
+    fn value(r: usize, n: usize) -> f32 {
+        ((n * 7 + r * 13) as f32).sin() / 3.0
+    }
+
+    /// Every replica's values after two all-reduces.
+    fn twice(replicas: usize, words: usize) -> Vec<Vec<f32>> {
+        let group = Group { first: 0, name: "module 1".into(), replicas, words, worker: &|r| r };
+        let mut links: Vec<_> = (0..replicas).flat_map(|r| group.links(r)).collect();
+        links.sort_by_key(|link| link.id);
+        links.dedup();
+        let mut ends = connect(&World::Alone, &vec![0; replicas], &links, Duration::from_secs(30)).unwrap();
+        let parts: Vec<_> = (0..replicas).map(|r| AllReduce::new(&mut ends, &group, r).unwrap()).collect();
+        std::thread::scope(|scope| {
+            let work = |(r, mut part): (usize, AllReduce)| {
+                scope.spawn(move || {
+                    let mut values: Vec<f32> = (0..words).map(|n| value(r, n)).collect();
+                    for batch in 0..2 {
+                        part.mean(&mut values, batch, 3).unwrap();
+                    }
+                    values
+                })
+            };
+            let threads: Vec<_> = parts.into_iter().enumerate().map(work).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    /// Every replica ends with the same bits, those of a plain mean in f64 to rounding: for levels of all kinds, fewer values
+    /// than replicas, numbers of values that R does not divide, and more than one bucket.
+    #[test]
+    fn replicas_agree_to_the_bit_on_the_mean() {
+        let sizes = |replicas: usize| match replicas {
+            1..=9 => vec![1, 5, 1000, BUCKET + 77],
+            _ => vec![5, 1000],
+        };
+        for replicas in (1..=9).chain([11, 12, 16, 22, 26]) {
+            for words in sizes(replicas) {
+                let results = twice(replicas, words);
+                for n in 0..words {
+                    let mean = (0..replicas).map(|r| f64::from(value(r, n))).sum::<f64>() / replicas as f64;
+                    let got = results[0][n];
+                    assert!((f64::from(got) - mean).abs() < 3e-7, "{replicas} replicas, value {n}: {got}, not {mean}");
+                    assert!(results.iter().all(|r| r[n].to_bits() == got.to_bits()), "{replicas} replicas, value {n}");
+                }
+            }
+        }
+    }
+
+    /// With up to seven replicas at one level the sum is in their order.
+    #[test]
+    fn few_replicas_are_summed_in_their_order() {
+        for replicas in [2, 3, 4, 5, 7] {
+            let results = twice(replicas, 100);
+            let scale = 1.0 / replicas as f32;
+            for n in 0..100 {
+                let once = (0..replicas).fold(0.0, |sum, r| sum + value(r, n)) * scale;
+                let twice = (0..replicas).fold(0.0, |sum, _| sum + once) * scale;
+                assert_eq!(results[0][n].to_bits(), twice.to_bits(), "{replicas} replicas, value {n}");
+            }
+        }
+    }
+}
