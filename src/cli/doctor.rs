@@ -36,7 +36,9 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
         world.first_error(planned)
     });
     let setup = planned.as_ref().and_then(|planned| planned.as_ref().ok());
-    table.extend(check(&places, setup));
+    if world.rank() == 0 {
+        table.extend(check(&places, setup));
+    }
     table.push(match cpu::has_onednn() {
         true => Check::fine("convolutions", cpu::back_end()),
         false => Check::warning(
@@ -60,7 +62,7 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
     if world.rank() == 0 {
         print(&table);
     }
-    world.first_error(verdict(&table))
+    world.as_first(verdict(&table))
 }
 
 /// The table of ranks that do not find each other.

@@ -60,7 +60,7 @@ pub(super) fn pair(link: &Arc<Link>) -> (Sender, Receiver) {
     let depth = link.spec.depth;
     let ring = Arc::new(Ring {
         state: Mutex::new(State {
-            free: (0..depth).map(|_| Buffer::new(link.spec.words)).collect(),
+            free: (0..depth).map(|_| link.spec.buffer(link.spec.words)).collect(),
             queue: VecDeque::with_capacity(depth),
             sender_gone: false,
             receiver_gone: false,

@@ -251,30 +251,52 @@ const PAGE_WORDS: usize = 1024;
 #[repr(C, align(4096))]
 struct Page([u32; PAGE_WORDS]);
 
+/// Words of a cache line, the unit of buffers that no GPU copies.
+const LINE_WORDS: usize = 16;
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; LINE_WORDS]);
+
+enum Memory {
+    Pages(Vec<Page>),
+    Lines(Vec<Line>),
+}
+
 /// One message's place in memory: header and payload side by side, made once and used again and again.
 pub(super) struct Buffer {
-    /// The header, then the payload, filled up to whole pages.
-    pages: Vec<Page>,
+    /// The header, then the payload, filled up to whole pages or lines.
+    memory: Memory,
     /// Payload capacity in words.
     words: usize,
 }
 
 impl Buffer {
-    /// A zeroed buffer for up to `words` payload words.
-    pub(super) fn new(words: usize) -> Self {
+    /// A zeroed buffer for up to `words` payload words, in whole `pages` or in lines.
+    pub(super) fn new(words: usize, pages: bool) -> Self {
+        if !pages {
+            let memory = Memory::Lines(vec![Line::zeroed(); (HEADER_WORDS + words).div_ceil(LINE_WORDS)]);
+            return Buffer { memory, words };
+        }
         let number = (HEADER_WORDS + words).div_ceil(PAGE_WORDS);
         let mut pages = Vec::with_capacity(number);
         advise_huge_pages(&mut pages);
         pages.resize(number, Page::zeroed());
-        Buffer { pages, words }
+        Buffer { memory: Memory::Pages(pages), words }
     }
 
     fn all(&self) -> &[u32] {
-        bytemuck::cast_slice(&self.pages)
+        match &self.memory {
+            Memory::Pages(pages) => bytemuck::cast_slice(pages),
+            Memory::Lines(lines) => bytemuck::cast_slice(lines),
+        }
     }
 
     fn all_mut(&mut self) -> &mut [u32] {
-        bytemuck::cast_slice_mut(&mut self.pages)
+        match &mut self.memory {
+            Memory::Pages(pages) => bytemuck::cast_slice_mut(pages),
+            Memory::Lines(lines) => bytemuck::cast_slice_mut(lines),
+        }
     }
 
     /// The header's words.
@@ -300,7 +322,7 @@ impl Buffer {
 
     /// Where header and payload start, for a library that fills or reads them itself.
     pub(super) fn start(&mut self) -> *mut u32 {
-        self.pages.as_mut_ptr().cast()
+        self.all_mut().as_mut_ptr()
     }
 }
 
@@ -360,10 +382,11 @@ mod tests {
     #[test]
     fn a_header_has_64_bytes_and_a_payload_starts_behind_it() {
         assert_eq!(size_of::<Wire>(), 4 * HEADER_WORDS);
-        for words in [0, 33, PAGE_WORDS, 3 * PAGE_WORDS] {
-            let mut buffer = Buffer::new(words);
+        let sizes = [0, 33, PAGE_WORDS, 3 * PAGE_WORDS];
+        for (words, pages) in sizes.into_iter().flat_map(|words| [(words, true), (words, false)]) {
+            let mut buffer = Buffer::new(words, pages);
             assert_eq!((buffer.payload().len(), buffer.payload_mut().len()), (words, words));
-            assert_eq!(buffer.start() as usize % size_of::<Page>(), 0);
+            assert_eq!(buffer.start() as usize % if pages { size_of::<Page>() } else { size_of::<Line>() }, 0);
             assert_eq!(buffer.start() as usize + 64, buffer.payload().as_ptr() as usize);
             let header = sample().encode(7);
             buffer.set_header(header);

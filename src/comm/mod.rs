@@ -78,6 +78,11 @@ impl LinkSpec {
         if same_rank { self.depth } else { 2 * self.depth }
     }
 
+    /// A buffer for messages of up to `words`. What a GPU may copy is in pages of its own.
+    fn buffer(&self, words: usize) -> message::Buffer {
+        message::Buffer::new(words, !matches!(self.kind, Kind::Report | Kind::Control))
+    }
+
     /// A header for a message on this link (see [`Header::new`]).
     pub fn header(&self, batch: impl Into<BatchId>, step: u32, shape: [u32; 4]) -> Header {
         Header::new(self.kind, self.id, batch, step, shape)

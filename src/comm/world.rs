@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::launch::{self, Launch};
-use super::mpi::{Baseline, Session};
+use super::mpi::{Baseline, Session, Sums};
 use crate::sys::host::hostname;
 use crate::{Error, Result};
 
@@ -118,7 +118,29 @@ impl World {
     pub fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         match self {
             World::Alone => Ok(vec![bytes.to_vec()]),
-            World::Mpi(ranks) => ranks.session.gather(bytes),
+            World::Mpi(ranks) => ranks.session.gather(bytes, false),
+        }
+    }
+
+    /// The same, where rank 0 alone needs them: nothing elsewhere. Collective.
+    ///
+    /// # Errors
+    /// As [`World::gather`].
+    pub fn gather_at_first(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        match self {
+            World::Alone => Ok(vec![bytes.to_vec()]),
+            World::Mpi(ranks) => ranks.session.gather(bytes, true),
+        }
+    }
+
+    /// The bytes of the ranks of this rank's node, in the order of [`World::local_rank`]. Collective.
+    ///
+    /// # Errors
+    /// As [`World::gather`].
+    pub fn gather_on_node(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        match self {
+            World::Alone => Ok(vec![bytes.to_vec()]),
+            World::Mpi(ranks) => ranks.session.gather_on_node(bytes),
         }
     }
 
@@ -167,11 +189,7 @@ impl World {
     /// That of the lowest rank that has one, with its rank named unless all ranks have the same.
     pub fn first_error<T>(&self, result: Result<T>) -> Result<T> {
         let World::Mpi(_) = self else { return result };
-        let mine = match &result {
-            Ok(_) => Vec::new(),
-            Err(error) => [&[error.exit_code() as u8][..], error.to_string().as_bytes()].concat(),
-        };
-        let all = self.gather(&mine)?;
+        let all = self.gather(&packed(&result))?;
         let failed: Vec<usize> = (0..all.len()).filter(|&rank| !all[rank].is_empty()).collect();
         let Some(&first) = failed.first() else { return result };
         self.mark_shared();
@@ -182,11 +200,23 @@ impl World {
                 text += &format!(" (and {} more ranks failed)", failed.len() - 1);
             }
         }
-        Err(match all[first][0] {
-            2 => Error::Input(text),
-            75 => Error::Stopped(text),
-            _ => Error::Run(text),
-        })
+        Err(unpacked(all[first][0], text))
+    }
+
+    /// Makes what rank 0 found every rank's result: others' do not count. Collective.
+    ///
+    /// # Errors
+    /// Rank 0's.
+    pub fn as_first(&self, result: Result<()>) -> Result<()> {
+        let World::Mpi(_) = self else { return result };
+        let mine = if self.rank() == 0 { packed(&result) } else { Vec::new() };
+        match self.gather(&mine)?[0].split_first() {
+            None => Ok(()),
+            Some((&code, text)) => {
+                self.mark_shared();
+                Err(unpacked(code, String::from_utf8_lossy(text).into_owned()))
+            }
+        }
     }
 
     /// Ends this rank's run and returns the process's exit code.
@@ -229,10 +259,34 @@ impl World {
         }
     }
 
+    /// MPI's own all-reduce of `words` among all ranks, to compare ours with; `None` alone. Collective.
+    pub(crate) fn sums(&self, words: usize) -> Result<Option<Sums>> {
+        match self {
+            World::Alone => Ok(None),
+            World::Mpi(ranks) => Sums::new(&ranks.session, words).map(Some),
+        }
+    }
+
     fn mark_shared(&self) {
         if let World::Mpi(ranks) = self {
             ranks.shared_error.store(true, Ordering::Relaxed);
         }
+    }
+}
+
+/// An error for other ranks: its exit code, then its text. Nothing where there is none.
+fn packed<T>(result: &Result<T>) -> Vec<u8> {
+    match result {
+        Ok(_) => Vec::new(),
+        Err(error) => [&[error.exit_code() as u8][..], error.to_string().as_bytes()].concat(),
+    }
+}
+
+fn unpacked(code: u8, text: String) -> Error {
+    match code {
+        2 => Error::Input(text),
+        75 => Error::Stopped(text),
+        _ => Error::Run(text),
     }
 }
 

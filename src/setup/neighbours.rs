@@ -22,19 +22,20 @@ impl Neighbours {
     /// [`crate::Error::Transport`] when MPI fails.
     pub fn of(world: &World) -> Result<Self> {
         let own = own_processors();
-        let mine = std::iter::once(hostname()).chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
+        let names = [hostname(), world.rank().to_string()];
+        let mine = names.into_iter().chain(own.iter().map(usize::to_string)).collect::<Vec<_>>().join(" ");
         let places: Vec<Vec<String>> = world
-            .gather(mine.as_bytes())?
+            .gather_on_node(mine.as_bytes())?
             .iter()
             .map(|place| String::from_utf8_lossy(place).split(' ').map(String::from).collect())
             .collect();
-        let host = &places[world.rank()][0];
+        let host = &places[world.local_rank()][0];
         let here: Vec<&Vec<String>> = places.iter().filter(|place| &place[0] == host).collect();
         // As many different processors as all of them together count?
-        let mut all: Vec<&String> = here.iter().flat_map(|place| &place[1..]).collect();
+        let mut all: Vec<&String> = here.iter().flat_map(|place| &place[2..]).collect();
         let count = all.len();
         all.sort();
         all.dedup();
-        Ok(Neighbours { ranks: here.len(), chief: places[0][0] == *host, apart: all.len() == count })
+        Ok(Neighbours { ranks: here.len(), chief: here.iter().any(|place| place[1] == "0"), apart: all.len() == count })
     }
 }

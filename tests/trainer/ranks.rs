@@ -58,6 +58,31 @@ fn the_result_does_not_depend_on_where_modules_run() {
     }
 }
 
+/// One module a rank on far more ranks than there are cores: 4 modules x 16 replicas, which exchange in two levels, and whose first
+/// modules hear of decisions from one another. The same bits as on threads and on a few ranks.
+#[test]
+fn sixty_four_ranks_train() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 32, 8, false);
+    let sets = ["model.modules=4", "train.replicas=16", "train.rule=sideways", "data.frames=8", "train.batches=2"];
+    let path = dir.path().join("config.toml");
+    std::fs::write(&path, config(dir.path(), &sets).to_toml().unwrap()).unwrap();
+    let config = path.display().to_string();
+    let threads = dir.path().join("threads");
+    let output = alone(&["train", &config, "--set", &set("run.dir", &threads)]);
+    assert!(output.status.success(), "{}", text(&output));
+    for ranks in [6, 64] {
+        let run = dir.path().join(format!("ranks{ranks}"));
+        let output =
+            mpirun(ranks, Path::new(PROGRAM), &["train", &config, "--set", &set("run.dir", &run)], &[], MINUTE);
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(tensors(&run, 2) == tensors(&threads, 2), "{ranks} ranks");
+        let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let line: serde_json::Value = serde_json::from_str(metrics.lines().next_back().unwrap()).unwrap();
+        assert_eq!(line["workers"].as_array().unwrap().len(), 64);
+    }
+}
+
 /// Future frames of 1 MiB a message and more, with skips, on ranks that are fewer, as many and more than the cores: cotangents
 /// that wait in sums for their step keep nobody waiting.
 #[test]

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use sideways::comm::all_reduce::{AllReduce, Group};
 use sideways::comm::{Endpoints, Header, Kind, LinkSpec, Orders, Receiver, Sender, World, connect};
 use sideways::{Error, Result};
 
@@ -215,6 +216,65 @@ fn deep_queue_on_2_ranks() {
     passes(2, "rank_deep_queue");
 }
 
+/// One all-reduce of `words` values on the replicas that belong to this rank, by replica.
+fn mean(world: &World, rank_of_worker: &[usize], words: usize) -> Result<Vec<(usize, Vec<f32>)>> {
+    let replicas = rank_of_worker.len();
+    let group = Group { first: 0, name: "module 1".into(), replicas, words, worker: &|r| r };
+    let own: Vec<usize> = (0..replicas).filter(|&r| rank_of_worker[r] == world.rank()).collect();
+    // Each rank lists its own links alone.
+    let mut links: Vec<LinkSpec> = own.iter().flat_map(|&r| group.links(r)).collect();
+    links.sort_by_key(|link| link.id);
+    links.dedup();
+    let mut ends = connect(world, rank_of_worker, &links, MINUTE)?;
+    let parts: Vec<(usize, AllReduce)> =
+        own.iter().map(|&r| Ok((r, AllReduce::new(&mut ends, &group, r)?))).collect::<Result<_>>()?;
+    std::thread::scope(|scope| {
+        let work = |(r, mut part): (usize, AllReduce)| {
+            scope.spawn(move || {
+                let mut values: Vec<f32> = (0..words).map(|n| ((n * 3 + r * 11) as f32).sin()).collect();
+                for batch in 0..3 {
+                    part.mean(&mut values, batch, 0)?;
+                }
+                Ok((r, values))
+            })
+        };
+        let threads: Vec<_> = parts.into_iter().map(work).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no replica panics")).collect()
+    })
+}
+
+/// Replicas in one process, in blocks on ranks, and dealt out in turn, with messages of a word and of hundreds of KiB: the same bits.
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_all_reduce() {
+    rank(|world| {
+        for replicas in [2, 3, 4, 5, 6, 7, 8, 9, 11, 22] {
+            for words in [3, 300_001] {
+                let alone = mean(&World::Alone, &vec![0; replicas], words)?;
+                let blocks: Vec<usize> = (0..replicas).map(|w| w * world.size() / replicas).collect();
+                let turns: Vec<usize> = (0..replicas).map(|w| w % world.size()).collect();
+                for placement in [blocks, turns] {
+                    for (r, values) in mean(world, &placement, words)? {
+                        let same = values.iter().zip(&alone[r].1).all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(same, "replica {r} of {replicas}, {words} values, {placement:?}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn all_reduce_on_3_ranks() {
+    passes(3, "rank_all_reduce");
+}
+
+#[test]
+fn all_reduce_on_8_ranks() {
+    passes(8, "rank_all_reduce");
+}
+
 // What happens when things fail.
 
 fn link(kind: Kind, from: usize, to: usize) -> LinkSpec {
@@ -411,6 +471,24 @@ fn rank_disagrees() {
 fn ranks_that_disagree_are_named() {
     let output = fails(4, "rank_disagrees", 2, &["the configuration is not the same", "rank 1 (", "rank 3 ("]);
     assert_eq!(output.matches("is not the same").count(), 1, "one rank prints: {output}");
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_lists_other_links() {
+    rank(|world| {
+        let words = if world.rank() == 2 { 63 } else { 64 };
+        let links: Vec<LinkSpec> =
+            (0..3).map(|from| LinkSpec { words, ..link(Kind::Activation, from, (from + 1) % 3) }).collect();
+        // What each rank says of links that are not its own does not count, and need not be said.
+        let own = links.into_iter().filter(|link| link.from == world.rank() || link.to == world.rank());
+        connect(world, &[0, 1, 2], &own.collect::<Vec<_>>(), MINUTE).map(|_| ())
+    });
+}
+
+#[test]
+fn ends_that_know_a_link_differently_are_refused() {
+    fails(3, "rank_lists_other_links", 2, &["the list of links between modules is not the same on all ranks"]);
 }
 
 #[test]

@@ -45,6 +45,9 @@ pub struct LinkArgs {
     /// Batches of messages a size, links and plain MPI in turn; the best of each counts.
     #[arg(long, default_value_t = 9)]
     pub repeat: usize,
+    /// Instead, an all-reduce among all ranks, 2 or more, beside MPI_Iallreduce.
+    #[arg(long, conflicts_with = "device")]
+    pub all_reduce: bool,
     /// Where payloads are made and used: on a GPU they are staged in host memory, and set beside the copies alone.
     #[arg(long, value_enum, default_value_t)]
     pub device: On,

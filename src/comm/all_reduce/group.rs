@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn replicas_are_factored_into_levels() {
         let sizes = |replicas| -> Vec<usize> { levels(replicas, 1).iter().map(|level| level.size).collect() };
-        assert_eq!(sizes(1), []);
+        assert!(sizes(1).is_empty());
         assert_eq!([sizes(2), sizes(3), sizes(4), sizes(7)], [vec![2], vec![3], vec![4], vec![7]]);
         assert_eq!([sizes(6), sizes(8), sizes(256)], [vec![2, 3], vec![4, 2], vec![4; 4]]);
         assert_eq!(

@@ -86,55 +86,82 @@ impl AllReduce {
     /// [`crate::Error::Transport`] if a replica is gone or sends something else.
     pub fn mean(&mut self, values: &mut [f32], batch: u64, step: u32) -> Result<()> {
         let (stamp, scale) = (Stamp { batch, step }, 1.0 / self.replicas as f32);
-        values.chunks_mut(BUCKET).try_for_each(|bucket| mean(&mut self.levels, bucket, stamp, scale))
+        let (Some((level, others)), false) = (self.levels.split_first_mut(), values.is_empty()) else { return Ok(()) };
+        let (length, last) = (values.len(), values.len().div_ceil(BUCKET) - 1);
+        let bucket = |n: usize| n * BUCKET..((n + 1) * BUCKET).min(length);
+        // A bucket's parts are sent before the one before it is through, and sums come meanwhile: fewer waits.
+        level.send_parts(&values[bucket(0)], stamp)?;
+        for n in 0..=last {
+            level.reduce(&mut values[bucket(n)], others.is_empty().then_some(scale), stamp)?;
+            if n < last {
+                level.send_parts(&values[bucket(n + 1)], stamp)?;
+            }
+            mean(others, level.own_part(&mut values[bucket(n)]), scale, stamp)?;
+            if n > 0 {
+                level.take_sums(&mut values[bucket(n - 1)], stamp)?;
+            }
+            level.send_sum(&values[bucket(n)], stamp)?;
+        }
+        level.take_sums(&mut values[bucket(last)], stamp)
     }
 }
 
 /// The sums over `levels` of `values`, times `scale`.
-fn mean(levels: &mut [Members], values: &mut [f32], stamp: Stamp, scale: f32) -> Result<()> {
-    let Some((level, others)) = levels.split_first_mut() else {
-        values.iter_mut().for_each(|x| *x *= scale);
-        return Ok(());
-    };
-    level.reduce(values, stamp)?;
-    let own = part(values.len(), level.size, level.own);
-    mean(others, &mut values[own], stamp, scale)?;
-    level.gather(values, stamp)
+fn mean(levels: &mut [Members], values: &mut [f32], scale: f32, stamp: Stamp) -> Result<()> {
+    let Some((level, others)) = levels.split_first_mut() else { return Ok(()) };
+    level.send_parts(values, stamp)?;
+    level.reduce(values, others.is_empty().then_some(scale), stamp)?;
+    mean(others, level.own_part(values), scale, stamp)?;
+    level.send_sum(values, stamp)?;
+    level.take_sums(values, stamp)
 }
 
-// No waiting in a circle: a message needs a free buffer, of two. Where all exchange with all, that of a sum is sent when all parts have
-// come, and the next bucket's when all sums have; by then at most one message before it is not released. In a ring, a member that waits
-// for a buffer has two messages with the next one, which therefore is behind it: whoever is last waits for nobody.
+// No waiting in a circle. All replicas do the same things in the same order, and what one waits for the other has sent at an earlier
+// place of it; so whoever is behind waits for no message. Nor for a buffer, of two a link: between two members there go parts 0,
+// parts 1, sum 0, parts 2, sum 1, ..., and before it sends one each has given back what came before the last (parts n before it
+// sends parts n + 1, sum n - 1 before sum n). In a ring, a member that waits for a buffer has two messages with the next one, which
+// therefore is behind it.
 impl Members {
-    /// Makes the own part of `values` the sum of all members'.
-    fn reduce(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
+    fn own_part<'a>(&self, values: &'a mut [f32]) -> &'a mut [f32] {
+        let own = part(values.len(), self.size, self.own);
+        &mut values[own]
+    }
+
+    /// Sends the others their parts of `values`. (In a ring they are sent when they are due.)
+    fn send_parts(&mut self, values: &[f32], stamp: Stamp) -> Result<()> {
+        let Others::All(peers) = &mut self.others else { return Ok(()) };
+        for (member, peer) in peers.iter_mut().enumerate() {
+            if let Some(peer) = peer {
+                peer.send(&values[part(values.len(), self.size, member)], stamp)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the own part of `values` the sum of all members', times `scale` at the last level.
+    fn reduce(&mut self, values: &mut [f32], scale: Option<f32>, stamp: Stamp) -> Result<()> {
         let (size, own, length) = (self.size, self.own, values.len());
         let part = |member: usize| part(length, size, member);
         match &mut self.others {
             Others::All(peers) => {
-                for (member, peer) in peers.iter_mut().enumerate() {
-                    if let Some(peer) = peer {
-                        peer.send(&values[part(member)], stamp)?;
-                    }
-                }
-                let own_part = part(own);
-                let values = &mut values[own_part];
+                let values = &mut values[part(own)];
                 let mut terms: [&[f32]; LARGEST] = [&[]; LARGEST];
                 for (term, peer) in terms.iter_mut().zip(peers.iter_mut()) {
                     if let Some(peer) = peer {
                         *term = peer.wait(values.len(), stamp)?;
                     }
                 }
-                sum(values, &terms[..size], own);
+                sum(values, &terms[..size], own, scale.unwrap_or(1.0));
                 peers.iter_mut().flatten().try_for_each(|peer| peer.from.1.release())
             }
             Others::Ring(peer) => {
                 for hop in 1..size {
                     let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
                     peer.send(&values[there], stamp)?;
+                    let scale = scale.filter(|_| hop == size - 1).unwrap_or(1.0);
                     let values = &mut values[here];
                     let so_far = peer.wait(values.len(), stamp)?;
-                    values.iter_mut().zip(so_far).for_each(|(x, sum)| *x += sum);
+                    values.iter_mut().zip(so_far).for_each(|(x, sum)| *x = (*x + sum) * scale);
                     peer.from.1.release()?;
                 }
                 Ok(())
@@ -142,15 +169,19 @@ impl Members {
         }
     }
 
+    /// Sends the others the own part of `values`.
+    fn send_sum(&mut self, values: &[f32], stamp: Stamp) -> Result<()> {
+        let Others::All(peers) = &mut self.others else { return Ok(()) };
+        let own = &values[part(values.len(), self.size, self.own)];
+        peers.iter_mut().flatten().try_for_each(|peer| peer.send(own, stamp))
+    }
+
     /// Makes every other part of `values` that member's.
-    fn gather(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
+    fn take_sums(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
         let (size, own, length) = (self.size, self.own, values.len());
         let part = |member: usize| part(length, size, member);
         match &mut self.others {
             Others::All(peers) => {
-                for peer in peers.iter_mut().flatten() {
-                    peer.send(&values[part(own)], stamp)?;
-                }
                 for (member, peer) in peers.iter_mut().enumerate() {
                     if let Some(peer) = peer {
                         peer.receive(&mut values[part(member)], stamp)?;
@@ -186,8 +217,13 @@ impl Peer {
     }
 }
 
-/// Replaces `values`, which are term `own`, by the sum of all terms in their order.
-fn sum(values: &mut [f32], terms: &[&[f32]], own: usize) {
+/// Replaces `values`, which are term `own`, by the sum of all terms in their order, beginning with 0, times `scale`.
+fn sum(values: &mut [f32], terms: &[&[f32]], own: usize, scale: f32) {
+    if let [a, b] = terms {
+        // Two terms may change places, and the sum is the same.
+        let other = if own == 0 { b } else { a };
+        return values.iter_mut().zip(*other).for_each(|(x, y)| *x = (*x + y + 0.0) * scale);
+    }
     let mut block = [0.0; BLOCK];
     for (n, values) in values.chunks_mut(BLOCK).enumerate() {
         let sum = &mut block[..values.len()];
@@ -196,7 +232,7 @@ fn sum(values: &mut [f32], terms: &[&[f32]], own: usize) {
             let term = if member == own { &*values } else { &term[n * BLOCK..][..values.len()] };
             sum.iter_mut().zip(term).for_each(|(sum, x)| *sum += x);
         }
-        values.copy_from_slice(sum);
+        values.iter_mut().zip(sum).for_each(|(x, sum)| *x = *sum * scale);
     }
 }
 

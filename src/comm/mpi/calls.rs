@@ -148,22 +148,22 @@ impl Comm {
         Ok((rank as usize, size as usize))
     }
 
-    /// Where this rank is among the processes that share its memory. `mine`: the processors this rank may use, a bit
-    /// each. Collective.
-    pub(super) fn place_on_node(self, mine: &Processors) -> Result<Place> {
+    /// The processes that share this rank's memory, and where it is among them. `mine`: the processors this rank may use, a
+    /// bit each. Collective.
+    pub(super) fn place_on_node(self, mine: &Processors) -> Result<(Comm, Place)> {
         let mut all: Processors = [0; PROCESSOR_WORDS];
-        // SAFETY: the communicator made is freed again; both arrays have the length given.
+        // SAFETY: the handle is filled in by MPI; both arrays have the length given.
         unsafe {
             let mut node = mem::zeroed();
             let (kind, info) = (ffi::RSMPI_COMM_TYPE_SHARED, ffi::RSMPI_INFO_NULL);
             check(ffi::MPI_Comm_split_type(self.0, kind, 0, info, &mut node), "MPI_Comm_split_type")?;
-            let place = Comm(node).rank_and_size();
+            let (rank, size) = Comm(node).rank_and_size()?;
             let (from, to) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
             let (number, word, or) = (mine.len() as c_int, ffi::RSMPI_UINT64_T, ffi::RSMPI_BOR);
             check(ffi::MPI_Allreduce(from, to, number, word, or, node), "MPI_Allreduce")?;
-            check(ffi::MPI_Comm_free(&mut node), "MPI_Comm_free")?;
-            let (rank, size) = place?;
-            Ok(Place { rank, size, cores: all.iter().map(|word| word.count_ones() as usize).sum() })
+            check(ffi::MPI_Comm_set_errhandler(node, ffi::RSMPI_ERRORS_RETURN), "MPI_Comm_set_errhandler")?;
+            let cores = all.iter().map(|word| word.count_ones() as usize).sum();
+            Ok((Comm(node), Place { rank, size, cores }))
         }
     }
 
@@ -197,23 +197,28 @@ impl Comm {
         }
     }
 
-    /// Every rank's bytes, in rank order. Collective.
-    pub(super) fn gather(self, bytes: &[u8], size: usize) -> Result<Vec<Vec<u8>>> {
+    /// Every rank's bytes, in rank order; on rank 0 alone if it is `at_first`, else on all. Collective.
+    pub(super) fn gather(self, bytes: &[u8], at_first: bool) -> Result<Vec<Vec<u8>>> {
+        let (rank, size) = self.rank_and_size()?;
         let length = count(bytes.len(), "bytes to gather")?;
         let mut lengths = vec![0 as c_int; size];
-        // SAFETY: one integer from each of `size` ranks, then the bytes at the offsets summed up from them.
+        // SAFETY: one integer from each of `size` ranks, then the bytes at the offsets summed up from them. What is not
+        // received here is not written.
         unsafe {
             let int = ffi::RSMPI_INT32_T;
-            let code =
-                ffi::MPI_Allgather((&raw const length).cast(), 1, int, lengths.as_mut_ptr().cast(), 1, int, self.0);
-            check(code, "MPI_Allgather")?;
+            let (mine, all) = ((&raw const length).cast(), lengths.as_mut_ptr().cast());
+            match at_first {
+                true => check(ffi::MPI_Gather(mine, 1, int, all, 1, int, 0, self.0), "MPI_Gather")?,
+                false => check(ffi::MPI_Allgather(mine, 1, int, all, 1, int, self.0), "MPI_Allgather")?,
+            }
             let mut offsets = Vec::with_capacity(size);
             let mut total = 0usize;
             for &length in &lengths {
                 offsets.push(count(total, "bytes gathered")?);
                 total += length as usize;
             }
-            if total == 0 {
+            // On the other ranks nothing is known of rank 0's total.
+            if total == 0 && !at_first {
                 return Ok(vec![Vec::new(); size]);
             }
             let mut all = vec![0u8; total];
@@ -221,9 +226,17 @@ impl Comm {
             // An empty slice's address is 1, which Open MPI takes for MPI_IN_PLACE.
             let sent = if bytes.is_empty() { ptr::null() } else { bytes.as_ptr().cast() };
             let received = all.as_mut_ptr().cast();
-            let code =
-                ffi::MPI_Allgatherv(sent, length, byte, received, lengths.as_ptr(), offsets.as_ptr(), byte, self.0);
-            check(code, "MPI_Allgatherv")?;
+            let (lengths_, offsets_) = (lengths.as_ptr(), offsets.as_ptr());
+            if at_first {
+                let code = ffi::MPI_Gatherv(sent, length, byte, received, lengths_, offsets_, byte, 0, self.0);
+                check(code, "MPI_Gatherv")?;
+                if rank != 0 {
+                    return Ok(Vec::new());
+                }
+            } else {
+                let code = ffi::MPI_Allgatherv(sent, length, byte, received, lengths_, offsets_, byte, self.0);
+                check(code, "MPI_Allgatherv")?;
+            }
             Ok(offsets.iter().zip(&lengths).map(|(&at, &n)| all[at as usize..(at + n) as usize].to_vec()).collect())
         }
     }
@@ -296,6 +309,21 @@ impl Comm {
         }
     }
 
+    /// Begins the sum of `words` floats over all ranks (the raw baseline of the all-reduce's benchmark). Collective.
+    ///
+    /// # Safety
+    /// Both places have `words` floats, and are left alone until it completes.
+    pub(super) unsafe fn sum(self, from: *const f32, to: *mut f32, words: usize) -> Result<Request> {
+        let words = count(words, "words to sum")?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut request = mem::zeroed();
+            let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
+            let code = ffi::MPI_Iallreduce(from.cast(), to.cast(), words, float, sum, self.0, &mut request);
+            check(code, "MPI_Iallreduce").map(|()| Request(request))
+        }
+    }
+
     /// Lets MPI work when no request of ours is active (a buffered send may still have bytes to push).
     pub(super) fn progress(self) -> Result<()> {
         let mut found = 0;
@@ -364,8 +392,9 @@ pub(super) enum Tested {
 }
 
 impl Completions {
-    /// Makes room for `requests` outcomes.
+    /// Makes room for at least `requests` outcomes.
     pub(super) fn reserve(&mut self, requests: usize) {
+        let requests = requests.max(self.indices.len());
         self.indices.resize(requests, 0);
         // SAFETY: a status is plain data that MPI fills in.
         self.statuses.resize(requests, unsafe { mem::zeroed() });

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 
 use super::super::link::Link;
 use super::super::message::{Buffer, HEADER_WORDS, Header};
-use super::{Session, Slot};
+use super::Session;
+use super::table::{Index, Slot};
 use crate::Result;
 
 /// A link's buffers on this side, used round and round.
@@ -13,7 +14,7 @@ struct Ring {
     session: Arc<Session>,
     link: Arc<Link>,
     /// Each with its request's place in the table.
-    slots: Vec<(usize, Arc<Slot>)>,
+    slots: Vec<(Index, Arc<Slot>)>,
     next: usize,
     sequence: u32,
 }
@@ -71,7 +72,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(usize, Arc<Slot>)>) -> Self {
+    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(Index, Arc<Slot>)>) -> Self {
         Sender { ring: Ring { session, link, slots, next: 0, sequence: 0 }, last: None }
     }
 
@@ -125,7 +126,7 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(usize, Arc<Slot>)>) -> Self {
+    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(Index, Arc<Slot>)>) -> Self {
         Receiver { ring: Ring { session, link, slots, next: 0, sequence: 0 }, held: None }
     }
 
@@ -172,7 +173,7 @@ pub struct Values {
 }
 
 impl Values {
-    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(usize, Arc<Slot>)>, sending: bool) -> Self {
+    pub(super) fn new(session: Arc<Session>, link: Arc<Link>, slots: Vec<(Index, Arc<Slot>)>, sending: bool) -> Self {
         Values { ring: Ring { session, link, slots, next: 0, sequence: 0 }, sending }
     }
 

@@ -3,169 +3,34 @@
 //! Each buffer of a link has one request, made at connect: a persistent send or receive. Receives are started at
 //! connect and again on release, sends when a message is ready, both in ring order, which is the order MPI matches
 //! them in. All of a rank's requests stand in one [`Table`], behind the rank's one lock. Whoever waits tests them
-//! all at once ([`Table::drive`]), so a waiting worker also moves its neighbours' messages, and when nobody waits
+//! all at once ([`Table::drive`]; those of reports, of which rank 0 may have thousands, in turn), so a waiting worker also moves its neighbours' messages, and when nobody waits
 //! a thread does it (see [`progress`]).
 
-use std::cell::{Cell, UnsafeCell};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Outside;
 use super::link::Link;
-use super::message::{Buffer, HEADER_WORDS};
+use super::message::HEADER_WORDS;
 use crate::{Error, Result};
 
 mod calls;
 mod endpoint;
 mod progress;
 mod raw;
+mod table;
 
-use calls::{Comm, Completions, Place, Request, Tested};
+use calls::{Comm, Place};
 pub(super) use calls::{library, takes_gpu_memory};
 pub use endpoint::{Receiver, Sender, Values};
-pub(crate) use raw::Baseline;
+pub(crate) use raw::{Baseline, Sums};
+use table::{Entry, Index, Slot, Table};
 
 /// How long a dropped end waits for its messages still in flight before it leaves them behind.
 const GRACE: Duration = Duration::from_secs(2);
-
-/// A buffer of this side belongs to the worker.
-const MINE: u8 = 0;
-/// It is in MPI's hands.
-const FLYING: u8 = 1;
-/// Its request failed; it stays untouched.
-const FAILED: u8 = 2;
-
-/// One buffer, owned in turn by the worker's end and by MPI.
-struct Slot {
-    buffer: UnsafeCell<Buffer>,
-    state: AtomicU8,
-    /// Words that came, header included.
-    received: AtomicU32,
-}
-
-// SAFETY: `state` says who may touch the buffer; it changes hands with acquire and release ordering.
-unsafe impl Sync for Slot {}
-
-impl Slot {
-    fn new(words: usize) -> Slot {
-        let buffer = UnsafeCell::new(Buffer::new(words));
-        Slot { buffer, state: AtomicU8::new(MINE), received: AtomicU32::new(0) }
-    }
-
-    fn is_mine(&self) -> bool {
-        self.state.load(Ordering::Acquire) == MINE
-    }
-}
-
-/// A request of the table, and what it serves.
-struct Entry {
-    slot: Arc<Slot>,
-    /// The persistent request; the table's own place may hold a one-off send of a shorter message instead.
-    persistent: Request,
-    sending: bool,
-    comm: Comm,
-    link: Arc<Link>,
-    words: usize,
-    /// Its end was dropped: outcomes no longer matter.
-    retired: bool,
-    /// What the buffer is part of, where it is not the slot's own.
-    _outside: Option<Outside>,
-}
-
-/// All requests of this rank. Exists once, inside the rank's lock.
-#[derive(Default)]
-struct Table {
-    requests: Vec<Request>,
-    entries: Vec<Option<Entry>>,
-    /// Places without a request.
-    free: Vec<usize>,
-    completions: Completions,
-    comm: Option<Comm>,
-    sends_flying: usize,
-    failure: Option<String>,
-}
-
-impl Table {
-    /// Lets MPI work, and hands back the buffers of requests that completed. Returns how many did.
-    fn drive(&mut self) -> Result<usize> {
-        if let Some(failure) = &self.failure {
-            return Err(Error::Transport(failure.clone()));
-        }
-        let completed = match self.completions.test_some(&mut self.requests)? {
-            Tested::Completed(number) => number,
-            Tested::NoneActive => {
-                self.comm.map_or(Ok(()), Comm::progress)?;
-                0
-            }
-        };
-        for n in 0..completed {
-            let (index, outcome) = self.completions.outcome(n);
-            let Some(entry) = &self.entries[index] else { continue };
-            self.requests[index] = entry.persistent;
-            self.sends_flying -= usize::from(entry.sending);
-            match outcome {
-                Ok(words) => {
-                    entry.slot.received.store(words as u32, Ordering::Relaxed);
-                    entry.slot.state.store(MINE, Ordering::Release);
-                }
-                Err(_) if entry.retired => entry.slot.state.store(MINE, Ordering::Release),
-                Err(text) => {
-                    entry.slot.state.store(FAILED, Ordering::Release);
-                    let rank = if entry.sending { entry.link.from_rank } else { entry.link.to_rank };
-                    self.failure = Some(entry.link.error(rank, text).to_string());
-                }
-            }
-        }
-        match &self.failure {
-            Some(failure) => Err(Error::Transport(failure.clone())),
-            None => Ok(completed),
-        }
-    }
-
-    /// Adds a request with its buffer; returns its place.
-    fn add(&mut self, entry: Entry) -> usize {
-        let request = entry.persistent;
-        if let Some(index) = self.free.pop() {
-            (self.entries[index], self.requests[index]) = (Some(entry), request);
-            return index;
-        }
-        self.entries.push(Some(entry));
-        self.requests.push(request);
-        self.completions.reserve(self.requests.len());
-        self.entries.len() - 1
-    }
-
-    /// Gives a buffer to MPI: starts its receive, or the send of its first `words` words, header included.
-    fn start(&mut self, index: usize, words: usize) -> Result<()> {
-        let Some(entry) = &self.entries[index] else { return Ok(()) };
-        debug_assert!(entry.slot.is_mine());
-        // SAFETY: the buffer belongs to the calling end (MINE), lives as long as its entry, and is FLYING, so
-        // untouched, from here until `drive` sees the request complete.
-        unsafe {
-            if words == entry.words {
-                self.requests[index].start()?;
-            } else {
-                let (to, tag) = (entry.link.to_rank, entry.link.spec.id);
-                debug_assert!(entry._outside.is_none(), "values are sent whole");
-                let start = (*entry.slot.buffer.get()).start();
-                self.requests[index] = entry.comm.send(start, words, to, tag)?;
-            }
-        }
-        entry.slot.state.store(FLYING, Ordering::Release);
-        self.sends_flying += usize::from(entry.sending);
-        Ok(())
-    }
-
-    /// Frees a request whose buffer is ours again.
-    fn remove(&mut self, index: usize) -> Result<()> {
-        let Some(mut entry) = self.entries[index].take() else { return Ok(()) };
-        self.requests[index] = Request::null();
-        self.free.push(index);
-        entry.persistent.free()
-    }
-}
 
 /// What the threads of a rank share: its lock, and all that stands behind it.
 pub(super) struct Core {
@@ -245,13 +110,11 @@ impl Core {
 
     /// Gives back the request at `index` when its end is dropped. A message that is still in flight is waited for
     /// (a send) or given up (a receive), for a short while; failing that its buffer stays until the end.
-    fn retire(&self, index: usize, hurry: bool) {
+    fn retire(&self, index: Index, hurry: bool) {
         let start = Instant::now();
         let mut table = self.lock();
-        let Some(entry) = table.entries[index].as_mut() else { return };
-        entry.retired = true;
-        let (slot, sending, link) = (entry.slot.clone(), entry.sending, entry.link.clone());
-        if !slot.is_mine() && !sending && table.requests[index].cancel().is_err() {
+        let Some((slot, sending, link)) = table.retire(index) else { return };
+        if !slot.is_mine() && !sending && table.cancel(index).is_err() {
             return;
         }
         while !slot.is_mine() {
@@ -274,6 +137,8 @@ impl Core {
 pub(super) struct Session {
     pub(super) core: Arc<Core>,
     comm: Comm,
+    /// The ranks of this one's node.
+    node: Comm,
     pub(super) rank: usize,
     pub(super) size: usize,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -285,7 +150,7 @@ impl Session {
         calls::initialise()?;
         let comm = Comm::duplicate_world()?;
         let (rank, size) = comm.rank_and_size()?;
-        let place = comm.place_on_node(&progress::processors())?;
+        let (node, place) = comm.place_on_node(&progress::processors())?;
         log::debug!("rank {rank} of {size}, {place:?} on its node: {}", library());
         let core = Core {
             table: Mutex::default(),
@@ -298,14 +163,21 @@ impl Session {
             progress: OnceLock::new(),
             prepare: OnceLock::new(),
         };
-        Ok(Session { core: Arc::new(core), comm, rank, size, thread: Mutex::new(None) })
+        Ok(Session { core: Arc::new(core), comm, node, rank, size, thread: Mutex::new(None) })
     }
 
-    /// Every rank's bytes, in rank order. Collective.
-    pub(super) fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+    /// Every rank's bytes, in rank order; on rank 0 alone if it is `at_first`, else on all. Collective.
+    pub(super) fn gather(&self, bytes: &[u8], at_first: bool) -> Result<Vec<Vec<u8>>> {
         let _calls = self.core.lock();
         self.comm.meet()?;
-        self.comm.gather(bytes, self.size)
+        self.comm.gather(bytes, at_first)
+    }
+
+    /// Those of this node's ranks, in their order. Collective.
+    pub(super) fn gather_on_node(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let _calls = self.core.lock();
+        self.node.meet()?;
+        self.node.gather(bytes, false)
     }
 
     /// Takes the whole job down, whatever state MPI is in.
@@ -418,13 +290,13 @@ impl Opening {
     }
 
     /// A link's buffers on this side, each with its request.
-    fn ring(&self, link: &Arc<Link>, sending: bool, outside: Option<&[Outside]>) -> Result<Vec<(usize, Arc<Slot>)>> {
+    fn ring(&self, link: &Arc<Link>, sending: bool, outside: Option<&[Outside]>) -> Result<Vec<(Index, Arc<Slot>)>> {
         let words = link.spec.words + if outside.is_some() { 0 } else { HEADER_WORDS };
         let mut table = self.session.core.lock();
         let mut ring = Vec::with_capacity(link.spec.depth);
         for place in 0..link.spec.depth {
             let outside = outside.map(|places| places[place].clone());
-            let slot = Arc::new(Slot::new(if outside.is_some() { 0 } else { link.spec.words }));
+            let slot = Arc::new(Slot::new(link.spec.buffer(if outside.is_some() { 0 } else { link.spec.words })));
             // SAFETY: the entry keeps the slot, so its memory, or what is outside, until the request is freed; see
             // `Table::start`.
             let persistent = unsafe {
@@ -438,7 +310,7 @@ impl Opening {
             }?;
             let (comm, link) = (self.comm, link.clone());
             let (slot_, retired) = (slot.clone(), false);
-            let entry = Entry { slot: slot_, persistent, sending, comm, link, words, retired, _outside: outside };
+            let entry = Entry { slot: slot_, persistent, sending, comm, link, words, retired, outside };
             ring.push((table.add(entry), slot));
         }
         Ok(ring)

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::super::message::Buffer;
 use super::calls::{Comm, Request};
-use super::{Buffer, HEADER_WORDS, Session};
+use super::{HEADER_WORDS, Session};
 use crate::{Error, Result};
 
 /// Plain nonblocking sends and receives between ranks 0 and 1, receives posted early, two buffers a direction.
@@ -21,7 +22,7 @@ impl Baseline {
     pub(in crate::comm) fn new(session: &Arc<Session>, words: usize) -> Result<Baseline> {
         let _calls = session.core.lock();
         let comm = Comm::duplicate_world()?;
-        let pair = || [Buffer::new(words), Buffer::new(words)];
+        let pair = || [Buffer::new(words, true), Buffer::new(words, true)];
         Ok(Baseline { session: session.clone(), comm, out: pair(), inward: pair() })
     }
 
@@ -73,5 +74,37 @@ impl Baseline {
     fn receive(&mut self, buffer: usize, words: usize) -> Result<Request> {
         // SAFETY: as in `send`.
         unsafe { self.comm.receive(self.inward[buffer].start(), HEADER_WORDS + words, 1 - self.session.rank, 0) }
+    }
+}
+
+/// Plain nonblocking all-reduces among all ranks, each waited for at once. The rank's lock is held meanwhile.
+pub(crate) struct Sums {
+    session: Arc<Session>,
+    comm: Comm,
+    from: Vec<f32>,
+    to: Vec<f32>,
+}
+
+impl Sums {
+    /// Places for `words`. Collective over all ranks.
+    pub(in crate::comm) fn new(session: &Arc<Session>, words: usize) -> Result<Sums> {
+        let _calls = session.core.lock();
+        Ok(Sums {
+            session: session.clone(),
+            comm: Comm::duplicate_world()?,
+            from: vec![1.0; words],
+            to: vec![0.0; words],
+        })
+    }
+
+    /// Sums them up over all ranks, `rounds` times.
+    pub(crate) fn run(&mut self, rounds: usize) -> Result<()> {
+        let _calls = self.session.core.lock();
+        for _ in 0..rounds {
+            // SAFETY: both live in `self` and are as long as said; the request completes before they are touched again.
+            let sum = unsafe { self.comm.sum(self.from.as_ptr(), self.to.as_mut_ptr(), self.from.len()) }?;
+            Request::wait_all(&mut [sum])?;
+        }
+        Ok(())
     }
 }

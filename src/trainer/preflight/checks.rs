@@ -7,7 +7,7 @@ use crate::config::DeviceChoice;
 use crate::setup::Setup;
 use crate::setup::footprint::memory;
 
-/// Checks hosts, processors and memory; `setup` says what is needed, where it is known.
+/// Checks hosts, processors and memory of all ranks' places, at least one; `setup` says what is needed, where it is known.
 pub fn check(places: &[Place], setup: Option<&Setup>) -> Vec<Check> {
     let hosts = hosts(places);
     vec![

@@ -56,7 +56,8 @@ impl Check {
 /// # Errors
 /// [`Error::Input`], on every rank, for what would make it fail.
 pub fn require(world: &World, setup: &Setup) -> Result<()> {
-    let mut checks = check(&places(world)?, Some(setup));
+    let places = places(world)?;
+    let mut checks = if world.rank() == 0 { check(&places, Some(setup)) } else { Vec::new() };
     checks.push(super::run_folder::check(world, setup)?);
     let failures: Vec<String> =
         checks.iter().filter(|c| c.verdict == Verdict::Failure).map(|c| format!("{}: {}", c.what, c.found)).collect();
@@ -64,7 +65,7 @@ pub fn require(world: &World, setup: &Setup) -> Result<()> {
         true => Ok(()),
         false => Err(Error::input(failures.join("\n"))),
     };
-    world.first_error(outcome)?;
+    world.as_first(outcome)?;
     if world.rank() == 0 {
         for check in checks.iter().filter(|c| c.verdict == Verdict::Warning) {
             log::warn!("{}: {}", check.what, check.found);

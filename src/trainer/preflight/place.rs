@@ -64,7 +64,7 @@ impl Place {
     }
 }
 
-/// Every rank's place. Collective.
+/// Every rank's place, on rank 0; nothing elsewhere. Collective.
 ///
 /// # Errors
 /// [`Error::Transport`] when MPI fails.
@@ -72,5 +72,5 @@ pub fn places(world: &World) -> Result<Vec<Place>> {
     let mine = serde_json::to_vec(&Place::here()).map_err(|e| Error::Run(e.to_string()))?;
     let parse =
         |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::Transport(format!("a rank's place: {e}")));
-    world.gather(&mine)?.into_iter().map(parse).collect()
+    world.gather_at_first(&mine)?.into_iter().map(parse).collect()
 }

@@ -12,6 +12,7 @@ use crate::comm::{Baseline, Endpoints, Kind, LinkSpec, Receiver, Sender, World, 
 use crate::sys::host::hostname;
 use crate::{Error, Result};
 
+mod all_reduce;
 mod gpu;
 
 /// Bytes a batch moves each way, about; small messages are limited by [`MOST`].
@@ -36,12 +37,15 @@ impl Times {
 }
 
 pub(super) fn run(args: &LinkArgs, world: &World) -> Result<()> {
-    if world.size() > 2 {
-        return Err(wrong_size("link", world.size(), "use 2 ranks, or none for threads"));
-    }
     if args.to < args.from {
         let (from, to) = (show_bytes(args.from), show_bytes(args.to));
         return Err(Error::input(format!("--to {to} is smaller than --from {from}")));
+    }
+    if args.all_reduce {
+        return all_reduce::run(args, world);
+    }
+    if world.size() > 2 {
+        return Err(wrong_size("link", world.size(), "use 2 ranks, or none for threads; more with --all-reduce"));
     }
     let ordinal = gpu_of(world, args.device)?;
     if world.rank() == 0 {
