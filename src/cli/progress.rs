@@ -129,22 +129,22 @@ impl Progress {
 mod tests {
     use super::*;
 
-    /// Batches of 100 frames a second whose reports come four at once; a slow start is forgotten.
+    /// A thousand frames a second, of which reports come four at once; a slow start is forgotten.
     #[test]
     fn speed_is_over_seconds_whatever_comes_at_once() {
         let mut speed = Speed::default();
         speed.add(100, 7.0);
         assert!((speed.per_second() - 100.0 / 7.0).abs() < 1e-9);
-        for _ in 0..20 {
-            speed.add(100, 4.0);
+        for _ in 0..100 {
+            speed.add(100, 0.4);
             for _ in 0..3 {
                 speed.add(100, 1e-9);
             }
         }
-        assert!((speed.per_second() - 100.0).abs() < 1.0, "{}", speed.per_second());
+        assert!((speed.per_second() - 1000.0).abs() < 50.0, "{}", speed.per_second());
         assert!(speed.marks.len() < 30);
         // A batch that takes longer than what the speed is over.
         speed.add(100, 50.0);
-        assert!((speed.per_second() - 2.0).abs() < 0.1, "{}", speed.per_second());
+        assert!((2.0..20.0).contains(&speed.per_second()), "{}", speed.per_second());
     }
 }
