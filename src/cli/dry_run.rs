@@ -6,7 +6,7 @@ use crate::Result;
 use crate::cli::output::table;
 use crate::cli::train::notes;
 use crate::comm::Kind;
-use crate::config::{Config, DeviceChoice, Precision};
+use crate::config::{Config, DeviceChoice, Precision, Rule};
 use crate::network::blocks::Blocks;
 use crate::plan::cut::resume_cut;
 use crate::plan::predict::{Parts, best_cuts, conditions};
@@ -24,7 +24,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     let mut config = config.clone();
     resume_cut(&mut config)?;
     let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).unwrap_or(1);
-    let wanted = if config.train.rule.is_exact() { 1 } else { ranks.unwrap_or(modules * config.train.replicas) };
+    let wanted = if config.train.rule == Rule::Bp { 1 } else { ranks.unwrap_or(modules * config.train.replicas) };
     let mut setup = Setup::dry(&config, wanted)?;
     if config.cut_is_open() && setup.grid.modules > 1 {
         let measured = measured_cuts(&setup, wanted)?;

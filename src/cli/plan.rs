@@ -11,7 +11,7 @@ use crate::cli::output::table;
 use crate::comm::Kind;
 use crate::config::Config;
 use crate::method::schedule::Tick;
-use crate::method::{Boundary, Stash};
+use crate::method::{Boundary, Rule, Stash};
 use crate::network::ModuleSpec;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
@@ -88,7 +88,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         return Err(Error::input("--ranks and --cores must be at least 1"));
     }
     let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1));
-    let ranks = match config.train.rule.is_exact() {
+    let ranks = match config.train.rule == Rule::Bp {
         true => 1,
         false => args.ranks.unwrap_or(modules.unwrap_or(1) * config.train.replicas),
     };

@@ -248,7 +248,9 @@ mod tests {
         };
         assert_eq!(beta(&[]), 0.5);
         assert_eq!(beta(&["train.stash=inputs"]), 1.0);
-        assert_eq!(beta(&["train.rule=bp"]), 1.0);
+        for rule in ["bp", "1f1b", "gpipe"] {
+            assert_eq!(beta(&[&format!("train.rule={rule}")]), 1.0);
+        }
         assert_eq!(beta(&["train.lr_depth=0.7", "train.rule=bp"]), 0.7);
         assert_eq!(beta(&["train.lr_depth=auto"]), 0.5);
         refused(SMALL, &["train.lr_depth=deep"], &["in `train.lr_depth`", "expected a number or \"auto\""]);

@@ -114,19 +114,15 @@ impl Config {
                  remove model.skip",
             ));
         }
-        if self.train.rule.is_exact() && self.train.replicas > 1 {
-            return Err(Error::input(
-                "train.rule = \"bp\" runs in one process with train.replicas = 1; raise data.batch instead",
-            ));
-        }
         if let UpdateEvery::Steps(steps) = self.train.update_every {
             if steps == 0 {
                 return Err(Error::input("train.update_every = 0: it is \"batch\" or a number of steps from 1"));
             }
             if self.train.rule.is_exact() {
-                return Err(Error::input(
-                    "train.update_every = a number of steps does not go with rule = \"bp\", which updates once a batch",
-                ));
+                return Err(Error::input(format!(
+                    "train.update_every = {steps} steps does not go with train.rule = \"{}\", which updates once a batch",
+                    self.train.rule
+                )));
             }
         }
         let beta = self.lr_depth();
@@ -197,11 +193,6 @@ impl Config {
         (i..modules).fold(self.lr_scale(), |factor, _| factor * self.lr_depth())
     }
 
-    /// Where training computes: exact back-propagation keeps activations of several steps, in host memory.
-    pub fn training_device(&self) -> DeviceChoice {
-        if self.train.rule.is_exact() { DeviceChoice::Cpu } else { self.run.device }
-    }
-
     /// What must fit together for a GPU; whether there is one is not asked here: a cluster's configuration is checked on laptops.
     fn validate_device(&self) -> Result<()> {
         let run = &self.run;
@@ -218,11 +209,6 @@ impl Config {
         if run.device != DeviceChoice::Cuda && run.wire == Wire::Bf16 {
             return Err(Error::input(
                 "run.wire = \"bf16\" needs run.device = \"cuda\"; on the CPU messages are \"f32\"",
-            ));
-        }
-        if run.device == DeviceChoice::Cuda && self.train.rule.is_exact() {
-            return Err(Error::input(
-                "train.rule = \"bp\" is exact back-propagation on the CPU: set run.device = \"cpu\"",
             ));
         }
         Ok(())

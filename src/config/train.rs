@@ -15,7 +15,7 @@ pub struct TrainConfig {
     /// How gradients are made.
     pub rule: Rule,
     /// Which activations a cotangent meets: those of the step at hand (`"none"`), or its own, whose `"inputs"` or `"activations"`
-    /// are kept until it comes.
+    /// are kept until it comes. By the exact rules it meets its own in any case; `"none"` keeps activations.
     pub stash: Stash,
     /// How modules cross from one clip to the next.
     pub boundary: Boundary,
@@ -35,7 +35,8 @@ pub struct TrainConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_lr: Option<usize>,
     /// Damping by depth: module i of D learns at the learning rate times this to the power D − i; above 0, up to 1. "auto" (the
-    /// default): 0.5 with fresh pseudo-gradients, whose noise grows with the way back from the loss; 1 with `stash` and `bp`.
+    /// default): 0.5 with fresh pseudo-gradients, whose noise grows with the way back from the loss; 1 with `stash`
+    /// and by the exact rules.
     pub lr_depth: LrDepth,
     /// Scale a module's gradient down to this Euclidean norm: a number, or "none": never.
     pub clip_norm: ClipNorm,

@@ -11,15 +11,22 @@ pub enum Rule {
     /// Pseudo-gradients with skips (Malinowski et al., CVPR 2021).
     #[default]
     SkipSideways,
-    /// Exact back-propagation through the same unrolled graph: all steps forward, then all back; in one process.
+    /// Exact gradients in a pipeline: as with `stash`, and the clip's last cotangents are waited for (PipeDream's 1F1B with a flush).
+    #[serde(rename = "1f1b")]
+    OneForwardOneBackward,
+    /// Exact gradients in a pipeline: all steps forward, then all back (Huang et al., NeurIPS 2019).
+    Gpipe,
+    /// Exact back-propagation through the same unrolled graph: as `gpipe`, in one process.
     Bp,
 }
 
-/// Which activations a step's vector–Jacobian product is taken at, under `sideways` and `skip-sideways`.
+/// Which activations a step's vector–Jacobian product is taken at under `sideways` and `skip-sideways`; under the exact rules, which
+/// take it at its own, what is kept for that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stash {
-    /// Those of the step at hand, fresh, with the cotangent that has just arrived: the papers' pseudo-gradients.
+    /// Those of the step at hand, fresh, with the cotangent that has just arrived: the papers' pseudo-gradients. Under the exact
+    /// rules: as `Activations`.
     #[default]
     None,
     /// The cotangent's own: the inputs are kept until it comes, and the forward pass is done once more.
@@ -41,7 +48,7 @@ impl std::fmt::Display for Stash {
 impl Rule {
     /// Whether every step's activations are kept until its own cotangents have come, so that gradients are exact.
     pub fn is_exact(self) -> bool {
-        self == Rule::Bp
+        matches!(self, Rule::OneForwardOneBackward | Rule::Gpipe | Rule::Bp)
     }
 }
 
@@ -50,6 +57,8 @@ impl std::fmt::Display for Rule {
         f.write_str(match self {
             Rule::Sideways => "sideways",
             Rule::SkipSideways => "skip-sideways",
+            Rule::OneForwardOneBackward => "1f1b",
+            Rule::Gpipe => "gpipe",
             Rule::Bp => "bp",
         })
     }

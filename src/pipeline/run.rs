@@ -12,9 +12,9 @@ use crate::backend::stage::Fit;
 use crate::checkpoint::Checkpoint;
 use crate::comm::exchange::{Gpus, connect_gpus};
 use crate::comm::{Orders, World};
+use crate::setup::Setup;
 use crate::setup::neighbours::Neighbours;
 use crate::setup::site::{self, Site};
-use crate::setup::{Purpose, Setup};
 use crate::sys::cpus::{at_once, own_processors};
 use crate::{Error, Result};
 
@@ -64,8 +64,7 @@ pub fn run(
     console: impl FnOnce(&mut Reports) -> Result<()> + Send,
 ) -> Result<End> {
     let (grid, config) = (setup.grid, &setup.config.run);
-    let device = if setup.purpose == Purpose::Train { setup.config.training_device() } else { config.device };
-    let site = site::choose(world, device)?;
+    let site = site::choose(world, config.device)?;
     let (edges, links) = if site == Site::Cpu { Default::default() } else { edges(setup) };
     let gpus = match site {
         Site::Cpu => None,

@@ -36,7 +36,7 @@ impl OnGpu {
 /// [`crate::Error::Input`] if one is asked for and there is none, with what to do.
 pub fn chosen(config: &Config) -> Result<Option<OnGpu>> {
     let run = &config.run;
-    match choose(&World::Alone, config.training_device())? {
+    match choose(&World::Alone, config.run.device)? {
         Site::Cpu => Ok(None),
         Site::Gpu { ordinal, .. } => {
             let (name, cudnn) = cuda::describe(ordinal)?;

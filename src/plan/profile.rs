@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use super::measure::measure;
 use crate::backend::cpu;
 use crate::backend::stage::{OutputPort, StageSpec};
-use crate::method::Stash;
 use crate::nn::module::{Fuse, SkipInput, fused_shape};
 use crate::nn::optim::OptimizerSpec;
 use crate::nn::spec::{LayerSpec, Shape};
@@ -136,7 +135,7 @@ impl Conditions {
             last_layer: None,
             kept: 1,
             sums: 1,
-            stash: Stash::None,
+            recompute: false,
             optimizer: Some(self.optimizer),
             ema: None,
             frozen: Default::default(),

@@ -2,13 +2,12 @@
 
 use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
-use crate::method::Stash;
 use crate::nn::module::{Fuse, fused_shape};
 use crate::nn::tape_size::tape_elements;
 use crate::setup::{Purpose, Setup};
 
-/// Bytes worker `w` keeps: under `bp` the activations of all steps, with `stash` those of as many as a cotangent is behind, else
-/// those of one.
+/// Bytes worker `w` keeps: under `bp` and `gpipe` the activations of all steps, with `stash` and under `1f1b` those of as many as a
+/// cotangent is behind, else those of one.
 pub fn memory(setup: &Setup, w: usize) -> u64 {
     let (i, _) = setup.grid.module_and_replica(w);
     let module = &setup.network.modules[i - 1];
@@ -39,11 +38,8 @@ fn activations(setup: &Setup, i: usize, kept: usize, tape: u64) -> u64 {
     let module = &setup.network.modules[i - 1];
     let elements = |shape: &[usize; 3]| shape.iter().product::<usize>() as u64;
     let kept = kept as u64;
-    let (tapes, inputs) = match setup.config.train.stash {
-        // The tape has the newest step's.
-        Stash::Inputs if kept > 1 => (1, kept - 1),
-        _ => (kept, 0),
-    };
+    // The tape has the newest step's.
+    let (tapes, inputs) = if schedule.recomputes(i) { (1, kept - 1) } else { (kept, 0) };
     let input = elements(&module.main) + module.skips.iter().map(|skip| elements(&skip.shape)).sum::<u64>();
     tapes * tape + batch * (inputs * input + (schedule.sums(i) as u64 - 1) * elements(&module.output))
 }

@@ -122,7 +122,8 @@ impl Setup {
         };
         if config.train.rule == Rule::Bp && purpose == Purpose::Train && ranks > 1 {
             return Err(Error::input(format!(
-                "train.rule = \"bp\" runs in one process, but there are {ranks} ranks: start it without mpirun or srun"
+                "train.rule = \"bp\" runs in one process, but there are {ranks} ranks: start it without mpirun or srun, or set \
+                 train.rule = \"1f1b\" or \"gpipe\", which give the same gradients on any number of ranks"
             )));
         }
         let network = Network::new(config, [height, width, 3], classes, ranks.div_ceil(replicas))?;
@@ -231,7 +232,7 @@ impl Setup {
             last_layer: Some(network.last_layer()),
             kept: self.schedule.kept(i),
             sums: self.schedule.sums(i),
-            stash: config.train.stash,
+            recompute: self.schedule.recomputes(i),
             optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
             ema: config.train.ema.filter(|_| self.purpose == Purpose::Train),
             frozen: self.frozen.names().clone(),

@@ -90,9 +90,12 @@ fn clips_too_short_are_refused() {
     assert!(text.contains("5 frames have no target"), "{text}");
 }
 
-/// The forward and the backward passes of module `i` by step under exact back-propagation, and when.
-fn exact(graph: &Graph, i: usize) -> String {
-    let schedule = Schedule::training(graph, 4, Rule::Bp, Stash::None, Boundary::Flow, LossAt::EveryStep).unwrap();
+fn by(rule: Rule, graph: &Graph, frames: usize, loss: LossAt) -> Schedule {
+    Schedule::training(graph, frames, rule, Stash::None, Boundary::Flow, loss).unwrap()
+}
+
+/// When module `i` does which forward and backward passes, and what comes (output.the receiver's step>the own step).
+fn ticks(schedule: &Schedule, i: usize) -> String {
     let cells = schedule.window(i).iter().map(|tick| {
         let forward = tick.forward.as_ref().map_or(String::new(), |forward| format!("F{}", forward.step));
         let arrivals = tick.cotangents.iter().map(|a| format!("+{}.{}>{}", a.output, a.sent_at, a.step));
@@ -104,16 +107,72 @@ fn exact(graph: &Graph, i: usize) -> String {
 
 /// All forward passes, then all backward ones in reverse; every cotangent goes to the step whose output was used.
 #[test]
-fn exact_back_propagation() {
+fn all_forward_all_backward() {
     let chain = graph(3, &[], 1);
-    assert_eq!(exact(&chain, 1), "0:F0 1:F1 2:F2 3:F3 8:+0.3>3B3 9:+0.2>2B2 10:+0.1>1B1 11:+0.0>0B0");
-    assert_eq!(exact(&chain, 3), "2:F0 3:F1 4:F2 5:F3 6:B3 7:B2 8:B1 9:B0");
+    let of = |graph: &Graph, i| ticks(&by(Rule::Gpipe, graph, 4, LossAt::EveryStep), i);
+    assert_eq!(of(&chain, 1), "0:F0 1:F1 2:F2 3:F3 8:+0.3>3B3 9:+0.2>2B2 10:+0.1>1B1 11:+0.0>0B0");
+    assert_eq!(of(&chain, 2), "1:F0 2:F1 3:F2 4:F3 7:+0.3>3B3 8:+0.2>2B2 9:+0.1>1B1 10:+0.0>0B0");
+    assert_eq!(of(&chain, 3), "2:F0 3:F1 4:F2 5:F3 6:B3 7:B2 8:B1 9:B0");
     // Module 3 reads module 1's next step through the skip, and its last one twice: both cotangents go to step 3. They come a
     // tick before the main path's for the same step, and the sum waits.
     assert_eq!(
-        exact(&graph(3, &[2], 1), 1),
+        of(&graph(3, &[2], 1), 1),
         "0:F0 1:F1 2:F2 3:F3 7:+1.3>3 8:+1.2>3+0.3>3B3 9:+1.1>2+0.2>2B2 10:+1.0>1+0.1>1B1 11:+0.0>0B0"
     );
+    let schedule = by(Rule::Gpipe, &chain, 4, LossAt::EveryStep);
+    assert_eq!((schedule.period(), schedule.mean_over()), (2 * (4 + 2), Some(4)));
+    assert_eq!(
+        [1, 2, 3].map(|i| (schedule.kept(i), schedule.kept_at_once(i), schedule.sums(i))),
+        [
+            (4, 4, 1),
+            (4, 4, 1),
+            // A loss's gradient is made in the forward pass, and waits.
+            (4, 4, 4)
+        ]
+    );
+    assert_eq!(schedule, by(Rule::Bp, &chain, 4, LossAt::EveryStep));
+}
+
+/// As with stash, and the last 2 (D - i) cotangents are waited for; clips shorter than the way back wait between.
+#[test]
+fn one_forward_one_backward() {
+    let chain = graph(3, &[], 1);
+    let of = |graph: &Graph, frames, i| ticks(&by(Rule::OneForwardOneBackward, graph, frames, LossAt::EveryStep), i);
+    assert_eq!(of(&chain, 5, 1), "0:F0 1:F1 2:F2 3:F3 4:F4+0.0>0B0 5:+0.1>1B1 6:+0.2>2B2 7:+0.3>3B3 8:+0.4>4B4");
+    assert_eq!(of(&chain, 5, 2), "1:F0 2:F1 3:F2+0.0>0B0 4:F3+0.1>1B1 5:F4+0.2>2B2 6:+0.3>3B3 7:+0.4>4B4");
+    assert_eq!(of(&chain, 5, 3), "2:F0B0 3:F1B1 4:F2B2 5:F3B3 6:F4B4");
+    assert_eq!(of(&chain, 2, 1), "0:F0 1:F1 4:+0.0>0B0 5:+0.1>1B1");
+    // The skip's cotangents, the held step's among them, are 2 s - d - 1 = 2 and s - 1 = 1 ticks early.
+    assert_eq!(
+        of(&graph(3, &[2], 1), 4, 1),
+        "0:F0 1:F1 2:F2 3:F3+1.0>1 4:+1.1>2+0.0>0B0 5:+1.2>3+0.1>1B1 6:+1.3>3+0.2>2B2 7:+0.3>3B3"
+    );
+    // Without a loss above them the last steps of module 3 have no backward pass, and those below have none.
+    let future = by(Rule::OneForwardOneBackward, &chain, 5, LossAt::Ahead(2));
+    assert_eq!(ticks(&future, 3), "2:F0B0 3:F1B1 4:F2B2 5:F3 6:F4");
+    assert_eq!(ticks(&future, 1), "0:F0 1:F1 2:F2 3:F3 4:F4+0.0>0B0 5:+0.1>1B1 6:+0.2>2B2");
+    let schedule = by(Rule::OneForwardOneBackward, &chain, 9, LossAt::EveryStep);
+    assert_eq!((schedule.period(), schedule.mean_over(), future.mean_over()), (9 + 4, Some(9), Some(3)));
+    assert_eq!([1, 2, 3].map(|i| (schedule.kept(i), schedule.kept_at_once(i))), [(5, 5), (3, 3), (1, 1)]);
+}
+
+/// Every step has its backward pass if a loss is above it, whatever the rule, clips of one frame too.
+#[test]
+fn exact_rules_leave_nothing_out() {
+    for (spans, delay) in [(&[][..], 1), (&[2, 3], 1), (&[2, 5], 2)] {
+        let graph = graph(6, spans, delay);
+        for frames in 1..=19 {
+            for rule in [Rule::OneForwardOneBackward, Rule::Gpipe] {
+                let schedule = by(rule, &graph, frames, LossAt::EveryStep);
+                for i in 1..=6 {
+                    let mut steps: Vec<usize> = schedule.backwards(i).map(|backward| backward.step).collect();
+                    steps.sort();
+                    assert_eq!(steps, (0..frames).collect::<Vec<_>>(), "{rule}, T = {frames}, module {i}");
+                }
+                assert!(runs_through(&graph, &schedule, 3, 0), "{rule}, T = {frames}, {spans:?} {delay}");
+            }
+        }
+    }
 }
 
 /// The ticks of module `i` with `stash`: forward pass, arrivals (output, the receiver's step, the own step), backward pass.
@@ -151,8 +210,6 @@ fn stash_waits_for_the_cotangent() {
     assert_eq!([1, 2, 3].map(|i| schedule.kept_at_once(i)), [5, 3, 1]);
     let short = stash(&chain, 6);
     assert_eq!([1, 2, 3].map(|i| (short.kept(i), short.kept_at_once(i))), [(5, 2), (3, 3), (1, 1)]);
-    let schedule = Schedule::training(&chain, 9, Rule::Bp, Stash::None, Boundary::Flow, LossAt::EveryStep).unwrap();
-    assert_eq!([1, 2, 3].map(|i| schedule.kept(i)), [9, 9, 9]);
     assert_eq!([1, 2, 3].map(|i| training(&chain, 9, Boundary::Flow, LossAt::EveryStep).unwrap().kept(i)), [1, 1, 1]);
 }
 
@@ -162,8 +219,12 @@ fn what_is_kept_is_used() {
     for (spans, ahead) in [(&[][..], None), (&[2], None), (&[2, 3], Some(3)), (&[5], Some(2))] {
         let graph = graph(6, spans, 1);
         let loss = ahead.map_or(LossAt::EveryStep, LossAt::Ahead);
-        for kept in [Stash::None, Stash::Inputs, Stash::Activations] {
-            let schedule = Schedule::training(&graph, 15, Rule::SkipSideways, kept, Boundary::Flow, loss).unwrap();
+        let kinds = [Stash::None, Stash::Inputs, Stash::Activations];
+        for (rule, kept) in [Rule::SkipSideways, Rule::OneForwardOneBackward, Rule::Gpipe]
+            .into_iter()
+            .flat_map(|rule| kinds.map(|kept| (rule, kept)))
+        {
+            let schedule = Schedule::training(&graph, 15, rule, kept, Boundary::Flow, loss).unwrap();
             for i in 1..=6 {
                 let mut used: Vec<usize> = schedule.backwards(i).map(|b| b.step).collect();
                 used.sort();
@@ -171,7 +232,8 @@ fn what_is_kept_is_used() {
                     schedule.forwards(i).filter(|f| f.keep != Keep::Nothing).map(|f| f.step).collect();
                 assert!(keeps == used && !used.is_empty(), "module {i}: {keeps:?} {used:?}");
                 let again = schedule.forwards(i).filter(|f| f.keep == Keep::Inputs).count();
-                assert_eq!(again > 0, kept == Stash::Inputs && i < 6, "module {i}");
+                assert_eq!(again > 0, kept == Stash::Inputs && (i < 6 || rule == Rule::Gpipe), "module {i}");
+                assert_eq!(schedule.recomputes(i), again > 0);
             }
         }
     }
@@ -188,7 +250,6 @@ fn stash_is_refused_where_it_cannot_be() {
     for (frames, rule, boundary, what) in [
         (6, Rule::SkipSideways, Boundary::Flow, "from 7 frames on"),
         (9, Rule::SkipSideways, Boundary::Cut, "train.boundary"),
-        (9, Rule::Bp, Boundary::Flow, "keeps all activations"),
     ] {
         let text = of(frames, rule, boundary).unwrap_err().to_string();
         assert!(text.contains(what), "{text}");
@@ -196,17 +257,21 @@ fn stash_is_refused_where_it_cannot_be() {
 }
 
 /// The rules with delays and boundaries.
-const RULES: [(usize, Rule, Stash, Boundary); 10] = [
+const RULES: [(usize, Rule, Stash, Boundary); 14] = [
     (1, Rule::SkipSideways, Stash::None, Boundary::Flow),
     (2, Rule::SkipSideways, Stash::None, Boundary::Flow),
     (1, Rule::SkipSideways, Stash::None, Boundary::Cut),
     (2, Rule::SkipSideways, Stash::None, Boundary::Cut),
     (1, Rule::SkipSideways, Stash::Activations, Boundary::Flow),
     (2, Rule::SkipSideways, Stash::Inputs, Boundary::Flow),
-    (1, Rule::Bp, Stash::None, Boundary::Flow),
-    (2, Rule::Bp, Stash::None, Boundary::Flow),
-    (1, Rule::Bp, Stash::None, Boundary::Cut),
-    (2, Rule::Bp, Stash::None, Boundary::Cut),
+    (1, Rule::OneForwardOneBackward, Stash::None, Boundary::Flow),
+    (2, Rule::OneForwardOneBackward, Stash::Inputs, Boundary::Flow),
+    (1, Rule::OneForwardOneBackward, Stash::None, Boundary::Cut),
+    (2, Rule::OneForwardOneBackward, Stash::None, Boundary::Cut),
+    (1, Rule::Gpipe, Stash::None, Boundary::Flow),
+    (2, Rule::Gpipe, Stash::Inputs, Boundary::Flow),
+    (1, Rule::Gpipe, Stash::None, Boundary::Cut),
+    (2, Rule::Gpipe, Stash::None, Boundary::Cut),
 ];
 
 /// What is sent is what is received, in the same order, on every edge and in both directions.
@@ -273,12 +338,14 @@ fn messages_take_a_tick_and_sums_are_complete() {
 #[test]
 fn bounded_queues_never_deadlock() {
     for spans in [&[][..], &[2], &[3], &[2, 3], &[2, 5], &[5]] {
-        for (delay, rule, stash, boundary) in RULES.into_iter().filter(|(_, rule, ..)| *rule != Rule::Bp) {
-            let graph = graph(6, spans, delay);
-            let schedule = Schedule::training(&graph, 14, rule, stash, boundary, LossAt::EveryStep).unwrap();
-            assert!(runs_through(&graph, &schedule, 3, 0), "{spans:?} {delay} {boundary:?}");
-            // With one place less they do.
-            assert!(!runs_through(&graph, &schedule, 3, 1), "{spans:?} {delay} {boundary:?}");
+        for (delay, rule, stash, boundary) in RULES {
+            let (graph, loss) = (graph(6, spans, delay), LossAt::EveryStep);
+            for lowest in [1, 3] {
+                let schedule = Schedule::training_from(&graph, 14, rule, stash, boundary, loss, lowest).unwrap();
+                assert!(runs_through(&graph, &schedule, 3, 0), "{rule} {spans:?} {delay} {boundary:?} {lowest}");
+                // With one place less they do.
+                assert!(!runs_through(&graph, &schedule, 3, 1), "{rule} {spans:?} {delay} {boundary:?} {lowest}");
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ pub use timed::TimedStage;
 use super::cuda;
 use super::slots::{Done, Slot, SlotMut};
 use crate::Result;
-use crate::method::{Keep, Stash};
+use crate::method::Keep;
 use crate::nn::head::{HeadSpec, Labels, Score};
 use crate::nn::layers::Pass;
 use crate::nn::module::{Fuse, SkipInput};
@@ -57,8 +57,8 @@ pub struct StageSpec {
     pub kept: usize,
     /// Over how many steps in a row the sums of cotangents reach that are held at once.
     pub sums: usize,
-    /// What is kept for a backward pass that comes at a later tick.
-    pub stash: Stash,
+    /// Whether inputs are kept for backward passes, which begin with the forward pass once more.
+    pub recompute: bool,
     /// Training: the optimiser.
     pub optimizer: Option<OptimizerSpec>,
     /// Training: the part of itself that the moving average of the parameters keeps at an update, where there is one.

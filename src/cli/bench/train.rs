@@ -276,7 +276,7 @@ fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Res
 fn processors(world: &World, config: &Config, on_gpu: bool) -> Result<Processors> {
     let slots = if on_gpu { 1 } else { at_once(config.run.threads) };
     let mine = if on_gpu {
-        let site = site::choose(world, config.training_device())?;
+        let site = site::choose(world, config.run.device)?;
         format!("{} {site:?}", hostname())
     } else {
         format!("{} {:?}", hostname(), own_processors())

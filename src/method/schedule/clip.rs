@@ -136,13 +136,47 @@ impl<'a> Clip<'a> {
         self.schedule(self.frames, Keep::Activations, windows)
     }
 
-    /// F(t), then B(t − δᵢ) at the activations of its own step, by which time every cotangent of that step has come. What would
-    /// come later than the window's last tick is not sent.
+    /// `stash`: F(t), then B(t − δᵢ), by which time every cotangent of that step has come. What would come later than the window's
+    /// last tick is not sent.
     pub(super) fn stashed(&self, keep: Keep) -> Schedule {
+        let at = |i: usize, step: usize| {
+            let own = step + self.way_back(i);
+            (own < self.frames).then_some(own + i - 1)
+        };
+        self.schedule(self.frames, keep, self.own_activations(at))
+    }
+
+    /// `1f1b`: the same, and behind the window's last forward pass B(T − δᵢ) to B(T − 1) alone.
+    pub(super) fn one_forward_one_backward(&self, keep: Keep) -> Schedule {
+        let at = |i: usize, step: usize| Some(step + self.way_back(i) + i - 1);
+        let period = self.frames + self.way_back(1);
+        self.exact(self.schedule(period, keep, self.own_activations(at)))
+    }
+
+    /// `gpipe` and `bp`: all forward passes, then in the reverse order of ticks all backward ones.
+    pub(super) fn all_forward_all_backward(&self, keep: Keep) -> Schedule {
         let d = self.graph.modules();
-        let mut windows: Vec<Vec<Tick>> = vec![Vec::new(); d];
+        let forward_ticks = (1..=d).map(|i| self.steps(i) + i - 1).max().unwrap_or(0);
+        let at = |i: usize, step: usize| Some(2 * forward_ticks - 1 - (step + i - 1));
+        self.exact(self.schedule(2 * forward_ticks, keep, self.own_activations(at)))
+    }
+
+    /// A schedule with a backward pass for every step that has a loss above it: gradients are means over the losses.
+    fn exact(&self, schedule: Schedule) -> Schedule {
+        let d = self.graph.modules();
+        let losses = (0..self.steps(d)).filter(|&t| self.has_loss(d, t)).count();
+        Schedule { mean_over: Some(losses), ..schedule }
+    }
+
+    /// Windows in which every cotangent meets the activations it belongs to. `at(i, τ)` is the tick of B(τ) of module i, behind
+    /// those of all uses of its output y(τ); `None` where it would come too late, so that its cotangents are not sent. Every use
+    /// sends one, those of held outputs too.
+    fn own_activations(&self, at: impl Fn(usize, usize) -> Option<usize>) -> Vec<Vec<Tick>> {
+        let d = self.graph.modules();
+        let mut windows: Vec<BTreeMap<usize, Tick>> = vec![BTreeMap::new(); d];
+        // From the top down: whether a step has a backward pass follows from the modules above it.
         for i in (1..=d).rev() {
-            let mut window: Vec<Tick> = self.forward_ticks(i).collect();
+            let mut window: BTreeMap<usize, Tick> = self.forward_ticks(i).map(|tick| (tick.at, tick)).collect();
             if i < self.lowest {
                 windows[i - 1] = window;
                 continue;
@@ -151,64 +185,28 @@ impl<'a> Clip<'a> {
             // Of skips that arrive at the same tick, the longest first.
             let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
             for &(output, e) in outputs.iter().rev() {
-                for (t, there) in windows[e.to - 1].iter().enumerate() {
+                for (&made, there) in &windows[e.to - 1] {
                     let Some(Backward { step, send }) = &there.backward else { continue };
                     if self.graph.inputs(e.to).zip(send).any(|(other, &sent)| other == e && sent) {
                         let used = self.used_step(e, *step);
-                        // Made at the receiver's step t, a tick before this module's step t + span + 1.
                         let arrival = Arrival { output, sent_at: *step, step: used, first: false };
-                        window[t + e.span() + 1].cotangents.push(arrival);
+                        tick_at(&mut window, made + 1).cotangents.push(arrival);
                         due.insert(used);
                     }
                 }
             }
             for step in due {
-                if let Some(tick) = window.get_mut(step + self.way_back(i)) {
-                    let in_time = |e: &Edge| {
-                        e.from >= self.lowest && self.used_step(e, step) + self.way_back(e.from) < self.frames
-                    };
-                    tick.backward = Some(Backward { step, send: self.graph.inputs(i).map(in_time).collect() });
-                }
+                let Some(tick) = at(i, step) else { continue };
+                let used = |e: &Edge| e.from >= self.lowest && at(e.from, self.used_step(e, step)).is_some();
+                let send = self.graph.inputs(i).map(used).collect();
+                tick_at(&mut window, tick).backward = Some(Backward { step, send });
             }
             windows[i - 1] = window;
         }
-        self.schedule(self.frames, keep, windows)
+        windows.into_iter().map(|window| window.into_values().collect()).collect()
     }
+}
 
-    /// Exact back-propagation: all forward passes, then in the reverse order of ticks all backward ones, each at the
-    /// activations of its own step. Every use of an output sends its cotangent, those of held outputs too.
-    pub(super) fn exact(&self) -> Schedule {
-        let d = self.graph.modules();
-        let forward_ticks = (1..=d).map(|i| self.steps(i) + i - 1).max().unwrap_or(0);
-        let backward_tick = |i: usize, step: usize| 2 * forward_ticks - 1 - (step + i - 1);
-        let mut windows: Vec<BTreeMap<usize, Tick>> = vec![BTreeMap::new(); d];
-        for i in (1..=d).rev() {
-            let mut window: BTreeMap<usize, Tick> = self.forward_ticks(i).map(|tick| (tick.at, tick)).collect();
-            if i < self.lowest {
-                windows[i - 1] = window;
-                continue;
-            }
-            // Of skips that arrive at the same tick, the longest first.
-            let outputs: Vec<(usize, &Edge)> = self.graph.outputs(i).enumerate().collect();
-            for &(output, e) in outputs.iter().rev() {
-                for (&at, tick) in &windows[e.to - 1] {
-                    let Some(Backward { step, .. }) = tick.backward else { continue };
-                    let arrival = Arrival { output, sent_at: step, step: self.used_step(e, step), first: false };
-                    let tick = window.entry(at + 1).or_insert_with(|| Tick { at: at + 1, ..Tick::default() });
-                    tick.cotangents.push(arrival);
-                }
-            }
-            let due: Vec<usize> = window.values().flat_map(|tick| &tick.cotangents).map(|c| c.step).collect();
-            for step in (0..self.steps(i)).filter(|&t| self.has_loss(i, t) || due.contains(&t)) {
-                let at = backward_tick(i, step);
-                let tick = window.entry(at).or_insert_with(|| Tick { at, ..Tick::default() });
-                let send = self.graph.inputs(i).map(|e| e.from >= self.lowest).collect();
-                tick.backward = Some(Backward { step, send });
-            }
-            windows[i - 1] = window;
-        }
-        let windows = windows.into_iter().map(|window| window.into_values().collect()).collect();
-        let losses = (0..self.steps(d)).filter(|&t| self.has_loss(d, t)).count();
-        Schedule { mean_over: Some(losses), ..self.schedule(2 * forward_ticks, Keep::Activations, windows) }
-    }
+fn tick_at(window: &mut BTreeMap<usize, Tick>, at: usize) -> &mut Tick {
+    window.entry(at).or_insert_with(|| Tick { at, ..Tick::default() })
 }

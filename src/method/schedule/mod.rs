@@ -14,7 +14,12 @@
 //! module 2               F0   F1   F2B0 F3B1 F4B2
 //! module 3                    F0B0 F1B1 F2B2 F3B3 F4B4
 //!
-//! bp          tick  0    1    2    3    4    5    6    7    8    9    10   11   12   13
+//! 1f1b        tick  0    1    2    3    4    5    6    7    8
+//! module 1          F0   F1   F2   F3   F4B0 B1   B2   B3   B4
+//! module 2               F0   F1   F2B0 F3B1 F4B2 B3   B4
+//! module 3                    F0B0 F1B1 F2B2 F3B3 F4B4
+//!
+//! gpipe, bp   tick  0    1    2    3    4    5    6    7    8    9    10   11   12   13
 //! module 1          F0   F1   F2   F3   F4                       B4   B3   B2   B1   B0
 //! module 2               F0   F1   F2   F3   F4             B4   B3   B2   B1   B0
 //! module 3                    F0   F1   F2   F3   F4   B4   B3   B2   B1   B0
@@ -23,8 +28,10 @@
 //! Every message takes one tick. Under `sideways` and `skip-sideways` the cotangent that module 3 makes at its step 0 (tick 2)
 //! is what module 2 uses at tick 3, its step 2, at that step's fresh activations: they come from different frames, and nobody
 //! waits. With `stash` it meets the activations it belongs to, which module i keeps for δᵢ = 2(D − i) steps: a cotangent is added
-//! to the sum of the step whose output was used. What belongs to a clip's last δᵢ steps would come too late and is not sent. `bp`
-//! does the same for every step. A rule is nothing but such lists: the tick loop is the same for all.
+//! to the sum of the step whose output was used. What belongs to a clip's last δᵢ steps would come too late and is not sent.
+//! `1f1b` (one forward, one backward) waits for it: exact gradients, for a bubble of 2 (D − 1) ticks a clip. `gpipe` makes all
+//! forward passes first, and keeps the activations of all T steps; `bp` is the same in one process. A rule is nothing but such
+//! lists: the tick loop is the same for all.
 
 mod clip;
 
@@ -149,8 +156,8 @@ impl Schedule {
     /// The schedule of training by `rule` on clips of `frames` frames over `graph`.
     ///
     /// # Errors
-    /// [`Error::Input`] if the clip is too short to train module 1, or has no step with a loss; if `stash` does not go with `rule`
-    /// or `boundary`.
+    /// [`Error::Input`] if the clip is too short to train module 1, or has no step with a loss; if `stash` does not go with
+    /// `boundary`.
     pub fn training(
         graph: &Graph,
         frames: usize,
@@ -177,13 +184,11 @@ impl Schedule {
     ) -> Result<Self> {
         let clip = Clip::new(graph, frames, boundary, loss, lowest)?;
         let d = graph.modules();
-        if rule.is_exact() {
-            return match stash {
-                Stash::None => Ok(clip.exact()),
-                _ => Err(Error::input(format!(
-                    "train.stash = \"{stash}\": rule \"{rule}\" keeps all activations anyway"
-                ))),
-            };
+        let keep = if stash == Stash::Inputs { Keep::Inputs } else { Keep::Activations };
+        match rule {
+            Rule::OneForwardOneBackward => return Ok(clip.one_forward_one_backward(keep)),
+            Rule::Gpipe | Rule::Bp => return Ok(clip.all_forward_all_backward(keep)),
+            Rule::Sideways | Rule::SkipSideways => {}
         }
         if stash != Stash::None && boundary == Boundary::Cut {
             return Err(Error::input(format!(
@@ -192,8 +197,7 @@ impl Schedule {
         }
         let schedule = match stash {
             Stash::None => clip.pseudo(),
-            Stash::Inputs => clip.stashed(Keep::Inputs),
-            Stash::Activations => clip.stashed(Keep::Activations),
+            Stash::Inputs | Stash::Activations => clip.stashed(keep),
         };
         if lowest > 1 {
             let reached = schedule.backwards(lowest).next().is_some();

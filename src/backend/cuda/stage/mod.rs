@@ -27,7 +27,7 @@ use crate::backend::stage::{
     self, BatchEnd, CpuStage, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, with_values,
 };
 use crate::backend::{GpuPlacement, Precision};
-use crate::method::{Keep, Stash};
+use crate::method::Keep;
 use crate::nn::head::{Head, Labels, Target, Task};
 use crate::nn::layers::Pass;
 use crate::{Error, Result};
@@ -134,7 +134,7 @@ impl CudaStage {
         let element = if placement.precision == Precision::Bf16 { Element::Bf16 } else { Element::F32 };
         let wire = if placement.half_messages { Element::Bf16 } else { Element::F32 };
         let (batch, training) = (spec.batch, spec.optimizer.is_some());
-        let recompute = spec.stash == Stash::Inputs && spec.kept > 1;
+        let recompute = spec.recompute && spec.kept > 1;
         let placing = Placing { batch, element, training, kept: spec.kept, recompute, graphs: placement.graphs };
         let StageSpec { index, main, fuse, .. } = spec;
         let plan = Plan { index, layers: &spec.layers, main, skips: &spec.skips, fuse };
