@@ -27,10 +27,17 @@ fn a_steady_tick_takes_no_new_memory() {
     shard(&dir.path().join("train.h5"), 64, 14, false);
     let layers = format!("model.layers={}", LAYERS.replace('\n', " "));
     let sets = ["data.batch=64", "model.modules=4", "model.skip={ spans = [2] }", "train.batches=8", &layers];
-    for stash in ["none", "activations", "inputs"] {
-        let run = format!("run.dir={}/{stash}", dir.path().display());
-        let stash_key = format!("train.stash={stash}");
-        let config = config(dir.path(), &[&sets[..], &["run.checkpoint_every=1000", &run, &stash_key]].concat());
+    for (rule, stash) in [
+        ("skip-sideways", "none"),
+        ("skip-sideways", "activations"),
+        ("skip-sideways", "inputs"),
+        ("1f1b", "activations"),
+        ("gpipe", "inputs"),
+    ] {
+        let run = format!("run.dir={}/{rule}-{stash}", dir.path().display());
+        let keys = [format!("train.stash={stash}"), format!("train.rule={rule}")];
+        let keys = ["run.checkpoint_every=1000", &run, &keys[0], &keys[1]];
+        let config = config(dir.path(), &[&sets[..], &keys].concat());
         let trainer = Trainer::new(&World::Alone, &config, None).unwrap();
         let mut fresh = Vec::new();
         trainer.run(&mut |_| fresh.push(HEAP.fresh())).unwrap();
@@ -38,6 +45,10 @@ fn a_steady_tick_takes_no_new_memory() {
         // The first clips find how much is alive at once; which modules run at the same time varies a little from clip to
         // clip. The last clip writes a checkpoint.
         let (warm, steady) = (fresh[3], fresh[6]);
-        assert!(steady - warm <= 3, "{stash}: {} new blocks in three clips of 14 ticks: {fresh:?}", steady - warm);
+        assert!(
+            steady - warm <= 3,
+            "{rule}, {stash}: {} new blocks in three clips of 14 ticks: {fresh:?}",
+            steady - warm
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! Peak resident memory of a training process: flat in the clip's length under Skip-Sideways, with stash too, not under exact
-//! back-propagation; and of a dry run, whatever the number of workers. A program of its own: the peak of a child counts that of the process that starts it, whose memory it has
+//! Peak resident memory of a training process: flat in the clip's length under Skip-Sideways, with stash and under 1f1b too, not
+//! under exact back-propagation; and of a dry run, whatever the number of workers. A program of its own: the peak of a child counts
+//! that of the process that starts it, whose memory it has
 //! until it runs another program.
 
 mod common;
@@ -54,6 +55,8 @@ fn memory_does_not_grow_with_the_clip_except_under_exact_back_propagation() {
     // A clip must be longer than the way back, or fewer steps are kept.
     let (stash_short, stash_long) = (measure("stash", 24), measure("stash", 64));
     assert!(stash_long < 1.03 * stash_short, "stash: {stash_short} KiB at T = 24, {stash_long} KiB at T = 64");
+    let (one_short, one_long) = (measure("1f1b", 24), measure("1f1b", 64));
+    assert!(one_long < 1.03 * one_short, "1f1b: {one_short} KiB at T = 24, {one_long} KiB at T = 64");
     let (bp_short, bp_long) = (measure("bp", 16), measure("bp", 64));
     assert!(bp_long > 1.10 * bp_short, "bp: {bp_short} KiB at T = 16, {bp_long} KiB at T = 64");
 }

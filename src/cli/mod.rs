@@ -19,6 +19,7 @@ pub mod logging;
 pub mod plan;
 pub mod predict;
 pub mod progress;
+mod ticks;
 pub mod train;
 mod votes;
 

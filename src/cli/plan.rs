@@ -8,10 +8,10 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cli::output::table;
+use crate::cli::ticks::{csv, picture};
 use crate::comm::Kind;
 use crate::config::Config;
-use crate::method::schedule::Tick;
-use crate::method::{Boundary, Rule, Stash};
+use crate::method::Rule;
 use crate::network::ModuleSpec;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{resume_cut, times_of};
@@ -48,6 +48,9 @@ pub struct PlanArgs {
     /// Draw who does what at which tick (nothing is measured).
     #[arg(long)]
     pub ticks: bool,
+    /// With --ticks: as CSV, a line an action.
+    #[arg(long, requires = "ticks")]
+    pub csv: bool,
     /// With --ticks: how many clips to draw.
     #[arg(long, value_name = "N", default_value_t = 2, requires = "ticks", value_parser = clap::value_parser!(u64).range(1..=100))]
     pub clips: u64,
@@ -94,7 +97,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     };
     let mut setup = Setup::dry(&config, ranks)?;
     if args.ticks {
-        outln!("{}", picture(&setup, args.clips).trim_end());
+        let drawn = if args.csv { csv(&setup, args.clips)? } else { picture(&setup, args.clips) };
+        outln!("{}", drawn.trim_end());
         return Ok(());
     }
     let threads = config.run.threads;
@@ -236,6 +240,14 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         prediction.frames_per_second,
         prediction.balance
     );
+    let bubble = setup.schedule.bubble();
+    if bubble > 0.0 {
+        outln!(
+            "a tick is a batch's time over its {} frames, with the bubble in which the pipeline fills and drains:              (D - 1) / (T + D - 1) = {:.1} % of balanced work, one module a rank",
+            setup.schedule.frames(),
+            100.0 * bubble
+        );
+    }
 }
 
 /// Bytes of memory that worker `w` takes where its module computes.
@@ -291,6 +303,7 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
         "tick": prediction.outcome.tick,
         "frames_per_second": prediction.frames_per_second,
         "efficiency": prediction.balance,
+        "bubble": setup.schedule.bubble(),
         "cpu": profile.conditions.cpu,
         "gpu": profile.conditions.gpu,
         "kernels": profile.conditions.kernels,
@@ -309,88 +322,4 @@ fn age(profile: &Profile) -> String {
     }
     let minutes = (UNIX_EPOCH + Duration::from_secs(profile.taken)).elapsed().map_or(0, |d| d.as_secs() / 60);
     format!("measured {minutes} min ago ({path})")
-}
-
-/// The schedule as text: a row a module, a column a tick.
-pub fn picture(setup: &Setup, clips: u64) -> String {
-    let (d, frames, schedule) = (setup.grid.modules, setup.schedule.frames(), &setup.schedule);
-    let rule = setup.config.train.rule;
-    let end = |i: usize| schedule.window(i).last().map_or(0, |tick| tick.at + 1);
-    let ticks = (clips - 1) as usize * schedule.period() + (1..=d).map(end).max().unwrap_or(0);
-    let stash = setup.config.train.stash;
-    let explanation = match rule.is_exact() {
-        false if stash != Stash::None => {
-            "Each module works on one frame a tick. F3: forward only, on the clip's main-path frame 3; B1/F3: also backward, for\n\
-             frame 1, whose cotangent is complete by then, at the activations of frame 1."
-        }
-        false => {
-            "Each module works on one frame a tick. F3: forward only, on the clip's main-path frame 3; B3: also backward,\n\
-             with the cotangent that has just arrived."
-        }
-        true => {
-            "F3: forward, on the clip's main-path frame 3; B3: backward, at the activations kept of it, which ends the clip's\n\
-             work on it. A module waits where it has neither."
-        }
-    };
-    let with_stash = if stash == Stash::None { String::new() } else { format!(" with stash = \"{stash}\"") };
-    let mut text = format!(
-        "{explanation} Clips alternate between upper and lower case. `.`: idle.\n\
-         {d} modules, rule {rule}{with_stash}, clips of T = {frames} frames, boundary {}.\n\n",
-        if setup.config.train.boundary == Boundary::Flow { "flow" } else { "cut" }
-    );
-    let cells = (1..=d).flat_map(|i| schedule.window(i)).filter_map(|tick| cell(tick, 0));
-    let width = cells.map(|cell| cell.len()).max().unwrap_or(0).max(1 + ticks.to_string().len());
-    text += &format!("{:<10}", "tick");
-    (0..ticks).for_each(|tick| text += &format!("{tick:>width$} "));
-    text.push('\n');
-    for i in 1..=d {
-        text += &format!("{:<10}", format!("module {i}"));
-        let mut row = vec![".".to_string(); ticks];
-        for clip in 0..clips {
-            for tick in schedule.window(i) {
-                if let Some(cell) = cell(tick, clip) {
-                    row[schedule.first_tick(clip) as usize + tick.at] = cell;
-                }
-            }
-        }
-        row.iter().for_each(|cell| text += &format!("{cell:>width$} "));
-        text = text.trim_end().to_string() + "\n";
-    }
-    text.push('\n');
-    for spec in &setup.network.edges {
-        let e = spec.edge;
-        text += &match e.lead() {
-            0 => format!("{e}: step t reads module {}'s step t\n", e.from),
-            lead => format!("{e}: step t reads module {}'s step t + {lead}, {lead} frame(s) newer\n", e.from),
-        };
-    }
-    for i in 1..=d {
-        let first = schedule.window(i).iter().find(|tick| tick.backward.is_some());
-        let count = schedule.backwards(i).count();
-        if let (Some(first), false) = (first, rule.is_exact()) {
-            let step = first.backward.as_ref().map_or(0, |backward| backward.step);
-            let kept = schedule.kept(i);
-            if stash != Stash::None {
-                text += &format!(
-                    "module {i}: backward passes for the first {count} steps of a clip, each {} tick(s) behind; {kept} step(s) kept\n",
-                    kept - 1
-                );
-                continue;
-            }
-            text += &format!("module {i}: first cotangent at step {step}, {count} steps with backward work a clip\n");
-        }
-    }
-    text
-}
-
-fn cell(tick: &Tick, clip: u64) -> Option<String> {
-    let cell = match (&tick.forward, &tick.backward) {
-        (Some(forward), Some(backward)) if forward.step != backward.step => {
-            format!("B{}/F{}", backward.step, forward.step)
-        }
-        (_, Some(backward)) => format!("B{}", backward.step),
-        (Some(forward), None) => format!("F{}", forward.step),
-        (None, None) => return None,
-    };
-    Some(if clip.is_multiple_of(2) { cell } else { cell.to_ascii_lowercase() })
 }

@@ -121,6 +121,8 @@ fn the_result_does_not_depend_on_where_modules_run() {
         (&[ALL_KINDS, "model.skip={ spans = [2, 3] }", "train.stash=inputs"], &[2]),
         (&[UNEVEN[0], UNEVEN[1], SKIPS], &[5]),
         (&[UNEVEN[0], UNEVEN[1], SKIPS, "train.stash=inputs"], &[5]),
+        (&[SKIPS, "train.rule=1f1b"], &[5]),
+        (&[ALL_KINDS, "model.skip={ spans = [2, 3] }", "train.rule=gpipe", "train.stash=inputs"], &[2]),
     ] {
         let place = Place::new(&[sets, &[CUDA]].concat());
         let threads = place.trained("threads", 0, &[], &[]);
@@ -130,6 +132,30 @@ fn the_result_does_not_depend_on_where_modules_run() {
             let run = place.trained(&format!("ranks{ranks}"), ranks, &[], &late);
             assert!(run == threads, "{sets:?} on {ranks} ranks");
         }
+    }
+}
+
+/// By the exact rules: the CPU's results; `gpipe` and `bp` the same bits, `1f1b` the same to rounding, and the forward pass once more the
+/// bits of activations that were kept.
+#[test]
+fn exact_rules_agree_with_the_cpu_and_each_other() {
+    for sets in [
+        &[SKIPS, "run.device=auto"][..],
+        &[ALL_KINDS, "model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }", CUDA],
+        &[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2, 3] }", CUDA],
+        &[FUTURE[0], FUTURE[1], FUTURE[2], "model.skip={ spans = [2], delay = 'aligned' }", CUDA],
+    ] {
+        let gentle = "train.optimizer={ kind = 'sgd', lr = 0.01, momentum = 0.9 }";
+        let place = Place::new(&[sets, &[gentle, "train.batches=5", "run.checkpoint_every=5"]].concat());
+        let run = |name: &str, keys: &[&str]| place.trained(name, 0, keys, &[]);
+        let cpu = run("cpu", &[CPU, "train.rule=bp"]);
+        let bp = run("bp", &["train.rule=bp"]);
+        assert_close(&cpu, &bp, 1e-3, &format!("{sets:?}"));
+        assert!(cpu != bp, "{sets:?}: bp did not compute on the GPU");
+        assert!(run("gpipe", &["train.rule=gpipe", "train.stash=inputs"]) == bp, "{sets:?}");
+        let alternating = run("1f1b", &["train.rule=1f1b"]);
+        assert_close(&alternating, &bp, 1e-4, &format!("{sets:?}: 1f1b"));
+        assert!(run("again", &["train.rule=1f1b", "train.stash=inputs"]) == alternating, "{sets:?}");
     }
 }
 
@@ -339,12 +365,6 @@ fn clear_errors() {
         let cpu = place.train("auto", 0, &["run.device=auto"], &[("SIDEWAYS_EMULATOR_DEVICES", "0")]);
         assert!(cpu.status.success() && !text(&cpu).contains("computes on GPU"), "{}", text(&cpu));
     }
-    let bp = place.train("bp", 0, &["train.rule=bp"], &[]);
-    assert_eq!(bp.status.code(), Some(2), "{}", text(&bp));
-    assert!(text(&bp).contains("exact back-propagation on the CPU"), "{}", text(&bp));
-    // Left to choose, it computes there, whatever GPUs there are.
-    let bp = place.train("bp", 0, &["train.rule=bp", "run.device=auto"], &[]);
-    assert!(bp.status.success() && !text(&bp).contains("computes on GPU"), "{}", text(&bp));
     let shared = place.train("shared", 2, &[], &[]);
     assert!(shared.status.success() && text(&shared).contains("share GPU 0"), "{}", text(&shared));
 }

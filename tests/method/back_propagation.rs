@@ -297,6 +297,8 @@ fn a_stopped_and_resumed_run_is_bit_identical() {
         &["train.update_every=5", "train.replicas=2", "data.batch=1"],
         &["train.optimizer={ kind = 'adamw', lr = 0.01 }", "train.lr_schedule={ kind = 'cosine', warmup = 2 }"],
         &["train.rule=bp", "model.skip={ spans = [2] }"],
+        &["train.rule=1f1b", "model.skip={ spans = [2, 3] }", "train.replicas=2", "data.batch=1"],
+        &["train.rule=gpipe", "train.stash=inputs", "model.skip={ spans = [2] }"],
         &["train.stash=activations", "model.skip={ spans = [2] }"],
         &["train.stash=inputs", "train.update_every=5"],
         &[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2, 3] }"],

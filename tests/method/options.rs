@@ -90,6 +90,7 @@ fn a_linear_probe_is_one_line() {
     for (case, (rule, probe)) in [
         (&["train.rule=sideways"][..], probe),
         (&["train.rule=bp"], probe),
+        (&["train.rule=1f1b"], probe),
         (&["model.skip={ spans = [2, 3] }"], with_skips),
     ]
     .into_iter()

@@ -146,6 +146,22 @@ fn chain(modules: usize, frames: usize, skip: &str) -> Setup {
     planned(&text, modules)
 }
 
+/// With equal modules a batch takes as long as T + D - 1 steps, whatever joins them: the bubble is (D - 1) / (T + D - 1).
+#[test]
+fn a_simulated_bubble_is_that_of_the_method() {
+    let cost = StepCost { forward: 1.0, backward: 1.0, backward_leaf: 1.0, update: 0.0 };
+    for skip in ["", "skip = { spans = [2, 3, 4] }", "skip = { spans = [2, 4], delay = 'aligned' }"] {
+        for (rule, frames) in [("1f1b", 20), ("1f1b", 8), ("1f1b", 3), ("gpipe", 20), ("gpipe", 3)] {
+            let setup = chain(5, frames, &format!("{skip}\n[train]\nrule = \"{rule}\""));
+            let outcome = simulate(&setup, &[cost; 5], &Processors::of_ranks(5, 1));
+            let steps = (frames + 4) as f64;
+            assert!((outcome.tick * frames as f64 - 2.0 * steps).abs() < 1e-9, "{rule} {frames} {skip}: {outcome:?}");
+            let bubble = 1.0 - outcome.busy[0] / outcome.tick;
+            assert!((bubble - 4.0 / steps).abs() < 1e-9 && (setup.schedule.bubble() - bubble).abs() < 1e-9, "{bubble}");
+        }
+    }
+}
+
 #[test]
 fn a_simulated_tick_is_that_of_the_slowest_or_of_all() {
     let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9 * b.max(1.0), "{a} is not {b}");

@@ -168,6 +168,8 @@ fn exact_rules_leave_nothing_out() {
                     let mut steps: Vec<usize> = schedule.backwards(i).map(|backward| backward.step).collect();
                     steps.sort();
                     assert_eq!(steps, (0..frames).collect::<Vec<_>>(), "{rule}, T = {frames}, module {i}");
+                    let first = schedule.forwards(i).next().unwrap();
+                    assert!(first.receive.iter().all(Option::is_some), "{rule}, T = {frames}, module {i}");
                 }
                 assert!(runs_through(&graph, &schedule, 3, 0), "{rule}, T = {frames}, {spans:?} {delay}");
             }

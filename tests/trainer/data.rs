@@ -108,7 +108,7 @@ fn all_ranks_undo_the_clip_that_cannot_be_read() {
                   { kind = 'conv2d', out = 4, kernel = 3, padding = 1 }, { kind = 'batch-norm' }, \
                   { kind = 'conv2d', out = 3, kernel = 3, padding = 1 }]";
     let frames = ["model.task=future-frames", layers, "model.modules=3", "model.skip={}", "train.rule=sideways"];
-    for (ranks, sets) in [(5, &[][..]), (3, &frames)] {
+    for (ranks, sets) in [(5, &[][..]), (3, &frames), (5, &["train.rule=1f1b"]), (4, &["train.rule=gpipe"])] {
         let (run, second) = two_shards(sets);
         let (config, lost) = (run.config.clone(), second.clone());
         let job = std::thread::spawn(move || mpirun(ranks, Path::new(PROGRAM), &["train", &config], &[], MINUTE));

@@ -35,8 +35,8 @@ fn a_signal_stops_with_a_checkpoint() {
 /// Whichever rank gets the signal, all stop after the same clip; metrics have every clip once over the restarts.
 #[test]
 fn any_rank_may_get_the_signal() {
-    for (ranks, replicas) in [(5, 1), (3, 1), (6, 2)] {
-        let run = Run::new(&[&format!("train.replicas={replicas}")]);
+    for (ranks, replicas, rule) in [(5, 1, "skip-sideways"), (3, 1, "gpipe"), (6, 2, "1f1b")] {
+        let run = Run::new(&[&format!("train.replicas={replicas}"), &format!("train.rule={rule}")]);
         for victim in (0..ranks).step_by(2) {
             let before = run.lines_of_metrics().len();
             let metrics = run.folder().join("metrics.jsonl");

@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use sideways::checkpoint::newest_manifest;
+use sideways::method::schedule::{Arrival, Backward, Forward, Tick};
+use sideways::method::{Graph, Keep};
+use sideways::setup::Setup;
 
 use crate::common::mpirun::{mpirun, text};
 use crate::common::program::{MINUTE, PROGRAM};
@@ -150,4 +153,98 @@ fn training_and_layers_are_measured_without_data() {
         assert_eq!(line["layers"][0]["forward"]["flops"].as_f64(), Some((2 * 2 * 4 * 4 * 4 * 27) as f64));
         assert_eq!(line["modules"].as_array().unwrap().len(), 5);
     }
+}
+
+/// A line of `plan --ticks --csv`.
+#[derive(Debug, serde::Deserialize)]
+struct Action {
+    clip: usize,
+    tick: usize,
+    module: usize,
+    action: char,
+    step: usize,
+    receives: String,
+    sends: String,
+    keeps: String,
+}
+
+/// The schedule's windows out of its CSV, by clip and module.
+fn read_back(graph: &Graph, text: &str, clips: usize) -> Vec<Vec<Vec<Tick>>> {
+    let mut windows = vec![vec![Vec::<Tick>::new(); graph.modules()]; clips];
+    for action in csv::Reader::from_reader(text.as_bytes()).deserialize::<Action>() {
+        let action = action.unwrap();
+        let window = &mut windows[action.clip][action.module - 1];
+        if window.last().is_none_or(|tick| tick.at != action.tick) {
+            window.push(Tick { at: action.tick, ..Tick::default() });
+        }
+        let tick = window.last_mut().unwrap();
+        let step_of = |module: usize| {
+            let mut steps = action.receives.split_whitespace().map(|word| word.split_once(':').unwrap());
+            steps.find(|(of, _)| *of == module.to_string()).map(|(_, step)| step.parse::<usize>().unwrap())
+        };
+        let sends_to = |module: usize| action.sends.split_whitespace().any(|word| word == module.to_string());
+        match action.action {
+            'F' => {
+                tick.forward = Some(Forward {
+                    step: action.step,
+                    receive: graph.inputs(action.module).map(|e| step_of(e.from)).collect(),
+                    send: graph.outputs(action.module).map(|e| sends_to(e.to)).collect(),
+                    loss: false,
+                    keep: match action.keeps.as_str() {
+                        "nothing" => Keep::Nothing,
+                        "inputs" => Keep::Inputs,
+                        "activations" => Keep::Activations,
+                        other => panic!("{other}"),
+                    },
+                });
+            }
+            'L' => tick.forward.as_mut().unwrap().loss = true,
+            'C' => {
+                let found = graph.outputs(action.module).enumerate().find_map(|(k, e)| Some((k, step_of(e.to)?)));
+                let (output, sent_at) = found.unwrap();
+                tick.cotangents.push(Arrival { output, sent_at, step: action.step, first: false });
+            }
+            'B' => {
+                let send = graph.inputs(action.module).map(|e| sends_to(e.from)).collect();
+                tick.backward = Some(Backward { step: action.step, send });
+            }
+            other => panic!("{other}"),
+        }
+    }
+    windows
+}
+
+/// `plan --ticks --csv` says all of a schedule.
+#[test]
+fn a_schedule_is_read_back_from_csv() {
+    let dir = tempfile::tempdir().unwrap();
+    for (sets, clips) in [
+        (&["train.rule=1f1b", "model.skip={ spans = [2, 3] }"][..], 3),
+        (&["train.rule=gpipe", "model.skip={ spans = [2], edges = [[1, 5]], delay = 2 }", "train.stash=inputs"], 2),
+        (&["train.rule=bp", "train.boundary=cut", "model.skip={ spans = [4] }"], 1),
+        (&["train.stash=activations", "model.skip={ spans = [3], delay = 'aligned' }"], 2),
+        (&["train.rule=sideways"], 2),
+    ] {
+        let config = config(dir.path(), &[sets, &["data.crop=8", "model.classes=4"]].concat());
+        let path = dir.path().join("schedule.toml");
+        std::fs::write(&path, config.to_toml().unwrap()).unwrap();
+        let args = ["plan", path.to_str().unwrap(), "--ticks", "--csv", "--clips", &clips.to_string()];
+        let output = Command::new(PROGRAM).args(args).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        let setup = Setup::dry(&config, 1).unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        let windows = read_back(&setup.network.graph, &said, clips);
+        for (clip, windows) in windows.iter().enumerate() {
+            for (i, window) in (1..=5).zip(windows) {
+                let mut expected = setup.schedule.window(i).to_vec();
+                for tick in &mut expected {
+                    tick.at += clip * setup.schedule.period();
+                    tick.cotangents.iter_mut().for_each(|arrival| arrival.first = false);
+                }
+                assert!(*window == expected, "{sets:?}, clip {clip}, module {i}: {window:?}");
+            }
+        }
+    }
+    let output = Command::new(PROGRAM).args(["plan", "x.toml", "--csv"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::mpirun::{mpirun, text};
 use crate::common::program::{MINUTE, PROGRAM, alone};
-use crate::common::runs::{UNEVEN, config, shard, shard_of_side, tensors};
+use crate::common::runs::{UNEVEN, assert_close, config, shard, shard_of_side, tensors};
 
 /// Writes shards and a configuration file; returns the latter.
 fn prepare(dir: &Path, sets: &[&str]) -> String {
@@ -39,6 +39,14 @@ fn the_result_does_not_depend_on_where_modules_run() {
             &[5, 10],
         ),
         (&[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2, 3] }"], &[2, 5]),
+        (&["train.rule=1f1b", "model.skip={ spans = [2, 3] }"], &[2, 3, 5]),
+        (&["train.rule=1f1b", "train.stash=inputs", "train.boundary=cut", "train.freeze=[1]"], &[5]),
+        (
+            &["train.rule=1f1b", "model.skip={ spans = [2], delay = 'aligned', fuse = 'concat' }", "train.replicas=2"],
+            &[3, 10],
+        ),
+        (&["train.rule=gpipe", "model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }"], &[4, 5]),
+        (&["train.rule=gpipe", UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2, 3] }", "train.replicas=2"], &[9]),
         (&[UNEVEN[0], UNEVEN[1], "model.skip={ spans = [2], edges = [[1, 4]], fuse = 'concat' }"], &[3]),
     ] {
         let dir = tempfile::tempdir().unwrap();
@@ -83,10 +91,35 @@ fn sixty_four_ranks_train() {
     }
 }
 
-/// Future frames of 1 MiB a message and more, with skips, on ranks that are fewer, as many and more than the cores: cotangents
-/// that wait in sums for their step keep nobody waiting.
+/// After four batches every rank's parameters are those of exact back-propagation in one process.
 #[test]
-fn stash_with_large_messages_never_deadlocks() {
+fn pipelines_on_ranks_are_back_propagation() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = prepare(dir.path(), &["model.skip={ spans = [2, 3] }"]);
+    let bp = dir.path().join("bp");
+    let sets = |run: &Path, rule: &str| [set("run.dir", run), format!("train.rule={rule}")];
+    let [at, rule] = sets(&bp, "bp");
+    let args = ["train", &config, "--set", &at, "--set", &rule];
+    let output = alone(&args);
+    assert!(output.status.success(), "{}", text(&output));
+    for (rule, ranks) in [("1f1b", 5), ("gpipe", 5), ("1f1b", 2)] {
+        let run = dir.path().join(format!("{rule}-{ranks}"));
+        let [at, rule_key] = sets(&run, rule);
+        let args = ["train", &config, "--set", &at, "--set", &rule_key];
+        let output = mpirun(ranks, Path::new(PROGRAM), &args, &[], MINUTE);
+        assert!(output.status.success(), "{}", text(&output));
+        assert_close(&tensors(&run, 4), &tensors(&bp, 4), 1e-5, &format!("{rule} on {ranks} ranks"));
+    }
+    // In one process alone.
+    let output = mpirun(2, Path::new(PROGRAM), &args, &[], MINUTE);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("\"1f1b\" or \"gpipe\""), "{}", text(&output));
+}
+
+/// Future frames of 1 MiB a message and more, with skips, on ranks that are fewer, as many and more than the cores: cotangents
+/// that wait in sums for their step keep nobody waiting, with stash and by the exact rules.
+#[test]
+fn large_messages_never_deadlock() {
     const LAYERS: &str = "model.layers=[
         { kind = 'conv2d', out = 64, kernel = 1 }, { kind = 'relu' }, { kind = 'conv2d', out = 64, kernel = 1 },
         { kind = 'relu' }, { kind = 'conv2d', out = 64, kernel = 1 }, { kind = 'relu' },
@@ -95,10 +128,17 @@ fn stash_with_large_messages_never_deadlocks() {
     let dir = tempfile::tempdir().unwrap();
     shard_of_side(&dir.path().join("train.h5"), 4, 14, false, 64);
     let layers = LAYERS.replace('\n', " ");
-    for (n, skip) in ["{ spans = [2, 3] }", "{ spans = [2, 4], delay = 2 }"].into_iter().enumerate() {
+    for (n, (skip, rule)) in [
+        ("{ spans = [2, 3] }", "train.stash=activations"),
+        ("{ spans = [2, 4], delay = 2 }", "train.stash=activations"),
+        ("{ spans = [2, 3] }", "train.rule=1f1b"),
+        ("{ spans = [2, 4], delay = 2 }", "train.rule=gpipe"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let skip = format!("model.skip={skip}");
-        let sets =
-            ["model.task=future-frames", &layers, &skip, "train.batches=2", "data.batch=4", "train.stash=activations"];
+        let sets = ["model.task=future-frames", &layers, &skip, "train.batches=2", "data.batch=4", rule];
         let path = dir.path().join("large.toml");
         std::fs::write(&path, config(dir.path(), &sets).to_toml().unwrap()).unwrap();
         let path = path.display().to_string();
@@ -110,7 +150,7 @@ fn stash_with_large_messages_never_deadlocks() {
             let args = ["train", &path, "--set", &set("run.dir", &run)];
             let output = mpirun(ranks, Path::new(PROGRAM), &args, &[], MINUTE);
             assert!(output.status.success(), "{}", text(&output));
-            assert!(tensors(&run, 2) == tensors(&threads, 2), "{skip} on {ranks} ranks");
+            assert!(tensors(&run, 2) == tensors(&threads, 2), "{skip}, {rule}, on {ranks} ranks");
         }
     }
 }

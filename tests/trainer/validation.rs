@@ -47,6 +47,7 @@ fn a_validation_changes_nothing_and_says_what_eval_says() {
         &["train.boundary=cut", "train.update_every=5"],
         &[BATCH_NORM, "model.modules=3", "train.rule=sideways"],
         &["train.rule=bp"],
+        &["train.rule=1f1b", "train.ema=0.9", "model.skip={ spans = [2, 3] }"],
         &[
             "train.stash=inputs",
             "train.ema=0.9",
@@ -86,7 +87,11 @@ fn a_validation_changes_nothing_and_says_what_eval_says() {
 /// On any number of ranks: the same scores and parameters.
 #[test]
 fn a_validation_does_not_depend_on_ranks() {
-    for (sets, rank_counts) in [(&["model.skip={ spans = [2] }"][..], &[3, 5][..]), (&["train.replicas=2"], &[4, 10])] {
+    for (sets, rank_counts) in [
+        (&["model.skip={ spans = [2] }"][..], &[3, 5][..]),
+        (&["train.replicas=2"], &[4, 10]),
+        (&["train.rule=1f1b", "model.skip={ spans = [2] }"], &[5]),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         shard(&dir.path().join("train.h5"), 12, 14, false);
         let path = dir.path().join("config.toml");

@@ -4,9 +4,12 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::comm::World;
-use crate::config::DeviceChoice;
+use crate::config::{DeviceChoice, Rule};
 use crate::setup::site::{self, Site};
 use crate::{Error, Result};
 
@@ -71,7 +74,10 @@ pub struct OverlapArgs {
     /// Payload of every message.
     #[arg(long, default_value = "1MiB", value_parser = parse_bytes)]
     pub bytes: usize,
-    /// Ticks of a batch, and two more a worker; one batch warms up, the next one counts.
+    /// How gradients are made, which says who waits for whom: sideways, skip-sideways, 1f1b, gpipe, or bp alone.
+    #[arg(long, default_value = "sideways", value_parser = parse_rule)]
+    pub rule: Rule,
+    /// Ticks of a batch, and two more a worker; by 1f1b, gpipe and bp its frames. One batch warms up, the next one counts.
     #[arg(long, default_value_t = 200)]
     pub ticks: u64,
     /// Where modules wait, and their arrays are.
@@ -124,6 +130,12 @@ fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
+/// Reads a rule by the name that it has in a configuration.
+fn parse_rule(text: &str) -> std::result::Result<Rule, String> {
+    let name: StrDeserializer<ValueError> = text.into_deserializer();
+    Rule::deserialize(name).map_err(|e| e.to_string())
+}
+
 /// As people read it: `1.5 MiB`.
 fn show_bytes(bytes: usize) -> ByteSize {
     ByteSize(bytes as u64)
@@ -139,10 +151,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_and_shown() {
+    fn sizes_and_rules_are_read_and_shown() {
         let read = |text: &str| parse_bytes(text);
         assert_eq!((read("64"), read("1KiB"), read("16 mib")), (Ok(64), Ok(1024), Ok(16 << 20)));
         assert!(["6", "0", "", "1 mile"].iter().all(|text| read(text).is_err()));
+        assert_eq!(parse_rule("1f1b"), Ok(Rule::OneForwardOneBackward));
+        assert!(parse_rule("2f2b").unwrap_err().contains("gpipe"));
         assert_eq!([64, 1536, 1 << 24].map(|n| show_bytes(n).to_string()), ["64 B", "1.5 KiB", "16.0 MiB"]);
     }
 }

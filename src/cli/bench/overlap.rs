@@ -105,7 +105,9 @@ fn chain(args: &OverlapArgs, workers: usize) -> Config {
     config.model.modules = Some(workers);
     config.model.classes = Some(2);
     (config.data.crop, config.data.batch) = (Some(1), 1);
-    config.data.frames = 2 * workers + args.ticks as usize;
+    config.train.rule = args.rule;
+    let way_back = if args.rule.is_exact() { 0 } else { 2 * workers };
+    config.data.frames = way_back + args.ticks as usize;
     config.run.timeout = TIMEOUT.as_secs();
     config.run.device = if args.device == On::Cuda { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
     config
@@ -149,10 +151,11 @@ fn print(args: &OverlapArgs, setup: &Setup, accounts: &[TimeAccount], alone: &[A
         (On::Cpu, false) => "asleep",
     };
     outln!(
-        "{} workers on {} ranks of {}: {} down and {} up a tick, {} ticks, passes of {} ms, two a tick ({how})",
+        "{} workers on {} ranks of {}, rule {}: {} down and {} up a tick, {} ticks, passes of {} ms, two a tick ({how})",
         accounts.len(),
         setup.grid.ranks,
         hostname(),
+        args.rule,
         show_bytes(args.bytes),
         show_bytes(args.bytes),
         setup.schedule.frames(),
@@ -182,6 +185,19 @@ fn print(args: &OverlapArgs, setup: &Setup, accounts: &[TimeAccount], alone: &[A
             ms(time.wait_cotangents),
             ms(time.send)
         );
+    }
+    if args.rule.is_exact() {
+        let (frames, workers) = (setup.schedule.frames() as f64, accounts.len() as f64);
+        let (batch, passes) = (slowest * frames, compute * (frames + workers - 1.0));
+        outln!(
+            "a batch takes {batch:.1} ms, {:.4} of its T + D - 1 = {} times two passes alone; bubble {:.2} %, where \
+             (D - 1) / (T + D - 1) is {:.2} %; processor time of rank 0, warm-up included: {cpu:.2} s",
+            batch / passes,
+            frames + workers - 1.0,
+            100.0 * (1.0 - compute / slowest),
+            100.0 * setup.schedule.bubble()
+        );
+        return;
     }
     outln!(
         "slowest worker's tick {slowest:.3} ms: {:.4} of the {} ms asked for, {:.4} of its passes alone; \

@@ -77,8 +77,13 @@ impl<'a> Clip<'a> {
     /// F(t) of module `i` at tick t + i − 1, of which nothing is kept.
     pub(super) fn forward_ticks(&self, i: usize) -> impl Iterator<Item = Tick> {
         (0..self.steps(i)).map(move |t| {
-            let receive = self.graph.inputs(i).map(|e| Some(t + e.lead()).filter(|&u| u < self.steps(e.from)));
-            let send = self.graph.outputs(i).map(|e| t >= e.lead() && t - e.lead() < self.steps(e.to));
+            let arrives = |e: &Edge| if t == 0 { self.used_step(e, 0) } else { t + e.lead() };
+            let receive = self.graph.inputs(i).map(|e| Some(arrives(e)).filter(|&u| u < self.steps(e.from)));
+            // A clip may be so short that the first step already uses the last output.
+            let send = self
+                .graph
+                .outputs(i)
+                .map(|e| t == self.used_step(e, 0) || (t > e.lead() && t - e.lead() < self.steps(e.to)));
             let (receive, send, loss) = (receive.collect(), send.collect(), self.has_loss(i, t));
             let forward = Forward { step: t, receive, send, loss, keep: Keep::Nothing };
             Tick { at: t + i - 1, forward: Some(forward), ..Tick::default() }

@@ -323,6 +323,13 @@ impl Schedule {
         self.mean_over
     }
 
+    /// The share of balanced work's time in which modules wait while the pipeline fills and drains, one module a rank:
+    /// (D − 1) / (T + D − 1) by the exact rules; 0 where nobody waits between clips.
+    pub fn bubble(&self) -> f64 {
+        let idle = (self.windows.len() - 1) as f64;
+        self.mean_over.map_or(0.0, |_| idle / (self.frames as f64 + idle))
+    }
+
     /// Whether any cotangent ever goes back along input `k` of module `i`.
     pub fn returns(&self, i: usize, k: usize) -> bool {
         self.backwards(i).any(|backward| backward.send[k])

@@ -110,6 +110,12 @@ impl CpuStage {
         self.steps
     }
 
+    /// How many tensors wait for messages, passes and sums to come: inputs, outputs, steps kept, sums of cotangents.
+    pub fn held(&self) -> usize {
+        let registers = self.inputs.iter().chain(&self.outputs).chain(&self.cotangents).chain([&self.y]);
+        registers.flatten().count() + self.kept.len() + self.sums.len()
+    }
+
     fn tensor(&self, values: &[f32], [h, w, c]: Shape) -> Result<Tensor> {
         let shape = (self.spec.batch, h, w, c);
         if values.len() != shape.0 * h * w * c {
@@ -351,6 +357,8 @@ impl Stage for CpuStage {
     }
 
     fn end(&mut self) -> Result<BatchEnd> {
+        // What is held belongs to the clips.
+        self.inputs.fill(None);
         Ok(match &mut self.head {
             Some(head) => BatchEnd {
                 score: Some(head.end()),
