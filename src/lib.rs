@@ -13,8 +13,8 @@
 //! `F2` is the forward pass of the module's *step* 2, its work on frame 2. `B2` of module 2 is a vector–Jacobian product at that
 //! step's activations, of the cotangent that module 3 made one tick before for its own step 0: the two come from different frames
 //! (Sideways, Malinowski et al., CVPR 2020). Skip connections take one tick too, whatever they span, and so bring *newer* frames
-//! (Skip-Sideways, CVPR 2021, arXiv 2106.08318). Exact back-propagation (`rule = "bp"`) is another such table, followed by the
-//! same loop.
+//! (Skip-Sideways, CVPR 2021, arXiv 2106.08318). The exact rules (`rule = "1f1b"`, `"gpipe"`, `"bp"`) are other such tables,
+//! followed by the same loop.
 //!
 //! # Where to begin reading
 //! 1. [`method`]: the graph of modules, and [`method::schedule`], which makes such a table of (graph, T, rule).

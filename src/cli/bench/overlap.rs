@@ -187,14 +187,13 @@ fn print(args: &OverlapArgs, setup: &Setup, accounts: &[TimeAccount], alone: &[A
         );
     }
     if args.rule.is_exact() {
-        let (frames, workers) = (setup.schedule.frames() as f64, accounts.len() as f64);
-        let (batch, passes) = (slowest * frames, compute * (frames + workers - 1.0));
+        let (frames, steps) = (setup.schedule.frames() as f64, (setup.schedule.frames() + accounts.len() - 1) as f64);
+        let (batch, asked) = (slowest * frames, 2.0 * args.compute_ms);
         outln!(
-            "a batch takes {batch:.1} ms, {:.4} of its T + D - 1 = {} times two passes alone; bubble {:.2} %, where \
-             (D - 1) / (T + D - 1) is {:.2} %; processor time of rank 0, warm-up included: {cpu:.2} s",
-            batch / passes,
-            frames + workers - 1.0,
-            100.0 * (1.0 - compute / slowest),
+            "slowest worker's batch {batch:.1} ms: {:.4} of T + D - 1 = {steps} times the {asked} ms asked for; bubble {:.2} %, \
+             where (D - 1) / (T + D - 1) is {:.2} %; processor time of rank 0, warm-up included: {cpu:.2} s",
+            batch / (steps * asked),
+            100.0 * (1.0 - asked / slowest),
             100.0 * setup.schedule.bubble()
         );
         return;
