@@ -20,7 +20,7 @@ pub enum Phase {
     Backward,
     /// Waiting for cotangents.
     WaitCotangents,
-    /// The optimiser, and averaging over replicas.
+    /// The optimiser.
     Optimizer,
     /// Waiting for and scaling frames (module 1).
     Data,
@@ -32,10 +32,12 @@ pub enum Phase {
     Other,
     /// Everything between the begin and the end of a validation.
     Validation,
+    /// Averaging gradients over replicas, waiting for theirs included.
+    AllReduce,
 }
 
 /// How many phases there are.
-pub const PHASES: usize = 10;
+pub const PHASES: usize = 11;
 
 /// Seconds spent in each phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Pod, Zeroable)]
@@ -61,6 +63,8 @@ pub struct TimeAccount {
     pub other: f32,
     /// [`Phase::Validation`]
     pub validation: f32,
+    /// [`Phase::AllReduce`]
+    pub all_reduce: f32,
 }
 
 impl TimeAccount {

@@ -91,9 +91,9 @@ impl Worker {
 
     /// Replaces the sums of gradients by their means over the replicas.
     fn average_gradients(&mut self, batch: u64, step: usize) -> Result<()> {
-        self.watch.enter(Phase::Optimizer);
         let all_reduce = self.training.as_mut().and_then(|training| training.all_reduce.as_mut());
         let Some(all_reduce) = all_reduce else { return Ok(()) };
+        self.watch.enter(Phase::AllReduce);
         let mut gradients = self.stage.gradients()?;
         all_reduce.mean(&mut gradients, batch, step as u32)?;
         self.stage.set_gradients(&gradients)
