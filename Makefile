@@ -96,4 +96,4 @@ drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkp
 
 clean: ## remove what was built and made here
 	$(CARGO) clean
-	rm -rf data runs
+	rm -rf data runs studies

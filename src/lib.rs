@@ -24,7 +24,7 @@
 //! 5. [`trainer`]: a run from its start to its end; [`cli`] is a thin layer on it.
 //!
 //! Below these: [`nn`] (layers, losses, optimisers), [`network`] (what is cut where), [`data`] (shards and clips), [`config`],
-//! [`setup`] (a run, planned), [`checkpoint`], [`metrics`], [`plan`] (cuts by measured times, predictions), [`sys`]. Words have
+//! [`setup`] (a run, planned), [`checkpoint`], [`metrics`], [`plan`] (cuts by measured times, predictions), [`study`] (scaling studies), [`sys`]. Words have
 //! one meaning each: see `docs/GLOSSARY.md`.
 //!
 //! # Training in a program of one's own
@@ -100,6 +100,7 @@ pub mod nn;
 pub mod pipeline;
 pub mod plan;
 pub mod setup;
+pub mod study;
 pub mod sys;
 pub mod trainer;
 

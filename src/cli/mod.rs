@@ -19,6 +19,7 @@ pub mod logging;
 pub mod plan;
 pub mod predict;
 pub mod progress;
+pub mod scale;
 mod ticks;
 pub mod train;
 mod votes;
@@ -44,6 +45,8 @@ pub enum Command {
     Predict(predict::PredictArgs),
     /// Show how the network is cut, and who does what at which tick.
     Plan(plan::PlanArgs),
+    /// Measure training on more and more nodes: a study's points, table and plots, beside what was predicted.
+    Scale(scale::ScaleArgs),
     /// Measure layers, training, the loader and links on the machine at hand.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -69,6 +72,7 @@ pub fn run(cli: Cli) -> i32 {
         Command::Train(args) => with_world(|world| train::run(world, &args)),
         Command::Predict(args) => with_world(|world| predict::run(world, &args)),
         Command::Plan(args) => alone(plan::run(&args)),
+        Command::Scale(args) => alone(scale::run(&args)),
         Command::MeasureLayers => alone(measure_on_request()),
         Command::Bench(command) => with_world(|world| bench::run(&command, world)),
         Command::Doctor(args) => match World::join() {

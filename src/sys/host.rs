@@ -22,3 +22,9 @@ pub fn program_hash() -> u64 {
     }
     hash.digest()
 }
+
+/// The version of NVIDIA's kernel driver, where it is loaded.
+pub fn nvidia_driver() -> Option<String> {
+    let version = std::fs::read_to_string("/sys/module/nvidia/version").ok()?;
+    Some(version.trim().to_string()).filter(|version| !version.is_empty())
+}

@@ -35,6 +35,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         ],
     ),
     ("plan", &["setup", "network", "checkpoint", "config", "method", "nn", "backend", "backend::cpu", "comm", "sys"]),
+    ("study", &["plan", "setup", "network", "config", "method", "data", "sys"]),
     (
         "trainer",
         &["pipeline", "plan", "setup", "checkpoint", "config", "data", "metrics", "nn", "backend", "comm", "sys"],
@@ -43,6 +44,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "trainer",
+            "study",
             "pipeline",
             "plan",
             "setup",

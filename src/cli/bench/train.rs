@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::backend::cpu;
 use crate::cli::output::table;
 use crate::comm::World;
-use crate::config::{Config, Globs, Rule, Task};
+use crate::config::{Config, Exchange, Globs, Rule, Stash, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
 use crate::metrics::{PHASES, TimeAccount};
 use crate::plan::cut::{cut, times_together};
@@ -20,8 +20,8 @@ use crate::plan::predict::{Parts, Prediction, predict};
 use crate::plan::simulate::Processors;
 use crate::setup::site;
 use crate::setup::{Purpose, Setup};
-use crate::sys::cpus::{at_once, own_processors, parallelism};
-use crate::sys::host::hostname;
+use crate::sys::cpus::{at_once, own_processors, parallelism, processor_name};
+use crate::sys::host::{hostname, nvidia_driver, program_hash};
 use crate::sys::memory::peak_memory;
 use crate::trainer::{BatchSummary, Trainer};
 use crate::{Error, Result};
@@ -43,6 +43,9 @@ pub struct TrainArgs {
     /// Measure the layers anew for the prediction, whatever was measured before.
     #[arg(long)]
     pub fresh: bool,
+    /// Predict nothing, so that no layer is measured for it.
+    #[arg(long, conflicts_with = "fresh")]
+    pub no_prediction: bool,
     /// Print the result as one line of JSON.
     #[arg(long)]
     pub json: bool,
@@ -63,6 +66,9 @@ struct Outcome {
     frames: usize,
     batch: usize,
     rule: Rule,
+    stash: Stash,
+    /// Batches that counted.
+    batches: u64,
     back_end: String,
     /// Rank 0's GPU, cuDNN and number format, where modules compute on one.
     gpu: Option<OnGpu>,
@@ -71,8 +77,16 @@ struct Outcome {
     tick_ms: f64,
     /// Peak resident memory of all ranks together, in MiB.
     peak_mib: f64,
+    /// The largest rank's, in MiB.
+    peak_mib_rank: f64,
     /// Share of all modules' steps that have backward work.
     backward_share: f64,
+    /// Milliseconds of computing a tick, by rank: its modules' forward and backward passes and updates together.
+    rank_busy_ms: Vec<f64>,
+    /// How many of its modules each rank computes at once, at most.
+    rank_slots: Vec<usize>,
+    #[serde(flatten)]
+    place: Place,
     /// Mean over maximum of the ranks' busy time.
     balance: f64,
     /// Milliseconds a tick by module: forward, backward, optimiser, data, sending.
@@ -83,6 +97,25 @@ struct Outcome {
     predicted_tick_ms: Option<f64>,
     /// And for mean over maximum of the ranks' busy time.
     predicted_balance: Option<f64>,
+}
+
+/// On what it ran.
+#[derive(Serialize)]
+struct Place {
+    /// The nodes' names, in the order of ranks.
+    hosts: Vec<String>,
+    /// Rank 0's processor.
+    processor: String,
+    /// What the MPI library calls itself.
+    mpi: Option<String>,
+    /// NVIDIA's driver, where modules compute on its GPUs.
+    driver: Option<String>,
+    /// How messages get from GPU to GPU as asked for; absent: in host memory, where they are computed.
+    exchange: Option<Exchange>,
+    /// Number format of messages.
+    wire: &'static str,
+    /// xxh3-64 of the program's file.
+    build: String,
 }
 
 /// Trains and prints.
@@ -118,17 +151,29 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     };
     trainer.run(&mut observer)?;
     let peaks = world.gather(&peak_memory().to_le_bytes())?;
+    let hosts = world.gather(hostname().as_bytes())?;
     // Behind the peak memory, which measuring layers would raise.
     let gpu = world.first_error(chosen(&config))?;
-    let processors = processors(world, &config, gpu.is_some())?;
-    let predicted =
-        times_together(world, setup, Parts::Modules, args.fresh)?.map(|profile| predict(setup, &profile, &processors));
+    let predicted = match args.no_prediction {
+        true => None,
+        false => {
+            let processors = processors(world, &config, gpu.is_some())?;
+            times_together(world, setup, Parts::Modules, args.fresh)?
+                .map(|profile| predict(setup, &profile, &processors))
+        }
+    };
     if world.rank() > 0 {
         return Ok(());
     }
-    let peak: u64 = peaks.iter().filter_map(|peak| Some(u64::from_le_bytes(peak.as_slice().try_into().ok()?))).sum();
-    let outcome = outcome(setup, world, args, seconds, &time, peak as f64 / MIB, predicted.as_ref());
-    let outcome = Outcome { gpu, ..outcome };
+    let mib = |peak: &Vec<u8>| Some(u64::from_le_bytes(peak.as_slice().try_into().ok()?) as f64 / MIB);
+    let peaks: Vec<f64> = peaks.iter().filter_map(mib).collect();
+    let place = place(world, &config, &hosts, gpu.is_some());
+    let outcome =
+        outcome(setup, world, args, &Run { seconds, time: &time, peaks: &peaks, predicted: predicted.as_ref() }, place);
+    let outcome = match gpu {
+        Some(gpu) => Outcome { rank_slots: vec![1; setup.grid.ranks], gpu: Some(gpu), ..outcome },
+        None => outcome,
+    };
     if args.json {
         outln!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
     } else {
@@ -137,16 +182,38 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     Ok(())
 }
 
-fn outcome(
-    setup: &Setup,
-    world: &World,
-    args: &TrainArgs,
+fn place(world: &World, config: &Config, hosts: &[Vec<u8>], on_gpu: bool) -> Place {
+    let mut names: Vec<String> = Vec::new();
+    for host in hosts.iter().map(|host| String::from_utf8_lossy(host).into_owned()) {
+        if !names.contains(&host) {
+            names.push(host);
+        }
+    }
+    Place {
+        hosts: names,
+        processor: processor_name(),
+        mpi: world.mpi_library().map(|library| library.trim().to_string()),
+        driver: if on_gpu { nvidia_driver() } else { None },
+        exchange: on_gpu.then_some(config.run.exchange),
+        wire: if config.run.halves_messages() { "bf16" } else { "f32" },
+        build: format!("{:016x}", program_hash()),
+    }
+}
+
+/// What a run came to, on rank 0.
+struct Run<'a> {
+    /// Of the batches that count.
     seconds: f64,
-    time: &[[f64; PHASES]],
-    peak_mib: f64,
-    predicted: Option<&Prediction>,
-) -> Outcome {
+    /// By worker.
+    time: &'a [[f64; PHASES]],
+    /// Peak memory by rank, in MiB.
+    peaks: &'a [f64],
+    predicted: Option<&'a Prediction>,
+}
+
+fn outcome(setup: &Setup, world: &World, args: &TrainArgs, run: &Run, place: Place) -> Outcome {
     let (grid, config) = (setup.grid, &setup.config);
+    let &Run { seconds, time, peaks, predicted } = run;
     let ticks = (args.batches as usize * config.data.frames) as f64;
     let steps: usize = (1..=grid.modules).map(|i| setup.schedule.steps(i)).sum();
     let backward = (1..=grid.modules).flat_map(|i| setup.schedule.backwards(i)).count();
@@ -155,6 +222,8 @@ fn outcome(
     accounts.iter().enumerate().for_each(|(w, t)| busy[grid.rank_of(w)] += f64::from(t.busy()));
     let module =
         |t: &TimeAccount| [t.forward, t.backward, t.optimizer, t.data, t.send].map(|s| f64::from(s) * 1e3 / ticks);
+    let on_rank = |rank: usize| (0..grid.workers()).filter(|&w| grid.rank_of(w) == rank).count();
+    let slots = |rank: usize| at_once(config.run.threads).min(on_rank(rank));
     Outcome {
         modules: grid.modules,
         replicas: grid.replicas,
@@ -164,13 +233,19 @@ fn outcome(
         frames: config.data.frames,
         batch: config.data.batch,
         rule: config.train.rule,
+        stash: config.train.stash,
+        batches: args.batches,
         back_end: cpu::back_end(),
         gpu: None,
         frames_per_second: ticks * (grid.replicas * config.data.batch) as f64 / seconds,
         tick_ms: seconds / ticks * 1e3,
-        peak_mib,
+        peak_mib: peaks.iter().sum(),
+        peak_mib_rank: peaks.iter().copied().fold(0.0, f64::max),
         backward_share: backward as f64 / steps as f64,
         balance: mean(&busy) / busy.iter().copied().fold(f64::MIN_POSITIVE, f64::max),
+        rank_busy_ms: busy.iter().map(|seconds| seconds * 1e3 / ticks).collect(),
+        rank_slots: (0..grid.ranks).map(slots).collect(),
+        place,
         module_ms: accounts.iter().map(module).collect(),
         cuts: setup.cuts(),
         predicted_tick_ms: predicted.map(|p| p.outcome.tick * 1e3),

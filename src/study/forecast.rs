@@ -1,0 +1,129 @@
+//! What a point will reach, before it runs; and where its network is cut.
+//!
+//! [`forecast`] is the one function that predicts. It plays the schedule with layers' times measured on this machine, without the
+//! links' latency and the all-reduce.
+
+use serde::{Deserialize, Serialize};
+
+use super::fill::share_of_fill;
+use super::plan::{Plan, Point};
+use crate::Result;
+use crate::config::Config;
+use crate::network::blocks::Blocks;
+use crate::plan::cut::times_of;
+use crate::plan::predict::{Parts, best_cuts, predict};
+use crate::plan::simulate::Processors;
+use crate::setup::Setup;
+use crate::setup::footprint::{gpu_memory, memory};
+use crate::sys::cpus::at_once;
+
+/// Where ranks run, as far as prediction needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// All on this machine, whatever the number of nodes.
+    One,
+    /// On nodes like this one, so many ranks on each, each with processors of its own.
+    Nodes {
+        /// Ranks a node.
+        ranks: usize,
+    },
+}
+
+/// What is predicted of a point.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Forecast {
+    /// Seconds a tick.
+    pub tick: f64,
+    /// Frames a second, all replicas together.
+    pub frames_per_second: f64,
+    /// Bytes that the largest rank takes, without the program itself.
+    pub memory: u64,
+    /// The share of fill in the schedule.
+    pub fill: f64,
+    /// Seconds of a run: its start, the batches before those that count, these, and those after.
+    pub seconds: f64,
+    /// The processor, or GPU, whose times it is made of.
+    pub processor: String,
+}
+
+/// Seconds that the start and the end of ranks are taken to last.
+const START: f64 = 5.0;
+
+/// Plans a point of `plan` on `machine`: its configuration with the cut that it will have, and what it will reach. Layers that were
+/// not measured before are.
+///
+/// # Errors
+/// [`crate::Error::Input`] for whatever in the point cannot work.
+pub fn prepare(plan: &Plan, point: &Point, machine: Machine) -> Result<(Config, Forecast)> {
+    let prepare = || {
+        let setup = cut(Setup::dry(&plan.config_of(point)?, point.ranks)?, machine)?;
+        let forecast = forecast(&setup, machine, plan.request.batches)?;
+        let mut config = setup.config.clone();
+        (config.model.modules, config.model.cuts) = (None, Some(setup.cuts()));
+        Ok((config, forecast))
+    };
+    prepare().map_err(|e: crate::Error| e.within(&point.name))
+}
+
+/// Checks that a point can be, without measuring anything.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn check(plan: &Plan, point: &Point) -> Result<()> {
+    let setup = plan.config_of(point).and_then(|config| Setup::dry(&config, point.ranks));
+    setup.map(|_| ()).map_err(|e| e.within(&point.name))
+}
+
+/// Cuts a network that is left open as training would.
+fn cut(setup: Setup, machine: Machine) -> Result<Setup> {
+    if !setup.config.cut_is_open() || setup.grid.modules == 1 {
+        return Ok(setup);
+    }
+    let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
+    let times = times_of(&setup, Parts::Blocks(&blocks), at_work(&setup, machine), false)?;
+    setup.recut(best_cuts(&setup, &blocks, &times)?.0)
+}
+
+/// Modules that compute at a time on one machine.
+fn at_work(setup: &Setup, machine: Machine) -> usize {
+    let ranks = match machine {
+        Machine::One => setup.grid.ranks,
+        Machine::Nodes { ranks } => ranks,
+    };
+    setup.grid.workers().min(ranks * setup.grid.workers().div_ceil(setup.grid.ranks))
+}
+
+/// What `setup` will reach on `machine`, in runs of so many `batches` that count.
+///
+/// # Errors
+/// [`crate::Error::Input`] if layers cannot be measured.
+pub fn forecast(setup: &Setup, machine: Machine, batches: u64) -> Result<Forecast> {
+    let (grid, config) = (setup.grid, &setup.config);
+    let threads = config.run.threads;
+    let profile = times_of(setup, Parts::Modules, at_work(setup, machine), false)?;
+    let on_gpu = profile.conditions.gpu.is_some();
+    let processors = match machine {
+        _ if on_gpu => Processors::of_ranks(grid.ranks, 1),
+        Machine::One => Processors { pool_of_rank: vec![0; grid.ranks], slots: vec![at_once(threads)] },
+        Machine::Nodes { .. } => Processors::of_ranks(grid.ranks, 1),
+    };
+    let prediction = predict(setup, &profile, &processors);
+    let mut of_rank = vec![0; grid.ranks];
+    for w in 0..grid.workers() {
+        of_rank[grid.rank_of(w)] += match &profile.conditions.gpu {
+            Some(on) => gpu_memory(setup, w, on.element_bytes()),
+            None => memory(setup, w),
+        };
+    }
+    let tick = prediction.outcome.tick;
+    let fill = grid.modules.div_ceil(config.data.frames) as u64;
+    let all = (batches + 2 * fill + 1) * config.data.frames as u64;
+    Ok(Forecast {
+        tick,
+        frames_per_second: prediction.frames_per_second,
+        memory: of_rank.into_iter().max().unwrap_or(0),
+        fill: share_of_fill(setup),
+        seconds: START + tick * all as f64,
+        processor: profile.conditions.gpu.map_or(profile.conditions.cpu, |on| on.name),
+    })
+}
