@@ -163,6 +163,7 @@ fn batch_jobs_finish_whatever_happens_and_with_the_same_bits() {
     videos_are_prepared_on_all_nodes_and_across_a_requeue(&testbed);
     signals_requeue_the_job(&testbed);
     a_crash_at_the_start_is_tried_again(&testbed);
+    a_study_goes_on_across_a_requeue(&testbed);
     a_lost_node_is_replaced(&testbed, "kill-node");
     a_lost_node_is_replaced(&testbed, "cut-link");
 }
@@ -300,6 +301,47 @@ fn a_crash_at_the_start_is_tried_again(testbed: &Testbed) {
     let said = std::fs::read_to_string(&log).unwrap_or_default();
     assert_eq!(submitted.status.code(), Some(139), "{} {said}", text(&submitted));
     assert!(said.contains("attempt 3 of 3") && !said.contains("restart 1"), "{said}");
+}
+
+/// A scaling study, submitted as a user does: one job on the largest number of nodes, stopped in the middle, gone on with.
+fn a_study_goes_on_across_a_requeue(testbed: &Testbed) {
+    let run = Run::new(1);
+    let study = run.dir.path().join("study");
+    let out = study.display().to_string();
+    let export = format!("--sbatch=--export=ALL,SIDEWAYS={PROGRAM},SIDEWAYS_CACHE={out}-cache");
+    let options = ["--nodes", "1,2,4", "--ranks-per-node", "2", "--repeat", "2", "--batches", "4", "--classes", "4"];
+    let data = ["--set", "data.crop=8", "--set", "data.train=[]"];
+    let scale = [&[PROGRAM, "scale", &run.config, "--out", &out][..], &options, &data].concat();
+    let output = testbed.run(&[&scale[..], &["--dry-run"]].concat());
+    assert!(output.status.success() && text(&output).contains("in one job on 4 nodes"), "{}", text(&output));
+    let output = testbed.run(&[&scale[..], &[&export]].concat());
+    assert!(output.status.success(), "{}", text(&output));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let job = said.strip_prefix("job ").and_then(|rest| rest.split(':').next()).expect("a job's number").to_string();
+    let log = || std::fs::read_to_string(study.join(format!("sideways-scale-{job}.log"))).unwrap_or_default();
+    let wait_for = |what: &str, condition: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < Duration::from_secs(90), "waited for {what}; the job's log: {}", log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    wait_for("a run", &|| study.join("points/skip-sideways-n1/run-1.json").is_file());
+    let output = testbed.run(&["scancel", "--batch", "--signal=USR1", &job]);
+    assert!(output.status.success(), "{}", text(&output));
+    wait_for("the end", &|| log().contains("exit code 0"));
+    assert!(log().contains("exit code 75") && log().contains("restart 1"), "{}", log());
+    let mut table = csv::Reader::from_path(study.join("scaling.csv")).unwrap();
+    let rows: Vec<std::collections::HashMap<String, String>> = table.deserialize().map(|row| row.unwrap()).collect();
+    let of = |column: &str| rows.iter().map(|row| row[column].clone()).collect::<Vec<_>>();
+    assert_eq!(
+        (of("nodes"), of("ranks")),
+        (vec!["1", "2", "4"].into_iter().map(String::from).collect(), vec!["2".into(), "4".into(), "8".into()])
+    );
+    assert!(of("status") == ["done"; 3] && of("runs") == ["2"; 3], "{rows:?}");
+    assert!(of("job").iter().all(|jobs| *jobs == job), "{rows:?}");
+    let hosts: Vec<usize> = of("node_list").iter().map(|list| list.split(' ').count()).collect();
+    assert_eq!(hosts, [1, 2, 4]);
 }
 
 /// The host dies, or lives but is not reached: the job fails within its time-out, and goes on elsewhere.

@@ -6,4 +6,5 @@ mod data;
 mod faults;
 mod plan;
 mod ranks;
+mod scale;
 mod validation;
