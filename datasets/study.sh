@@ -4,14 +4,15 @@
 #
 #   datasets/study.sh FOLDER <LIST        a line of LIST: NAME SEED CONFIG [SECTION.KEY=VALUE ...]
 #
-# JOBS=N trainings at a time (default: one a core), each in one process and on one core; ONLY=PATTERN takes the lines that match.
+# JOBS=N trainings at a time (default: one a core), each in one process and on one core, from core CORE (default 0) on; ONLY=PATTERN
+# takes the lines that match; VIEWS=CLIPSxCROPS scores by so many views, and writes every clip's scores to RUN/scores.csv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 mkdir -p "$out"
 
 one() {
-  local name=$1 seed=$2 config=$3 run sets=() pin=(taskset -c "$SLOT")
+  local name=$1 seed=$2 config=$3 run sets=() pin=(taskset -c "$((${CORE:-0} + SLOT))") scores=()
   shift 3
   "${pin[@]}" true 2>/dev/null || pin=()
   run="$out/$name-$seed"
@@ -19,7 +20,8 @@ one() {
   for set in "$@"; do sets+=(--set "$set"); done
   "${pin[@]}" target/release/sideways train "$config" --set "run.dir=$run" --set "train.seed=$seed" "${sets[@]}" 2>"$run.log" ||
     { tail -n 3 "$run.log" >&2; return 1; }
-  "${pin[@]}" target/release/sideways eval "$run" --json 2>>"$run.log" >"$run/eval.part" && mv "$run/eval.part" "$run/eval.json"
+  [ -n "${VIEWS:-}" ] && scores=(--views "$VIEWS" --scores "$run/scores.csv")
+  "${pin[@]}" target/release/sideways eval "$run" --json "${scores[@]}" 2>>"$run.log" >"$run/eval.part" && mv "$run/eval.part" "$run/eval.json"
 }
 export -f one
 export out
