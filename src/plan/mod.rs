@@ -4,6 +4,7 @@
 //! [`mod@measure`] times layers here ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such
 //! costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
+pub mod cluster;
 pub mod cut;
 pub mod gpu;
 pub mod measure;

@@ -1,5 +1,6 @@
 //! From measured times to cuts, and to what a cut will reach.
 
+use super::cluster::Cluster;
 use super::gpu;
 use super::profile::{Conditions, Part, Profile, Times};
 use super::simulate::{Outcome, Processors, StepCost, simulate};
@@ -234,9 +235,9 @@ pub struct Prediction {
 }
 
 /// Predicts `setup`'s tick from the measured times of its modules.
-pub fn predict(setup: &Setup, profile: &Profile, processors: &Processors) -> Prediction {
+pub fn predict(setup: &Setup, profile: &Profile, processors: &Processors, cluster: Option<&Cluster>) -> Prediction {
     let costs = step_costs(setup, profile);
-    let outcome = simulate(setup, &costs, processors);
+    let outcome = simulate(setup, &costs, processors, cluster);
     let grid = setup.grid;
     let mut busy = vec![0.0; grid.ranks];
     outcome.busy.iter().enumerate().for_each(|(w, seconds)| busy[grid.rank_of(w)] += seconds);

@@ -107,7 +107,7 @@ pub fn forecast(setup: &Setup, machine: Machine, batches: u64) -> Result<Forecas
         Machine::One => Processors { pool_of_rank: vec![0; grid.ranks], slots: vec![at_once(threads)] },
         Machine::Nodes { .. } => Processors::of_ranks(grid.ranks, 1),
     };
-    let prediction = predict(setup, &profile, &processors);
+    let prediction = predict(setup, &profile, &processors, None);
     let mut of_rank = vec![0; grid.ranks];
     for w in 0..grid.workers() {
         of_rank[grid.rank_of(w)] += match &profile.conditions.gpu {

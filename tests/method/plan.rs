@@ -6,6 +6,7 @@ use sideways::config::Config;
 use sideways::method::graph::{Edge, Graph};
 use sideways::network::partition::{Piece, partition, pieces};
 use sideways::network::{EdgeSpec, Network};
+use sideways::plan::cluster::{Cluster, Way};
 use sideways::plan::simulate::{Processors, StepCost, simulate};
 use sideways::setup::Setup;
 
@@ -138,12 +139,16 @@ fn cuts_go_around_skips_that_do_not_fit() {
 
 /// Modules of the small test network, `frames` frames a clip.
 fn chain(modules: usize, frames: usize, skip: &str) -> Setup {
+    chain_of(modules, frames, skip, modules)
+}
+
+fn chain_of(modules: usize, frames: usize, skip: &str, ranks: usize) -> Setup {
     let layers = LAYERS.replace('\n', " ");
     let text = format!(
         "[data]\ncrop = 8\nframes = {frames}\nbatch = 2\n[model]\nlayers = {layers}\nclasses = 4\n\
          modules = {modules}\n{skip}\n"
     );
-    planned(&text, modules)
+    planned(&text, ranks)
 }
 
 /// With equal modules a batch takes as long as T + D - 1 steps, whatever joins them: the bubble is (D - 1) / (T + D - 1).
@@ -153,7 +158,7 @@ fn a_simulated_bubble_is_that_of_the_method() {
     for skip in ["", "skip = { spans = [2, 3, 4] }", "skip = { spans = [2, 4], delay = 'aligned' }"] {
         for (rule, frames) in [("1f1b", 20), ("1f1b", 8), ("1f1b", 3), ("gpipe", 20), ("gpipe", 3)] {
             let setup = chain(5, frames, &format!("{skip}\n[train]\nrule = \"{rule}\""));
-            let outcome = simulate(&setup, &[cost; 5], &Processors::of_ranks(5, 1));
+            let outcome = simulate(&setup, &[cost; 5], &Processors::of_ranks(5, 1), None);
             let steps = (frames + 4) as f64;
             assert!((outcome.tick * frames as f64 - 2.0 * steps).abs() < 1e-9, "{rule} {frames} {skip}: {outcome:?}");
             let bubble = 1.0 - outcome.busy[0] / outcome.tick;
@@ -172,7 +177,7 @@ fn a_simulated_tick_is_that_of_the_slowest_or_of_all() {
         let mut costs = vec![cost(1.0, 2.0); 5];
         costs[4] = cost(3.0, 5.0);
         let own = Processors::of_ranks(5, 1);
-        near(simulate(&setup, &costs, &own).tick, 8.0);
+        near(simulate(&setup, &costs, &own, None).tick, 8.0);
         // On one processor everything adds up: forward at every step, backward where the schedule has it.
         let one = chain(5, 40, skip);
         let expected: f64 = (1..=5)
@@ -182,15 +187,107 @@ fn a_simulated_tick_is_that_of_the_slowest_or_of_all() {
             })
             .sum();
         let shared = Processors { pool_of_rank: vec![0; 5], slots: vec![1] };
-        let outcome = simulate(&one, &costs, &shared);
+        let outcome = simulate(&one, &costs, &shared, None);
         near(outcome.tick, expected);
         near(outcome.busy.iter().sum(), expected);
         // Two processors for five modules: no faster than half, no slower than one.
-        let two = simulate(&one, &costs, &Processors { pool_of_rank: vec![0; 5], slots: vec![2] });
+        let two = simulate(&one, &costs, &Processors { pool_of_rank: vec![0; 5], slots: vec![2] }, None);
         assert!(two.tick >= expected / 2.0 - 1e-9 && two.tick < expected, "{}", two.tick);
     }
     // One module: forward, backward, and an update a clip.
     let alone = chain(1, 10, "");
     let cost = StepCost { forward: 1.0, backward: 9.0, backward_leaf: 2.0, update: 5.0 };
-    near(simulate(&alone, &[cost], &Processors::of_ranks(1, 1)).tick, 3.0 + 0.5);
+    near(simulate(&alone, &[cost], &Processors::of_ranks(1, 1), None).tick, 3.0 + 0.5);
+}
+
+fn cluster(latency: f64, bandwidth: f64, spread: f64) -> Cluster {
+    let way = Way { latency, bandwidth };
+    Cluster { ranks_per_node: 4, nodes_per_switch: 2, core: way, node: way, switch: way, spread }
+}
+
+/// Where links are slow, three ticks are a message's way there and back: module 1's forward pass of step t + 3 comes behind its
+/// backward pass of step t + 2, which needs what module 2 makes of step t.
+#[test]
+fn a_simulated_tick_is_no_shorter_than_a_message_s_way() {
+    let near = |a: f64, b: f64| assert!((a - b).abs() < 0.02 * b, "{a} is not {b}");
+    let cost = StepCost { forward: 1e-9, backward: 1e-9, backward_leaf: 1e-9, update: 0.0 };
+    let setup = chain(2, 50, "");
+    let own = Processors::of_ranks(2, 1);
+    near(simulate(&setup, &[cost; 2], &own, Some(&cluster(1.0, 1e30, 0.0))).tick, 2.0 / 3.0);
+    // A message of 2 samples of 8 x 8 (or fewer) pixels: bytes over bandwidth.
+    let bytes = 4.0 * 2.0 * setup.network.edges[0].shape.iter().product::<usize>() as f64;
+    let bound = simulate(&setup, &[cost; 2], &own, Some(&cluster(0.0, bytes, 0.0))).tick;
+    assert!((0.6..0.7).contains(&bound), "{bound} of one second a message");
+    // Work that is longer than the way hides it; nothing is free of it under 1f1b, which fills and drains through all links.
+    let cost = StepCost { forward: 5.0, backward: 5.0, backward_leaf: 5.0, update: 0.0 };
+    near(simulate(&setup, &[cost; 2], &own, Some(&cluster(1.0, 1e30, 0.0))).tick, 10.0);
+    let exact = chain(2, 50, "[train]\nrule = \"1f1b\"");
+    let tick = |cluster: Option<&Cluster>| simulate(&exact, &[cost; 2], &own, cluster).tick;
+    assert!(tick(Some(&cluster(1.0, 1e30, 0.0))) > tick(None) + 1.9 / 50.0);
+}
+
+/// The mean of gradients over replicas, as literals: a pair exchanges halves twice; fours of pairs in two rounds.
+#[test]
+fn an_all_reduce_takes_its_rounds() {
+    let replicas = |n: usize| {
+        let layers = LAYERS.replace('\n', " ");
+        let text = format!(
+            "[data]\ncrop = 8\nframes = 8\nbatch = 2\n[model]\nlayers = {layers}\nclasses = 4\nmodules = 1\n[train]\nreplicas = {n}\n"
+        );
+        planned(&text, n)
+    };
+    let bytes = 4.0 * replicas(2).network.modules[0].params as f64;
+    let near = |a: f64, b: f64| assert!((a - b).abs() < 0.01 * b, "{a} is not {b}");
+    let slow = cluster(0.0, 1.0, 0.0);
+    assert_eq!(slow.all_reduce(&replicas(1), 1), 0.0);
+    for n in [2, 3, 4, 8] {
+        near(slow.all_reduce(&replicas(n), 1), 2.0 * bytes * (n - 1) as f64 / n as f64);
+    }
+    // Rounds: one of two members or four, or one of four and one of two; there and back.
+    let far = cluster(1.0, 1e30, 0.0);
+    assert_eq!([2, 4, 8].map(|n| far.all_reduce(&replicas(n), 1).round()), [2.0, 2.0, 4.0]);
+    // It is in the tick: once a batch of 8 frames.
+    let cost = StepCost { forward: 1.0, backward: 1.0, backward_leaf: 1.0, update: 0.0 };
+    let outcome = simulate(&replicas(8), &[cost; 8], &Processors::of_ranks(8, 1), Some(&far));
+    near(outcome.tick, 2.0 + 4.0 / 8.0);
+}
+
+/// Ranks differ in distance; and uneven steps cost more, the more ranks wait for each other.
+#[test]
+fn stragglers_cost_more_on_more_ranks() {
+    let uneven = Cluster { spread: 0.2, ..cluster(0.0, 1e30, 0.0) };
+    let way = |latency| Way { latency, bandwidth: 1e30 };
+    let far = Cluster { core: way(1.0), node: way(2.0), switch: way(4.0), ..uneven.clone() };
+    assert_eq!([1, 3, 4, 7, 8, 100].map(|to| far.seconds(0, to, 0)), [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]);
+    assert_eq!(far.seconds(5, 5, 1), 0.0);
+    let cost = StepCost { forward: 1.0, backward: 1.0, backward_leaf: 1.0, update: 0.0 };
+    let tick = |modules: usize, replicas: usize| {
+        let setup = chain_of(modules, 40, &format!("[train]\nreplicas = {replicas}"), modules * replicas);
+        simulate(&setup, &vec![cost; modules * replicas], &Processors::of_ranks(modules * replicas, 1), Some(&uneven))
+            .tick
+    };
+    let (one, few, many) = (tick(1, 1), tick(4, 1), tick(4, 256));
+    assert!((one - 2.0).abs() < 0.05, "one rank waits for nobody: {one}");
+    assert!(few > one + 0.02 && many > few + 0.05, "{one} {few} {many}");
+    assert!(many < 3.0, "{many}");
+}
+
+#[test]
+fn a_cluster_that_cannot_be_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cluster.toml");
+    let good = "ranks_per_node = 4\nnodes_per_switch = 2\ncore = { latency = 1e-6, bandwidth = 1e10 }\n\
+                node = { latency = 2e-6, bandwidth = 1e10 }\nswitch = { latency = 2e-6, bandwidth = 1e10 }\n";
+    std::fs::write(&path, good).unwrap();
+    assert_eq!(Cluster::load(&path).unwrap().ranks_per_node, 4);
+    for (from, to, what) in [
+        ("ranks_per_node = 4", "ranks_per_node = 0", "at least 1"),
+        ("latency = 1e-6", "latency = -1.0", "core"),
+        ("ranks_per_node", "ranks_a_node", "ranks_a_node"),
+    ] {
+        std::fs::write(&path, good.replace(from, to)).unwrap();
+        let error = Cluster::load(&path).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(what) && error.to_string().contains("cluster.toml"), "{error}");
+    }
 }

@@ -159,7 +159,7 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
         false => {
             let processors = processors(world, &config, gpu.is_some())?;
             times_together(world, setup, Parts::Modules, args.fresh)?
-                .map(|profile| predict(setup, &profile, &processors))
+                .map(|profile| predict(setup, &profile, &processors, None))
         }
     };
     if world.rank() > 0 {

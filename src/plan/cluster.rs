@@ -1,0 +1,151 @@
+//! A machine larger than the one at hand: how far apart ranks are, what messages take between them, how even their work is.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::comm::all_reduce::levels;
+use crate::setup::Setup;
+use crate::{Error, Result};
+
+/// A way between two ranks, of the α–β kind: a message of n bytes takes `latency + n / bandwidth` seconds (Hockney, 1994).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Way {
+    /// α, in seconds.
+    pub latency: f64,
+    /// 1/β, in bytes a second.
+    pub bandwidth: f64,
+}
+
+impl Way {
+    fn seconds(&self, bytes: u64) -> f64 {
+        self.latency + bytes as f64 / self.bandwidth
+    }
+}
+
+/// A cluster of like nodes, and what it takes from one rank to another by their distance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cluster {
+    /// Ranks a node; neighbouring ranks share one.
+    pub ranks_per_node: usize,
+    /// Nodes a switch.
+    pub nodes_per_switch: usize,
+    /// Between ranks of one node.
+    pub core: Way,
+    /// Between nodes of one switch.
+    pub node: Way,
+    /// Between switches.
+    pub switch: Way,
+    /// Standard deviation of a step's time over its mean, drawn anew for each step of each rank (log-normal): stragglers.
+    #[serde(default)]
+    pub spread: f64,
+}
+
+impl std::fmt::Display for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let way = |way: Way| format!("{} us + bytes / {} GB/s", 1e6 * way.latency, way.bandwidth / 1e9);
+        write!(
+            f,
+            "{} ranks a node, {} nodes a switch; within a node {}, between nodes {}, between switches {}; spread of steps {}",
+            self.ranks_per_node,
+            self.nodes_per_switch,
+            way(self.core),
+            way(self.node),
+            way(self.switch),
+            self.spread
+        )
+    }
+}
+
+impl Cluster {
+    /// Nodes of eight ranks on 100 Gbit/s with latencies as RDMA networks have them: an assumption.
+    pub fn usual() -> Self {
+        Cluster {
+            ranks_per_node: 8,
+            nodes_per_switch: 32,
+            core: Way { latency: 1e-6, bandwidth: 10e9 },
+            node: Way { latency: 2e-6, bandwidth: 12.5e9 },
+            switch: Way { latency: 4e-6, bandwidth: 12.5e9 },
+            spread: 0.0,
+        }
+    }
+
+    /// Reads one from a TOML file with the fields above.
+    ///
+    /// # Errors
+    /// [`Error::Input`] with the file, and what in it is wrong.
+    pub fn load(path: &Path) -> Result<Self> {
+        let show = path.display();
+        let text = std::fs::read_to_string(path).map_err(|e| Error::input(format!("--cluster {show}: {e}")))?;
+        let cluster: Cluster = toml::from_str(&text)
+            .map_err(|e| Error::input(format!("--cluster {show}: {}", e.to_string().trim_end())))?;
+        cluster.validate().map_err(|e| e.within(&format!("--cluster {show}")))?;
+        Ok(cluster)
+    }
+
+    /// # Errors
+    /// [`Error::Input`] on a value that cannot be.
+    pub fn validate(&self) -> Result<()> {
+        if self.ranks_per_node == 0 || self.nodes_per_switch == 0 {
+            return Err(Error::input("ranks_per_node and nodes_per_switch must be at least 1"));
+        }
+        for (name, way) in [("core", self.core), ("node", self.node), ("switch", self.switch)] {
+            if !(way.latency >= 0.0 && way.latency.is_finite() && way.bandwidth > 0.0) {
+                return Err(Error::input(format!(
+                    "{name}: latency must be 0 or more (seconds), bandwidth above 0 (bytes a second)"
+                )));
+            }
+        }
+        if !(0.0..=10.0).contains(&self.spread) {
+            return Err(Error::input(format!("spread = {}: it must be 0 to 10", self.spread)));
+        }
+        Ok(())
+    }
+
+    /// Seconds that `bytes` take from rank `from` to rank `to`; none within a rank.
+    pub fn seconds(&self, from: usize, to: usize, bytes: u64) -> f64 {
+        if from == to { 0.0 } else { self.way(from, to).seconds(bytes) }
+    }
+
+    fn way(&self, from: usize, to: usize) -> Way {
+        let node = |rank: usize| rank / self.ranks_per_node;
+        let switch = |rank: usize| node(rank) / self.nodes_per_switch;
+        match (node(from) == node(to), switch(from) == switch(to)) {
+            (true, _) => self.core,
+            (false, true) => self.node,
+            (false, false) => self.switch,
+        }
+    }
+
+    /// Seconds that module `module`'s gradient takes to become its mean over replicas, for the replica for which it is longest:
+    /// the rounds of [`crate::comm::all_reduce`], of which each sends a part to the others of a group and gets their sums back.
+    pub fn all_reduce(&self, setup: &Setup, module: usize) -> f64 {
+        let grid = setup.grid;
+        let bytes = 4.0 * setup.network.modules[module - 1].params as f64;
+        let rank = |replica: usize| grid.rank_of(grid.worker(module, replica));
+        let mut left = bytes;
+        let mut sum = 0.0;
+        for level in levels(grid.replicas, 1) {
+            let part = (left / level.size as f64) as u64;
+            let round = |replica: usize| -> f64 {
+                let own = level.member(replica);
+                let way = |member: usize| self.way(rank(replica), rank(level.replica(replica, member)));
+                if level.ring {
+                    // A part goes through all members.
+                    return (level.size - 1) as f64 * way(level.next(own)).seconds(part);
+                }
+                // To the others one after another; they are under way at once.
+                let others = (0..level.size).filter(|&other| other != own).map(way);
+                let (latency, seconds) = others.fold((0.0f64, 0.0), |(latency, seconds), way| {
+                    (latency.max(way.latency), seconds + part as f64 / way.bandwidth)
+                });
+                latency + seconds
+            };
+            sum += 2.0 * (0..grid.replicas).map(round).fold(0.0, f64::max);
+            left /= level.size as f64;
+        }
+        sum
+    }
+}
