@@ -58,11 +58,6 @@ impl Variant {
         };
         let stash =
             stash.map_err(|()| Error::input(format!("--rules {text}: what follows + is stash or stash-inputs")))?;
-        if stash != Stash::None && rule.is_exact() {
-            return Err(Error::input(format!(
-                "--rules {text}: {name} keeps all activations anyway: leave out +{suffix}"
-            )));
-        }
         Ok(Variant { rule, stash })
     }
 
@@ -457,10 +452,17 @@ mod tests {
 
     #[test]
     fn rules_are_named_as_in_a_configuration() {
-        for name in ["sideways", "skip-sideways", "skip-sideways+stash", "skip-sideways+stash-inputs", "bp"] {
+        for name in [
+            "sideways",
+            "skip-sideways",
+            "skip-sideways+stash",
+            "skip-sideways+stash-inputs",
+            "1f1b+stash-inputs",
+            "bp",
+        ] {
             assert_eq!(Variant::parse(name).unwrap().to_string(), name);
         }
-        for (name, words) in [("sidewise", "skip-sideways"), ("bp+stash", "anyway"), ("sideways+", "stash-inputs")] {
+        for (name, words) in [("sidewise", "skip-sideways"), ("sideways+", "stash-inputs")] {
             let error = Variant::parse(name).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains(words), "{error}");
         }
