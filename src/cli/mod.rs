@@ -17,6 +17,7 @@ pub mod eval;
 pub mod fidelity;
 pub mod logging;
 pub mod plan;
+pub mod plan_scale;
 pub mod predict;
 pub mod progress;
 pub mod scale;

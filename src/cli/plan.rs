@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cli::output::table;
+use crate::cli::plan_scale::{self, ScaleOptions};
 use crate::cli::ticks::{csv, picture};
 use crate::comm::Kind;
 use crate::config::Config;
@@ -54,6 +55,8 @@ pub struct PlanArgs {
     /// With --ticks: how many clips to draw.
     #[arg(long, value_name = "N", default_value_t = 2, requires = "ticks", value_parser = clap::value_parser!(u64).range(1..=100))]
     pub clips: u64,
+    #[command(flatten)]
+    pub extrapolate: ScaleOptions,
 }
 
 /// Another cut is proposed where its predicted tick is below this share of the present one's.
@@ -79,6 +82,10 @@ enum Origin {
 /// Whatever in the configuration cannot work.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let mut config = Config::load(&args.config, &args.set)?;
+    if let Some(range) = args.extrapolate.scale {
+        resume_cut(&mut config)?;
+        return plan_scale::run(&config, &args.extrapolate, range, args.fresh, args.json);
+    }
     let mut origin = match (&config.model.cuts, config.model.modules) {
         (Some(_), _) => Origin::Given,
         (None, Some(_)) => Origin::Arithmetic,
@@ -126,7 +133,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         }
     }
     let profile = times_of(&setup, Parts::Modules, busy, args.fresh)?;
-    let prediction = predict(&setup, &profile, &Processors::of_ranks(ranks, slots));
+    let prediction = predict(&setup, &profile, &Processors::of_ranks(ranks, slots), None);
     if args.json {
         return print_json(&setup, origin, &profile, &prediction);
     }
@@ -134,7 +141,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     if let Some(cuts) = better {
         let other = setup.recut(cuts.clone())?;
         let times = times_of(&other, Parts::Modules, busy, args.fresh)?;
-        let reached = predict(&other, &times, &Processors::of_ranks(ranks, slots));
+        let reached = predict(&other, &times, &Processors::of_ranks(ranks, slots), None);
         if reached.outcome.tick < WORTH_IT * prediction.outcome.tick {
             outln!(
                 "by the measured times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
@@ -309,6 +316,7 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
         "kernels": profile.conditions.kernels,
         "threads": profile.conditions.threads,
         "busy": profile.conditions.busy,
+        "profile": profile,
     });
     outln!("{plan}");
     Ok(())

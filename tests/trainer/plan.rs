@@ -120,6 +120,44 @@ fn times_are_kept_with_their_conditions() {
     assert!(text.contains(&format!("model.cuts = [{}]", cuts.join(", "))), "{text}");
 }
 
+/// `plan --scale` plays times that `plan --json` has printed on more ranks than there are.
+#[test]
+fn a_plan_is_extrapolated() {
+    let place = Place::new();
+    let output = place.run(&["plan", &place.config, "--ranks", "2", "--json"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let (times, cuts) = (place.dir.path().join("times.json"), format!("model.cuts={}", json["cuts"]));
+    std::fs::write(&times, &output.stdout).unwrap();
+    let given = ["plan", &place.config, "--set", &cuts, "--times", times.to_str().unwrap()];
+    let scaled = |more: &[&str]| place.run(&[&given[..], more].concat());
+    let output = scaled(&["--scale", "1..4096", "--rules", "skip-sideways+stash,1f1b,gpipe", "--json"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let points = json["points"].as_array().unwrap();
+    let number = |point: &serde_json::Value, key: &str| point[key].as_f64().unwrap();
+    for (rule, points) in ["skip-sideways+stash", "1f1b", "gpipe"].into_iter().zip(points.chunks(12)) {
+        for (k, point) in points.iter().enumerate() {
+            assert_eq!((point["rule"].as_str(), number(point, "ranks")), (Some(rule), (2 << k) as f64), "{point}");
+            let rate = number(point, "replicas") * number(point, "batch") / number(point, "tick");
+            assert!((number(point, "frames_per_second") / rate - 1.0).abs() < 1e-9, "{point}");
+            assert!((number(point, "efficiency") * (1 << k) as f64 / number(point, "speedup") - 1.0).abs() < 1e-9);
+            assert!((0.0..1.0 + 1e-9).contains(&number(point, "efficiency")), "{point}");
+        }
+    }
+    assert_eq!(points.len(), 36);
+    let table = scaled(&["--scale", "2..8", "--axis", "strong", "--set", "data.batch=2"]);
+    // The batch of the second point is another than was measured.
+    assert_eq!(table.status.code(), Some(2), "{}", text(&table));
+    assert!(text(&table).contains("--times") && text(&table).contains("--axis weak"), "{}", text(&table));
+    let table = place.run(&["plan", &place.config, "--scale", "1..3", "--axis", "modules"]);
+    assert!(table.status.success(), "{}", text(&table));
+    assert!(text(&table).contains("A simulation, not a measurement. Times: measured here."), "{}", text(&table));
+    for wrong in ["0..4", "4", "8..4"] {
+        assert_eq!(place.run(&["plan", &place.config, "--scale", wrong]).status.code(), Some(2), "{wrong}");
+    }
+}
+
 /// The benchmarks that users compare with predictions run without data, and leave nothing behind.
 #[test]
 fn training_and_layers_are_measured_without_data() {
