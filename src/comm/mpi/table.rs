@@ -103,8 +103,8 @@ impl Table {
             return Err(Error::Transport(failure.clone()));
         }
         let (mut completed, mut active) = (0, false);
-        for list in 0..self.lists.len() {
-            let turn = self.lists[list].turn(AT_ONCE[list]);
+        for (list, at_once) in AT_ONCE.into_iter().enumerate() {
+            let turn = self.lists[list].turn(at_once);
             if turn.is_empty() {
                 continue;
             }
