@@ -97,7 +97,10 @@ pub(super) fn build(
     let stage = (parts.stage)(setup.stage_spec(i), w, site)?;
     let training = setup.purpose == Purpose::Train;
     let decider = (training && i == 1 && range.record).then(|| {
-        let from = links.decisions_in.take().map_or_else(|| By::Files(Files::new(&config.run.dir)), By::Link);
+        let from = links
+            .decisions_in
+            .take()
+            .map_or_else(|| By::Files(Files::new(&config.run.dir)), |link| By::Link(Box::new(link)));
         Decider::new(from, std::mem::take(&mut links.decisions_out))
     });
     let all_reduce = links.all_reduce.take();

@@ -100,7 +100,7 @@ pub enum By {
     /// It decides: replica 0's. People ask with these files.
     Files(Files),
     /// It is told.
-    Link((u32, Receiver)),
+    Link(Box<(u32, Receiver)>),
 }
 
 impl Decider {
@@ -131,7 +131,8 @@ impl Decider {
                 }
                 decision
             }
-            By::Link((id, receiver)) => {
+            By::Link(link) => {
+                let (id, receiver) = &mut **link;
                 let (decision, _) = receiver.wait_with_orders(&due(*id))?;
                 receiver.release()?;
                 decision

@@ -1,6 +1,6 @@
 //! All-reduce: the mean of a module's gradients over its replicas, the same bits whatever the transport.
 //!
-//! R is factored into small numbers, R = s₁ · s₂ · …, and the replicas exchange level by level ([`group`]). At the first, groups
+//! R is factored into small numbers, R = s₁ · s₂ · …, and the replicas exchange level by level ([`levels`]). At the first, groups
 //! of s₁ replicas cut their values into as many parts; each member sends the others their parts and sums what it gets for
 //! its own, **in the order of members** (*reduce-scatter*). At the next, groups of s₂ of which each has the same part do that
 //! with it, and so on, until a replica has the sum over all replicas of an R-th of the values. Then the levels are gone through
