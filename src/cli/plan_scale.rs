@@ -16,7 +16,7 @@ use crate::plan::predict::{Parts, Prediction, best_cuts, module_parts, predict};
 use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
 use crate::setup::Setup;
-use crate::setup::footprint::memory;
+use crate::setup::footprint::{gpu_memory, memory};
 use crate::study::plan::{Axis, Plan, Point, Request, Variant};
 use crate::{Error, Result};
 
@@ -48,7 +48,8 @@ fn parse_ranks(text: &str) -> std::result::Result<[usize; 2], String> {
     match (number(min)?, number(max)?) {
         (0, _) => Err("MIN must be at least 1".into()),
         (min, max) if min > max => Err("MIN must be no larger than MAX".into()),
-        (_, max) if max > 1 << 20 => Err("MAX must be at most 1048576".into()),
+        // The cost is quadratic in replicas.
+        (_, max) if max > 1 << 14 => Err("MAX must be at most 16384".into()),
         (min, max) => Ok([min, max]),
     }
 }
@@ -88,7 +89,8 @@ pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], fresh: bo
     let plan = points(config, options, range)?;
     let mut rows: Vec<Row> = Vec::new();
     for point in &plan.points {
-        let row = simulate(&plan, point, &cluster, given.as_ref(), fresh).map_err(|e| e.within(&point.name))?;
+        let row = simulate(&plan, point, &cluster, given.as_ref(), fresh)
+            .map_err(|e| e.within(&format!("{} on {} ranks", point.variant, point.ranks)))?;
         let first = rows.iter().find(|other| other.rule == row.rule);
         let (speed, ranks) = first.map_or((row.frames_per_second, row.ranks), |f| (f.frames_per_second, f.ranks));
         let speedup = row.frames_per_second / speed;
@@ -138,33 +140,45 @@ fn points(config: &Config, options: &ScaleOptions, [min, max]: [usize; 2]) -> Re
     // A "node" of the study is what a step of the axis adds: a rank, or a pipeline.
     let ranks = if axis == Axis::Modules { config.train.replicas } else { modules };
     let mut config = config.clone();
-    if axis != Axis::Modules {
-        config.train.replicas = 1;
+    if axis == Axis::Strong {
+        config.data.batch *= config.train.replicas;
     }
+    let batch = config.data.batch;
     let (first, last) = (min.div_ceil(ranks), max / ranks);
     let doubled = std::iter::successors(Some(first), |n| n.checked_mul(2)).take_while(|&n| n < last);
     let mut nodes: Vec<usize> = doubled.chain([last]).collect();
+    let all = nodes.len();
     if axis == Axis::Modules {
         // A module has at least one block.
         let setup = Setup::dry(&Config { model: one_module(&config), ..config.clone() }, 1)?;
         let blocks = Blocks::new(&setup.network.layers, setup.network.input)?.len();
         nodes.retain(|&modules| modules <= blocks);
     }
-    if first > last || nodes.is_empty() {
-        return Err(Error::input(format!(
-            "--scale {min}..{max}: no number of ranks in it is one of {modules} modules x replicas along --axis {axis}"
-        )));
-    }
-    let start = nodes[0];
     if axis == Axis::Strong {
         // The global batch is the configuration's, and shared.
-        nodes.retain(|replicas| config.data.batch.is_multiple_of(*replicas));
+        nodes.retain(|&replicas| batch.is_multiple_of(replicas));
+    }
+    if first > last || nodes.is_empty() {
+        return Err(Error::input(format!(
+            "--scale {min}..{max}: no number of ranks in it, doubled from the first, is one of {modules} modules x replicas along --axis \
+             {axis}, for a global batch of {batch} clips"
+        )));
+    }
+    if nodes.len() < all {
+        log::warn!(
+            "{} of {all} numbers of ranks are left out: {}",
+            all - nodes.len(),
+            match axis {
+                Axis::Modules => "the network has fewer blocks".into(),
+                _ => format!("a global batch of {batch} clips cannot be shared by so many replicas"),
+            }
+        );
     }
     if axis != Axis::Modules {
-        config.train.replicas = start;
-        if axis == Axis::Strong && config.data.batch.is_multiple_of(start) {
-            config.data.batch /= start;
-        }
+        config.train.replicas = nodes[0];
+    }
+    if axis == Axis::Strong {
+        config.data.batch = batch / nodes[0];
     }
     let rules = options.rules.iter().map(|rule| Variant::parse(rule)).collect::<Result<_>>()?;
     let request = Request { axis, nodes, ranks_per_node: Some(ranks), rules, repeat: 1, batches: 1, limit: 1 };
@@ -195,8 +209,16 @@ fn simulate(plan: &Plan, point: &Point, cluster: &Cluster, given: Option<&Given>
     let grid = setup.grid;
     let mut of_rank = vec![0; grid.ranks];
     // Replicas take alike.
-    let of_module: Vec<u64> = (1..=grid.modules).map(|i| memory(&setup, grid.worker(i, 0))).collect();
-    (0..grid.workers()).for_each(|w| of_rank[grid.rank_of(w)] += of_module[grid.module_and_replica(w).0 - 1]);
+    let needed = |w: usize| match &profile.conditions.gpu {
+        Some(on) => gpu_memory(&setup, w, on.element_bytes()),
+        None => memory(&setup, w),
+    };
+    let of_module: Vec<u64> = (1..=grid.modules).map(|i| needed(grid.worker(i, 0))).collect();
+    let mut busy = vec![0.0; grid.ranks];
+    for w in 0..grid.workers() {
+        of_rank[grid.rank_of(w)] += of_module[grid.module_and_replica(w).0 - 1];
+        busy[grid.rank_of(w)] += outcome.busy[w];
+    }
     Ok(Row {
         rule: point.variant.to_string(),
         ranks: point.ranks,
@@ -209,7 +231,7 @@ fn simulate(plan: &Plan, point: &Point, cluster: &Cluster, given: Option<&Given>
         speedup: 1.0,
         efficiency: 1.0,
         load_balance: balance,
-        busy: outcome.busy.iter().copied().fold(0.0, f64::max) / outcome.tick,
+        busy: busy.into_iter().fold(0.0, f64::max) / outcome.tick,
         all_reduce: (1..=grid.modules).map(|i| cluster.all_reduce(&setup, i)).fold(0.0, f64::max),
         memory: of_rank.into_iter().max().unwrap_or(0),
     })

@@ -38,7 +38,7 @@ pub struct Cluster {
     pub node: Way,
     /// Between switches.
     pub switch: Way,
-    /// Standard deviation of a step's time over its mean, drawn anew for each step of each rank (log-normal): stragglers.
+    /// Standard deviation of a pass's time over its mean, drawn anew for each pass of each module (log-normal): stragglers.
     #[serde(default)]
     pub spread: f64,
 }
@@ -123,7 +123,10 @@ impl Cluster {
     /// the rounds of [`crate::comm::all_reduce`], of which each sends a part to the others of a group and gets their sums back.
     pub fn all_reduce(&self, setup: &Setup, module: usize) -> f64 {
         let grid = setup.grid;
-        let bytes = 4.0 * setup.network.modules[module - 1].params as f64;
+        let bytes = 4.0 * setup.frozen.learned(module) as f64;
+        if bytes == 0.0 {
+            return 0.0;
+        }
         let rank = |replica: usize| grid.rank_of(grid.worker(module, replica));
         let mut left = bytes;
         let mut sum = 0.0;

@@ -6,7 +6,7 @@
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
+use rand_distr::{Distribution, LogNormal};
 
 use super::cluster::Cluster;
 use crate::method::schedule::Tick;
@@ -112,7 +112,7 @@ impl Seconds {
 pub fn simulate(setup: &Setup, costs: &[StepCost], processors: &Processors, cluster: Option<&Cluster>) -> Outcome {
     let (grid, frames) = (setup.grid, setup.schedule.frames());
     let fill = grid.modules.div_ceil(frames) + 1;
-    // With uneven steps more batches count, for a mean.
+    // With uneven passes more batches count, for a mean.
     let counted = if cluster.is_some_and(|c| c.spread > 0.0) { 6 } else { 2 };
     let batches = fill + counted + fill;
     let modules: Vec<Vec<Segment>> = (1..=grid.modules).map(|i| segments(setup, i, batches)).collect();
@@ -189,7 +189,8 @@ fn segments(setup: &Setup, i: usize, batches: usize) -> Vec<Segment> {
         // Replicas update together.
         let last = batch * length(i) + window.len() * TICK - 1;
         let others = Need { module: i, replicas: Replicas::Others, segment: last, at_end: true, bytes: 0 };
-        list.push(Segment { seconds: Seconds::Update, needs: vec![others], goes_on: false });
+        let needs = if setup.frozen.learned(i) > 0 { vec![others] } else { Vec::new() };
+        list.push(Segment { seconds: Seconds::Update, needs, goes_on: false });
     }
     // `part`: the segment of a tick that makes or takes a message; a sender waits for the message `depth` before its own.
     let mut link = |pairs: &Messages, sender: bool, other: usize, part: usize, depth: usize, bytes: u64| {
@@ -214,7 +215,8 @@ fn segments(setup: &Setup, i: usize, batches: usize) -> Vec<Segment> {
     };
     for e in &network.edges {
         let (from, to) = (e.edge.from, e.edge.to);
-        let bytes = (4 * setup.config.data.batch * e.shape.iter().product::<usize>()) as u64;
+        let word = if setup.config.run.halves_messages() { 2 } else { 4 };
+        let bytes = (word * setup.config.data.batch * e.shape.iter().product::<usize>()) as u64;
         if from == i {
             link(&activations(setup, e), true, to, FORWARD, e.edge.delay + 1, bytes);
             link(&cotangents(setup, e), false, to, BACKWARD, 2, bytes);
@@ -244,7 +246,7 @@ struct Play<'a> {
     busy: Vec<f64>,
     /// Seconds of each module's all-reduce.
     reduce: Vec<f64>,
-    /// How uneven each worker's steps are.
+    /// How uneven each worker's passes are.
     uneven: Vec<Uneven>,
 }
 
@@ -366,23 +368,19 @@ impl<'a> Play<'a> {
     }
 }
 
-/// Draws how much longer than the mean one worker's steps take: log-normal, of mean 1.
+/// Draws how much longer than the mean one worker's passes take: log-normal, of mean 1.
 struct Uneven {
     rng: ChaCha8Rng,
-    spread: f64,
+    factors: Option<LogNormal<f64>>,
 }
 
 impl Uneven {
     fn new(spread: f64, worker: usize) -> Self {
-        Uneven { rng: ChaCha8Rng::seed_from_u64(worker as u64), spread }
+        let factors = if spread > 0.0 { LogNormal::from_mean_cv(1.0, spread).ok() } else { None };
+        Uneven { rng: ChaCha8Rng::seed_from_u64(worker as u64), factors }
     }
 
     fn factor(&mut self) -> f64 {
-        if self.spread == 0.0 {
-            return 1.0;
-        }
-        let variance = (1.0 + self.spread * self.spread).ln();
-        let normal: f64 = StandardNormal.sample(&mut self.rng);
-        (variance.sqrt() * normal - variance / 2.0).exp()
+        self.factors.map_or(1.0, |factors| factors.sample(&mut self.rng))
     }
 }
