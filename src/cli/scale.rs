@@ -283,6 +283,11 @@ fn conduct(study: &Study, args: &ScaleArgs, setting: Setting) -> Result<()> {
     let made = conductor.conduct(study, choice)?;
     tell(&made);
     let states = show(study)?;
+    // A task of an array answers for its own point.
+    let states = match choice {
+        Choice::One(n) => states.get(n..=n).unwrap_or_default().to_vec(),
+        _ => states,
+    };
     let (left, failed) = (
         states.iter().filter(|state| **state != State::Done).count(),
         states.iter().filter(|state| state.is_failure()).count(),

@@ -163,10 +163,15 @@ impl Conductor<'_> {
         let status = match end {
             End::Done(measured) => {
                 log::info!("{what}: {:.1} frames/s ({seconds:.0} s)", measured.frames_per_second);
-                let job = std::env::var("SLURM_JOB_ID").ok();
+                let job = std::env::var("SLURM_JOB_ID").ok().filter(|_| self.launcher == Launcher::Srun);
                 study.keep_run(point, k, &Run { measured: *measured, job, commit: commit(), seconds })?;
                 let through = (1..=request.repeat).all(|k| study.has_run(point, k));
-                Status::now(if through { State::Done } else { State::Pending }, "")
+                // What failed before counts as failed until it is through, so that `--only failed` finds it again.
+                match (through, before.state.is_failure()) {
+                    (true, _) => Status::now(State::Done, ""),
+                    (false, true) => Status::now(before.state, before.reason.clone()),
+                    (false, false) => Status::now(State::Pending, ""),
+                }
             }
             End::Failed(state, reason) => {
                 log::error!("{what}: {state}: {reason} (see {})", log.display());

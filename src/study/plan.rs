@@ -58,6 +58,8 @@ impl Variant {
         };
         let stash =
             stash.map_err(|()| Error::input(format!("--rules {text}: what follows + is stash or stash-inputs")))?;
+        // The exact rules keep activations without being told.
+        let stash = if rule.is_exact() && stash == Stash::Activations { Stash::None } else { stash };
         Ok(Variant { rule, stash })
     }
 
@@ -282,13 +284,13 @@ impl Plan {
         (config.train.rule, config.train.stash) = (point.variant.rule, point.variant.stash);
         if self.request.axis == Axis::Modules {
             (config.model.modules, config.model.cuts) = (None, None);
-            if in_one_process(point.variant.rule) {
-                config.model.modules = Some(point.modules);
-            }
             // A skip needs two modules to go from and to.
             if let Some(skip) = &mut config.model.skip {
                 skip.spans.retain(|&span| span < point.modules);
             }
+        }
+        if in_one_process(point.variant.rule) && config.model.cuts.is_none() {
+            config.model.modules = Some(point.modules);
         }
         if point.variant.rule == Rule::Sideways {
             config.model.skip = None;

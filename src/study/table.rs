@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::folder::{State, Study};
+use super::folder::Study;
 use super::plan::Point;
 use crate::plan::profile::median;
 use crate::{Error, Result};
@@ -210,8 +210,7 @@ fn row(study: &Study, point: &Point, frames: usize) -> Result<(Row, Option<f64>)
     let last = all.last();
     let row = Row {
         point: point.name.clone(),
-        // A study that was killed says so by a point that nobody runs.
-        status: if status.state == State::Running { "interrupted".into() } else { status.state.to_string() },
+        status: status.state.to_string(),
         axis: study.plan.request.axis.to_string(),
         nodes: point.nodes,
         ranks: point.ranks,
@@ -266,6 +265,7 @@ pub fn csv(rows: &[Row]) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::study::folder::State;
     use crate::study::folder::{Run, Status};
     use crate::study::forecast::Forecast;
     use crate::study::plan::{Axis, Plan, Request, Variant};

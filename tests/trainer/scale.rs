@@ -94,9 +94,12 @@ fn a_study_goes_on_after_a_kill() {
     let mut child = place.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn().unwrap();
     let first = place.run_file("skip-sideways-n1", 1);
     wait_for("the first run", || first.is_file());
-    wait_for("the next run's ranks", || descendants(child.id()).len() > 2);
-    let ranks: Vec<u32> = descendants(child.id()).split_off(1);
-    let study = descendants(child.id())[0];
+    let mut processes = Vec::new();
+    wait_for("the next run's ranks", || {
+        processes = descendants(child.id());
+        processes.len() > 2
+    });
+    let (study, ranks) = (processes[0], processes.split_off(1));
     // SAFETY: a signal to the child of a process that this test started.
     unsafe { libc::kill(study as i32, libc::SIGKILL) };
     child.wait().unwrap();
@@ -179,7 +182,7 @@ fn what_fails_is_missing_until_it_is_run_again() {
 #[test]
 fn runs_are_ended_in_time() {
     let place = Place::new();
-    let args = [place.config.as_str(), "--nodes", "1", "--repeat", "2", "--limit", "1"];
+    let args = [place.config.as_str(), "--nodes", "1", "--repeat", "2", "--limit", "5"];
     let pid = place.dir.path().join("pid");
     let output = place.with_mpirun(&args, &format!("echo $$ > {}; exec sleep 100", pid.display()));
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));
