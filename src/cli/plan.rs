@@ -248,9 +248,10 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         prediction.balance
     );
     let bubble = setup.schedule.bubble();
-    if bubble > 0.0 {
+    if bubble > 0.0 && grid.ranks > 1 {
         outln!(
-            "a tick is a batch's time over its {} frames, with the bubble in which the pipeline fills and drains:              (D - 1) / (T + D - 1) = {:.1} % of balanced work, one module a rank",
+            "a tick is a batch's time over its {} frames, with the bubble in which the pipeline fills and drains: \
+             (D - 1) / (T + D - 1) = {:.1} % of balanced work, one module a rank",
             setup.schedule.frames(),
             100.0 * bubble
         );

@@ -65,7 +65,7 @@ pub(super) fn picture(setup: &Setup, clips: u64) -> String {
         };
     }
     let bubble = schedule.bubble();
-    if bubble > 0.0 {
+    if bubble > 0.0 && rule != Rule::Bp {
         text += &format!("bubble: (D - 1) / (T + D - 1) = {:.1} % of balanced work\n", 100.0 * bubble);
     }
     for i in 1..=d {

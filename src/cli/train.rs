@@ -176,7 +176,8 @@ fn summarise(setup: &Setup, totals: &Totals) {
     }
     log::info!("{}", limits::describe(setup, totals));
     log::info!(
-        "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, wait for a core, other, validation"
+        "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, wait for a core, other, validation, \
+         all-reduce"
     );
     let share = |time: &TimeAccount| -> String {
         let all = time.total().max(1e-9);

@@ -36,6 +36,8 @@ pub enum Limit {
     },
     /// Workers of a process share its processors and wait for their turns.
     Processors,
+    /// A worker spends this share of the time in averaging gradients over replicas, or waiting for them there.
+    AllReduce(f64),
     /// Work, spread evenly enough.
     Work,
 }
@@ -47,12 +49,14 @@ pub fn limit(times: &[TimeAccount], waits: &[(u32, f64)], wall: f64) -> Limit {
     sorted.sort_by(f64::total_cmp);
     let Some((worker, &most)) = busy.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)) else { return Limit::Work };
     let median = sorted[(sorted.len() - 1) / 2];
+    let averaging = times.iter().map(|t| f64::from(t.all_reduce)).fold(0.0, f64::max);
     let longest = waits.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1));
     match longest {
         _ if busy.len() > 1 && most > STRAGGLER * median && most > MOSTLY * wall => {
             Limit::Straggler { worker, busy: most, median }
         }
         _ if times.iter().any(|t| f64::from(t.wait_core) > SHARED * wall) => Limit::Processors,
+        _ if averaging > SHARED * wall => Limit::AllReduce(averaging / wall),
         Some((link, waited)) if most < BUSY * wall => Limit::Link { link, waited, busiest: most / wall },
         _ => Limit::Work,
     }
@@ -73,6 +77,11 @@ pub fn describe(setup: &Setup, totals: &Totals) -> String {
                 1e3 * median / ticks
             )
         }
+        Limit::AllReduce(share) => format!(
+            "limited by averaging over replicas: up to {:.0} % of the time goes there, waiting for slower replicas included (longer clips, \
+             or train.update_every left out, average less often)",
+            100.0 * share
+        ),
         Limit::Link { link, waited, busiest } => {
             let name = setup.wiring.name_of_edge(link).unwrap_or_else(|| "?".into());
             format!(
@@ -105,5 +114,7 @@ mod tests {
         assert!(matches!(link, Limit::Link { link: 5, .. }), "{link:?}");
         assert_eq!(limit(&[busy(9.0), busy(9.5)], &[(3, 0.5)], 10.0), Limit::Work);
         assert_eq!(limit(&[], &[], 10.0), Limit::Work);
+        let averaging = TimeAccount { all_reduce: 4.0, ..busy(5.0) };
+        assert_eq!(limit(&[averaging, busy(5.0)], &[(3, 4.0)], 10.0), Limit::AllReduce(0.4));
     }
 }

@@ -221,7 +221,8 @@ impl Comm {
             if total == 0 && !at_first {
                 return Ok(vec![Vec::new(); size]);
             }
-            let mut all = vec![0u8; total];
+            // Never empty: MPI takes the address that an empty one has for something else.
+            let mut all = vec![0u8; total.max(1)];
             let byte = ffi::RSMPI_UINT8_T;
             // An empty slice's address is 1, which Open MPI takes for MPI_IN_PLACE.
             let sent = if bytes.is_empty() { ptr::null() } else { bytes.as_ptr().cast() };

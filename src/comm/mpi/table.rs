@@ -63,8 +63,8 @@ pub(super) struct Index {
 
 /// The list of reports' requests; 0 has all others.
 const REPORTS: usize = 1;
-/// How many of a list are tested at a time. Rank 0 has a report from every worker due, and a test of 16 384 requests took 0.3 ms,
-/// of 1024 a microsecond. Reports may come a little later; what the modules wait for may not.
+/// How many of a list are tested at a time. Rank 0 has a report from every worker due, and a test of 16 384 requests took
+/// 0.3 ms. Reports may come a little later; what the modules wait for may not.
 const AT_ONCE: [usize; 2] = [usize::MAX, 512];
 
 /// Requests that are tested in turn.
