@@ -10,8 +10,9 @@ extra=()
 BATCHES=${BATCHES:-${CLIPS:-}}
 [ -n "$BATCHES" ] && extra=(--set "train.batches=$BATCHES")
 
-[ -e data/motion-fine/train-00000.h5 ] ||
-  "$sideways" data synth --out data/motion-fine --videos 4096 --test-videos 800 --frames 16 --shapes 4 --radius 6 --speed 1 --texture 2 --camera 1
+[ -e data/motion-colour/train-00000.h5 ] ||
+  "$sideways" data synth --out data/motion-colour --videos 4096 --test-videos 800 --frames 16 --speed 1 \
+    --shapes 8 --radius 12 --noise 0
 
 rm -rf runs/demo
 rules=(sideways skip-sideways skip-sideways+stash)

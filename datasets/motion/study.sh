@@ -2,12 +2,12 @@
 # What learns, and by which rule (README.md here has the tables). A part by its name, each resumable:
 #
 #   datasets/motion/study.sh defaults   demo.toml with default settings, 8 seeds, and with twice the batches
-#   datasets/motion/study.sh modules    study.toml: fine textures over a background that moves by itself; 6 modules, all rules
-#   datasets/motion/study.sh depth      the same with 12 and 16 modules on longer clips
+#   datasets/motion/study.sh modules    study.toml: coloured shapes, twelve units in 6 modules, all rules
+#   datasets/motion/study.sh depth      12 modules of one unit, and 16, on longer clips
 #   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
 #   datasets/motion/study.sh frames     frames.toml: future frames; the copy's MSE is `copy_mse` in runs/study/frames/*/eval.json
 #
-# FINE="--shapes 6 ..." makes other fine data (in an empty data/motion-fine). SEEDS="1 2 3", JOBS=N at a time, ONLY=PATTERN (datasets/study.sh).
+# COLOUR="--shapes 6 ..." makes other data (in an empty data/motion-colour). SEEDS="1 2 3", JOBS=N at a time, ONLY=PATTERN (datasets/study.sh).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=datasets/motion
@@ -15,22 +15,22 @@ part=${1:?one of defaults, modules, depth, rates, frames}
 
 synth() { # FOLDER FRAMES SPEED
   [ -e "$1/train-00000.h5" ] ||
-    target/release/sideways data synth --out "$1" --videos 4096 --test-videos 800 --frames "$2" --speed "$3" $FINE >&2
+    target/release/sideways data synth --out "$1" --videos 4096 --test-videos 800 --frames "$2" --speed "$3" $COLOUR >&2
 }
 EASY="--shapes 8 --radius 12 --noise 0 --grey"
-FINE=${FINE:-"--shapes 4 --radius 6 --texture 2 --camera 1"}
+COLOUR=${COLOUR:-"--shapes 8 --radius 12 --noise 0"}
 
 # NAME SEED CONFIG SETS..., for every rule on the same network; FROZEN: the modules that keep their initial weights.
 rules() { # PREFIX CONFIG FROZEN SETS...
   local prefix=$1 config=$2 frozen=$3
   shift 3
   for seed in ${SEEDS:-1 2 3}; do
-    echo "$prefix-sideways $seed $config train.rule=sideways model.skip={} $*"
-    echo "$prefix-fresh $seed $config $*"
     echo "$prefix-stash $seed $config train.stash=activations $*"
-    echo "$prefix-stash-aligned $seed $config train.stash=activations model.skip.delay=aligned $*"
-    echo "$prefix-frozen $seed $config train.stash=activations train.freeze=$frozen $*"
     echo "$prefix-bp $seed $config train.rule=bp $*"
+    echo "$prefix-frozen $seed $config train.stash=activations train.freeze=$frozen $*"
+    echo "$prefix-fresh $seed $config $*"
+    echo "$prefix-stash-aligned $seed $config train.stash=activations model.skip.delay=aligned $*"
+    echo "$prefix-sideways $seed $config train.rule=sideways model.skip={} $*"
   done
 }
 
@@ -38,29 +38,29 @@ on() { echo "data.train=$1/train-*.h5 data.test=$1/test-*.h5"; }
 
 case $part in
 defaults)
-  FINE=$EASY synth data/motion 12 1
+  COLOUR=$EASY synth data/motion 12 1
   for seed in ${SEEDS:-1 2 3 4 5 6 7 8}; do
     echo "demo $seed $here/demo.toml $(on data/motion)"
     echo "demo-twice $seed $here/demo.toml $(on data/motion) train.batches=1024"
   done
   ;;
 modules)
-  synth data/motion-fine 16 1
-  rules 6 $here/study.toml '[1,2,3,4]' "$(on data/motion-fine)"
+  synth data/motion-colour 16 1
+  rules 6 $here/study.toml '[1,2,3,4]' "$(on data/motion-colour)"
   ;;
 depth)
-  synth data/motion-fine-long 32 1
-  rules 12 $here/study-12.toml '[1,2,3,4,5,6,7,8]' "$(on data/motion-fine-long)"
-  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11]' "$(on data/motion-fine-long)"
+  synth data/motion-colour-long 32 1
+  rules 12 $here/study-12.toml '[1,2,3,4,5,6,7,8]' "$(on data/motion-colour-long)"
+  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11]' "$(on data/motion-colour-long)"
   ;;
 rates)
   for speed in 0.5 0.25; do
-    synth data/motion-fine-$speed 16 $speed
-    rules 6-speed-$speed $here/study.toml '[1,2,3,4]' "$(on data/motion-fine-$speed)"
+    synth data/motion-colour-$speed 16 $speed
+    rules 6-speed-$speed $here/study.toml '[1,2,3,4]' "$(on data/motion-colour-$speed)"
   done
   ;;
 frames)
-  FINE=$EASY synth data/motion 12 1
+  COLOUR=$EASY synth data/motion 12 1
   for seed in ${SEEDS:-1 2 3}; do
     for rule in sideways fresh stash bp; do
       case $rule in
