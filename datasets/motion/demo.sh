@@ -6,9 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 sideways=target/release/sideways
 config=datasets/motion/study.toml
-extra=()
-BATCHES=${BATCHES:-${CLIPS:-}}
-[ -n "$BATCHES" ] && extra=(--set "train.batches=$BATCHES")
+extra=(--set "train.batches=${BATCHES:-${CLIPS:-512}}")
 
 [ -e data/motion-colour/train-00000.h5 ] ||
   "$sideways" data synth --out data/motion-colour --videos 4096 --test-videos 800 --frames 16 --speed 1 \

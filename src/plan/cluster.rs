@@ -48,7 +48,7 @@ impl std::fmt::Display for Cluster {
         let way = |way: Way| format!("{} us + bytes / {} GB/s", 1e6 * way.latency, way.bandwidth / 1e9);
         write!(
             f,
-            "{} ranks a node, {} nodes a switch; within a node {}, between nodes {}, between switches {}; spread of steps {}",
+            "{} ranks a node, {} nodes a switch; within a node {}, between nodes {}, between switches {}; spread of passes {}",
             self.ranks_per_node,
             self.nodes_per_switch,
             way(self.core),
