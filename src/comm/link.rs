@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::LinkSpec;
 use super::message::{HEADER_WORDS, Header};
@@ -134,5 +134,45 @@ impl Link {
     /// Compares a message that came with the one that was due.
     pub(super) fn verify(&self, got: &Header, expected: &Header) -> Result<()> {
         got.verify(expected).map_err(|text| self.error(self.to_rank, text))
+    }
+}
+
+/// How long an end has waited: time in which the process did not run, suspended with its job, does not count.
+pub(super) struct Waited {
+    counted: Duration,
+    last: Instant,
+}
+
+/// Who waits looks several times a second. A longer gap than this is the process's own.
+const GAP: Duration = Duration::from_secs(10);
+
+impl Waited {
+    pub(super) fn new() -> Self {
+        Waited { counted: Duration::ZERO, last: Instant::now() }
+    }
+
+    /// The time counted up to now.
+    pub(super) fn look(&mut self) -> Duration {
+        self.look_at(Instant::now())
+    }
+
+    fn look_at(&mut self, now: Instant) -> Duration {
+        self.counted += now.saturating_duration_since(self.last).min(GAP);
+        self.last = now;
+        self.counted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_suspended_process_has_not_waited() {
+        let mut waited = Waited::new();
+        let at = |seconds: u64| waited.last + Duration::from_secs(seconds);
+        let times = [1, 2, 1000, 1001, 1001].map(at);
+        let counted: Vec<u64> = times.map(|now| waited.look_at(now).as_secs()).into();
+        assert_eq!(counted, [1, 2, 12, 13, 13]);
     }
 }

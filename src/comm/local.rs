@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::link::Link;
+use super::link::{Link, Waited};
 use super::message::{Buffer, Header};
 use crate::{Error, Result};
 
@@ -39,14 +39,14 @@ impl Ring {
         late: impl Fn() -> Error,
         mut take: impl FnMut(&mut State) -> Result<Option<T>>,
     ) -> Result<T> {
-        let start = Instant::now();
+        let mut waited = Waited::new();
         let mut state = self.lock();
         loop {
             link.breaker.check()?;
             if let Some(value) = take(&mut state)? {
                 return Ok(value);
             }
-            let left = link.timeout.saturating_sub(start.elapsed());
+            let left = link.timeout.saturating_sub(waited.look());
             if left.is_zero() {
                 return Err(late());
             }

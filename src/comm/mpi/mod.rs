@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Outside;
-use super::link::Link;
+use super::link::{Link, Waited};
 use super::message::HEADER_WORDS;
 use crate::{Error, Result};
 
@@ -92,6 +92,7 @@ impl Core {
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let mut pause = progress::Backoff::new(self.patience(link));
+        let mut waited = Waited::new();
         let outcome = loop {
             if let Err(error) = link.breaker.check().and_then(|()| self.try_drive().map(|_| ())) {
                 break Err(error);
@@ -99,7 +100,7 @@ impl Core {
             if slot.is_mine() {
                 break Ok(());
             }
-            if pause.elapsed() >= link.timeout {
+            if waited.look() >= link.timeout {
                 break Err(late());
             }
             pause.wait();
