@@ -37,7 +37,7 @@ pub struct ScaleOptions {
     #[arg(long, value_name = "FILE", requires = "scale")]
     pub cluster: Option<PathBuf>,
     /// With --scale: modules' times as `plan --json` has printed them, on another machine for instance, and not measured here.
-    #[arg(long, value_name = "FILE", requires = "scale")]
+    #[arg(long, value_name = "FILE", requires = "scale", conflicts_with = "fresh")]
     pub times: Option<PathBuf>,
 }
 
@@ -264,10 +264,12 @@ impl Given {
     /// The times, where they are those of `setup`'s modules.
     fn of(&self, setup: &Setup) -> Result<&Profile> {
         let conditions = &self.profile.conditions;
-        if conditions.parts != module_parts(setup) || conditions.batch != setup.config.data.batch {
+        let (config, fuse) = (&setup.config, setup.network.fuse);
+        let measured = (conditions.batch, conditions.optimizer, conditions.fuse);
+        if conditions.parts != module_parts(setup) || measured != (config.data.batch, config.train.optimizer, fuse) {
             return Err(Error::input(format!(
-                "--times {}: they are of {} modules at B = {}, and the point's modules or batch are others: give the model.cuts and \
-                 data.batch that were measured, and --axis weak",
+                "--times {}: they are of {} modules at B = {}, and the point's modules, batch, optimizer or fuse are others: give what \
+                 was measured (model.cuts, data.batch), and --axis weak",
                 self.name,
                 conditions.parts.len(),
                 conditions.batch

@@ -294,7 +294,12 @@ fn conduct(study: &Study, args: &ScaleArgs, setting: Setting) -> Result<()> {
     );
     match (made.stopped, failed) {
         (true, _) => Err(Error::Stopped(format!("stopped with {left} points left; the same command goes on"))),
-        (false, 0) => Ok(()),
+        (false, 0) => {
+            if left > 0 {
+                log::warn!("{left} points are not done: the command without --only goes on with them");
+            }
+            Ok(())
+        }
         (false, n) => Err(Error::Run(format!("{n} points failed; `--only failed` runs these again"))),
     }
 }
