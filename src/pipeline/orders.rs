@@ -3,7 +3,8 @@
 //! A request may reach any rank. It travels in the headers of messages that are sent anyway: down with cotangents, and with
 //! reports to rank 0, where module 1 of replica 0 works. That one decides, once a batch, at the last step that every module
 //! has. Its decision travels up in the headers of that step's activations (to the other replicas' first modules on links of
-//! their own, from one to the next four), so every worker knows before its batch ends what to do then. No collective, no extra message in a tick.
+//! their own, from one to the next four), so every worker knows before its batch ends what to do then. No collective, no extra
+//! message in a tick.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

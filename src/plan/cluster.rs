@@ -8,17 +8,17 @@ use crate::comm::all_reduce::levels;
 use crate::setup::Setup;
 use crate::{Error, Result};
 
-/// A way between two ranks, of the α–β kind: a message of n bytes takes `latency + n / bandwidth` seconds (Hockney, 1994).
+/// The interconnect between two ranks, by the α–β model: a message of n bytes takes `latency + n / bandwidth` seconds (Hockney, 1994).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Way {
+pub struct Interconnect {
     /// α, in seconds.
     pub latency: f64,
     /// 1/β, in bytes a second.
     pub bandwidth: f64,
 }
 
-impl Way {
+impl Interconnect {
     fn seconds(&self, bytes: u64) -> f64 {
         self.latency + bytes as f64 / self.bandwidth
     }
@@ -33,11 +33,11 @@ pub struct Cluster {
     /// Nodes a switch.
     pub nodes_per_switch: usize,
     /// Between ranks of one node.
-    pub core: Way,
+    pub core: Interconnect,
     /// Between nodes of one switch.
-    pub node: Way,
+    pub node: Interconnect,
     /// Between switches.
-    pub switch: Way,
+    pub switch: Interconnect,
     /// Standard deviation of a pass's time over its mean, drawn anew for each pass of each module (log-normal): stragglers.
     #[serde(default)]
     pub spread: f64,
@@ -45,15 +45,17 @@ pub struct Cluster {
 
 impl std::fmt::Display for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let way = |way: Way| format!("{} us + bytes / {} GB/s", 1e6 * way.latency, way.bandwidth / 1e9);
+        let show = |interconnect: Interconnect| {
+            format!("{} us + bytes / {} GB/s", 1e6 * interconnect.latency, interconnect.bandwidth / 1e9)
+        };
         write!(
             f,
             "{} ranks a node, {} nodes a switch; within a node {}, between nodes {}, between switches {}; spread of passes {}",
             self.ranks_per_node,
             self.nodes_per_switch,
-            way(self.core),
-            way(self.node),
-            way(self.switch),
+            show(self.core),
+            show(self.node),
+            show(self.switch),
             self.spread
         )
     }
@@ -65,9 +67,9 @@ impl Cluster {
         Cluster {
             ranks_per_node: 8,
             nodes_per_switch: 32,
-            core: Way { latency: 1e-6, bandwidth: 10e9 },
-            node: Way { latency: 2e-6, bandwidth: 12.5e9 },
-            switch: Way { latency: 4e-6, bandwidth: 12.5e9 },
+            core: Interconnect { latency: 1e-6, bandwidth: 10e9 },
+            node: Interconnect { latency: 2e-6, bandwidth: 12.5e9 },
+            switch: Interconnect { latency: 4e-6, bandwidth: 12.5e9 },
             spread: 0.0,
         }
     }
@@ -91,8 +93,8 @@ impl Cluster {
         if self.ranks_per_node == 0 || self.nodes_per_switch == 0 {
             return Err(Error::input("ranks_per_node and nodes_per_switch must be at least 1"));
         }
-        for (name, way) in [("core", self.core), ("node", self.node), ("switch", self.switch)] {
-            if !(way.latency >= 0.0 && way.latency.is_finite() && way.bandwidth > 0.0) {
+        for (name, interconnect) in [("core", self.core), ("node", self.node), ("switch", self.switch)] {
+            if !(interconnect.latency >= 0.0 && interconnect.latency.is_finite() && interconnect.bandwidth > 0.0) {
                 return Err(Error::input(format!(
                     "{name}: latency must be 0 or more (seconds), bandwidth above 0 (bytes a second)"
                 )));
@@ -106,10 +108,10 @@ impl Cluster {
 
     /// Seconds that `bytes` take from rank `from` to rank `to`; none within a rank.
     pub fn seconds(&self, from: usize, to: usize, bytes: u64) -> f64 {
-        if from == to { 0.0 } else { self.way(from, to).seconds(bytes) }
+        if from == to { 0.0 } else { self.interconnect(from, to).seconds(bytes) }
     }
 
-    fn way(&self, from: usize, to: usize) -> Way {
+    fn interconnect(&self, from: usize, to: usize) -> Interconnect {
         let node = |rank: usize| rank / self.ranks_per_node;
         let switch = |rank: usize| node(rank) / self.nodes_per_switch;
         match (node(from) == node(to), switch(from) == switch(to)) {
@@ -134,15 +136,16 @@ impl Cluster {
             let part = (left / level.size as f64) as u64;
             let round = |replica: usize| -> f64 {
                 let own = level.member(replica);
-                let way = |member: usize| self.way(rank(replica), rank(level.replica(replica, member)));
+                let interconnect =
+                    |member: usize| self.interconnect(rank(replica), rank(level.replica(replica, member)));
                 if level.ring {
                     // A part goes through all members.
-                    return (level.size - 1) as f64 * way(level.next(own)).seconds(part);
+                    return (level.size - 1) as f64 * interconnect(level.next(own)).seconds(part);
                 }
-                // To the others one after another; they are under way at once.
-                let others = (0..level.size).filter(|&other| other != own).map(way);
-                let (latency, seconds) = others.fold((0.0f64, 0.0), |(latency, seconds), way| {
-                    (latency.max(way.latency), seconds + part as f64 / way.bandwidth)
+                // To the others one after another; they are on their way at once.
+                let others = (0..level.size).filter(|&other| other != own).map(interconnect);
+                let (latency, seconds) = others.fold((0.0f64, 0.0), |(latency, seconds), interconnect| {
+                    (latency.max(interconnect.latency), seconds + part as f64 / interconnect.bandwidth)
                 });
                 latency + seconds
             };

@@ -2,7 +2,7 @@
 //!
 //! [`crate::network::blocks`] says where cuts may be, [`crate::network::partition`] finds the best ones for given costs,
 //! [`mod@measure`] times layers here ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such
-//! costs, [`predict`] joins them, and [`mod@cut`] is what training calls.
+//! costs, on a [`cluster`] too, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
 pub mod cluster;
 pub mod cut;

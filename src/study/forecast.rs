@@ -1,6 +1,6 @@
 //! What a point will reach, before it runs; and where its network is cut.
 //!
-//! [`forecast`] is the one function that predicts. It plays the schedule with layers' times measured on this machine, without the
+//! [`forecast`] is the one function that predicts a point. It plays the schedule with layers' times measured on this machine, without the
 //! links' latency and the all-reduce.
 
 use serde::{Deserialize, Serialize};

@@ -3,8 +3,8 @@
 //! Each buffer of a link has one request, made at connect: a persistent send or receive. Receives are started at
 //! connect and again on release, sends when a message is ready, both in ring order, which is the order MPI matches
 //! them in. All of a rank's requests stand in one [`Table`], behind the rank's one lock. Whoever waits tests them
-//! all at once ([`Table::drive`]; those of reports, of which rank 0 may have thousands, in turn), so a waiting worker also moves its neighbours' messages, and when nobody waits
-//! a thread does it (see [`progress`]).
+//! all at once ([`Table::drive`]; those of reports, of which rank 0 may have thousands, in turn), so a waiting worker also moves
+//! its neighbours' messages, and when nobody waits a thread does it (see [`progress`]).
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
