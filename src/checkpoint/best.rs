@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{MANIFEST, folder_of, name_of};
+use crate::config::Until;
 use crate::sys::files::write_whole;
 use crate::{Error, Result};
 
@@ -50,6 +51,15 @@ impl Best {
         match self.metric {
             Metric::Top1 => self.value > before.value,
             Metric::Mse => self.value < before.value,
+        }
+    }
+
+    /// Whether it is what training was to go on `until`.
+    pub fn reaches(&self, until: Until) -> bool {
+        match (until, self.metric) {
+            (Until::Top1(share), Metric::Top1) => self.value >= share,
+            (Until::Mse(error), Metric::Mse) => self.value <= error,
+            _ => false,
         }
     }
 

@@ -70,7 +70,10 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
     }
     if trainer.is_done() {
         if chief {
-            log::info!("nothing to do: {} of {} batches are done", trainer.range().first, trainer.range().total);
+            let range = trainer.range();
+            let until = trainer.setup().config.train.until.filter(|_| range.first < range.total);
+            let reached = until.map_or(String::new(), |until| format!(", and train.until = {until} is reached"));
+            log::info!("nothing to do: {} of {} batches are done{reached}", range.first, range.total);
         }
         return Ok(());
     }
@@ -86,7 +89,7 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
     }
     let totals = totals?;
     if chief && totals.batches > 0 {
-        summarise(trainer.setup(), &totals);
+        summarise(trainer.setup(), trainer.range().total, &totals);
     }
     trainer.conclude(&totals)
 }
@@ -149,8 +152,8 @@ pub(super) fn notes(setup: &Setup) -> Vec<String> {
 /// With more workers than this, the end of a run tells of modules, not of each replica's.
 const LINES: usize = 64;
 
-/// The last module's figures and where every worker's time went.
-fn summarise(setup: &Setup, totals: &Totals) {
+/// The last module's figures of a run of `total` batches, and where every worker's time went.
+fn summarise(setup: &Setup, total: u64, totals: &Totals) {
     let recent = &totals.recent;
     let accuracy = if setup.config.model.task == Task::Recognition {
         format!(", top-1 {:.1} %", 100.0 * recent.top1 / recent.clips.max(1.0))
@@ -164,6 +167,11 @@ fn summarise(setup: &Setup, totals: &Totals) {
         totals.frames as f64 / totals.seconds.max(1e-9),
         recent.loss(),
     );
+    let reaches = |until| totals.validations.iter().any(|validated| validated.reaches(until));
+    let all = totals.validations.last().is_some_and(|last| last.batches == total);
+    if let Some(until) = setup.config.train.until.filter(|&until| all && !reaches(until)) {
+        log::warn!("train.until = {until} was not reached in {total} batches");
+    }
     if totals.videos_skipped > 0 {
         log::warn!(
             "damaged videos were skipped {} times (named above; metrics.jsonl counts them batch by batch); \

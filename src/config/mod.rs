@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use data::{DataConfig, Globs};
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
 pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
-pub use train::{AutoDepth, ClipNorm, Freeze, LrDepth, NamedPeriod, NoClipping, TrainConfig, UpdateEvery};
+pub use train::{AutoDepth, ClipNorm, Freeze, LrDepth, NamedPeriod, NoClipping, TrainConfig, Until, UpdateEvery};
 
 pub use crate::backend::Precision;
 pub use crate::comm::exchange::Exchange;
@@ -158,9 +158,25 @@ impl Config {
                  instance 0.999; remove the key to keep no average"
             )));
         }
+        self.validate_until()?;
         self.train.optimizer.validate()?;
         self.train.lr_schedule.validate()?;
         self.validate_device()
+    }
+
+    /// Whether `train.until` is something that a validation can come to.
+    fn validate_until(&self) -> Result<()> {
+        let Some(until) = self.train.until else { return Ok(()) };
+        let recognition = self.model.task == Task::Recognition;
+        let wrong = match until {
+            Until::Top1(_) if !recognition => "model.task has no top-1 accuracy: give { mse = ERROR }",
+            Until::Mse(_) if recognition => "model.task has no mean squared error: give { top1 = SHARE }",
+            Until::Top1(share) if !(share > 0.0 && share <= 1.0) => "it is a share of the clips, above 0 and at most 1",
+            Until::Mse(error) if !(error > 0.0 && error.is_finite()) => "it is an error above 0",
+            _ if self.train.validate_every == 0 => "nothing is validated: set train.validate_every as well",
+            _ => return Ok(()),
+        };
+        Err(Error::input(format!("train.until = {until}: {wrong}")))
     }
 
     /// Whether any skip is asked for.

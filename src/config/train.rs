@@ -53,6 +53,9 @@ pub struct TrainConfig {
     /// Score the parameters on `data.validation` each time so many more batches were trained on, and at the end; 0: never. The best
     /// so far are kept as a checkpoint.
     pub validate_every: u64,
+    /// End the run once a validation comes to this: `{ top1 = 0.95 }`, or for future frames `{ mse = 0.002 }`; absent: all batches.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until: Option<Until>,
     /// R, pipelines side by side whose gradients are averaged.
     pub replicas: usize,
     /// Seed of initial values, order, augmentation and dropout.
@@ -80,6 +83,7 @@ impl Default for TrainConfig {
             ema: None,
             update_every: UpdateEvery::Named(NamedPeriod::Batch),
             validate_every: 0,
+            until: None,
             replicas: 1,
             seed: 1,
             init: None,
@@ -153,6 +157,25 @@ pub enum Freeze {
     Module(usize),
     /// A pattern of names: `*`, `?` and `[ ]` as in a shell.
     Layers(String),
+}
+
+/// What a validation has to come to for the run to end.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Until {
+    /// At least this share of the clips with their label first.
+    Top1(f64),
+    /// At most this mean squared error of pixels.
+    Mse(f64),
+}
+
+impl std::fmt::Display for Until {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Until::Top1(share) => write!(f, "{{ top1 = {share} }}"),
+            Until::Mse(error) => write!(f, "{{ mse = {error} }}"),
+        }
+    }
 }
 
 /// When the optimiser is applied.

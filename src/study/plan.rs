@@ -333,7 +333,7 @@ pub fn without_data(config: &Config, classes: Option<usize>) -> Result<Config> {
     }
     (config.data.train, config.data.test, config.data.validation) =
         (Globs::default(), Globs::default(), Globs::default());
-    (config.train.validate_every, config.train.init) = (0, None);
+    (config.train.validate_every, config.train.until, config.train.init) = (0, None, None);
     Ok(config)
 }
 

@@ -8,6 +8,7 @@ use super::recorder::{Line, Recorder, WorkerLine};
 use super::validation::{Tally, Validated};
 use crate::Result;
 use crate::comm::{BatchId, Orders};
+use crate::config::Until;
 use crate::metrics::{Report, TimeAccount};
 use crate::nn::head::{Score, Task};
 use crate::pipeline::orders::Requests;
@@ -92,6 +93,7 @@ pub struct Console<'a> {
     videos_skipped: u64,
     task: Task,
     validation: Option<Arc<Validation>>,
+    until: Option<Until>,
     validations: Vec<Validated>,
     /// Seconds of `begun` to `last` that went into them.
     validating: f64,
@@ -117,6 +119,7 @@ impl<'a> Console<'a> {
             videos_skipped: 0,
             task: setup.config.model.task,
             validation: setup.validation.clone(),
+            until: setup.config.train.until,
             validations: Vec::new(),
             validating: 0.0,
         }
@@ -164,10 +167,15 @@ impl<'a> Console<'a> {
             }
             if whole {
                 let mut validated = tally.result(self.task, done, begun.elapsed().as_secs_f64());
+                validated.elapsed = self.begun.elapsed().as_secs_f64();
                 if let Some(recorder) = &mut self.recorder {
                     recorder.validated(&mut validated)?;
                 }
                 log::info!("{validated}");
+                if let Some(until) = self.until.filter(|&until| validated.reaches(until) && done < self.total) {
+                    log::info!("train.until = {until} is reached: the run ends");
+                    requests.raise(Orders::FINISH);
+                }
                 self.skipped += tally.skipped();
                 self.validations.push(validated);
             }

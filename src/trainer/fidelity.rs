@@ -130,7 +130,7 @@ pub fn fidelity(config: &Config, from: Option<&Checkpoint>, comparison: &Compari
     base.run.device = DeviceChoice::Cpu;
     (base.run.precision, base.run.exchange, base.run.wire) = (Precision::F32, Exchange::Auto, Wire::Auto);
     base.train.update_every = UpdateEvery::Named(NamedPeriod::Batch);
-    (base.train.replicas, base.train.validate_every) = (1, 0);
+    (base.train.replicas, base.train.validate_every, base.train.until) = (1, 0, None);
     let mut rows = Vec::new();
     for &stride in &comparison.strides {
         base.data.stride = config.data.stride * stride;

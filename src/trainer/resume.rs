@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::recorder::validations;
 use crate::backend::stage::Fit;
+use crate::checkpoint::best::Best;
 use crate::checkpoint::{self, Checkpoint};
 use crate::comm::World;
 use crate::config::{Config, LrDepth};
@@ -12,7 +13,8 @@ use crate::setup::Setup;
 use crate::{Error, Result};
 
 /// Training resumes from the newest checkpoint in the run folder, else starts (from `train.init` if set).
-/// A validation that is due there and of which `metrics.jsonl` has no line comes first. Ends after `stop_after` batches, if given. Rank 0 verifies the checkpoints and chooses for all. Collective.
+/// A validation that is due there and of which `metrics.jsonl` has no line comes first. Ends after `stop_after` batches, if given, and
+/// at once where the best checkpoint is what `train.until` asks for. Rank 0 verifies the checkpoints and chooses for all. Collective.
 ///
 /// # Errors
 /// [`Error::Input`] if the run folder's checkpoints are of another network, or `train.init` cannot be read.
@@ -21,8 +23,14 @@ pub fn range(setup: &Setup, world: &World, stop_after: Option<u64>) -> Result<Ru
     let range = world.first_error(from_newest(setup, newest, stop_after))?;
     let due = setup.validation.as_ref().is_some_and(|validation| validation.is_due(range.first, range.total));
     // Rank 0's files decide.
-    let lacks = world.rank() == 0 && due && !validations(&setup.config.run.dir).contains(&range.first);
-    Ok(RunRange { validates_first: world.gather(&[u8::from(lacks)])?[0] == [1], ..range })
+    let chief = world.rank() == 0;
+    let lacks = chief && due && !validations(&setup.config.run.dir).contains(&range.first);
+    let best = if chief { Best::read(&setup.checkpoints()) } else { None };
+    let reached = best.filter(|best| best.batches <= range.first).zip(setup.config.train.until);
+    let reached = reached.is_some_and(|(best, until)| best.reaches(until));
+    let decided = world.gather(&[u8::from(lacks), u8::from(reached)])?.swap_remove(0);
+    let end = if decided[1] == 1 { range.first } else { range.end };
+    Ok(RunRange { validates_first: decided[0] == 1 && decided[1] == 0, end, ..range })
 }
 
 fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64>) -> Result<RunRange> {

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::checkpoint::best::{Best, Metric};
+use crate::config::Until;
 use crate::metrics::Report;
 use crate::nn::head::{Score, Task};
 
@@ -36,11 +37,18 @@ pub struct Validated {
     pub skipped: u64,
     /// How long it took.
     pub seconds: f64,
+    /// Seconds from the begin of the first batch to its end: of this process's life, as a batch's `elapsed`.
+    pub elapsed: f64,
     /// Whether these are the best parameters so far, and kept.
     pub best: bool,
 }
 
 impl Validated {
+    /// Whether training was to go on `until` this.
+    pub fn reaches(&self, until: Until) -> bool {
+        self.as_best().is_some_and(|best| best.reaches(until))
+    }
+
     /// The checkpoint of these parameters with what it is compared by; none where losses were left out.
     pub(super) fn as_best(&self) -> Option<Best> {
         let (metric, value) = self.top1.map(|top1| (Metric::Top1, top1)).or(self.mse.map(|mse| (Metric::Mse, mse)))?;
@@ -113,6 +121,7 @@ impl Tally {
             copy_mse: (!recognition).then_some(copy),
             skipped: self.skipped,
             seconds,
+            elapsed: 0.0,
             best: false,
         }
     }

@@ -58,7 +58,10 @@ fn weights_alone_count() {
     let start = config(dir.path(), &["train.update_every=1000000", "train.batches=1"]);
     train(&start, None);
     let unfinished = Checkpoint::open(&start.run.dir.join("checkpoints/step-00000001")).unwrap();
-    let other = config(dir.path(), &["train.optimizer={ kind = 'adamw' }", "train.validate_every=3", "data.test=[]"]);
+    let other = config(
+        dir.path(),
+        &["train.optimizer={ kind = 'adamw' }", "train.validate_every=3", "train.until={ top1 = 0.5 }", "data.test=[]"],
+    );
     let rows = fidelity(&other, Some(&unfinished), &comparison).unwrap();
     assert_eq!(rows, fidelity(&start, None, &comparison).unwrap());
     assert_eq!(rows.len(), 5);

@@ -21,7 +21,9 @@ fn validations(run: &Path) -> Vec<Value> {
 /// What of them does not depend on the clock.
 fn scores(run: &Path) -> Vec<Value> {
     let strip = |mut line: Value| {
-        line.as_object_mut().unwrap().remove("seconds");
+        for key in ["seconds", "elapsed"] {
+            line.as_object_mut().unwrap().remove(key).expect(key);
+        }
         line
     };
     validations(run).into_iter().map(strip).collect()
@@ -251,4 +253,46 @@ fn what_cannot_be_validated_on_is_refused() {
         assert_eq!(output.status.code(), Some(2), "{}", text(&output));
         assert!(text(&output).contains(expected), "{expected}: {}", text(&output));
     }
+}
+
+/// A run ends where a validation comes to `train.until`, keeps those parameters, and has nothing left to do; asked for more, it goes on.
+#[test]
+fn training_goes_on_until_a_validation_is_good_enough() {
+    let dir = tempfile::tempdir().unwrap();
+    shard(&dir.path().join("train.h5"), 12, 14, false);
+    let run = dir.path().join("run");
+    let at = format!("run.dir={}", run.display());
+    let of = |until: &str| {
+        let until = format!("train.until={until}");
+        config(dir.path(), &[&at, "train.batches=300", "train.validate_every=2", "run.keep=1", &until])
+    };
+    // One of four classes comes first, however little was learnt.
+    let totals = train(&of("{ top1 = 0.01 }"), None);
+    assert!(totals.validations[0].top1.unwrap() >= 0.01, "{:?}", totals.validations);
+    assert!(totals.batches < 300, "{}", totals.batches);
+    let first = &validations(&run)[0];
+    assert!(first["batches"] == 2 && first["elapsed"].as_f64() >= first["seconds"].as_f64(), "{first}");
+    assert_eq!(Best::read(&run.join("checkpoints")).unwrap().batches, 2);
+    let newest = checkpoint::latest(&run.join("checkpoints")).unwrap().unwrap().manifest().batches;
+    assert_eq!(newest, totals.batches);
+    assert_eq!(train(&of("{ top1 = 0.01 }"), None).batches, 0);
+    // A validation can be reached in no other task, nor where there is none.
+    let path = dir.path().join("config.toml");
+    std::fs::write(&path, config(dir.path(), &[]).to_toml().unwrap()).unwrap();
+    for (until, says) in [
+        ("{ top1 = 0.95 }", "set train.validate_every"),
+        ("{ mse = 0.1 }", "give { top1 = SHARE }"),
+        ("{ top1 = 95 }", "above 0 and at most 1"),
+        ("{ top5 = 0.9 }", "expected `top1` or `mse`"),
+    ] {
+        let output = alone(&["train", path.to_str().unwrap(), "--set", &format!("train.until={until}")]);
+        assert!(output.status.code() == Some(2) && text(&output).contains(says), "{until}: {}", text(&output));
+    }
+    // It says so where all batches were not enough.
+    let other = format!("run.dir={}", dir.path().join("other").display());
+    let sets = [&other, "train.batches=4", "train.validate_every=2", "train.until={ top1 = 1.0 }"];
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let output = alone(&["train", path.to_str().unwrap()].into_iter().chain(sets).collect::<Vec<_>>());
+    let said = text(&output);
+    assert!(output.status.success() && said.contains("was not reached in 4 batches"), "{said}");
 }
