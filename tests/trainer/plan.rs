@@ -193,6 +193,38 @@ fn training_and_layers_are_measured_without_data() {
     }
 }
 
+/// Modules that wait for a set time go through the run's own schedules, and the simulator through the same.
+#[test]
+fn waits_are_simulated_as_they_are_made() {
+    let place = Place::new();
+    let overlap = |more: &[&str]| {
+        let args = ["bench", "overlap", "--workers", "3", "--compute-ms", "2", "--ticks", "8", "--bytes", "1KiB"];
+        place.run(&[&args[..], more].concat())
+    };
+    let simulated = |more: &[&str]| -> f64 {
+        let output = overlap(more);
+        assert!(output.status.success(), "{}", text(&output));
+        let said = text(&output);
+        let line = said.lines().find_map(|line| line.strip_prefix("simulated: ")).unwrap_or_else(|| panic!("{said}"));
+        assert!(line.contains("measured over simulated "), "{line}");
+        line.split(' ').next().unwrap().parse().unwrap()
+    };
+    // Two passes a tick; three at 12 of module 2's 14 steps where inputs are kept and the forward pass comes again; by 1f1b
+    // (8 + 2) / 8 of two. No pass is shorter than asked for.
+    let rules: [(&[&str], f64); 4] = [
+        (&[], 4.0),
+        (&["--rule", "skip-sideways", "--spans", "2", "--stash", "activations"], 4.0),
+        (&["--rule", "skip-sideways", "--stash", "inputs"], 2.0 + 4.0 * 12.0 / 14.0),
+        (&["--rule", "1f1b"], 5.0),
+    ];
+    for (rule, passes) in rules {
+        let tick = simulated(rule);
+        assert!(tick >= passes - 1e-9 && tick < 3.0 * passes, "{rule:?}: {tick}");
+    }
+    let output = overlap(&["--spans", "2"]);
+    assert!(output.status.code() == Some(2) && text(&output).contains("has no skips"), "{}", text(&output));
+}
+
 /// A line of `plan --ticks --csv`.
 #[derive(Debug, serde::Deserialize)]
 struct Action {

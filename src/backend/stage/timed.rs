@@ -89,6 +89,9 @@ impl Stage for TimedStage {
     }
 
     fn backward(&mut self, _: usize, _: &Pass, _: &[bool]) -> Result<()> {
+        if self.spec.recompute {
+            self.work();
+        }
         self.work();
         self.steps += 1;
         Ok(())

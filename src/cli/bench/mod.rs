@@ -1,5 +1,6 @@
 //! `sideways bench`: what layers, links, the overlap of links with compute, and training reach on the machine at hand.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -9,7 +10,7 @@ use serde::de::IntoDeserializer;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::comm::World;
-use crate::config::{DeviceChoice, Rule};
+use crate::config::{DeviceChoice, Rule, Stash};
 use crate::setup::site::{self, Site};
 use crate::{Error, Result};
 
@@ -75,8 +76,17 @@ pub struct OverlapArgs {
     #[arg(long, default_value = "1MiB", value_parser = parse_bytes)]
     pub bytes: usize,
     /// How gradients are made, which says who waits for whom: sideways, skip-sideways, 1f1b, gpipe, or bp alone.
-    #[arg(long, default_value = "sideways", value_parser = parse_rule)]
+    #[arg(long, default_value = "sideways", value_parser = parse_name::<Rule>)]
     pub rule: Rule,
+    /// Which activations a cotangent meets: none (those at hand), inputs or activations (its own).
+    #[arg(long, default_value = "none", value_parser = parse_name::<Stash>)]
+    pub stash: Stash,
+    /// Skips over so many modules each, from every module (skip-sideways and the exact rules).
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
+    pub spans: Vec<usize>,
+    /// A cluster's interconnects (TOML, as `plan --scale` takes them) for the simulated tick; absent: messages take no time in it.
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
     /// Ticks of a batch, and two more a worker; by 1f1b, gpipe and bp its frames. One batch warms up, the next one counts.
     #[arg(long, default_value_t = 200)]
     pub ticks: u64,
@@ -130,10 +140,10 @@ fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
-/// Reads a rule by the name that it has in a configuration.
-fn parse_rule(text: &str) -> std::result::Result<Rule, String> {
+/// Reads a rule, or what is stashed, by the name that it has in a configuration.
+fn parse_name<'de, T: Deserialize<'de>>(text: &str) -> std::result::Result<T, String> {
     let name: StrDeserializer<ValueError> = text.into_deserializer();
-    Rule::deserialize(name).map_err(|e| e.to_string())
+    T::deserialize(name).map_err(|e| e.to_string())
 }
 
 /// As people read it: `1.5 MiB`.
@@ -155,8 +165,8 @@ mod tests {
         let read = |text: &str| parse_bytes(text);
         assert_eq!((read("64"), read("1KiB"), read("16 mib")), (Ok(64), Ok(1024), Ok(16 << 20)));
         assert!(["6", "0", "", "1 mile"].iter().all(|text| read(text).is_err()));
-        assert_eq!(parse_rule("1f1b"), Ok(Rule::OneForwardOneBackward));
-        assert!(parse_rule("2f2b").unwrap_err().contains("gpipe"));
+        assert_eq!(parse_name("1f1b"), Ok(Rule::OneForwardOneBackward));
+        assert!(parse_name::<Rule>("2f2b").unwrap_err().contains("gpipe"));
         assert_eq!([64, 1536, 1 << 24].map(|n| show_bytes(n).to_string()), ["64 B", "1.5 KiB", "16.0 MiB"]);
     }
 }

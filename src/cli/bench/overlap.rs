@@ -13,7 +13,7 @@ use super::{On, OverlapArgs, TIMEOUT, show_bytes, wrong_size};
 use crate::backend::cuda;
 use crate::backend::stage::{Clock, Stage, StageSpec, TimedStage};
 use crate::comm::World;
-use crate::config::{Config, DeviceChoice};
+use crate::config::{Config, DeviceChoice, SkipConfig, Stash};
 use crate::data::Frames;
 use crate::method::Keep;
 use crate::metrics::TimeAccount;
@@ -21,6 +21,8 @@ use crate::nn::layers::Pass;
 use crate::nn::spec::LayerSpec;
 use crate::pipeline::orders::Requests;
 use crate::pipeline::{Parts, Reports, RunRange, run as run_pipeline};
+use crate::plan::cluster::Cluster;
+use crate::plan::simulate::{Processors, StepCost, simulate};
 use crate::setup::Setup;
 use crate::setup::site::Site;
 use crate::sys::cpus::processor_seconds;
@@ -48,7 +50,12 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     if args.device == On::Cuda && args.busy {
         return Err(Error::input("--busy is for the processor: with --device cuda modules wait on the GPU"));
     }
+    if args.device == On::Cuda && args.stash == Stash::Inputs {
+        return Err(Error::input("--stash inputs is for the processor: on a GPU give activations, or none"));
+    }
+    let cluster = world.first_error(args.cluster.as_deref().map(Cluster::load).transpose())?;
     let config = chain(args, workers);
+    world.first_error(config.validate())?;
     let setup = world.first_error(Setup::dry(&config, world.size()))?;
     let alone = Mutex::new(Vec::new());
     let pass = Duration::try_from_secs_f64(args.compute_ms / 1e3)
@@ -91,8 +98,28 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     all.sort_by_key(|alone| alone.worker);
     if world.rank() == 0 {
         print(args, &setup, &accounts, &all, cpu);
+        simulated(&setup, &accounts, &all, cluster.as_ref());
     }
     Ok(())
+}
+
+/// The tick by the simulator, with each worker's passes as they are alone, beside the measured one.
+fn simulated(setup: &Setup, accounts: &[TimeAccount], alone: &[Alone], cluster: Option<&Cluster>) {
+    let cost = |alone: &Alone| {
+        let pass = f64::from(alone.pass);
+        StepCost { forward: pass, backward: pass, backward_leaf: pass, update: 0.0 }
+    };
+    let costs: Vec<StepCost> = alone.iter().map(cost).collect();
+    // Who waits for a set time needs no processor of their own.
+    let processors = Processors::of_ranks(setup.grid.ranks, setup.grid.workers());
+    let tick = 1e3 * simulate(setup, &costs, &processors, cluster).tick;
+    let slowest = accounts.iter().map(|time| f64::from(time.total())).fold(0.0, f64::max);
+    let measured = 1e3 * slowest / setup.schedule.frames() as f64;
+    let with = cluster.map_or("messages that take no time".into(), Cluster::to_string);
+    outln!(
+        "simulated: {tick:.3} ms a frame; measured over simulated {:.4} (with these passes alone, and {with})",
+        measured / tick
+    );
 }
 
 /// One module of the chain after another, joined by messages of the size asked for.
@@ -105,7 +132,9 @@ fn chain(args: &OverlapArgs, workers: usize) -> Config {
     config.model.modules = Some(workers);
     config.model.classes = Some(2);
     (config.data.crop, config.data.batch) = (Some(1), 1);
-    config.train.rule = args.rule;
+    (config.train.rule, config.train.stash) = (args.rule, args.stash);
+    config.model.skip =
+        (!args.spans.is_empty()).then(|| SkipConfig { spans: args.spans.clone(), ..SkipConfig::default() });
     let way_back = if args.rule.is_exact() { 0 } else { 2 * workers };
     config.data.frames = way_back + args.ticks as usize;
     config.run.timeout = TIMEOUT.as_secs();
