@@ -8,7 +8,8 @@ use crate::comm::all_reduce::levels;
 use crate::setup::Setup;
 use crate::{Error, Result};
 
-/// The interconnect between two ranks, by the α–β model: a message of n bytes takes `latency + n / bandwidth` seconds (Hockney, 1994).
+/// The interconnect between two ranks, by the α–β model: a message of n bytes takes `latency + n / bandwidth` seconds (Hockney, 1994),
+/// and `handshake` more where it is larger than `eager`: MPI then asks the receiver first (rendezvous).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Interconnect {
@@ -16,11 +17,27 @@ pub struct Interconnect {
     pub latency: f64,
     /// 1/β, in bytes a second.
     pub bandwidth: f64,
+    /// The largest message that is sent without asking, in bytes.
+    #[serde(default)]
+    pub eager: u64,
+    /// What asking takes, in seconds.
+    #[serde(default)]
+    pub handshake: f64,
 }
 
 impl Interconnect {
+    /// One without a handshake.
+    pub const fn new(latency: f64, bandwidth: f64) -> Self {
+        Interconnect { latency, bandwidth, eager: 0, handshake: 0.0 }
+    }
+
+    /// Until the first byte of a message of `bytes` is there.
+    fn latency(&self, bytes: u64) -> f64 {
+        if bytes > self.eager { self.latency + self.handshake } else { self.latency }
+    }
+
     fn seconds(&self, bytes: u64) -> f64 {
-        self.latency + bytes as f64 / self.bandwidth
+        self.latency(bytes) + bytes as f64 / self.bandwidth
     }
 }
 
@@ -46,7 +63,9 @@ pub struct Cluster {
 impl std::fmt::Display for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let show = |interconnect: Interconnect| {
-            format!("{} us + bytes / {} GB/s", 1e6 * interconnect.latency, interconnect.bandwidth / 1e9)
+            let Interconnect { latency, bandwidth, eager, handshake } = interconnect;
+            let more = if handshake > 0.0 { format!(" (+ {} us above {eager} bytes)", 1e6 * handshake) } else { String::new() };
+            format!("{} us{more} + bytes / {} GB/s", 1e6 * latency, bandwidth / 1e9)
         };
         write!(
             f,
@@ -67,9 +86,9 @@ impl Cluster {
         Cluster {
             ranks_per_node: 8,
             nodes_per_switch: 32,
-            core: Interconnect { latency: 1e-6, bandwidth: 10e9 },
-            node: Interconnect { latency: 2e-6, bandwidth: 12.5e9 },
-            switch: Interconnect { latency: 4e-6, bandwidth: 12.5e9 },
+            core: Interconnect::new(1e-6, 10e9),
+            node: Interconnect::new(2e-6, 12.5e9),
+            switch: Interconnect::new(4e-6, 12.5e9),
             spread: 0.0,
         }
     }
@@ -94,9 +113,11 @@ impl Cluster {
             return Err(Error::input("ranks_per_node and nodes_per_switch must be at least 1"));
         }
         for (name, interconnect) in [("core", self.core), ("node", self.node), ("switch", self.switch)] {
-            if !(interconnect.latency >= 0.0 && interconnect.latency.is_finite() && interconnect.bandwidth > 0.0) {
+            let Interconnect { latency, bandwidth, handshake, .. } = interconnect;
+            let times = [latency, handshake].iter().all(|seconds| *seconds >= 0.0 && seconds.is_finite());
+            if !(times && bandwidth > 0.0) {
                 return Err(Error::input(format!(
-                    "{name}: latency must be 0 or more (seconds), bandwidth above 0 (bytes a second)"
+                    "{name}: latency and handshake must be 0 or more (seconds), bandwidth above 0 (bytes a second)"
                 )));
             }
         }
@@ -145,7 +166,7 @@ impl Cluster {
                 // To the others one after another; they are on their way at once.
                 let others = (0..level.size).filter(|&other| other != own).map(interconnect);
                 let (latency, seconds) = others.fold((0.0f64, 0.0), |(latency, seconds), interconnect| {
-                    (latency.max(interconnect.latency), seconds + part as f64 / interconnect.bandwidth)
+                    (latency.max(interconnect.latency(part)), seconds + part as f64 / interconnect.bandwidth)
                 });
                 latency + seconds
             };

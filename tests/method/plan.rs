@@ -201,7 +201,7 @@ fn a_simulated_tick_is_that_of_the_slowest_or_of_all() {
 }
 
 fn cluster(latency: f64, bandwidth: f64, spread: f64) -> Cluster {
-    let way = Interconnect { latency, bandwidth };
+    let way = Interconnect::new(latency, bandwidth);
     Cluster { ranks_per_node: 4, nodes_per_switch: 2, core: way, node: way, switch: way, spread }
 }
 
@@ -256,7 +256,7 @@ fn an_all_reduce_takes_its_rounds() {
 #[test]
 fn stragglers_cost_more_on_more_ranks() {
     let uneven = Cluster { spread: 0.2, ..cluster(0.0, 1e30, 0.0) };
-    let way = |latency| Interconnect { latency, bandwidth: 1e30 };
+    let way = |latency| Interconnect::new(latency, 1e30);
     let far = Cluster { core: way(1.0), node: way(2.0), switch: way(4.0), ..uneven.clone() };
     assert_eq!([1, 3, 4, 7, 8, 100].map(|to| far.seconds(0, to, 0)), [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]);
     assert_eq!(far.seconds(5, 5, 1), 0.0);

@@ -20,6 +20,8 @@ const BATCH: usize = 64 << 20;
 /// Messages a batch has at most, and at least.
 const MOST: usize = 2000;
 const LEAST: usize = 4;
+/// Seconds that a batch over a slow link may last, unless its [`LEAST`] messages take longer.
+const LONGEST: f64 = 1.0;
 
 /// Seconds a message takes: one way at a time, and both ways at once.
 #[derive(Clone, Copy)]
@@ -119,6 +121,11 @@ fn measure(world: &World, bytes: usize, repeat: usize) -> Result<(Times, Option<
         let mut side = Side::take(&mut endpoints, &links, world.rank())?;
         let mut baseline = world.baseline(words)?;
         let (mut ours, mut raw) = (Times::NONE, Times::NONE);
+        // Both sides make as many as rank 0 finds time for.
+        let first = side.batch(words, LEAST)?;
+        let found = (LONGEST / (2.0 * first.one + first.both)) as u64;
+        let found = u64::from_le_bytes(world.gather(&found.to_le_bytes())?.swap_remove(0).try_into().unwrap_or_default());
+        let rounds = rounds.min(found as usize).max(LEAST);
         for _ in 0..=repeat {
             ours = ours.best(side.batch(words, rounds)?);
             if let Some(baseline) = &mut baseline {
