@@ -8,13 +8,14 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cli::output::table;
-use crate::cli::plan_scale::{self, ScaleOptions};
+use crate::cli::plan_scale::{self, ScaleOptions, Source};
 use crate::cli::ticks::{csv, picture};
 use crate::comm::Kind;
 use crate::config::Config;
 use crate::method::Rule;
 use crate::network::ModuleSpec;
 use crate::network::blocks::Blocks;
+use crate::plan::assumed::assumed;
 use crate::plan::cut::{resume_cut, times_of};
 use crate::plan::predict::{Parts, Prediction, best_cuts, predict};
 use crate::plan::profile::Profile;
@@ -40,6 +41,12 @@ pub struct PlanArgs {
     /// Measure the layers anew, whatever was measured before.
     #[arg(long)]
     pub fresh: bool,
+    /// Operations a second that modules are taken to reach, such as 90e12, in place of measured times: for a machine that is not at hand.
+    #[arg(long, value_name = "OPERATIONS", conflicts_with_all = ["fresh", "times"], value_parser = parse_rate)]
+    pub rate: Option<f64>,
+    /// Say how long an epoch of so many videos takes, one clip of each.
+    #[arg(long, value_name = "N", conflicts_with_all = ["scale", "ticks", "json"])]
+    pub videos: Option<u64>,
     /// List each module's layers, as a configuration has them.
     #[arg(long)]
     pub layers: bool,
@@ -84,7 +91,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let mut config = Config::load(&args.config, &args.set)?;
     if let Some(range) = args.extrapolate.scale {
         resume_cut(&mut config)?;
-        return plan_scale::run(&config, &args.extrapolate, range, args.fresh, args.json);
+        let source = args.rate.map_or(Source::Measured { fresh: args.fresh }, Source::Assumed);
+        return plan_scale::run(&config, &args.extrapolate, range, source, args.json);
     }
     let mut origin = match (&config.model.cuts, config.model.modules) {
         (Some(_), _) => Origin::Given,
@@ -111,6 +119,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let threads = config.run.threads;
     let slots = args.cores.map_or(1, |cores| (cores / threads).max(1));
     let busy = (ranks * slots).min(setup.grid.workers());
+    let times = |setup: &Setup, parts: Parts| match args.rate {
+        Some(rate) => Ok(assumed(setup, parts, rate)),
+        None => times_of(setup, parts, busy, args.fresh),
+    };
     let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
     let a_module_a_rank = ranks == setup.grid.workers() && setup.grid.modules > 1;
     let mut better = None;
@@ -121,7 +133,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         Origin::Given | Origin::Checkpoint => false,
     };
     if plans {
-        let profile = times_of(&setup, Parts::Blocks(&blocks), busy, args.fresh)?;
+        let profile = times(&setup, Parts::Blocks(&blocks))?;
         let (cuts, found) = best_cuts(&setup, &blocks, &profile)?;
         if !found.exact {
             log::warn!("there were too many ways to cut for a complete search: a better one may exist");
@@ -132,19 +144,16 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             _ => {}
         }
     }
-    let profile = times_of(&setup, Parts::Modules, busy, args.fresh)?;
+    let profile = times(&setup, Parts::Modules)?;
     let prediction = predict(&setup, &profile, &Processors::of_ranks(ranks, slots), None);
-    if args.json {
-        return print_json(&setup, origin, &profile, &prediction);
-    }
-    print(&setup, origin, &profile, &prediction, args.layers);
-    if let Some(cuts) = better {
+    show(args, &setup, origin, &profile, &prediction)?;
+    if let Some(cuts) = better.filter(|_| !args.json) {
         let other = setup.recut(cuts.clone())?;
-        let times = times_of(&other, Parts::Modules, busy, args.fresh)?;
+        let times = times(&other, Parts::Modules)?;
         let reached = predict(&other, &times, &Processors::of_ranks(ranks, slots), None);
         if reached.outcome.tick < WORTH_IT * prediction.outcome.tick {
             outln!(
-                "by the measured times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
+                "by these times, model.cuts = {cuts:?} in place of model.modules: tick {:.2} ms, {:.1} frames/s, \
                  efficiency {:.3}",
                 1e3 * reached.outcome.tick,
                 reached.frames_per_second,
@@ -153,6 +162,30 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn show(args: &PlanArgs, setup: &Setup, origin: Origin, profile: &Profile, prediction: &Prediction) -> Result<()> {
+    if args.json {
+        return print_json(setup, origin, profile, prediction);
+    }
+    print(setup, origin, profile, prediction, args.layers);
+    if let Some(videos) = args.videos {
+        let hours = (videos * setup.config.data.frames as u64) as f64 / prediction.frames_per_second / 3600.0;
+        let ranks = setup.grid.ranks;
+        outln!(
+            "an epoch of {videos} videos, {} frames of each: {hours:.2} hours, {:.1} rank hours",
+            setup.config.data.frames,
+            hours * ranks as f64
+        );
+    }
+    Ok(())
+}
+
+fn parse_rate(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if rate > 0.0 && rate.is_finite() => Ok(rate),
+        _ => Err("a number above 0, such as 90e12".into()),
+    }
 }
 
 fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Prediction, layers: bool) {
@@ -171,12 +204,16 @@ fn print(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Predicti
         Origin::Given => "as model.cuts says",
         Origin::Arithmetic => "by arithmetic, into as many modules as model.modules says",
         Origin::Measured if grid.modules == 1 => "one module; --ranks N plans more",
-        Origin::Measured => "by the measured times",
+        Origin::Measured => "by these times",
         Origin::Checkpoint => "as the run folder's checkpoint was",
     };
     outln!("model.cuts = {:?}: {origin}", setup.cuts());
     let c = &profile.conditions;
     match &c.gpu {
+        _ if profile.assumed.is_some() => outln!(
+            "times: by arithmetic, at {:.1} TFLOP/s, twice a forward pass for a backward pass; nothing was measured",
+            profile.assumed.unwrap_or_default() / 1e12
+        ),
         Some(on) => outln!(
             "times: {}, cuDNN {}, {:?}, {}, a module at a time; {}",
             on.name,

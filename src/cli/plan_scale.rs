@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::output::table;
 use crate::config::{Config, ModelConfig};
 use crate::network::blocks::Blocks;
+use crate::plan::assumed::assumed;
 use crate::plan::cluster::Cluster;
 use crate::plan::cut::times_of;
 use crate::plan::predict::{Parts, Prediction, best_cuts, module_parts, predict};
@@ -83,13 +84,14 @@ struct Row {
 ///
 /// # Errors
 /// [`Error::Input`] for whatever cannot be simulated.
-pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], fresh: bool, json: bool) -> Result<()> {
+pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], source: Source, json: bool) -> Result<()> {
     let cluster = options.cluster.as_deref().map_or_else(|| Ok(Cluster::usual()), Cluster::load)?;
     let given = options.times.as_deref().map(Given::load).transpose()?;
+    let source = given.as_ref().map_or(source, Source::Given);
     let plan = points(config, options, range)?;
     let mut rows: Vec<Row> = Vec::new();
     for point in &plan.points {
-        let row = simulate(&plan, point, &cluster, given.as_ref(), fresh)
+        let row = simulate(&plan, point, &cluster, source)
             .map_err(|e| e.within(&format!("{} on {} ranks", point.variant, point.ranks)))?;
         let first = rows.iter().find(|other| other.rule == row.rule);
         let (speed, ranks) = first.map_or((row.frames_per_second, row.ranks), |f| (f.frames_per_second, f.ranks));
@@ -103,7 +105,12 @@ pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], fresh: bo
     }
     let origin =
         options.cluster.as_ref().map_or("assumed (--cluster FILE says another)".into(), |f| f.display().to_string());
-    outln!("A simulation, not a measurement. Times: {}.", given.map_or("measured here".into(), |g| g.name));
+    let times = match source {
+        Source::Measured { .. } => "measured here".into(),
+        Source::Assumed(rate) => format!("by arithmetic, at {:.1} TFLOP/s", rate / 1e12),
+        Source::Given(given) => given.name.clone(),
+    };
+    outln!("A simulation, not a measurement. Times: {times}.");
     outln!("Cluster: {cluster}; {origin}.");
     let header = "rule\tranks\tmodules\treplicas\tB\tglobal B\ttick\tframes/s\tspeed-up\tefficiency\tbalance\tbusy\tall-reduce\tmemory";
     let line = |row: &Row| {
@@ -191,11 +198,12 @@ fn one_module(config: &Config) -> ModelConfig {
     model
 }
 
-fn simulate(plan: &Plan, point: &Point, cluster: &Cluster, given: Option<&Given>, fresh: bool) -> Result<Row> {
+fn simulate(plan: &Plan, point: &Point, cluster: &Cluster, source: Source) -> Result<Row> {
     let mut setup = Setup::dry(&plan.config_of(point)?, point.ranks)?;
-    let profile = match given {
-        Some(given) => given.of(&setup)?.clone(),
-        None => {
+    let profile = match source {
+        Source::Given(given) => given.of(&setup)?.clone(),
+        Source::Assumed(rate) => assumed(&setup, Parts::Modules, rate),
+        Source::Measured { fresh } => {
             if setup.config.cut_is_open() && setup.grid.modules > 1 {
                 let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
                 let times = times_of(&setup, Parts::Blocks(&blocks), 1, fresh)?;
@@ -237,9 +245,23 @@ fn simulate(plan: &Plan, point: &Point, cluster: &Cluster, given: Option<&Given>
     })
 }
 
+/// Where modules' times come from.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// From this machine, anew or as measured before.
+    Measured {
+        /// Anew.
+        fresh: bool,
+    },
+    /// From so many operations a second.
+    Assumed(f64),
+    /// From a file.
+    Given(&'a Given),
+}
+
 /// Modules' times that `plan --json` has printed.
 #[derive(Deserialize)]
-struct Given {
+pub struct Given {
     #[serde(skip)]
     name: String,
     profile: Profile,

@@ -64,7 +64,11 @@ impl std::fmt::Display for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let show = |interconnect: Interconnect| {
             let Interconnect { latency, bandwidth, eager, handshake } = interconnect;
-            let more = if handshake > 0.0 { format!(" (+ {} us above {eager} bytes)", 1e6 * handshake) } else { String::new() };
+            let more = if handshake > 0.0 {
+                format!(" (+ {} us above {eager} bytes)", 1e6 * handshake)
+            } else {
+                String::new()
+            };
             format!("{} us{more} + bytes / {} GB/s", 1e6 * latency, bandwidth / 1e9)
         };
         write!(

@@ -4,6 +4,7 @@
 //! [`mod@measure`] times layers here ([`gpu`] on a GPU), [`profile`] remembers it, [`simulate`] plays a schedule with such
 //! costs, on a [`cluster`] too, [`predict`] joins them, and [`mod@cut`] is what training calls.
 
+pub mod assumed;
 pub mod cluster;
 pub mod cut;
 pub mod gpu;

@@ -69,16 +69,7 @@ pub fn module_parts(setup: &Setup) -> Vec<Part> {
 /// Operations a second that skips' adapters, and layers that concatenation widens, are taken to reach: as the network's own
 /// blocks do forward.
 fn usual_rate(profile: &Profile) -> f64 {
-    let flops = |part: &Part| {
-        let mut shape = part.main;
-        let mut sum = 0;
-        for (_, layer) in &part.layers {
-            sum += layer.flops(shape);
-            shape = layer.output_shape(shape).unwrap_or(shape);
-        }
-        sum as f64 * profile.conditions.batch as f64
-    };
-    let all: f64 = profile.conditions.parts.iter().map(flops).sum();
+    let all = profile.conditions.parts.iter().map(Part::flops).sum::<u64>() as f64 * profile.conditions.batch as f64;
     let seconds: f64 = profile.times.iter().map(|t| t.forward).sum();
     (all / seconds.max(1e-9)).max(1.0)
 }

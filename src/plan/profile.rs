@@ -30,6 +30,19 @@ pub struct Part {
     pub skips: Vec<Shape>,
 }
 
+impl Part {
+    /// Operations of a forward pass of one sample through its layers.
+    pub fn flops(&self) -> u64 {
+        let mut shape = self.main;
+        let mut sum = 0;
+        for (_, layer) in &self.layers {
+            sum += layer.flops(shape);
+            shape = layer.output_shape(shape).unwrap_or(shape);
+        }
+        sum
+    }
+}
+
 /// All that measured times depend on. Times measured under other conditions are not used.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Conditions {
@@ -84,6 +97,9 @@ pub struct Profile {
     pub copy: f64,
     /// One entry a part.
     pub times: Vec<Times>,
+    /// The operations a second that the times are made of; `None`: they were measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assumed: Option<f64>,
     /// The file it was read from or written to; `None` where there is none.
     #[serde(skip)]
     pub file: Option<PathBuf>,
@@ -179,7 +195,7 @@ impl Profile {
 
     fn keep(conditions: Conditions, (times, copy): (Vec<Times>, f64), file: Option<PathBuf>) -> Self {
         let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let mut profile = Profile { conditions, taken, copy, times, file: None, cached: false };
+        let mut profile = Profile { conditions, taken, copy, times, assumed: None, file: None, cached: false };
         if let Some(file) = file {
             match write(&file, &profile) {
                 Ok(()) => profile.file = Some(file),

@@ -6,5 +6,6 @@ mod data;
 mod faults;
 mod plan;
 mod ranks;
+mod recipes;
 mod scale;
 mod validation;

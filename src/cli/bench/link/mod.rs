@@ -124,7 +124,8 @@ fn measure(world: &World, bytes: usize, repeat: usize) -> Result<(Times, Option<
         // Both sides make as many as rank 0 finds time for.
         let first = side.batch(words, LEAST)?;
         let found = (LONGEST / (2.0 * first.one + first.both)) as u64;
-        let found = u64::from_le_bytes(world.gather(&found.to_le_bytes())?.swap_remove(0).try_into().unwrap_or_default());
+        let found =
+            u64::from_le_bytes(world.gather(&found.to_le_bytes())?.swap_remove(0).try_into().unwrap_or_default());
         let rounds = rounds.min(found as usize).max(LEAST);
         for _ in 0..=repeat {
             ours = ours.best(side.batch(words, rounds)?);
