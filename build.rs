@@ -21,9 +21,7 @@ fn main() {
     let system = ["/usr/local", "/usr"].map(PathBuf::from);
     let Some(prefix) = named.chain(system).find(|prefix| header(prefix).is_file()) else {
         let where_else = chosen.map_or(String::new(), |prefix| format!(" (not under SIDEWAYS_ONEDNN={prefix} either)"));
-        println!(
-            "cargo::warning=oneDNN was not found{where_else}: convolutions will be slower; see README, \"oneDNN\""
-        );
+        println!("cargo::warning=oneDNN was not found{where_else}: convolutions will be slower; see docs/install.md");
         return;
     };
     println!("cargo::rerun-if-changed={}", header(&prefix).display());

@@ -5,13 +5,14 @@
 #   datasets/motion/study.sh modules    study.toml: coloured shapes, twelve units in 6 modules, all rules
 #   datasets/motion/study.sh depth      12 modules of one unit, and 16, on longer clips
 #   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
+#   datasets/motion/study.sh time       batches, and ticks of a pipeline, until 95 % of the test clips are told, by rule
 #   datasets/motion/study.sh frames     frames.toml: future frames; the copy's MSE is `copy_mse` in runs/study/frames/*/eval.json
 #
 # COLOUR="--shapes 6 ..." makes other data (in an empty data/motion-colour). SEEDS="1 2 3", JOBS=N at a time, ONLY=PATTERN (datasets/study.sh).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=datasets/motion
-part=${1:?one of defaults, modules, depth, rates, frames}
+part=${1:?one of defaults, modules, depth, rates, time, frames}
 
 synth() { # FOLDER FRAMES SPEED
   [ -e "$1/train-00000.h5" ] ||
@@ -31,6 +32,38 @@ rules() { # PREFIX CONFIG FROZEN SETS...
     echo "$prefix-fresh $seed $config $*"
     echo "$prefix-stash-aligned $seed $config train.stash=activations model.skip.delay=aligned $*"
     echo "$prefix-sideways $seed $config train.rule=sideways model.skip={} $*"
+  done
+}
+
+# NAME CONFIG SETS...: until validation comes to 95 %. The exact pipelines compute what 1f1b does, to rounding.
+until_learnt() {
+  local prefix=$1 config=$2
+  shift 2
+  for seed in ${SEEDS:-1 2 3}; do
+    for rule in fresh stash 1f1b; do
+      case $rule in
+        fresh) sets="" ;;
+        stash) sets="train.stash=activations" ;;
+        1f1b) sets="train.rule=1f1b" ;;
+      esac
+      echo "$prefix-$rule $seed $config train.validate_every=16 train.until={top1=0.95} $*${sets:+ $sets}"
+    done
+  done
+}
+
+# A line a run of `time`: batches until the first validation of 95 %, and ticks: T a batch, by 1f1b T + D - 1.
+learnt() {
+  printf '%-24s %8s %8s\n' run batches ticks
+  for run in runs/study/time/*/metrics.jsonl; do
+    awk -v run="$(basename "$(dirname "$run")")" '
+      function field(key) { return match($0, "\"" key "\":[0-9.eE+-]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) : "" }
+      /"kind":"validation"/ && field("top1") >= 0.95 { found = field("batches"); exit }
+      END {
+        split(run, part, "-")  # DATA-T-D-RULE-SEED
+        frames = part[2] + (part[4] == "1f1b" ? part[3] - 1 : 0)
+        if (found) printf "%-24s %8d %8d\n", run, found, found * frames
+        else printf "%-24s %8s %8s\n", run, "-", "-"
+      }' "$run"
   done
 }
 
@@ -59,6 +92,13 @@ rates)
     rules 6-speed-$speed $here/study.toml '[1,2,3,4]' "$(on data/motion-colour-$speed)"
   done
   ;;
+time)
+  COLOUR=$EASY synth data/motion 12 1
+  synth data/motion-colour-long 32 1
+  until_learnt easy-12-6 $here/demo.toml "$(on data/motion)"
+  until_learnt colour-32-6 $here/study.toml "$(on data/motion-colour-long)" data.frames=32
+  until_learnt colour-32-8 $here/study.toml "$(on data/motion-colour-long)" data.frames=32 model.cuts=[3,6,9,12,15,18,27]
+  ;;
 frames)
   COLOUR=$EASY synth data/motion 12 1
   for seed in ${SEEDS:-1 2 3}; do
@@ -74,7 +114,8 @@ frames)
   done
   ;;
 *)
-  echo "unknown part $part: defaults, modules, depth, rates or frames" >&2
+  echo "unknown part $part: defaults, modules, depth, rates, time or frames" >&2
   exit 2
   ;;
 esac | datasets/study.sh "runs/study/$part"
+[ "$part" != time ] || learnt

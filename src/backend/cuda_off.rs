@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 /// What to do where a program without CUDA meets GPUs.
 const WITHOUT_CUDA: &str =
-    "this program was built without CUDA; build it with `cargo build --release --features cuda` (README, \"On GPUs\")";
+    "this program was built without CUDA; build it with `cargo build --release --features cuda` (docs/gpus.md)";
 
 fn without_cuda<T>() -> Result<T> {
     Err(Error::input(WITHOUT_CUDA))

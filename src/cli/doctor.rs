@@ -43,7 +43,7 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
         true => Check::fine("convolutions", cpu::back_end()),
         false => Check::warning(
             "convolutions",
-            format!("{}; with oneDNN some are faster (README, \"oneDNN\")", cpu::back_end()),
+            format!("{}; with oneDNN some are faster (docs/install.md)", cpu::back_end()),
         ),
     });
     table.push(ffmpeg());

@@ -111,7 +111,7 @@ fn announce(world: &World, trainer: &Trainer) {
         log::info!("{note}");
     }
     if !cpu::has_onednn() {
-        log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (README, \"oneDNN\")");
+        log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (docs/install.md)");
     }
     log::info!("convolutions: {}, {} thread(s) a module", cpu::back_end(), setup.config.run.threads);
     if let Some((from, _)) = &trainer.range().from {

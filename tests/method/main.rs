@@ -5,6 +5,7 @@ mod back_propagation;
 #[path = "../common/mod.rs"]
 mod common;
 mod comparisons;
+mod documents;
 mod exact;
 mod fidelity;
 mod kernels;
