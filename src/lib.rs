@@ -99,6 +99,7 @@ pub mod network;
 pub mod nn;
 pub mod pipeline;
 pub mod plan;
+pub mod report;
 pub mod setup;
 pub mod study;
 pub mod sys;

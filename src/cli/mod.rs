@@ -20,7 +20,9 @@ pub mod plan;
 pub mod plan_scale;
 pub mod predict;
 pub mod progress;
+pub mod report;
 pub mod scale;
+pub mod shell;
 mod ticks;
 pub mod train;
 mod votes;
@@ -60,6 +62,12 @@ pub enum Command {
     Eval(eval::EvalArgs),
     /// Compare each module's gradient with the exact one: cosine, ratio of norms, relative error.
     Fidelity(fidelity::FidelityArgs),
+    /// Show what runs came to as one page: curves, modules, time, configuration.
+    Report(report::ReportArgs),
+    /// Print what completes this program's commands and options in a shell.
+    Completions(shell::CompletionsArgs),
+    /// Write manual pages.
+    Man(shell::ManArgs),
 }
 
 /// Runs a command, logs its error, and returns the process's exit code: 0 done, 2 bad usage, configuration or input, 75
@@ -85,6 +93,9 @@ pub fn run(cli: Cli) -> i32 {
         },
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
         Command::Fidelity(args) => with_world(|world| fidelity::run(world, &args)),
+        Command::Report(args) => alone(report::run(&args)),
+        Command::Completions(args) => alone(shell::completions(&args)),
+        Command::Man(args) => alone(shell::man(&args)),
     }
 }
 

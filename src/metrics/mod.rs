@@ -5,7 +5,7 @@ pub mod report;
 use std::time::Instant;
 
 use bytemuck::{Pod, Zeroable};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use report::Report;
 
@@ -40,7 +40,8 @@ pub enum Phase {
 pub const PHASES: usize = 11;
 
 /// Seconds spent in each phase.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, Pod, Zeroable)]
+#[serde(default)]
 #[repr(C)]
 pub struct TimeAccount {
     /// [`Phase::Forward`]
@@ -57,7 +58,8 @@ pub struct TimeAccount {
     pub data: f32,
     /// [`Phase::Send`]
     pub send: f32,
-    /// [`Phase::WaitCore`]
+    /// [`Phase::WaitCore`] (formerly `turn`)
+    #[serde(alias = "turn")]
     pub wait_core: f32,
     /// [`Phase::Other`]
     pub other: f32,

@@ -15,9 +15,9 @@ use crate::{Error, Result};
 
 /// Width and height in pixels.
 const SIZE: (u32, u32) = (900, 600);
-const FONT: &str = "sans-serif";
+pub(crate) const FONT: &str = "sans-serif";
 /// Colours that stay apart for those who see few (Okabe and Ito), black aside.
-const COLOURS: [RGBColor; 6] = [
+pub(crate) const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -234,7 +234,7 @@ impl Chart {
 }
 
 /// A label with as many digits as tell something.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 || v.fract() == 0.0 => format!("{value:.0}"),
         v if v >= 1.0 => format!("{value:.1}"),
@@ -243,7 +243,7 @@ fn number(value: f64) -> String {
 }
 
 /// Text needs a font: one that comes with the program, so that pages look alike everywhere.
-fn with_font() -> Result<()> {
+pub(crate) fn with_font() -> Result<()> {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     let known = KNOWN.get_or_init(|| register_font(FONT, FontStyle::Normal, dejavu::sans::regular()).is_ok());
     if *known { Ok(()) } else { Err(Error::Run("the plots' font cannot be read (a bug)".into())) }

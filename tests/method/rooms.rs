@@ -36,6 +36,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("plan", &["setup", "network", "checkpoint", "config", "method", "nn", "backend", "backend::cpu", "comm", "sys"]),
     ("study", &["plan", "setup", "network", "config", "method", "data", "sys"]),
+    ("report", &["study", "plan", "checkpoint", "config", "metrics"]),
     (
         "trainer",
         &["pipeline", "plan", "setup", "checkpoint", "config", "data", "metrics", "nn", "backend", "comm", "sys"],
@@ -44,6 +45,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "trainer",
+            "report",
             "study",
             "pipeline",
             "plan",

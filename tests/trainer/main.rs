@@ -7,5 +7,6 @@ mod faults;
 mod plan;
 mod ranks;
 mod recipes;
+mod report;
 mod scale;
 mod validation;
