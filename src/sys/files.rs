@@ -1,8 +1,8 @@
-//! Files that are there whole or not at all, and the room for them.
+//! Files that are there whole or not at all, files that users name, and the room for them.
 
-use std::fs::Permissions;
+use std::fs::{Metadata, Permissions};
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use crate::{Error, Result};
@@ -25,6 +25,43 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         Ok(())
     };
     write().map_err(|e| Error::io(path, e))
+}
+
+/// All bytes of a file that a user named. What is no file would be waited for without an end (a named pipe that nobody writes to)
+/// or has none (a device): it is refused. Pipes that a shell made, `<(…)` and `/dev/stdin`, are read.
+///
+/// # Errors
+/// What the operating system says; that it is no file.
+pub fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let shell = ["/dev/fd/", "/dev/stdin", "/proc/self/fd/"].iter().any(|of_shell| {
+        // Not `Path::starts_with`, which compares whole names.
+        path.to_str().is_some_and(|path| path.starts_with(of_shell))
+    });
+    match what(&std::fs::metadata(path)?) {
+        None => std::fs::read(path),
+        Some("a named pipe") if shell => std::fs::read(path),
+        Some(what) => Err(std::io::Error::other(format!("{what}, not a file"))),
+    }
+}
+
+/// The same as text.
+///
+/// # Errors
+/// As [`read`]; [`std::io::ErrorKind::InvalidData`] where it is not UTF-8.
+pub fn read_text(path: &Path) -> std::io::Result<String> {
+    String::from_utf8(read(path)?).map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidData, e))
+}
+
+/// What it is, unless it is a file.
+pub fn what(meta: &Metadata) -> Option<&'static str> {
+    let kind = meta.file_type();
+    match () {
+        () if kind.is_file() => None,
+        () if kind.is_dir() => Some("a folder"),
+        () if kind.is_fifo() => Some("a named pipe"),
+        () if kind.is_socket() => Some("a socket"),
+        () => Some("a device"),
+    }
 }
 
 /// Bytes free for this user on the file system of `path`.

@@ -13,7 +13,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("comm", &["backend", "sys"]),
     ("data", &["backend::cpu", "sys"]),
     ("metrics", &["comm", "nn"]),
-    ("config", &["method", "nn", "backend", "comm", "data"]),
+    ("config", &["method", "nn", "backend", "comm", "data", "sys"]),
     ("network", &["config", "method", "nn"]),
     ("checkpoint", &["config", "sys"]),
     ("setup", &["config", "network", "method", "nn", "backend", "comm", "data", "metrics", "sys"]),

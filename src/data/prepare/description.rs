@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::sys::files::read_text;
 use crate::{Error, Result};
 
 /// The layouts this program knows.
@@ -78,8 +79,7 @@ impl Description {
     pub fn read(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join("dataset.toml") } else { path.to_path_buf() };
         let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
-        let text = std::fs::read_to_string(&file)
-            .map_err(|e| bad(format!("cannot read this description of a dataset: {e}")))?;
+        let text = read_text(&file).map_err(|e| bad(format!("cannot read this description of a dataset: {e}")))?;
         let mut description: Self = toml::from_str(&text).map_err(|e| bad(e.to_string().trim_end().into()))?;
         description.validate().map_err(bad)?;
         if let Some(classes) = &mut description.classes {
