@@ -6,29 +6,30 @@ use sideways::data::prepare::description::{Description, Layout};
 use sideways::data::prepare::layout::{Listing, Place, list};
 
 /// A folder with files; the empty ones stand for videos.
-struct Disk(tempfile::TempDir);
+pub struct Disk(tempfile::TempDir);
 
 impl Disk {
-    fn new(files: &[(&str, &str)]) -> Self {
+    pub fn new(files: &[(&str, &str)]) -> Self {
         let disk = Disk(tempfile::tempdir().unwrap());
         files.iter().for_each(|(name, content)| disk.write(name, content));
         disk
     }
 
-    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) {
         let path = self.path(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, content).unwrap();
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
     /// Lists a split of the dataset in `videos/`, with its annotations in `lists/`.
-    fn list(&self, description: &Description, split: &str) -> Result<Listing, String> {
+    pub fn list(&self, description: &Description, split: &str) -> Result<Listing, String> {
         let (videos, annotations) = (self.path("videos"), self.path("lists"));
-        let place = Place { videos: &videos, annotations: Some(&annotations), classes: None, stored_classes: None };
+        let place =
+            Place { videos: &videos, annotations: Some(&annotations), classes: None, stored_classes: None, out: None };
         list(description, &place, &[split.into()]).map_err(|error| {
             assert_eq!(error.exit_code(), 2, "{error}");
             error.to_string()
@@ -42,7 +43,7 @@ impl Disk {
 }
 
 /// `(id, class, path)` of each video.
-fn rows(listing: &Listing) -> Vec<(&str, &str, Option<&str>)> {
+pub fn rows(listing: &Listing) -> Vec<(&str, &str, Option<&str>)> {
     let of = |s: &sideways::data::prepare::layout::Source| s.label as usize;
     listing.splits[0]
         .1
@@ -171,7 +172,7 @@ fn one_annotation_file_is_for_one_split() {
     let disk = Disk::new(&[("videos/0123456789a_000000_000010.mp4", ""), ("mine.csv", "")]);
     disk.write("mine.csv", format!("{HEADER}yoga,0123456789a,0,10,train\n"));
     let (videos, file) = (disk.path("videos"), disk.path("mine.csv"));
-    let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes: None };
+    let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes: None, out: None };
     let kinetics = Description::plain(Layout::Kinetics, "kinetics");
     assert_eq!(list(&kinetics, &place, &["train".into()]).unwrap().splits[0].1.len(), 1);
     let error = list(&kinetics, &place, &["train".into(), "val".into()]).unwrap_err().to_string();
@@ -191,7 +192,7 @@ fn a_stored_list_of_classes_decides_the_labels_of_later_splits() {
         disk.write("val.csv", format!("{HEADER}{class},0123456789a,0,10,val\n"));
         let file = disk.path("val.csv");
         let stored_classes = Some(disk.path(stored));
-        let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes };
+        let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes, out: None };
         let listing = list(&Description::plain(Layout::Kinetics, "kinetics"), &place, &["val".into()]);
         listing.map(|l| (l.class_names.len(), l.splits[0].1[0].label)).map_err(|e| e.to_string())
     };

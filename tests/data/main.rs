@@ -2,10 +2,14 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod found;
+mod kept;
 mod layouts;
 mod prepare;
 mod prepare_runs;
 mod shard;
+mod shard_types;
 mod stream;
+mod streams;
 mod support;
 mod synth;

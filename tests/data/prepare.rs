@@ -13,7 +13,7 @@ use sideways::data::prepare::{Job, PrepareOptions, prepare};
 use sideways::data::{Dataset, Encoding, ShardReader, jpeg};
 
 /// Makes a video file of a source such as `testsrc=size=64x48:rate=10`.
-fn film(path: &Path, source: &str, seconds: &str) {
+pub fn film(path: &Path, source: &str, seconds: &str) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     let status = Command::new("ffmpeg")
         .args(["-nostdin", "-loglevel", "error", "-f", "lavfi", "-i", source, "-t", seconds])
@@ -29,7 +29,7 @@ fn target(height: usize, width: usize, fps: f64) -> Target {
     Target { height, width, fps, max_seconds: 10.0, time_limit: Duration::from_secs(60) }
 }
 
-fn options(videos: &Path, out: &Path) -> PrepareOptions {
+pub fn options(videos: &Path, out: &Path) -> PrepareOptions {
     PrepareOptions {
         description: Description::plain(Layout::Folders, "films"),
         videos: videos.into(),
@@ -52,7 +52,7 @@ fn options(videos: &Path, out: &Path) -> PrepareOptions {
 }
 
 /// Prepares one split.
-fn prepared(options: &PrepareOptions) -> Report {
+pub fn prepared(options: &PrepareOptions) -> Report {
     prepare(options.clone(), &mut |_| ()).unwrap().remove(0)
 }
 
@@ -97,10 +97,10 @@ fn class_folders_become_shards_and_broken_videos_are_set_aside() {
         assert!(Path::new(line(name)[3]).is_file());
     }
     assert_eq!(read_skip(&path).unwrap().len(), 4);
-    assert_eq!(std::fs::read_to_string(out.join("classes.txt")).unwrap(), "a test\nfractal\nno videos\n");
+    assert_eq!(std::fs::read_to_string(out.join("classes.txt")).unwrap(), "a test\nfractal\n");
 
     let data = Dataset::open(&[format!("{}/train-*.h5", out.display())]).unwrap();
-    assert_eq!(data.class_names, ["a test", "fractal", "no videos"]);
+    assert_eq!(data.class_names, ["a test", "fractal"]);
     assert_eq!((data.height, data.width, data.fps, data.name.as_str()), (24, 32, 10.0, "films"));
     let frames = |id: &str| data.videos.iter().find(|v| v.id == id).map(|v| (v.label, v.frames));
     assert_eq!(frames("a test/one.mp4"), Some((0, 20)), "2 s at 10 frames a second");
@@ -186,7 +186,8 @@ fn a_list_of_classes_decides_the_labels_of_folders() {
     }
     let listed = |names: &[&str]| -> Result<Listing, sideways::Error> {
         let names: Vec<String> = names.iter().map(|n| n.to_string()).collect();
-        let place = Place { videos: dir.path(), annotations: None, classes: Some(&names), stored_classes: None };
+        let place =
+            Place { videos: dir.path(), annotations: None, classes: Some(&names), stored_classes: None, out: None };
         list(&Description::plain(Layout::Folders, "films"), &place, &["train".into()])
     };
     // Folders with underscores for spaces, and without parentheses and quotes.
@@ -270,6 +271,6 @@ fn a_video_that_takes_too_long_is_given_up() {
     let path = dir.path().join("long.mkv");
     film(&path, "testsrc=size=320x240:rate=50", "10");
     let slow = Target { time_limit: Duration::from_millis(1), ..target(240, 320, 50.0) };
-    let error = Ffmpeg::find().unwrap().decode(&path, &slow, &mut |_| Ok(())).unwrap().unwrap_err();
+    let error = Ffmpeg::find().unwrap().decode(&path, &slow, None, &mut |_| Ok(())).unwrap().unwrap_err();
     assert!(error.why.contains("took longer") && !error.killed, "{error:?}");
 }

@@ -1,7 +1,8 @@
 //! `sideways data prepare`: plans on rank 0, makes shards on all ranks, reports.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -16,7 +17,7 @@ use crate::data::prepare::description::{Description, Layout};
 use crate::data::prepare::ffmpeg::Target;
 use crate::data::prepare::layout::read_classes;
 use crate::data::prepare::record::{Entry, Outcome};
-use crate::data::prepare::report::{Ledger, Report, Summary};
+use crate::data::prepare::report::{Ledger, Report, Summary, unused_list};
 use crate::data::prepare::{Job, PrepareOptions};
 use crate::{Error, Result};
 
@@ -39,7 +40,7 @@ pub struct PrepareArgs {
     #[arg(long)]
     out: PathBuf,
     /// Splits to prepare, separated by commas [default: train, for a dataset without a description]
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = parse_split)]
     split: Vec<String>,
     /// Class folders: part of each class that becomes the split `test` instead
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
@@ -93,6 +94,7 @@ pub struct PrepareArgs {
 /// As [`Job::plan`], [`Job::make`] and [`Job::finish`].
 pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let start = Instant::now();
+    let out = args.out.clone();
     let options = world.first_error(options(world, args))?;
     let (job, ledger) = plan(world, options)?;
     if world.rank() == 0 && ledger.finished() > 0 {
@@ -113,6 +115,7 @@ pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let reports = made.and_then(|made| job.finish(&ledger, made.into_iter().flatten().collect()));
     let reports = world.first_error(reports)?;
     reports.iter().for_each(print);
+    print_unused(&ledger, &out);
     outln!(
         "{:.1} s on {} rank{}",
         start.elapsed().as_secs_f64(),
@@ -271,12 +274,41 @@ fn print(report: &Report) {
         if report.earlier > 0 { format!(" ({} made earlier)", report.earlier) } else { String::new() }
     );
     if report.doubtful > 0 {
-        outln!("             of which ffmpeg complained about {}", report.doubtful);
+        outln!("             of which {} are doubtful{}", report.doubtful, see(&report.quarantine));
+    }
+    if !report.without.is_empty() {
+        let (n, all) = (report.without.len(), &report.without);
+        let first = all.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
+        outln!("  no video of {n} classes: {first}{}", if n > 8 { ", …" } else { "" });
+    }
+}
+
+/// What lies below the folder of videos and is in no split, by reason.
+fn print_unused(ledger: &Ledger, out: &Path) {
+    if ledger.unused.is_empty() {
+        return;
+    }
+    outln!(
+        "not used: {} files and folders below the folder of videos  see {}",
+        ledger.unused.len(),
+        unused_list(out).display()
+    );
+    let mut reasons: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
+    for unused in &ledger.unused {
+        reasons.entry(unused.why).or_insert((0, &unused.path)).0 += 1;
+    }
+    for (why, (n, first)) in reasons {
+        outln!("  {n:>19}  {why}: {first}{}", if n > 1 { ", …" } else { "" });
     }
 }
 
 fn see(list: &Option<PathBuf>) -> String {
     list.as_ref().map_or_else(String::new, |path| format!("  see {}", path.display()))
+}
+
+/// Spaces around the commas are no part of a name.
+fn parse_split(text: &str) -> std::result::Result<String, String> {
+    Ok(text.trim().to_string())
 }
 
 fn parse_aspect(text: &str) -> std::result::Result<f64, String> {

@@ -9,6 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::messages::Messages;
 use crate::{Error, Result};
 
 /// What frames are to look like.
@@ -37,20 +38,31 @@ impl Target {
                 return Err(Error::input(format!("frames of {side} pixels {name}: it must be 1..=8192")));
             }
         }
-        for (name, value) in [("--fps", self.fps), ("--max-seconds", self.max_seconds)] {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(Error::input(format!("{name} {value}: it must be above 0")));
+        for (name, value, most) in [("--fps", self.fps, MAX_FPS), ("--max-seconds", self.max_seconds, MAX_SECONDS)] {
+            if !(value.is_finite() && value > 0.0 && value <= most) {
+                return Err(Error::input(format!("{name} {value}: it must be above 0, and at most {most}")));
             }
+        }
+        let (limit, most) = (self.time_limit, MAX_SECONDS as u64);
+        if limit.is_zero() || limit.as_secs() > most {
+            return Err(Error::input(format!("--time-limit {}: it must be 1..={most}", limit.as_secs())));
         }
         Ok(())
     }
 }
 
+/// Frames a second, at most.
+const MAX_FPS: f64 = 1000.0;
+/// Seconds of a video, and of its decoding, at most: some thirty years, which ffmpeg still counts right.
+const MAX_SECONDS: f64 = 1e9;
+
 /// A video was decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decoded {
-    /// What ffmpeg had to say about it, if anything: the last line of its errors.
+    /// What there is to doubt, if anything: the last line of ffmpeg's errors, or that another stream may be meant.
     pub complaint: Option<String>,
+    /// The stream, by number, that players show, where it is another one than was decoded.
+    pub shown: Option<usize>,
 }
 
 /// A video was not decoded.
@@ -75,9 +87,6 @@ pub struct Ffmpeg(());
 /// How pictures are scaled: to the same bits on processors with other vector instructions too.
 const SCALING: &str = "bicubic+accurate_rnd+bitexact";
 
-/// Of a child's errors no more than this is kept.
-const MAX_ERRORS: u64 = 64 << 10;
-
 impl Ffmpeg {
     /// Checks that `ffmpeg` can be run.
     ///
@@ -95,7 +104,8 @@ impl Ffmpeg {
     }
 
     /// Decodes `path` and hands each frame, `[height, width, 3]` bytes of RGB, to `store`. The picture is scaled to
-    /// cover the target and cut to it around the centre. Of a video that cannot be decoded says why.
+    /// cover the target, in the shape in which players show it, and cut to it around the centre. `stream` is the number of the video's
+    /// stream; else the first that is no cover picture. Of a video that cannot be decoded says why.
     ///
     /// # Errors
     /// [`Error::Run`] when `ffmpeg` cannot be started: no video's fault.
@@ -103,10 +113,19 @@ impl Ffmpeg {
         &self,
         path: &Path,
         target: &Target,
+        stream: Option<usize>,
         store: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<std::result::Result<Decoded, Failure>> {
-        let child = command(path, target).spawn().map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
-        Ok(self.watch(child, path, target, store))
+        let child =
+            command(path, target, stream).spawn().map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
+        let watched = self.watch(child, path, target, store);
+        Ok(watched.map(|(complaint, messages)| {
+            let streams = messages.streams();
+            let shown = streams.iter().find(|s| s.default).or(streams.first()).map(|s| s.number);
+            let shown = shown.filter(|_| stream.is_none() && shown != streams.first().map(|s| s.number));
+            let several = || format!("{} video streams: the one that players show first is taken", streams.len());
+            Decoded { complaint: complaint.or_else(|| (streams.len() > 1).then(several)), shown }
+        }))
     }
 
     fn watch(
@@ -115,7 +134,7 @@ impl Ffmpeg {
         path: &Path,
         target: &Target,
         store: &mut dyn FnMut(&[u8]) -> Result<()>,
-    ) -> std::result::Result<Decoded, Failure> {
+    ) -> std::result::Result<(Option<String>, Messages), Failure> {
         let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
             return Err(String::from("ffmpeg has no pipes").into());
         };
@@ -124,7 +143,7 @@ impl Ffmpeg {
         let (done, over) = channel::<()>();
         let watched = child.clone();
         let limit = target.time_limit;
-        let (read, errors, expired) = std::thread::scope(|scope| {
+        let (read, messages, expired) = std::thread::scope(|scope| {
             let watchdog = scope.spawn(move || {
                 let expired = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
                 if expired {
@@ -132,16 +151,16 @@ impl Ffmpeg {
                 }
                 expired
             });
-            let errors = scope.spawn(move || errors_of(stderr));
+            let messages = scope.spawn(move || Messages::of(stderr));
             let read = frames(&mut stdout, target.height * target.width * 3, store);
             if read.is_err() {
                 kill(&child);
             }
             // With its output closed a child that still writes gets a broken pipe, and ends.
             drop(stdout);
-            let errors = errors.join().unwrap_or_default();
+            let messages = messages.join().unwrap_or_default();
             drop(done);
-            (read, errors, watchdog.join().unwrap_or(false))
+            (read, messages, watchdog.join().unwrap_or(false))
         });
         let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
         let status = status.map_err(|e| format!("waiting for ffmpeg: {e}"))?;
@@ -149,7 +168,7 @@ impl Ffmpeg {
             return Err(format!("took longer than {} s to decode", limit.as_secs_f64()).into());
         }
         let cut_short = read?;
-        let complaint = reason(&errors, path);
+        let complaint = messages.reason(path);
         if !status.success() {
             let why = complaint.unwrap_or_else(|| format!("ffmpeg ended with {status}"));
             return Err(Failure { why, killed: status.signal() == Some(libc::SIGKILL) });
@@ -157,26 +176,28 @@ impl Ffmpeg {
         if cut_short {
             return Err(String::from("ffmpeg's output ends within a frame").into());
         }
-        Ok(Decoded { complaint })
+        Ok((complaint, messages))
     }
 }
 
-fn command(path: &Path, target: &Target) -> Command {
+fn command(path: &Path, target: &Target, stream: Option<usize>) -> Command {
     let (h, w) = (target.height, target.width);
-    let filter =
-        format!("fps={},scale={w}:{h}:force_original_aspect_ratio=increase:flags={SCALING},crop={w}:{h}", target.fps);
+    // As `force_original_aspect_ratio=increase`, which takes pixels for square.
+    let cover = format!("w='max({w},round({h}*iw*sar/ih))':h='max({h},round({w}*ih/(iw*sar)))'");
+    let filter = format!("fps={},scale={cover}:flags={SCALING},crop={w}:{h}", target.fps);
+    let stream = stream.map_or("0:V:0".to_string(), |number| format!("0:{number}"));
     // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
     let mut input = std::ffi::OsString::from("file:");
     input.push(path);
     let mut command = Command::new("ffmpeg");
     command
-        .args(["-nostdin", "-hide_banner", "-loglevel", "error"])
+        .args(["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"])
         // A playlist posing as a video must not open connections.
         .args(["-protocol_whitelist", "file,pipe"])
         // One thread each: many videos are decoded side by side.
         .args(["-threads", "1", "-filter_threads", "1", "-i"])
         .arg(input)
-        .args(["-map", "0:v:0", "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
+        .args(["-map", &stream, "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
         .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -202,36 +223,6 @@ fn frames(
             }
         }
         store(&frame).map_err(|e| e.to_string())?;
-    }
-}
-
-/// The beginning of what a child says on its error channel, which is read to its end lest the child waits.
-fn errors_of(mut stderr: impl Read) -> String {
-    let mut kept = Vec::new();
-    // A failed read ends the text; the exit status still tells.
-    let _ = stderr.by_ref().take(MAX_ERRORS).read_to_end(&mut kept);
-    let _ = std::io::copy(&mut stderr, &mut std::io::sink());
-    String::from_utf8_lossy(&kept).into_owned()
-}
-
-/// The last line of the errors, with the one before it where the last is the usual summary about the file; without the
-/// file's name and what changes from run to run.
-fn reason(errors: &str, path: &Path) -> Option<String> {
-    let name = format!("file:{}: ", path.display());
-    let mut lines = errors.lines().map(str::trim).filter(|line| !line.is_empty()).rev();
-    let last = lines.next()?;
-    let Some(summary) = last.strip_prefix(&name) else { return Some(without_address(last).into()) };
-    match lines.next().map(|line| without_address(line.strip_prefix(&name).unwrap_or(line))) {
-        Some(line) => Some(format!("{line} ({summary})")),
-        None => Some(summary.into()),
-    }
-}
-
-/// `[mov @ 0x55d0] text` without what is in brackets.
-fn without_address(line: &str) -> &str {
-    match line.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
-        Some((source, text)) if source.contains(" @ 0x") => text,
-        _ => line,
     }
 }
 

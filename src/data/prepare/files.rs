@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::sys::files::{read, what};
 use crate::{Error, Result};
 
 /// File name endings taken for videos, in lower case.
@@ -22,14 +23,41 @@ pub struct VideoFile {
     pub stem: String,
 }
 
-/// All video files below the folders `parts` of `root` (below all of `root` where none of them is there), sorted.
+impl VideoFile {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or_default()
+    }
+}
+
+/// What lies below a folder of videos and is none of them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Unused {
+    /// Why it is not used.
+    pub why: &'static str,
+    /// Its path below the folder of videos.
+    pub path: String,
+}
+
+/// What was found below a folder of videos, sorted by path.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// The videos.
+    pub videos: Vec<VideoFile>,
+    /// And everything else.
+    pub others: Vec<Unused>,
+}
+
+/// All video files below the folders `parts` of `root` (below all of `root` where none of them is there), and what else is there. The
+/// folder `out` holds no videos.
 ///
 /// # Errors
 /// [`Error::Input`] when a folder is not there or cannot be read.
-pub fn videos(root: &Path, parts: &[String]) -> Result<Vec<VideoFile>> {
-    let mut found = Vec::new();
+pub fn videos(root: &Path, parts: &[String], out: Option<&Path>) -> Result<Found> {
+    let mut found = Found::default();
+    let out = out.and_then(|out| out.canonicalize().ok());
     for part in existing(root, parts) {
-        walk(root, &part, DEPTH, &mut found)?;
+        walk(root, &part, (DEPTH, out.as_deref()), &mut found)?;
     }
     Ok(found)
 }
@@ -45,19 +73,43 @@ pub fn folder(root: &Path, below: &str) -> PathBuf {
     if below.is_empty() { root.to_path_buf() } else { root.join(below) }
 }
 
-fn walk(root: &Path, below: &str, depth: usize, found: &mut Vec<VideoFile>) -> Result<()> {
-    for (name, is_folder) in entries(&folder(root, below))? {
+fn walk(root: &Path, below: &str, (depth, out): (usize, Option<&Path>), found: &mut Found) -> Result<()> {
+    let dir = folder(root, below);
+    let is_out = |path: &Path| out.is_some_and(|out| path.canonicalize().is_ok_and(|path| path == out));
+    // Shards beside class folders: what this program writes there is its own.
+    let own = is_out(&dir);
+    for Entry { name, kind } in entries(&dir)? {
         let path = if below.is_empty() { name.clone() } else { format!("{below}/{name}") };
-        if is_folder {
-            if depth > 0 {
-                walk(root, &path, depth - 1, found)?;
+        let why = match kind {
+            Kind::Folder if is_out(&root.join(&path)) => continue,
+            Kind::Folder if depth > 0 => {
+                walk(root, &path, (depth - 1, out), found)?;
+                continue;
             }
-        } else if let Some(stem) = video_stem(&name) {
-            let folder = below.rsplit('/').next().unwrap_or_default().to_string();
-            found.push(VideoFile { stem: stem.to_string(), folder, path });
-        }
+            Kind::Folder => "a folder too deep in folders",
+            Kind::Other(_) if own && name == ".prepare" => continue,
+            Kind::Other(what) => what,
+            Kind::File => match video_stem(&name) {
+                Some(stem) => {
+                    let folder = below.rsplit('/').next().unwrap_or_default().to_string();
+                    found.videos.push(VideoFile { stem: stem.to_string(), folder, path });
+                    continue;
+                }
+                None if own && is_own(&name) => continue,
+                None => UNKNOWN_ENDING,
+            },
+        };
+        found.others.push(Unused { path, why });
     }
     Ok(())
+}
+
+/// Why a file that is no video is not used.
+const UNKNOWN_ENDING: &str = "its ending is none of a video";
+
+/// A name of what is written into the folder of shards.
+fn is_own(name: &str) -> bool {
+    name == "classes.txt" || [".h5", ".partial", ".tsv"].iter().any(|ending| name.ends_with(ending))
 }
 
 /// A video's name without its ending; `None` for other files.
@@ -66,37 +118,52 @@ pub fn video_stem(name: &str) -> Option<&str> {
     (!stem.is_empty() && ENDINGS.contains(&ending.to_ascii_lowercase().as_str())).then_some(stem)
 }
 
-/// The names in a folder, sorted, and whether each is a folder. Hidden ones, and links that lead nowhere, are left out.
+/// What something in a folder is. What a link leads to counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A folder.
+    Folder,
+    /// A file.
+    File,
+    /// Neither, or of no use: why.
+    Other(&'static str),
+}
+
+/// Something in a folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name; where that is no text, as near as can be.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// What is in a folder, sorted by name.
 ///
 /// # Errors
 /// [`Error::Input`] when it is not there or cannot be read.
-pub fn entries(dir: &Path) -> Result<Vec<(String, bool)>> {
+pub fn entries(dir: &Path) -> Result<Vec<Entry>> {
     let refused = |e: std::io::Error| Error::input(format!("{}: cannot read this folder: {e}", dir.display()));
-    let mut names = Vec::new();
+    let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(refused)? {
         let entry = entry.map_err(refused)?;
         let name = entry.file_name();
-        let Some(text) = name.to_str() else {
-            log::warn!("{}: {name:?} is not UTF-8 and is passed over", dir.display());
-            continue;
-        };
-        if text.starts_with('.') {
-            continue;
-        }
         let kind = entry.file_type().map_err(refused)?;
-        // What a link leads to counts.
-        let is_folder = if kind.is_symlink() {
-            match std::fs::metadata(entry.path()) {
-                Ok(target) => target.is_dir(),
-                Err(_) => continue,
-            }
-        } else {
-            kind.is_dir()
+        let kind = match name.to_str() {
+            None => Kind::Other("its name is not UTF-8"),
+            Some(text) if text.starts_with('.') => Kind::Other("hidden, as its name begins with a dot"),
+            Some(_) if kind.is_dir() => Kind::Folder,
+            Some(_) if kind.is_file() => Kind::File,
+            Some(_) => match std::fs::metadata(entry.path()) {
+                Ok(target) if target.is_dir() => Kind::Folder,
+                Ok(target) => what(&target).map_or(Kind::File, Kind::Other),
+                Err(_) => Kind::Other("a link that leads nowhere"),
+            },
         };
-        names.push((text.to_string(), is_folder));
+        found.push(Entry { name: name.to_string_lossy().into_owned(), kind });
     }
-    names.sort();
-    Ok(names)
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
 }
 
 /// The annotation file of a split: `annotations` itself if it is a file, else the first of `names` in that folder.
@@ -110,7 +177,7 @@ pub fn annotation(annotations: Option<&Path>, names: &[String]) -> Result<PathBu
             names.join(" or ")
         )));
     };
-    if place.is_file() {
+    if !place.is_dir() && place.exists() {
         return Ok(place.to_path_buf());
     }
     if !place.exists() {
@@ -118,9 +185,9 @@ pub fn annotation(annotations: Option<&Path>, names: &[String]) -> Result<PathBu
         return Err(Error::input(format!("{place}: --annotations names neither a file nor a folder that is there")));
     }
     let listed = entries(place)?;
-    names.iter().find(|name| listed.iter().any(|(n, is_folder)| n == *name && !is_folder)).map_or_else(
+    names.iter().find(|name| listed.iter().any(|entry| entry.name == **name && entry.kind == Kind::File)).map_or_else(
         || {
-            let there: Vec<&str> = listed.iter().take(10).map(|(n, _)| n.as_str()).collect();
+            let there: Vec<&str> = listed.iter().take(10).map(|entry| entry.name.as_str()).collect();
             Err(Error::input(format!(
                 "{}: no {} in this folder of annotations; it has {}",
                 place.display(),
@@ -138,7 +205,7 @@ pub fn annotation(annotations: Option<&Path>, names: &[String]) -> Result<PathBu
 /// [`Error::Input`] when it cannot be read, is not UTF-8, or is empty.
 pub fn text(path: &Path) -> Result<String> {
     let bad = |why: String| Error::input(format!("{}: {why}", path.display()));
-    let bytes = std::fs::read(path).map_err(|e| bad(format!("cannot read this file: {e}")))?;
+    let bytes = read(path).map_err(|e| bad(format!("cannot read this file: {e}")))?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
         bad(format!("line {line} is not UTF-8"))

@@ -7,6 +7,7 @@
 //! | [`plan`] | that list, shuffled and cut into shards; what is there from an earlier run |
 //! | [`shard`] | one shard: its videos decoded side by side, written in order |
 //! | [`ffmpeg`] | one video to frames, by a child process |
+//! | `messages` | what that says of the file's streams, and what went wrong |
 //! | [`record`] | what is known of finished shards, so that a killed run goes on |
 //! | [`report`] | what became of all videos; the lists of broken and missing ones |
 //!
@@ -17,6 +18,7 @@ pub mod description;
 pub mod ffmpeg;
 mod files;
 pub mod layout;
+mod messages;
 pub mod output;
 pub mod plan;
 pub mod record;
@@ -32,6 +34,9 @@ use ffmpeg::{Ffmpeg, Target};
 use plan::Plan;
 use record::{Entry, State};
 use report::{Ledger, Report, Summary};
+
+/// More videos at a time than this no machine decodes.
+const MAX_JOBS: usize = 1024;
 
 /// How to prepare.
 #[derive(Clone, Debug)]
@@ -144,7 +149,12 @@ impl Job {
         let videos: Vec<shard::Video> = shard
             .videos
             .iter()
-            .map(|v| shard::Video { id: &v.id, label: v.label, path: o.videos.join(&v.path), bytes: v.bytes })
+            .map(|v| shard::Video {
+                id: &v.id,
+                label: v.label,
+                path: o.videos.join(&v.file.path),
+                file: v.file.clone(),
+            })
             .collect();
         let recipe = shard::Recipe {
             ffmpeg: self.ffmpeg,
@@ -201,6 +211,9 @@ impl PrepareOptions {
         }
         for split in &self.splits {
             output::check_split(split)?;
+        }
+        if !(1..=MAX_JOBS).contains(&self.jobs) {
+            return Err(Error::input(format!("--jobs {}: it must be 1..={MAX_JOBS}", self.jobs)));
         }
         if !(0.0..1.0).contains(&self.test_fraction) {
             let fraction = self.test_fraction;

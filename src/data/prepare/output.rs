@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use super::record::State;
 use crate::{Error, Result};
 
+/// Videos of a shard, at most.
+const MAX_PER_SHARD: usize = 1 << 24;
+
 /// The name of shard `number` of a split: `train-00000.h5`.
 pub fn shard_path(out: &Path, split: &str, number: usize) -> PathBuf {
     out.join(format!("{split}-{number:05}.h5"))
@@ -13,8 +16,8 @@ pub fn shard_path(out: &Path, split: &str, number: usize) -> PathBuf {
 
 /// Checks what all writers of shards have in common.
 pub(crate) fn check(per_shard: usize, quality: u8) -> Result<()> {
-    if per_shard == 0 {
-        return Err(Error::input("--per-shard must be at least 1"));
+    if !(1..=MAX_PER_SHARD).contains(&per_shard) {
+        return Err(Error::input(format!("--per-shard {per_shard}: it must be 1..={MAX_PER_SHARD}")));
     }
     if !(1..=100).contains(&quality) {
         return Err(Error::input(format!("--quality {quality}: it must be 1..=100")));
@@ -24,7 +27,9 @@ pub(crate) fn check(per_shard: usize, quality: u8) -> Result<()> {
 
 /// A split's name becomes part of file names.
 pub(crate) fn check_split(split: &str) -> Result<()> {
-    if split.is_empty() || split.contains(['/', '*', '?', '[', '\0']) || split.starts_with(['.', '-']) {
+    let edges = split.trim() != split;
+    let of_file = split.contains(['/', '*', '?', '[', ']', '\t', '\n', '\r', '\0']) || split.starts_with(['.', '-']);
+    if split.is_empty() || edges || of_file {
         return Err(Error::input(format!("{split:?} cannot name a split: it becomes part of a file name")));
     }
     Ok(())

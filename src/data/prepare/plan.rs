@@ -4,16 +4,16 @@
 //! have. The order holds missing videos too: one that turns up later changes its own shard and no other.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use super::layout::{Listing, Place, Source, list, read_classes};
-use super::record::{self, Outcome, Record, State};
+use super::layout::{Listing, Place, Source, exclude, judge, list, read_classes};
+use super::record::{self, Entry, FileState, Outcome, RECIPE, Record, State};
 use super::report::{Ledger, SplitLedger, Summary};
 use super::{PrepareOptions, files, output};
-use crate::data::shard::Encoding;
+use crate::data::shard::{Encoding, ShardReader};
 use crate::sys::files::write_whole;
 use crate::{Error, Result};
 
@@ -48,9 +48,7 @@ pub struct PlannedVideo {
     /// Its class.
     pub label: i32,
     /// The file, below the folder of videos.
-    pub path: String,
-    /// The file's size.
-    pub bytes: u64,
+    pub file: FileState,
 }
 
 /// What is stored of a split's plan, and has to be the same when a run goes on.
@@ -58,6 +56,9 @@ pub struct PlannedVideo {
 struct Stored {
     settings: BTreeMap<String, String>,
     shards: usize,
+    /// The folder of videos, without links.
+    #[serde(default)]
+    videos: Option<PathBuf>,
 }
 
 const STORED: &str = "plan.json";
@@ -71,6 +72,7 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
         annotations: options.annotations.as_deref(),
         classes: options.classes.as_deref(),
         stored_classes: (!options.overwrite).then(|| classes_file.clone()),
+        out: Some(&options.out),
     };
     let mut listing = list(&options.description, &place, &options.splits)?;
     if options.test_fraction > 0.0 {
@@ -78,8 +80,11 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
     }
     let skip = read_skips(options, &listing)?;
     let mut plan = Plan { class_names: listing.class_names, shards: Vec::new() };
-    let mut ledger = Ledger::default();
+    let mut ledger = Ledger { unused: listing.unused, ..Ledger::default() };
     let mut ready = Vec::new();
+    let videos = options.videos.canonicalize().ok();
+    let names: Vec<&str> = listing.splits.iter().map(|(name, _)| name.as_str()).collect();
+    let others = others(options, &names, videos.as_deref())?;
     for (split, mut sources) in listing.splits {
         sources.sort_by_cached_key(|source| (place_of(options.seed, &split, &source.id), source.id.clone()));
         let (slots, mut account) = videos_of(options, &split, &sources, &skip)?;
@@ -88,7 +93,8 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
         let settings = settings(options, &plan.class_names);
         let there = slots.iter().flatten().count();
         let shards = shards_of(options, &split, &state, &settings, there)?;
-        if there.div_ceil(shards) > 2 * options.per_shard {
+        refuse_shared(options, &split, &slots, &others)?;
+        if there.div_ceil(shards) > options.per_shard.saturating_mul(2) {
             log::warn!(
                 "{split}: {} videos a shard, since an earlier run found fewer and made {shards} shards of them: \
                  --overwrite starts over",
@@ -101,7 +107,7 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
             let videos = slots[slice].iter().flatten().cloned().collect();
             plan.shards.push(ShardPlan { split: split.clone(), number, videos });
         }
-        ready.push((state, Stored { settings, shards }));
+        ready.push((state, Stored { settings, shards, videos: videos.clone() }));
         ledger.splits.push(account);
     }
     // Nothing has been written or removed up to here.
@@ -114,9 +120,14 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
         state.write(STORED, &stored)?;
     }
     for (task, shard) in plan.shards.iter().enumerate() {
-        match kept(options, shard) {
-            Some(record) => ledger.kept.push(Summary::new(task as u64, &record)),
-            None => ledger.todo.push(task as u64),
+        match kept(options, shard, &plan.class_names) {
+            Ok(record) => ledger.kept.push(Summary::new(task as u64, &record)),
+            Err(why) => {
+                if let Some(why) = why {
+                    log::info!("{}: shard {} is made again: {why}", shard.split, shard.number);
+                }
+                ledger.todo.push(task as u64);
+            }
         }
     }
     ledger.todo_videos = ledger.todo.iter().map(|&task| plan.shards[task as usize].videos.len()).sum();
@@ -166,9 +177,8 @@ fn videos_of(
             slots.push(None);
             continue;
         }
-        // A file that cannot be looked at is for ffmpeg to complain about.
-        let bytes = std::fs::metadata(options.videos.join(path)).map_or(0, |meta| meta.len());
-        slots.push(Some(PlannedVideo { id: source.id.clone(), label: source.label, path: path.clone(), bytes }));
+        let file = FileState::of(&options.videos, path);
+        slots.push(Some(PlannedVideo { id: source.id.clone(), label: source.label, file }));
     }
     if slots.iter().flatten().next().is_none() {
         return Err(Error::input(format!(
@@ -261,21 +271,101 @@ fn store_classes(options: &PrepareOptions, file: &Path, names: &[String]) -> Res
     write_whole(file, (names.join("\n") + "\n").as_bytes())
 }
 
-/// The record of a shard that need not be made again, without the videos that are now to be skipped.
-fn kept(options: &PrepareOptions, shard: &ShardPlan) -> Option<Record> {
-    let mut record: Record = State::new(&options.out, &shard.split).read(&record::name(shard.number))?;
+/// The splits that earlier runs made of the same folder of videos beside `mine`, each with its videos' paths.
+fn others(options: &PrepareOptions, mine: &[&str], videos: Option<&Path>) -> Result<Vec<(String, HashSet<String>)>> {
+    let mut others = Vec::new();
+    for (name, state) in State::all(&options.out)? {
+        let Some(stored) = state.read::<Stored>(STORED) else { continue };
+        if mine.contains(&name.as_str()) || stored.videos.as_deref() != videos || videos.is_none() {
+            continue;
+        }
+        let records = (0..stored.shards).filter_map(|n| state.read::<Record>(&record::name(n)));
+        let written = |entry: Entry| matches!(entry.outcome, Outcome::Written { .. }).then_some(entry.file.path);
+        others.push((name, records.flat_map(|record| record.videos).filter_map(written).collect()));
+    }
+    Ok(others)
+}
+
+/// Refuses a split with the videos of one that is there.
+fn refuse_shared(
+    options: &PrepareOptions,
+    split: &str,
+    slots: &[Option<PlannedVideo>],
+    others: &[(String, HashSet<String>)],
+) -> Result<()> {
+    let mine: Vec<&str> = slots.iter().flatten().map(|video| video.file.path.as_str()).collect();
+    for (other, theirs) in others.iter().filter(|(other, _)| exclude(split, other)) {
+        let shared: Vec<&str> = mine.iter().copied().filter(|path| theirs.contains(*path)).collect();
+        let counts = (shared.len(), mine.len().min(theirs.len()));
+        judge(options.description.layout, (split, other), counts, shared.first().copied())?;
+    }
+    Ok(())
+}
+
+/// The record of a shard that need not be made again, without the videos that are now to be skipped; else why it must be, where
+/// that is not known already.
+fn kept(
+    options: &PrepareOptions,
+    shard: &ShardPlan,
+    class_names: &[String],
+) -> std::result::Result<Record, Option<String>> {
+    let state = State::new(&options.out, &shard.split);
+    let mut record: Record = state.read(&record::name(shard.number)).ok_or(None)?;
     let planned: HashMap<&str, &PlannedVideo> = shard.videos.iter().map(|v| (v.id.as_str(), v)).collect();
     let in_shard = |outcome: &Outcome| matches!(outcome, Outcome::Written { .. });
-    // A video that is in the shard but no longer wanted, or one that could be tried again.
-    let stale = record.videos.iter().any(|entry| match planned.contains_key(entry.id.as_str()) {
-        false => in_shard(&entry.outcome),
-        true => options.retry_broken && matches!(entry.outcome, Outcome::Broken { .. }),
-    });
+    for entry in &record.videos {
+        let of_cover = |outcome: &Outcome| {
+            matches!(outcome, Outcome::Short { frames: ..=1 } | Outcome::Written { frames: ..=1, .. })
+        };
+        let why = match planned.contains_key(entry.id.as_str()) {
+            false if in_shard(&entry.outcome) => "is no longer to be in it",
+            true if options.retry_broken && matches!(entry.outcome, Outcome::Broken { .. }) => "is tried again",
+            true if record.recipe < RECIPE && of_cover(&entry.outcome) => "may have been taken for its cover picture",
+            _ => continue,
+        };
+        return Err(Some(format!("{} {why}", entry.id)));
+    }
+    let all = record.videos.len();
     record.videos.retain(|entry| planned.contains_key(entry.id.as_str()));
-    let same = record.videos.iter().map(|e| (&e.id, e.bytes)).eq(shard.videos.iter().map(|v| (&v.id, v.bytes)));
+    let mut refreshed = record.videos.len() == all;
+    if !record.videos.iter().map(|entry| &entry.id).eq(shard.videos.iter().map(|video| &video.id)) {
+        return Err(Some("it is to hold other videos".into()));
+    }
+    let stored = labels_in_shard(options, shard, &record);
+    for (entry, video) in record.videos.iter_mut().zip(&shard.videos) {
+        if !entry.file.is_same(&video.file, &options.videos) {
+            return Err(Some(format!("the file of {} has changed", entry.id)));
+        }
+        let label = entry.label.or_else(|| stored.get(&entry.id).copied());
+        if in_shard(&entry.outcome) && label != Some(video.label) {
+            let name = |label: i32| class_names.get(label as usize).map_or("?", String::as_str);
+            let was = label.map_or(String::new(), |label| format!(", not {:?}", name(label)));
+            return Err(Some(format!("{} is of class {:?} now{was}", entry.id, name(video.label))));
+        }
+        let file = FileState { content: entry.file.content, ..video.file.clone() };
+        let label = Some(video.label);
+        refreshed &= (&entry.file, entry.label) == (&file, label);
+        (entry.file, entry.label) = (file, label);
+    }
     let path = output::shard_path(&options.out, &shard.split, shard.number);
-    let whole = std::fs::metadata(path).map_or(0, |meta| meta.len()) == record.bytes;
-    (same && whole && !stale).then_some(record)
+    if std::fs::metadata(path).map_or(0, |meta| meta.len()) != record.bytes {
+        return Err(Some("its file is not there, or of another size".into()));
+    }
+    // So that no content need be compared the next time.
+    if !refreshed && let Err(e) = state.write(&record::name(shard.number), &record) {
+        log::debug!("{e}");
+    }
+    Ok(record)
+}
+
+/// The labels of a shard whose record is an earlier version's and has none.
+fn labels_in_shard(options: &PrepareOptions, shard: &ShardPlan, record: &Record) -> HashMap<String, i32> {
+    if record.videos.iter().all(|entry| entry.label.is_some()) {
+        return HashMap::new();
+    }
+    let path = output::shard_path(&options.out, &shard.split, shard.number);
+    let read = ShardReader::open(&path).map(|shard| shard.ids.into_iter().zip(shard.labels).collect());
+    read.unwrap_or_default()
 }
 
 /// The ids to leave out.

@@ -4,9 +4,12 @@
 //! shard has its own name. Whatever moment a run is killed at, the next one finds a shard finished or makes it anew.
 
 use std::fs::{File, TryLockError};
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::sys::files::write_whole;
 use crate::{Error, Result};
@@ -39,10 +42,67 @@ pub enum Outcome {
 pub struct Entry {
     /// Its id.
     pub id: String,
-    /// Size of its file, by which a replaced one is told.
-    pub bytes: u64,
+    /// Its class; `None` in records of earlier versions, as what follows.
+    #[serde(default)]
+    pub label: Option<i32>,
+    /// Its file.
+    #[serde(flatten)]
+    pub file: FileState,
     /// What became of it.
     pub outcome: Outcome,
+}
+
+/// By what a video's file is told from one that has replaced it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileState {
+    /// Its path below the folder of videos.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub path: String,
+    /// Its size.
+    pub bytes: u64,
+    /// When it was changed, in nanoseconds since 1970; 0: unknown.
+    #[serde(default)]
+    pub modified: u64,
+    /// XXH3-64 of its content; 0: unknown.
+    #[serde(default)]
+    pub content: u64,
+}
+
+impl FileState {
+    /// The file `path` below `videos`, its content unread. What cannot be looked at is for ffmpeg to complain about.
+    pub fn of(videos: &Path, path: &str) -> Self {
+        let meta = std::fs::metadata(videos.join(path)).ok();
+        let modified = meta.as_ref().and_then(|meta| meta.modified().ok()?.duration_since(UNIX_EPOCH).ok());
+        FileState {
+            path: path.into(),
+            bytes: meta.map_or(0, |meta| meta.len()),
+            modified: modified.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0)),
+            content: 0,
+        }
+    }
+
+    /// Whether the file `now` has the content that this one had. Its bytes are read only where its time has changed, or its path.
+    pub fn is_same(&self, now: &FileState, videos: &Path) -> bool {
+        let untouched = self.path == now.path && self.modified == now.modified;
+        // Of an earlier version's record the size is all there is.
+        let unknown = self.content == 0;
+        self.bytes == now.bytes && (untouched || unknown || content(&videos.join(&now.path)) == self.content)
+    }
+}
+
+/// XXH3-64 of a file's content, 0 where it cannot be read.
+pub fn content(path: &Path) -> u64 {
+    let read = || -> std::io::Result<u64> {
+        let (mut hash, mut file) = (Xxh3::new(), File::open(path)?);
+        let mut block = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut block)? {
+                0 => return Ok(hash.digest()),
+                n => hash.update(&block[..n]),
+            }
+        }
+    };
+    if std::fs::metadata(path).is_ok_and(|meta| meta.is_file()) { read().unwrap_or(0) } else { 0 }
 }
 
 /// A finished shard.
@@ -52,7 +112,13 @@ pub struct Record {
     pub bytes: u64,
     /// Its videos, in order, those that are not in it too.
     pub videos: Vec<Entry>,
+    /// How they were decoded: [`RECIPE`].
+    #[serde(default)]
+    pub recipe: u32,
 }
+
+/// Which picture of a file is a video's, by number; an earlier one took a cover for the video.
+pub const RECIPE: u32 = 1;
 
 /// The folder with the records of one split.
 #[derive(Clone, Debug)]
@@ -84,6 +150,25 @@ impl State {
             Ok(()) => {}
         }
         Ok(file)
+    }
+
+    /// Those of all splits in the folder of shards, by name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be read.
+    pub fn all(out: &Path) -> Result<Vec<(String, Self)>> {
+        let dir = out.join(".prepare");
+        let entries = match std::fs::read_dir(&dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|e| Error::io(&dir, e))?,
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(|e| Error::io(&dir, e))?.file_name();
+            all.extend(name.to_str().map(|name| (name.to_string(), State::new(out, name))));
+        }
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
     }
 
     /// Reads `name`; `None` where it is not there or not whole.

@@ -1,11 +1,12 @@
 //! What became of all videos, and the lists of those that need attention.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::files::Unused;
 use super::plan::Plan;
 use super::record::{Entry, Outcome, Record};
 use super::{PrepareOptions, output};
@@ -22,6 +23,8 @@ pub struct Ledger {
     /// Shards that an earlier run has finished.
     pub(super) kept: Vec<Summary>,
     pub(super) splits: Vec<SplitLedger>,
+    /// What lies below the folder of videos and is in no split.
+    pub unused: Vec<Unused>,
     /// Other runs stay out while these live.
     pub(super) locks: Vec<File>,
 }
@@ -56,6 +59,8 @@ pub struct Summary {
     written: usize,
     frames: u64,
     notes: Vec<Entry>,
+    /// Written videos of each class, by label.
+    classes: BTreeMap<i32, u64>,
 }
 
 impl Summary {
@@ -65,7 +70,12 @@ impl Summary {
             _ => None,
         });
         let silent = |entry: &&Entry| !matches!(entry.outcome, Outcome::Written { complaint: None, .. });
+        let mut classes = BTreeMap::new();
+        for entry in record.videos.iter().filter(|entry| matches!(entry.outcome, Outcome::Written { .. })) {
+            *classes.entry(entry.label.unwrap_or(-1)).or_default() += 1;
+        }
         Summary {
+            classes,
             task,
             bytes: record.bytes,
             written: frames.clone().count(),
@@ -112,6 +122,8 @@ pub struct Report {
     pub quarantine: Option<PathBuf>,
     /// The list of missing videos; absent if there are none.
     pub missing_list: Option<PathBuf>,
+    /// Classes of which no video was written.
+    pub without: Vec<String>,
 }
 
 /// How many broken videos a report shows.
@@ -132,6 +144,9 @@ pub(super) fn finish(
         let (got, wanted) = (all.len(), plan.shards.len());
         return Err(Error::Run(format!("{got} shards are done ({earlier} earlier), not each of {wanted} once")));
     }
+    let unused: Vec<[String; 2]> =
+        ledger.unused.iter().map(|unused| [unused.path.clone(), unused.why.to_string()]).collect();
+    write_list(&unused_list(&options.out), ["path", "why"], &unused)?;
     let mut reports = Vec::new();
     for account in &ledger.splits {
         let of_split =
@@ -167,8 +182,10 @@ fn split<'a>(
         ..Report::default()
     };
     let mut notes = Vec::new();
+    let mut classes = BTreeSet::new();
     for (earlier, summary) in shards {
         let shard = &plan.shards[summary.task as usize];
+        classes.extend(summary.classes.keys().copied());
         report.written += summary.written;
         report.frames += summary.frames;
         report.bytes += summary.bytes;
@@ -178,7 +195,7 @@ fn split<'a>(
         }
         let paths: HashMap<&str, &str> = match summary.notes.is_empty() {
             true => HashMap::new(),
-            false => shard.videos.iter().map(|v| (v.id.as_str(), v.path.as_str())).collect(),
+            false => shard.videos.iter().map(|v| (v.id.as_str(), v.file.path.as_str())).collect(),
         };
         for entry in &summary.notes {
             let (count, what, why) = match &entry.outcome {
@@ -202,20 +219,28 @@ fn split<'a>(
     let mut missing: Vec<[String; 4]> =
         account.missing.iter().map(|id| [id.clone(), "missing".into(), "no such file".into(), String::new()]).collect();
     missing.sort();
-    report.quarantine = write_list(&options.out.join(format!("quarantine-{}.tsv", account.name)), &notes)?;
-    report.missing_list = write_list(&options.out.join(format!("missing-{}.tsv", account.name)), &missing)?;
+    let names = plan.class_names.iter().enumerate();
+    report.without = names.filter(|(k, _)| !classes.contains(&(*k as i32))).map(|(_, name)| name.clone()).collect();
+    let path = |what: &str| options.out.join(format!("{what}-{}.tsv", account.name));
+    report.quarantine = write_list(&path("quarantine"), ["id", "what", "why", "path"], &notes)?;
+    report.missing_list = write_list(&path("missing"), ["id", "what", "why", "path"], &missing)?;
     Ok(report)
 }
 
-/// Writes a list of videos; an empty one is not written, and one that an earlier run left is removed.
-fn write_list(path: &Path, rows: &[[String; 4]]) -> Result<Option<PathBuf>> {
+/// The list of what lies below the folder of videos and is in no split.
+pub fn unused_list(out: &Path) -> PathBuf {
+    out.join("unused.tsv")
+}
+
+/// Writes a list; an empty one is not written, and one that an earlier run left is removed.
+fn write_list<const N: usize>(path: &Path, header: [&str; N], rows: &[[String; N]]) -> Result<Option<PathBuf>> {
     if rows.is_empty() {
         return match std::fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
             _ => Ok(None),
         };
     }
-    let mut text = String::from("id\twhat\twhy\tpath\n");
+    let mut text = header.join("\t") + "\n";
     for row in rows {
         text.push_str(&row.each_ref().map(|s| s.replace(['\t', '\n', '\r'], " ")).join("\t"));
         text.push('\n');

@@ -5,9 +5,10 @@ use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::ffmpeg::{Decoded, Failure, Ffmpeg, Target};
-use super::record::{Entry, Outcome, Record};
+use super::record::{Entry, FileState, Outcome, RECIPE, Record, content};
 use crate::data::jpeg;
 use crate::data::shard::{Encoding, ShardHeader, ShardWriter};
+use crate::sys::files::what;
 use crate::{Error, Result};
 
 /// A video to decode.
@@ -19,8 +20,8 @@ pub struct Video<'a> {
     pub label: i32,
     /// The file.
     pub path: std::path::PathBuf,
-    /// The file's size.
-    pub bytes: u64,
+    /// The same as it was when the run was planned.
+    pub file: FileState,
 }
 
 /// How videos are decoded and stored.
@@ -45,6 +46,8 @@ type Frames = Vec<Vec<u8>>;
 
 /// A shard in which not one of at least this many videos can be decoded says more about the machine than the videos.
 const SUSPICIOUS: usize = 10;
+/// A video's frames are in memory until all are decoded: more than this are not taken.
+const MAX_BYTES: usize = 4 << 30;
 /// After so many it is not waited for the shard's end.
 const ENOUGH: usize = 100;
 
@@ -65,10 +68,10 @@ pub fn make(
     in_order(
         videos.len(),
         recipe.jobs,
-        |i| recipe.decode(&videos[i].path),
+        |i| recipe.decode(&videos[i].path).map(|decoded| (decoded, content(&videos[i].path))),
         |i, decoded| {
             let video = &videos[i];
-            let (outcome, frames) = decoded?;
+            let ((outcome, frames), content) = decoded?;
             if let Outcome::Written { .. } = outcome {
                 let mut open = match writer.take() {
                     Some(open) => open,
@@ -77,7 +80,8 @@ pub fn make(
                 open.append(video.id, video.label, &frames)?;
                 writer = Some(open);
             }
-            let entry = Entry { id: video.id.into(), bytes: video.bytes, outcome };
+            let file = FileState { content, ..video.file.clone() };
+            let entry = Entry { id: video.id.into(), label: Some(video.label), file, outcome };
             done(&entry)?;
             entries.push(entry);
             if entries.len() == ENOUGH { refuse_if_all_broken(path, &entries) } else { Ok(()) }
@@ -101,12 +105,16 @@ pub fn make(
             0
         }
     };
-    Ok(Record { bytes, videos: entries })
+    Ok(Record { bytes, videos: entries, recipe: RECIPE })
 }
 
 /// A video is broken if its file can be opened or its permissions forbid it; else the file system has changed under the run,
 /// and no video must be given up for that.
 fn broken(path: &Path, why: String) -> Result<Outcome> {
+    // To open a named pipe would be to wait for whoever writes to it.
+    if let Some(what) = std::fs::metadata(path).ok().and_then(|meta| what(&meta)) {
+        return Ok(Outcome::Broken { why: format!("{what}, no file") });
+    }
     match std::fs::File::open(path) {
         Err(e) if e.kind() != std::io::ErrorKind::PermissionDenied => Err(Error::Run(format!(
             "{}: was there when the run was planned and cannot be opened now: {e}. Once the folder of videos is there \
@@ -142,10 +150,10 @@ impl Recipe<'_> {
         }
         let count = frames.len() as u64;
         Ok(match decoded {
-            Ok(Decoded { complaint }) if count >= self.min_frames.max(1) as u64 => {
+            Ok(Decoded { complaint, .. }) if count >= self.min_frames.max(1) as u64 => {
                 (Outcome::Written { frames: count, complaint }, frames)
             }
-            Ok(Decoded { complaint: Some(why) }) if count == 0 => (broken(path, why)?, Vec::new()),
+            Ok(Decoded { complaint: Some(why), .. }) if count == 0 => (broken(path, why)?, Vec::new()),
             Ok(_) => (Outcome::Short { frames: count }, Vec::new()),
             Err(Failure { why, .. }) => (broken(path, why)?, Vec::new()),
         })
@@ -153,16 +161,36 @@ impl Recipe<'_> {
 
     /// What ffmpeg makes of one video, and the frames that came.
     fn frames(&self, path: &Path) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
+        let (decoded, frames) = self.frames_of_stream(path, None)?;
+        match decoded {
+            Ok(Decoded { shown: Some(stream), .. }) => self.frames_of_stream(path, Some(stream)),
+            decoded => Ok((decoded, frames)),
+        }
+    }
+
+    fn frames_of_stream(
+        &self,
+        path: &Path,
+        stream: Option<usize>,
+    ) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
         let (h, w) = (self.target.height, self.target.width);
-        let mut frames = Vec::new();
+        let (mut frames, mut bytes) = (Vec::new(), 0);
         let mut store = |rgb: &[u8]| -> Result<()> {
-            frames.push(match self.encoding {
+            let frame = match self.encoding {
                 Encoding::Raw => rgb.to_vec(),
                 Encoding::Jpeg => jpeg::encode(rgb, h, w, self.quality)?,
-            });
+            };
+            bytes += frame.len();
+            if bytes > MAX_BYTES {
+                return Err(Error::input(format!(
+                    "its frames take more than {} GiB: lower --max-seconds, --fps or the frames' size",
+                    MAX_BYTES >> 30
+                )));
+            }
+            frames.push(frame);
             Ok(())
         };
-        let decoded = self.ffmpeg.decode(path, self.target, &mut store)?;
+        let decoded = self.ffmpeg.decode(path, self.target, stream, &mut store)?;
         Ok((decoded, frames))
     }
 }
@@ -203,7 +231,7 @@ fn in_order<T: Send>(
             if guard.stop || guard.next == n {
                 return;
             }
-            if guard.next >= guard.taken + 2 * threads {
+            if guard.next >= guard.taken.saturating_add(threads.saturating_mul(2)) {
                 guard = wait(guard);
                 continue;
             }

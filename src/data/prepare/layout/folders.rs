@@ -1,37 +1,72 @@
 //! Class folders: `CLASS/video.mp4`.
 
+use std::collections::BTreeSet;
+
 use super::{Place, Row, Rows, nothing_in};
-use crate::data::prepare::description::SplitDescription;
-use crate::data::prepare::files::{entries, existing, folder, video_stem};
+use crate::data::prepare::description::{Description, SplitDescription};
+use crate::data::prepare::files::{Kind, Unused, entries, existing, folder, videos};
 use crate::{Error, Result};
 
-pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
-    let mut classes = Vec::new();
-    let mut rows = Vec::new();
-    for part in existing(place.videos, &split.videos) {
-        let dir = folder(place.videos, &part);
-        for (class, _) in entries(&dir)?.into_iter().filter(|(_, is_folder)| *is_folder) {
-            let of_class = dir.join(&class);
-            for (file, is_folder) in entries(&of_class)? {
-                if is_folder || video_stem(&file).is_none() {
-                    continue;
-                }
-                let below = if part.is_empty() { String::new() } else { format!("{part}/") };
-                let path = Some(format!("{below}{class}/{file}"));
-                let (id, at) = (format!("{class}/{file}"), of_class.display().to_string());
-                rows.push(Row { id, class: class.clone(), path, at });
+pub(super) fn rows(description: &Description, split: &SplitDescription, place: &Place) -> Result<Rows> {
+    let parts = existing(place.videos, &split.videos);
+    if !split.videos.is_empty() && parts == [String::new()] {
+        refuse_those_of_others(description, split, place)?;
+    }
+    let found = videos(place.videos, &split.videos, place.out)?;
+    let (mut rows, mut others) = (Vec::new(), found.others);
+    for file in found.videos {
+        let of_part = |part: &&String| part.is_empty() || file.path.starts_with(&format!("{part}/"));
+        let part = parts.iter().find(of_part).map_or("", String::as_str);
+        let below = file.path[part.len()..].trim_start_matches('/');
+        match below.split('/').collect::<Vec<_>>()[..] {
+            [class, name] => {
+                let at = place.videos.join(part).join(class).display().to_string();
+                let id = format!("{class}/{name}");
+                rows.push(Row { id, class: class.to_string(), path: Some(file.path.clone()), at });
             }
-            classes.push(class);
+            [_] => others.push(Unused { path: file.path, why: "beside the class folders, in none" }),
+            _ => others.push(Unused { path: file.path, why: "in a folder below its class's" }),
         }
     }
-    classes.sort();
-    classes.dedup();
-    if classes.is_empty() {
+    let classes: BTreeSet<String> = rows.iter().map(|row| row.class.clone()).collect();
+    let mut folders = 0;
+    for part in &parts {
+        for entry in entries(&folder(place.videos, part))?.into_iter().filter(|entry| entry.kind == Kind::Folder) {
+            folders += 1;
+            let path = if part.is_empty() { entry.name.clone() } else { format!("{part}/{}", entry.name) };
+            if !classes.contains(&entry.name) && !place.is_out(&path) {
+                others.push(Unused { path, why: "a folder without a video in it is no class" });
+            }
+        }
+    }
+    if folders == 0 {
         let dir = place.videos.display();
         return Err(Error::input(format!("{dir}: no class folders in it (expected CLASS/video.mp4)")));
     }
     if rows.is_empty() {
-        return Err(nothing_in(place.videos, &format!("in its {} class folders", classes.len())));
+        let deeper = others.iter().find(|other| other.why.contains("below its class"));
+        let hint = deeper.map(|file| {
+            format!(
+                ". {} lies deeper: give --videos the folder with the classes in it, or describe the splits' folders \
+                 (datasets/folders)",
+                file.path
+            )
+        });
+        let nothing = nothing_in(place.videos, &format!("in its {folders} class folders"));
+        return Err(Error::input(format!("{nothing}{}", hint.unwrap_or_default())));
     }
-    Ok(Rows { rows, classes: Some(classes) })
+    Ok(Rows { rows, classes: Some(classes.into_iter().collect()), others, there: Vec::new() })
+}
+
+/// Where a split has no folder of its own, all of the folder of videos is its own: but not if other splits have theirs there.
+fn refuse_those_of_others(description: &Description, split: &SplitDescription, place: &Place) -> Result<()> {
+    let of_others =
+        description.splits.values().flat_map(|other| &other.videos).find(|part| place.videos.join(part).is_dir());
+    of_others.map_or(Ok(()), |other| {
+        Err(Error::input(format!(
+            "{}: no folder {} in it, though there is {other} of another split",
+            place.videos.display(),
+            split.videos.join(" or ")
+        )))
+    })
 }

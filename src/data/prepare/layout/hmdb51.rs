@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Named, Place, Row, Rows, found_videos};
+use super::named::Named;
+use super::{Place, Row, Rows, found_videos};
 use crate::data::prepare::description::SplitDescription;
 use crate::data::prepare::files::{entries, text};
 use crate::{Error, Result};
@@ -17,7 +18,8 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
     let lists = |pattern: &String| -> Vec<(String, String)> {
         let (before, after) = pattern.split_once('*').unwrap_or((pattern, ""));
         let class = |name: &str| name.strip_prefix(before)?.strip_suffix(after).map(str::to_string);
-        let mut lists: Vec<_> = listed.iter().filter_map(|(n, _)| Some((class(n)?, n.clone()))).collect();
+        let mut lists: Vec<_> =
+            listed.iter().filter_map(|file| Some((class(&file.name)?, file.name.clone()))).collect();
         lists.sort();
         lists
     };
@@ -27,7 +29,8 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
         return Err(Error::input(format!("{}: no {pattern} in this folder of annotations", dir.display())));
     }
     let found = found_videos(split, place)?;
-    let named = Named::new(&found, &[]);
+    let classes: Vec<String> = lists.iter().map(|(class, _)| class.clone()).collect();
+    let mut named = Named::new(&found.videos, &classes, &[]);
     let mut rows: BTreeMap<String, Row> = BTreeMap::new();
     for (class, file) in &lists {
         let list = dir.join(file);
@@ -50,12 +53,13 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
                 continue;
             }
             let id = format!("{class}/{name}");
-            let row = Row { id: id.clone(), class: class.clone(), path: named.find(class, name), at: at.clone() };
+            let path = named.find(class, name).map_err(|e| e.within(&at))?;
+            let row = Row { id: id.clone(), class: class.clone(), path, at: at.clone() };
             if rows.insert(id, row).is_some() {
                 return Err(bad(format!("{name} is listed twice")));
             }
         }
     }
-    let classes = lists.into_iter().map(|(class, _)| class).collect();
-    Ok(Rows { rows: rows.into_values().collect(), classes: Some(classes) })
+    named.conclude()?;
+    Ok(Rows { rows: rows.into_values().collect(), classes: Some(classes), ..Rows::of(found) })
 }

@@ -16,6 +16,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 
+use super::shared::means;
 use super::{Place, Row, Rows, found_videos, spelling};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{VideoFile, annotation, text};
@@ -36,17 +37,18 @@ struct Annotation {
     at: String,
 }
 
-pub(super) fn rows(description: &Description, split: &SplitDescription, place: &Place) -> Result<Rows> {
+pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), place: &Place) -> Result<Rows> {
+    let (name, split) = split;
     let file = annotation(place.annotations, &split.annotations)?;
     let content = text(&file)?;
     let all = match content.trim_start().starts_with('{') {
         true => json_rows(&file, &content)?,
         false => csv_rows(&file, &content, description.columns.as_deref())?,
     };
-    let all = of_subset(&file, all, split.subset.as_deref())?;
+    let all = of_subset(&file, all, name, split.subset.as_deref())?;
     let found = found_videos(split, place)?;
     let mut clips: HashMap<Key, Vec<&VideoFile>> = HashMap::new();
-    for video in &found {
+    for video in &found.videos {
         if let Some(key) = key_of(&video.stem) {
             clips.entry(key).or_default().push(video);
         }
@@ -78,41 +80,53 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         log::warn!("{}: {repeated} clips are listed more than once and count once", file.display());
     }
     let taken = rows.iter().filter(|row| row.path.is_some()).count();
-    if taken < found.len() {
-        let (more, videos) = (found.len() - taken, place.videos.display());
-        log::info!(
-            "{more} of the {} video files below {videos} are in no list, or copies, and are left out",
-            found.len()
-        );
-    }
     if taken == 0 {
         return Err(Error::input(format!(
             "{}: none of its {} clips is among the {} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
             file.display(),
             rows.len(),
-            found.len(),
+            found.videos.len(),
             place.videos.display(),
             rows.first().map_or("", |row| row.id.as_str())
         )));
     }
-    Ok(Rows { rows, classes: None })
+    Ok(Rows { rows, ..Rows::of(found) })
 }
 
-/// The entries of one subset, if one is asked for.
-fn of_subset(file: &Path, all: Vec<Annotation>, subset: Option<&str>) -> Result<Vec<Annotation>> {
-    let Some(subset) = subset else { return Ok(all) };
+/// The entries of one subset: of the one that is asked for, else of the one that is called as the split is where a list is of several.
+fn of_subset(file: &Path, all: Vec<Annotation>, name: &str, subset: Option<&str>) -> Result<Vec<Annotation>> {
     let total = all.len();
-    let mut values: Vec<String> = all.iter().filter_map(|a| a.subset.clone()).collect();
-    let kept: Vec<Annotation> = all.into_iter().filter(|a| a.subset.as_deref() == Some(subset)).collect();
+    let mut values: Vec<&str> = all.iter().filter_map(|a| a.subset.as_deref()).collect();
+    values.sort_unstable();
+    values.dedup();
+    let wanted: Vec<String> = match (subset, &values[..]) {
+        (Some(subset), _) => vec![subset.to_string()],
+        // A list of one split, whatever that is called there.
+        (None, []) => return Ok(all),
+        (None, [one]) if !is_of_another(one, name) => return Ok(all),
+        (None, values) => values.iter().filter(|value| means(value, name)).map(|value| value.to_string()).collect(),
+    };
+    let values = format!("{values:?}");
+    let kept: Vec<Annotation> =
+        all.into_iter().filter(|a| a.subset.as_ref().is_some_and(|s| wanted.contains(s))).collect();
     if kept.is_empty() {
-        values.sort();
-        values.dedup();
+        let wanted = subset.unwrap_or(name);
         return Err(Error::input(format!(
-            "{}: none of {total} entries is of the split {subset:?}; there are {values:?}",
+            "{}: none of {total} entries is of the split {wanted:?}; there are {values}. Give --split one of these, or `subset` in a \
+             description of the dataset (datasets/README.md)",
             file.display()
         )));
     }
+    if kept.len() < total {
+        log::info!("{}: {} of {total} entries are of the split {name:?}", file.display(), kept.len());
+    }
     Ok(kept)
+}
+
+/// Whether a list of the one split `value` is another's than `name`: both are common words, and differ.
+fn is_of_another(value: &str, name: &str) -> bool {
+    let common = |word: &str| ["train", "val", "test"].iter().any(|known| means(word, known));
+    common(value) && common(name) && !means(value, name)
 }
 
 /// How a clip is called: `ID_SSSSSS_EEEEEE`.
@@ -161,6 +175,10 @@ fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Ve
         }
     };
     let find = |name: &str| header.iter().position(|column| column == name);
+    // What else a list may call its column of splits: passed over, it would mix them.
+    let is_split = |column: &String| {
+        ["split", "subset", "set", "partition", "usage"].contains(&column.to_ascii_lowercase().as_str())
+    };
     let column = |name: &str| {
         find(name).ok_or_else(|| {
             let mut why = format!("no column {name:?}: there are {}", header.join(", "));
@@ -175,7 +193,8 @@ fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Ve
         })
     };
     let (label, id) = (column("label")?, column("youtube_id")?);
-    let (start, end, subset) = (column("time_start")?, column("time_end")?, find("split"));
+    let (start, end, subset) =
+        (column("time_start")?, column("time_end")?, find("split").or_else(|| header.iter().position(is_split)));
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|e| bad(table_error(&e, header.len())))?;

@@ -3,13 +3,18 @@
 mod folders;
 mod hmdb51;
 mod kinetics;
+mod named;
+mod shared;
 mod ucf101;
 
-use std::collections::{BTreeSet, HashMap};
+pub(in crate::data) use shared::exclude;
+pub(super) use shared::judge;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::description::{Description, Layout, SplitDescription};
-use super::files;
+use super::files::{self, Unused};
 use crate::{Error, Result};
 
 /// One video of a split.
@@ -30,6 +35,8 @@ pub struct Listing {
     pub class_names: Vec<String>,
     /// Each split's videos, by id.
     pub splits: Vec<(String, Vec<Source>)>,
+    /// What lies below the folder of videos and is in none of them, sorted.
+    pub unused: Vec<Unused>,
 }
 
 /// Where a dataset lies.
@@ -43,6 +50,16 @@ pub struct Place<'a> {
     pub classes: Option<&'a [String]>,
     /// A list of the classes from an earlier run, which comes before any order worked out here.
     pub stored_classes: Option<PathBuf>,
+    /// The folder of shards, which holds no videos.
+    pub out: Option<&'a Path>,
+}
+
+impl Place<'_> {
+    /// Whether what is called so below the folder of videos is the folder of shards.
+    fn is_out(&self, below: &str) -> bool {
+        let real = |path: &Path| path.canonicalize().ok();
+        self.out.and_then(real).is_some_and(|out| real(&self.videos.join(below)) == Some(out))
+    }
 }
 
 /// A video as a layout finds it, its class by name.
@@ -60,6 +77,18 @@ struct Rows {
     rows: Vec<Row>,
     /// The classes in the layout's own order, if it has one.
     classes: Option<Vec<String>>,
+    /// All video files that were found, by path, whether they are in a row or not.
+    there: Vec<String>,
+    /// What else was found.
+    others: Vec<Unused>,
+}
+
+impl Rows {
+    /// No rows yet of what was found.
+    fn of(found: files::Found) -> Self {
+        let there = found.videos.into_iter().map(|video| video.path).collect();
+        Rows { there, others: found.others, ..Rows::default() }
+    }
 }
 
 /// Lists the videos of `splits`, found or missing.
@@ -79,15 +108,23 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
                 "{file}: --annotations is one file, but {splits} have one each: give their folder, or one --split"
             )));
         }
+        place.annotations.map_or(Ok(()), |list| shared::refuse_list_of_another(description, name, list))?;
         let mut rows = match description.layout {
-            Layout::Folders => folders::rows(&split, place)?,
-            Layout::Kinetics => kinetics::rows(description, &split, place)?,
+            Layout::Folders => folders::rows(description, &split, place)?,
+            Layout::Kinetics => kinetics::rows(description, (name, &split), place)?,
             Layout::Ucf101 => ucf101::rows(description, &split, place)?,
             Layout::Hmdb51 => hmdb51::rows(&split, place)?,
         };
         rows.rows.sort_by(|a, b| a.id.cmp(&b.id));
+        if let Some(pair) = rows.rows.windows(2).find(|pair| pair[0].id == pair[1].id) {
+            let path = |row: &Row| row.path.clone().unwrap_or_else(|| row.at.clone());
+            let (id, [a, b]) = (&pair[0].id, [path(&pair[0]), path(&pair[1])]);
+            return Err(Error::input(format!("{name}: two videos are called {id}, {a} and {b}: rename one of them")));
+        }
         found.push((name.clone(), rows));
     }
+    shared::refuse_shared(description, &found)?;
+    let unused = unused(&mut found);
     let class_names = class_names(description, place, &found)?;
     let classes = Classes::new(description, &class_names)?;
     let splits = found
@@ -100,7 +137,19 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
             Ok((name, sources.collect::<Result<Vec<_>>>()?))
         })
         .collect::<Result<_>>()?;
-    Ok(Listing { class_names, splits })
+    Ok(Listing { class_names, splits, unused })
+}
+
+/// What was found for some split and is used by none.
+fn unused(found: &mut [(String, Rows)]) -> Vec<Unused> {
+    let mut unused: BTreeSet<Unused> = BTreeSet::new();
+    for (_, rows) in found.iter_mut() {
+        unused.extend(rows.others.drain(..));
+        let unlisted = |path| Unused { path, why: "a video in no list, or a copy of one that is" };
+        unused.extend(rows.there.drain(..).map(unlisted));
+    }
+    let used: HashSet<&str> = found.iter().flat_map(|(_, rows)| &rows.rows).filter_map(|r| r.path.as_deref()).collect();
+    unused.into_iter().filter(|other| !used.contains(other.path.as_str())).collect()
 }
 
 /// The classes in label order: as the user, the description, an earlier run or the layout has them; else sorted.
@@ -109,6 +158,11 @@ fn class_names(description: &Description, place: &Place, found: &[(String, Rows)
     let (names, whence) = match (place.classes, description.classes.as_ref().or(stored)) {
         (Some(given), _) => (given.to_vec(), "--classes".to_string()),
         (None, Some(file)) => (read_classes(file)?, file.display().to_string()),
+        // A split may lack videos of some class.
+        (None, None) if description.layout == Layout::Folders => {
+            let all: BTreeSet<String> = found.iter().filter_map(|(_, rows)| rows.classes.clone()).flatten().collect();
+            (all.into_iter().collect(), "the class folders".to_string())
+        }
         (None, None) => match found.iter().find_map(|(_, rows)| rows.classes.clone()) {
             Some(own) => (own, "the annotations".to_string()),
             None => {
@@ -195,40 +249,8 @@ fn nothing_in(dir: &Path, what: &str) -> Error {
     Error::input(format!("{}: no videos {what} (known endings: {})", dir.display(), files::ENDINGS.join(", ")))
 }
 
-/// Finds the files that lists name as `CLASS/file name`: there, or else anywhere under that file name. With `ignore_case`
-/// classes, whose names may differ in case.
-struct Named<'a> {
-    exact: HashMap<String, &'a str>,
-    folded: HashMap<String, &'a str>,
-    ignore_case: &'a [String],
-}
-
-impl<'a> Named<'a> {
-    fn new(found: &'a [files::VideoFile], ignore_case: &'a [String]) -> Self {
-        let (mut exact, mut folded) = (HashMap::new(), HashMap::new());
-        for file in found {
-            let name = file.path.rsplit('/').next().unwrap_or_default();
-            for key in [format!("{}/{name}", file.folder), name.to_string()] {
-                if !ignore_case.is_empty() {
-                    folded.entry(key.to_ascii_lowercase()).or_insert(file.path.as_str());
-                }
-                exact.entry(key).or_insert(file.path.as_str());
-            }
-        }
-        Named { exact, folded, ignore_case }
-    }
-
-    fn find(&self, class: &str, name: &str) -> Option<String> {
-        let keys = [format!("{class}/{name}"), name.to_string()];
-        let exact = keys.iter().find_map(|key| self.exact.get(key));
-        let folds = self.ignore_case.iter().any(|c| c.eq_ignore_ascii_case(class));
-        let folded = || keys.iter().find_map(|key| self.folded.get(&key.to_ascii_lowercase()));
-        exact.or_else(|| folded().filter(|_| folds)).map(|path| path.to_string())
-    }
-}
-
 /// The split's files below the folder of videos.
-fn found_videos(split: &SplitDescription, place: &Place) -> Result<Vec<files::VideoFile>> {
-    let found = files::videos(place.videos, &split.videos)?;
-    if found.is_empty() { Err(nothing_in(place.videos, "below this folder")) } else { Ok(found) }
+fn found_videos(split: &SplitDescription, place: &Place) -> Result<files::Found> {
+    let found = files::videos(place.videos, &split.videos, place.out)?;
+    if found.videos.is_empty() { Err(nothing_in(place.videos, "below this folder")) } else { Ok(found) }
 }

@@ -6,7 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Named, Place, Row, Rows, found_videos};
+use super::named::Named;
+use super::{Place, Row, Rows, found_videos};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{annotation, text};
 use crate::{Error, Result};
@@ -18,7 +19,7 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
     let index = list.with_file_name(CLASSES);
     let classes = classes(&index)?;
     let found = found_videos(split, place)?;
-    let named = Named::new(&found, &description.ignore_case);
+    let mut named = Named::new(&found.videos, &classes, &description.ignore_case);
     let mut rows: BTreeMap<String, Row> = BTreeMap::new();
     for (n, line) in text(&list)?.lines().enumerate() {
         let line = line.trim();
@@ -48,12 +49,14 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
             }
         }
         let id = format!("{class}/{name}");
-        let row = Row { id: id.clone(), class: class.into(), path: named.find(class, name), at: at.clone() };
+        let path = named.find(class, name).map_err(|e| e.within(&at))?;
+        let row = Row { id: id.clone(), class: class.into(), path, at: at.clone() };
         if rows.insert(id, row).is_some() {
-            return Err(bad(format!("{path} is listed twice")));
+            return Err(bad(format!("{class}/{name} is listed twice")));
         }
     }
-    Ok(Rows { rows: rows.into_values().collect(), classes: Some(classes) })
+    named.conclude()?;
+    Ok(Rows { rows: rows.into_values().collect(), classes: Some(classes), ..Rows::of(found) })
 }
 
 /// The classes of `classInd.txt`, in order.
