@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
+use super::prepare::record::{self, Record, State};
 use super::shard::{Encoding, ShardReader};
 use crate::{Error, Result};
 
@@ -141,7 +142,7 @@ fn agree<T: PartialEq + std::fmt::Debug>(first: &Path, second: &Path, what: &str
 }
 
 /// Shards that are not on disk though later ones of their split are: `train-00002.h5` beside `train-00003.h5`. A copy may have
-/// lost them.
+/// lost them. Those that `data prepare` has not made, for want of a good video in them, are none of these.
 pub fn missing_shards(shards: &[PathBuf]) -> Vec<PathBuf> {
     let mut splits: BTreeMap<PathBuf, usize> = BTreeMap::new();
     for path in shards {
@@ -158,7 +159,18 @@ pub fn missing_shards(shards: &[PathBuf]) -> Vec<PathBuf> {
         let split = split.display().to_string();
         (0..last).map(move |number| PathBuf::from(format!("{split}-{number:05}.h5")))
     };
-    splits.into_iter().flat_map(before).filter(|path| !path.exists()).collect()
+    splits.into_iter().flat_map(before).filter(|path| !path.exists() && !was_empty(path)).collect()
+}
+
+/// Whether `data prepare` says that no video of this shard was any good.
+fn was_empty(path: &Path) -> bool {
+    let number = |path: &Path| -> Option<(String, usize)> {
+        let (split, digits) = path.file_stem()?.to_str()?.rsplit_once('-')?;
+        Some((split.to_string(), digits.parse().ok()?))
+    };
+    let Some((split, number)) = number(path) else { return false };
+    let state = State::new(path.parent().unwrap_or(Path::new("")), &split);
+    state.read::<Record>(&record::name(number)).is_some_and(|record| record.bytes == 0)
 }
 
 /// The files `patterns` stand for: each pattern's in sorted order, none twice.
@@ -180,7 +192,13 @@ pub fn expand<S: AsRef<str>>(patterns: &[S]) -> Result<Vec<PathBuf>> {
                 .map_err(|e| Error::input(format!("pattern {pattern:?}: {e}")))?
         };
         if matched.is_empty() {
-            return Err(Error::input(format!("no file matches {pattern:?}: is the path right, was the data made?")));
+            let hint = match pattern.contains('[') {
+                true => "; [ ] stand for one of the characters in them: a [ in a name is written [[]",
+                false => "",
+            };
+            return Err(Error::input(format!(
+                "no file matches {pattern:?}: is the path right, was the data made?{hint}"
+            )));
         }
         files.extend(matched.into_iter().filter(|p| seen.insert(p.clone())));
     }

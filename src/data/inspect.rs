@@ -1,4 +1,4 @@
-//! What is in shards, checked: structure, offsets, labels, checksums, JPEG headers; counts; a contact sheet.
+//! What is in shards, checked: structure, offsets, labels, checksums, JPEG frames, splits; counts; a contact sheet.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::dataset::{Dataset, expand, missing_shards};
 use super::jpeg;
+use super::prepare::layout::exclude;
 use super::shard::{Encoding, ShardReader};
 use crate::{Error, Result};
 
@@ -25,6 +26,8 @@ pub struct Inspection {
     pub size: (usize, usize),
     /// Ids that more than one video has: the same clip in two splits, or a shard that is there twice.
     pub repeated: Vec<String>,
+    /// Videos that two splits have which are to have none in common: each with the splits' names.
+    pub shared: Vec<(String, [String; 2])>,
     /// Shards that are not there though later ones of their split are.
     pub missing: Vec<PathBuf>,
     /// What is wrong, an entry an error: damaged videos, unreadable or disagreeing shards.
@@ -58,8 +61,11 @@ impl Inspection {
 /// The shards `patterns` stand for: files, globs, or folders (their `*.h5`).
 ///
 /// # Errors
-/// [`Error::Input`] when a pattern or a folder has no shards.
+/// [`Error::Input`] when a pattern or a folder has no shards, or a path leads nowhere.
 pub fn find(patterns: &[String]) -> Result<Vec<PathBuf>> {
+    if let Some(path) = patterns.iter().find(|p| !p.contains(['*', '?', '[']) && !Path::new(p.as_str()).exists()) {
+        return Err(Error::input(format!("{path}: there is no such file or folder")));
+    }
     let globs: Vec<String> = patterns
         .iter()
         .map(|p| {
@@ -79,6 +85,7 @@ pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
     let mut found = Inspection { frames: (u64::MAX, 0, 0), missing: missing_shards(files), ..Inspection::default() };
     let mut sound: Option<PathBuf> = None;
     let mut ids: HashMap<String, u32> = HashMap::new();
+    let mut splits: HashMap<(u64, u64), Vec<String>> = HashMap::new();
     for path in files {
         let reader = match ShardReader::open(path) {
             Ok(reader) => reader,
@@ -110,6 +117,13 @@ pub fn inspect(files: &[PathBuf], progress: &dyn Fn(u64)) -> Inspection {
             *ids.entry(reader.ids[v].clone()).or_default() += 1;
             let range = reader.frames_of(v);
             let n = range.end - range.start;
+            let (split, of) = (&reader.header.split, splits.entry((reader.checksums[v], n)).or_default());
+            if let Some(other) = of.iter().find(|other| exclude(split, other)) {
+                found.shared.push((reader.ids[v].clone(), [other.clone(), split.clone()]));
+            }
+            if !of.contains(split) {
+                of.push(split.clone());
+            }
             found.per_class[reader.labels[v] as usize] += 1;
             found.frames = (found.frames.0.min(n), found.frames.1.max(n), found.frames.2 + n);
             let done = (reader.bytes as f64 * (v + 1) as f64 / reader.videos() as f64) as u64;
@@ -139,6 +153,9 @@ pub struct Sheet {
     pub columns: usize,
 }
 
+/// Pixels of a sheet, at most.
+const MOST_PIXELS: usize = 1 << 28;
+
 /// Draws a contact sheet as PNG: up to `rows` videos (of different classes first) and `columns` frames of each, evenly
 /// spaced over its length. Damaged shards are passed over, a damaged frame is a red cross.
 ///
@@ -160,6 +177,14 @@ pub fn contact_sheet(files: &[PathBuf], out: &Path, rows: usize, columns: usize)
     }
     order.sort_unstable();
     order.truncate(rows.max(1));
+    let pixels = (h + GAP).checked_mul(w + GAP).and_then(|n| n.checked_mul(order.len())?.checked_mul(columns));
+    if pixels.is_none_or(|pixels| pixels > MOST_PIXELS) {
+        return Err(Error::input(format!(
+            "{}: {} rows of {columns} frames of {h}x{w} are too large a picture (--rows, --columns)",
+            out.display(),
+            order.len()
+        )));
+    }
     let (sheet_h, sheet_w) = (order.len() * (h + GAP) - GAP, columns * (w + GAP) - GAP);
     let mut pixels = vec![255u8; sheet_h * sheet_w * 3];
     let mut frame = vec![0u8; h * w * 3];

@@ -143,7 +143,7 @@ fn synth(args: SynthArgs) -> Result<()> {
         per_shard: args.store.per_shard,
         overwrite: args.store.overwrite,
     };
-    let bar = bar((args.videos + args.test_videos) as u64, "videos");
+    let bar = bar(args.videos.saturating_add(args.test_videos) as u64, "videos");
     let shards = make(&args.out, &options, &|n| bar.inc(n))?;
     bar.finish_and_clear();
     let dataset = Dataset::from_files(&shards)?;
@@ -183,18 +183,28 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
     if let Some(first) = found.repeated.first() {
         outln!("\n{} ids occur more than once, the first is {first}", found.repeated.len());
     }
+    let mut wrong = Vec::new();
+    if let Some((id, [a, b])) = found.shared.first() {
+        wrong.push(format!(
+            "{} videos are in two splits, the first is {id}, in {a} and {b}: what is trained on would be tested on",
+            found.shared.len()
+        ));
+    }
     if let Some(first) = found.missing.first() {
-        outln!(
-            "\n{} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
+        wrong.push(format!(
+            "{} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
             found.missing.len(),
             first.display()
-        );
+        ));
     }
-    if found.damage.is_empty() {
-        outln!("\nall {}sound", if found.missing.is_empty() { "" } else { "that are there " });
+    if !found.damage.is_empty() {
+        wrong.push(format!("{} damaged:\n  {}", found.damage.len(), found.damage.join("\n  ")));
+    }
+    if wrong.is_empty() {
+        outln!("\nall sound");
         return Ok(());
     }
-    Err(Error::input(format!("{} damaged:\n  {}", found.damage.len(), found.damage.join("\n  "))))
+    Err(Error::input(wrong.join("\n")))
 }
 
 fn print_inspection(found: &Inspection) {

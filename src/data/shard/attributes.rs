@@ -2,22 +2,14 @@
 
 use std::path::Path;
 
-use hdf5::H5Type;
 use hdf5::types::VarLenUnicode;
 
-use super::{Encoding, FORMAT, ShardHeader, VERSION, check};
+use super::{Encoding, FORMAT, ShardHeader, VERSION, check, values};
 use crate::{Error, Result};
 
 /// HDF5's variable-length string for `s`.
 pub(super) fn text(s: &str) -> hdf5::Result<VarLenUnicode> {
     s.parse().map_err(|e| hdf5::Error::from(format!("{s:?} cannot be stored as a string: {e:?}")))
-}
-
-/// The `String` of a stored string.
-pub(super) fn utf8(path: &Path, what: &str, s: &VarLenUnicode) -> Result<String> {
-    std::str::from_utf8(s.as_bytes())
-        .map(str::to_string)
-        .map_err(|_| Error::input(format!("{}: {what} holds text that is not UTF-8", path.display())))
 }
 
 /// Writes the root attributes.
@@ -38,65 +30,147 @@ pub(super) fn write(file: &hdf5::File, header: &ShardHeader) -> hdf5::Result<()>
     Ok(())
 }
 
-/// Reads and checks the root attributes.
-pub(super) fn read(path: &Path, file: &hdf5::File) -> Result<ShardHeader> {
+/// The root attributes that a shard has.
+const NAMES: [&str; 9] = ["format", "version", "encoding", "fps", "height", "width", "dataset", "split", "class_names"];
+
+/// The datasets that a shard of this encoding has.
+fn datasets(encoding: Option<Encoding>) -> Vec<&'static str> {
+    let frames: &[&str] = match encoding {
+        Some(Encoding::Jpeg) => &["jpeg", "frame_offsets"],
+        Some(Encoding::Raw) => &["frames"],
+        None => &[],
+    };
+    [&["labels", "video_ids", "video_offsets", "video_checksums"], frames].concat()
+}
+
+/// Where the format is described.
+const DESCRIBED: &str = "datasets/README.md, \"The format of a shard\", has all that belongs to one";
+
+/// Reads and checks the root attributes; refuses a file in which something is missing, with all that is.
+pub(super) fn read(path: &Path, file: &hdf5::File, bytes: u64) -> Result<ShardHeader> {
     let place = path.display();
-    let missing = |name: &str, e: hdf5::Error| {
-        Error::input(format!("{place}: root attribute `{name}` is missing or of the wrong type: {e}"))
-    };
-    fn scalar<T: H5Type>(file: &hdf5::File, name: &str) -> hdf5::Result<T> {
-        file.attr(name)?.read_scalar()
-    }
-    let string = |name: &str| -> Result<String> {
-        let value: VarLenUnicode = scalar(file, name).map_err(|e| missing(name, e))?;
-        utf8(path, &format!("attribute `{name}`"), &value)
-    };
-    let size = |name: &str| -> Result<usize> {
-        let value: i64 = scalar(file, name).map_err(|e| missing(name, e))?;
-        usize::try_from(value).map_err(|_| Error::input(format!("{place}: attribute `{name}` is {value}")))
-    };
-    let format = string("format").map_err(|_| {
-        Error::input(format!("{place}: an HDF5 file, but not a shard (root attribute `format` is not {FORMAT:?})"))
-    })?;
-    if format != FORMAT {
-        return Err(Error::input(format!("{place}: not a shard: its format is {format:?}, not {FORMAT:?}")));
-    }
-    let version: i64 = scalar(file, "version").map_err(|e| missing("version", e))?;
-    if version != VERSION {
+    let there: Vec<String> = file.attr_names().unwrap_or_default();
+    let has = |name: &str| there.iter().any(|other| other == name);
+    let members = file.member_names().unwrap_or_default();
+    if !has("format") && !members.iter().any(|member| datasets(None).contains(&member.as_str())) {
         return Err(Error::input(format!(
-            "{place}: shard version {version}; this program reads version {VERSION}: prepare the data anew"
+            "{place}: an HDF5 file, but not a shard (no root attribute `format`); {DESCRIBED}"
         )));
     }
-    let encoding = match string("encoding")?.as_str() {
-        "raw" => Encoding::Raw,
-        "jpeg" => Encoding::Jpeg,
-        other => return Err(Error::input(format!("{place}: encoding {other:?} is neither \"raw\" nor \"jpeg\""))),
+    let attr = |name: &str| -> Result<hdf5::Attribute> {
+        let attr = file.attr(name).map_err(|e| Error::input(format!("{place}: root attribute `{name}`: {e}")))?;
+        let element = attr.dtype().map_or(1, |dtype| dtype.size().max(1));
+        // So that a damaged header cannot ask for all memory.
+        match attr.size().checked_mul(element) {
+            Some(size) if size as u64 <= bytes => Ok(attr),
+            _ => Err(Error::input(format!("{place}: root attribute `{name}` is larger than the file: damaged?"))),
+        }
     };
-    let names = file.attr("class_names").map_err(|e| missing("class_names", e))?;
-    let names: Vec<VarLenUnicode> = names.read_raw().map_err(|e| missing("class_names", e))?;
+    let bad = |name: &str, why: String| Error::input(format!("{place}: root attribute `{name}` {why}"));
+    let string = |name: &str| -> Result<String> {
+        let attr = attr(name)?;
+        values::strings(&attr).and_then(|list| values::one(&attr, list)).map_err(|why| bad(name, why))
+    };
+    let integer = |name: &str| -> Result<i64> {
+        let attr = attr(name)?;
+        values::numbers(&attr).and_then(|list| values::one(&attr, list)).map_err(|why| bad(name, why))
+    };
+    let size = |name: &str| -> Result<usize> {
+        let value = integer(name)?;
+        usize::try_from(value).map_err(|_| Error::input(format!("{place}: attribute `{name}` is {value}")))
+    };
+    if has("format") {
+        let format = string("format")?;
+        if format != FORMAT {
+            return Err(Error::input(format!("{place}: not a shard: its format is {format:?}, not {FORMAT:?}")));
+        }
+    }
+    if has("version") {
+        let version = integer("version")?;
+        if version != VERSION {
+            return Err(Error::input(format!(
+                "{place}: shard version {version}; this program reads version {VERSION}: prepare the data anew"
+            )));
+        }
+    }
+    let encoding = match has("encoding").then(|| string("encoding")).transpose()?.as_deref() {
+        None => None,
+        Some("raw") => Some(Encoding::Raw),
+        Some("jpeg") => Some(Encoding::Jpeg),
+        Some(other) => {
+            return Err(Error::input(format!("{place}: encoding {other:?} is neither \"raw\" nor \"jpeg\"")));
+        }
+    };
+    let attributes = NAMES.iter().filter(|name| !has(name)).map(|name| format!("root attribute `{name}`"));
+    let lists = datasets(encoding).into_iter().filter(|name| !members.iter().any(|member| member == name));
+    let missing: Vec<String> = attributes.chain(lists.map(|name| format!("dataset /{name}"))).collect();
+    let (true, Some(encoding)) = (missing.is_empty(), encoding) else {
+        let (is, list) = (if missing.len() == 1 { "is" } else { "are" }, missing.join(", "));
+        return Err(Error::input(format!("{place}: {list} {is} missing from this shard; {DESCRIBED}")));
+    };
     let header = ShardHeader {
         encoding,
-        fps: scalar(file, "fps").map_err(|e| missing("fps", e))?,
+        fps: values::real(&*attr("fps")?).map_err(|why| bad("fps", why))?,
         height: size("height")?,
         width: size("width")?,
         dataset: string("dataset")?,
         split: string("split")?,
-        class_names: names.iter().map(|s| utf8(path, "attribute `class_names`", s)).collect::<Result<_>>()?,
+        class_names: values::strings(&*attr("class_names")?).map_err(|why| bad("class_names", why))?,
     };
     check::header(path, &header)?;
     Ok(header)
 }
 
-/// Reads a one-dimensional dataset whole. Its length is compared with the file's `bytes` first, so that a damaged
-/// header cannot ask for all memory.
-pub(super) fn list<T: H5Type>(path: &Path, dataset: &hdf5::Dataset, name: &str, bytes: u64) -> Result<Vec<T>> {
-    let shape = dataset.shape();
-    // Even compressed with deflate, whose best is about 1000 to 1, the file would have to be this large.
-    if shape.len() != 1 || shape[0] as u64 > bytes.saturating_mul(1024) {
+/// A dataset, which must be readable here.
+pub(super) fn dataset(path: &Path, file: &hdf5::File, name: &str) -> Result<hdf5::Dataset> {
+    let dataset = file
+        .dataset(name)
+        .map_err(|e| Error::input(format!("{}: dataset /{name} is missing or unreadable: {e}", path.display())))?;
+    if let Some(filter) = dataset.filters().into_iter().find(|filter| !filter.is_available()) {
+        let id = filter.id();
+        let known =
+            FILTERS.iter().find(|(number, _)| *number == id).map_or("unknown to this program", |(_, name)| name);
         return Err(Error::input(format!(
-            "{}: dataset /{name} has shape {shape:?}, not one dimension",
+            "{}: dataset /{name} is stored through the HDF5 filter {id} ({known}), which is not installed here: write it without \
+             filters (h5repack -f NONE), or install the filter's plugin and point HDF5_PLUGIN_PATH to it",
             path.display()
         )));
     }
-    dataset.read_raw().map_err(|e| Error::input(format!("{}: dataset /{name} cannot be read: {e}", path.display())))
+    Ok(dataset)
+}
+
+/// Registered filters that files often come with.
+const FILTERS: [(i32, &str); 10] = [
+    (1, "deflate"),
+    (4, "szip"),
+    (32000, "LZF"),
+    (32001, "Blosc"),
+    (32004, "LZ4"),
+    (32008, "bitshuffle"),
+    (32013, "ZFP"),
+    (32015, "Zstandard"),
+    (32023, "FCIDECOMP"),
+    (32026, "Blosc2"),
+];
+
+/// Reads a one-dimensional dataset whole, with `how`. Its length is compared with the file's `bytes` first, so that a damaged
+/// header cannot ask for all memory.
+pub(super) fn list<T>(
+    path: &Path,
+    dataset: &hdf5::Dataset,
+    name: &str,
+    bytes: u64,
+    how: impl Fn(&hdf5::Container) -> std::result::Result<Vec<T>, String>,
+) -> Result<Vec<T>> {
+    let shape = dataset.shape();
+    let element = dataset.dtype().map_or(1, |dtype| dtype.size().max(1)) as u64;
+    // Even compressed with deflate, whose best is about 1000 to 1, the file would have to be this large.
+    let most = if dataset.filters().is_empty() { bytes } else { bytes.saturating_mul(1024) };
+    if shape.len() != 1 || (shape[0] as u64).checked_mul(element).is_none_or(|size| size > most) {
+        return Err(Error::input(format!(
+            "{}: dataset /{name} has shape {shape:?}, not one dimension of what the file has room for",
+            path.display()
+        )));
+    }
+    how(dataset).map_err(|why| Error::input(format!("{}: dataset /{name} {why}", path.display())))
 }

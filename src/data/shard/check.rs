@@ -38,6 +38,13 @@ pub(super) fn header(path: &Path, h: &ShardHeader) -> Result<()> {
     if h.class_names.is_empty() {
         return Err(bad(path, "class_names is empty"));
     }
+    let mut seen = std::collections::HashSet::new();
+    if let Some(twice) = h.class_names.iter().find(|name| !seen.insert(name.as_str())) {
+        return Err(bad(path, format!("class_names has {twice:?} twice: a class needs a name of its own")));
+    }
+    if h.class_names.iter().any(String::is_empty) {
+        return Err(bad(path, "class_names has an empty name"));
+    }
     if h.class_names.len() > i32::MAX as usize {
         return Err(bad(path, "class_names is too long"));
     }

@@ -20,6 +20,7 @@ mod attributes;
 mod check;
 mod reader;
 mod rows;
+mod values;
 mod writer;
 
 pub use reader::ShardReader;

@@ -3,11 +3,13 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use hdf5::types::VarLenUnicode;
+use hdf5::types::TypeDescriptor as D;
+use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::rows::Rows;
-use super::{Encoding, ShardHeader, attributes, check};
+use super::{Encoding, ShardHeader, attributes, check, values};
+use crate::data::jpeg;
 use crate::{Error, Result};
 
 /// Reads one shard. Everything but the frames is in memory; frames are read when asked for.
@@ -39,28 +41,31 @@ impl ShardReader {
     /// [`Error::Input`] naming the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = check::file(path)?;
-        let bad = |e: hdf5::Error| {
-            Error::input(format!("{}: not a readable HDF5 file (truncated or damaged?): {e}", path.display()))
-        };
         // No chunk cache: unfiltered chunks are then read only where asked.
         let mut options = hdf5::File::with_options();
         options.with_fapl(|access| access.file_locking(false).chunk_cache(1, 0, 1.0));
-        let file = options.open(path).map_err(bad)?;
-        let header = attributes::read(path, &file)?;
-        let dataset = |name: &str| {
-            file.dataset(name)
-                .map_err(|e| Error::input(format!("{}: dataset /{name} is missing or unreadable: {e}", path.display())))
-        };
-        let labels: Vec<i32> = attributes::list(path, &dataset("labels")?, "labels", bytes)?;
-        let ids: Vec<VarLenUnicode> = attributes::list(path, &dataset("video_ids")?, "video_ids", bytes)?;
-        let ids = ids.iter().map(|s| attributes::utf8(path, "/video_ids", s)).collect::<Result<Vec<_>>>()?;
-        let offsets: Vec<u64> = attributes::list(path, &dataset("video_offsets")?, "video_offsets", bytes)?;
-        let checksums: Vec<u64> = attributes::list(path, &dataset("video_checksums")?, "video_checksums", bytes)?;
+        let file = options.open(path).map_err(|e| Error::input(format!("{}: {}", path.display(), unopened(&e))))?;
+        let header = attributes::read(path, &file, bytes)?;
+        let dataset = |name: &str| attributes::dataset(path, &file, name);
+        let labels: Vec<i32> = attributes::list(path, &dataset("labels")?, "labels", bytes, values::numbers)?;
+        let ids = attributes::list(path, &dataset("video_ids")?, "video_ids", bytes, values::strings)?;
+        let offsets: Vec<u64> =
+            attributes::list(path, &dataset("video_offsets")?, "video_offsets", bytes, values::numbers)?;
+        let checksums = attributes::list(path, &dataset("video_checksums")?, "video_checksums", bytes, values::words)?;
         let frames = check::videos(path, &labels, &ids, &offsets, &checksums, header.class_names.len())?;
         let (name, frame_offsets) = match header.encoding {
             Encoding::Raw => ("frames", None),
             Encoding::Jpeg => ("jpeg", Some(dataset("frame_offsets")?)),
         };
+        if let Some(index) = &frame_offsets
+            && !matches!(index.dtype().and_then(|d| d.to_descriptor()), Ok(D::Integer(_) | D::Unsigned(_)))
+        {
+            let kind = values::kind(index);
+            return Err(Error::input(format!(
+                "{}: dataset /frame_offsets holds {kind}, not whole numbers: store uint64",
+                path.display()
+            )));
+        }
         let data =
             Rows::new(dataset(name)?).map_err(|e| Error::input(format!("{}: dataset /{name}: {e}", path.display())))?;
         check::frame_shapes(path, &header, frames, &data.shape(), frame_offsets.as_ref().map(|d| d.shape()))?;
@@ -118,30 +123,35 @@ impl ShardReader {
         Ok(hash.digest())
     }
 
-    /// Reads all of video `v` and compares its checksum.
+    /// Reads all of video `v`, compares its checksum and decodes its frames.
     ///
     /// # Errors
-    /// [`Error::Input`] naming file and video when it is unreadable or its bytes have changed.
+    /// [`Error::Input`] naming file and video when it is unreadable, its bytes have changed, or a frame is no picture of this size.
     pub fn verify(&self, v: usize) -> Result<()> {
         const BLOCK: u64 = 64;
         let mut hash = Xxh3::new();
         let range = self.frames_of(v);
+        let (height, width) = (self.header.height, self.header.width);
         let mut at = range.start;
         while at < range.end {
             let end = (at + BLOCK).min(range.end);
             let (bytes, spans) = self.read(at..end)?;
             hash.update(&bytes);
             if self.header.encoding == Encoding::Jpeg {
-                for (i, span) in spans.into_iter().enumerate() {
-                    crate::data::jpeg::check(&bytes[span], self.header.height, self.header.width)
-                        .map_err(|why| damaged(&self.path, &self.ids[v], at + i as u64 - range.start, &why))?;
+                // All of each, as training does: one that ends early has a good beginning.
+                let failed = spans.into_par_iter().enumerate().find_map_first(|(i, span)| {
+                    jpeg::decode_and_forget(&bytes[span], height, width).err().map(|why| (i, why))
+                });
+                if let Some((i, why)) = failed {
+                    return Err(damaged(&self.path, &self.ids[v], at + i as u64 - range.start, &why));
                 }
             }
             at = end;
         }
         if hash.digest() != self.checksums[v] {
             return Err(Error::input(format!(
-                "{}: video {} (number {v}) is damaged: its checksum is {:016x}, not {:016x}",
+                "{}: video {} (number {v}) is damaged: the checksum of its stored bytes (XXH3-64) is {:016x}, not {:016x} as \
+                 /video_checksums says",
                 self.path.display(),
                 self.ids[v],
                 hash.digest(),
@@ -188,6 +198,15 @@ impl ShardReader {
     fn unreadable(&self, frames: &Range<u64>, e: hdf5::Error) -> Error {
         let (a, b) = (frames.start, frames.end);
         Error::input(format!("{}: frames {a}..{b} cannot be read: {e}", self.path.display()))
+    }
+}
+
+/// Why HDF5 did not open a file.
+fn unopened(e: &hdf5::Error) -> String {
+    let text = e.to_string();
+    match text.contains("Too many open files") || text.contains("errno = 24") {
+        true => "cannot be opened, for this process has too many files open: raise the limit (ulimit -n 4096)".into(),
+        false => format!("not a readable HDF5 file (truncated or damaged?): {text}"),
     }
 }
 

@@ -6,6 +6,7 @@ use ndarray::ArrayView4;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{Encoding, ShardHeader, attributes, check};
+use crate::sys::files::free_space;
 use crate::{Error, Result};
 
 /// Bytes of a chunk of `/frames` or `/jpeg`.
@@ -61,7 +62,8 @@ impl ShardWriter {
             Ok((file, frames))
         };
         let open = make().map_err(|e| {
-            Error::input(format!("{}: cannot write this shard: {}", partial.display(), system_error(&e.to_string())))
+            let why = system_error(&e.to_string(), &partial);
+            Error::input(format!("{}: cannot write this shard: {why}", partial.display()))
         })?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -194,16 +196,24 @@ impl ShardWriter {
     }
 
     fn failed(&self, why: impl std::fmt::Display) -> Error {
-        let why = why.to_string();
-        Error::Run(format!("{}: writing this shard failed: {}", self.partial.display(), system_error(&why)))
+        let why = system_error(&why.to_string(), &self.partial);
+        Error::Run(format!("{}: writing this shard failed: {why}", self.partial.display()))
     }
 }
 
-/// HDF5 tells much about a failed write; what the operating system said is somewhere within.
-fn system_error(why: &str) -> &str {
+/// HDF5 tells much about a failed write; what the operating system said is somewhere within, or can be guessed.
+fn system_error(why: &str, partial: &Path) -> String {
     let quoted = why.split_once("error message = '").and_then(|(_, rest)| rest.split('\'').next());
-    quoted.unwrap_or(why)
+    let folder = partial.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match quoted {
+        Some(quoted) => quoted.to_string(),
+        None if free_space(folder).is_some_and(|free| free < FULL) => "No space left on device".into(),
+        None => why.to_string(),
+    }
 }
+
+/// With less room than this a disk is full.
+const FULL: u64 = 64 << 10;
 
 impl Drop for ShardWriter {
     fn drop(&mut self) {
