@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Tensor;
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::augment::{Geometry, Scaling, View};
 use super::dataset::Dataset;
@@ -13,8 +14,13 @@ use super::shard::{Encoding, ShardReader};
 use crate::backend::cpu::{overwritten, tensor};
 use crate::{Error, Result};
 
-/// Shards kept open at a time; a process may have about a thousand files.
-const OPEN_SHARDS: usize = 2 * super::sampler::MIXED_SHARDS;
+/// Shards kept open at a time: twice as many as are shuffled together, or fewer where the process may not have so many files.
+fn open_shards() -> usize {
+    const FILES: u64 = 2 * super::sampler::MIXED_SHARDS as u64;
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    // A stream a replica, and validation's: others need files as well.
+    (limit / 8).clamp(1, FILES) as usize
+}
 
 /// One place of the batch.
 struct Slot {
@@ -292,6 +298,9 @@ fn shard_reader<'a>(
         let entry = open.remove(at);
         open.push(entry);
     } else {
+        while open.len() >= open_shards() {
+            open.remove(0);
+        }
         let reader = ShardReader::open(&dataset.shards[shard])?;
         let mut known = dataset.videos.iter().filter(|v| v.shard == shard);
         let same = (0..reader.videos()).all(|v| {
@@ -303,9 +312,6 @@ fn shard_reader<'a>(
         if !same || (reader.header.height, reader.header.width) != (dataset.height, dataset.width) {
             let path = dataset.shards[shard].display();
             return Err(Error::input(format!("{path}: the shard has changed since the run began")));
-        }
-        if open.len() >= OPEN_SHARDS {
-            open.remove(0);
         }
         open.push((shard, reader));
     }
