@@ -5,7 +5,10 @@
 //! name is complete. `step-00000000` is the start; `best.json` names the one that scored best in validation.
 
 pub mod best;
+mod newest;
 pub mod writer;
+
+pub use newest::{latest, list, newest_manifest};
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,6 +19,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::sys::files::read;
 use crate::{Error, Result};
 
 const MANIFEST: &str = "manifest.json";
@@ -59,6 +63,12 @@ pub struct Manifest {
     /// [`crate::data::Dataset::digest`] of what was trained on, in hexadecimal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<String>,
+    /// Height and width of the frames in the shards trained on, before any crop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<[usize; 2]>,
+    /// Their frames a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fps: Option<f64>,
     /// The files.
     pub files: Vec<FileEntry>,
 }
@@ -67,7 +77,8 @@ impl Manifest {
     /// A manifest without files yet.
     pub fn new(config: String, class_names: Vec<String>, input: [usize; 3], cuts: Vec<usize>) -> Self {
         let (format, version) = (FORMAT.to_string(), VERSION);
-        Manifest { format, version, batches: 0, class_names, input, cuts, config, data: None, files: Vec::new() }
+        let (data, stored, fps) = (None, None, None);
+        Manifest { format, version, batches: 0, class_names, input, cuts, config, data, stored, fps, files: Vec::new() }
     }
 }
 
@@ -171,7 +182,7 @@ fn complete(dir: &Path, batches: u64, modules: usize, mut manifest: Manifest) ->
 /// After the checkpoint of `batches`. One that is further on is from before the run went back behind it, since it was damaged:
 /// it counts for nothing, or it would take the place of a good one.
 fn remove_old(dir: &Path, batches: u64, keep: usize, best: Option<u64>) -> Result<()> {
-    for (_, path) in named(dir, ".step-", PARTIAL)?.into_iter().filter(|(of, _)| *of < batches) {
+    for (_, path) in newest::named(dir, ".step-", PARTIAL)?.into_iter().filter(|(of, _)| *of < batches) {
         fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
     }
     let mut found = list(dir)?;
@@ -195,73 +206,22 @@ fn discard(path: &Path) -> Result<()> {
 /// [`Error::Io`] if the folder cannot be read or changed; a missing folder holds nothing.
 pub fn clear_unfinished(dir: &Path) -> Result<()> {
     for ending in [PARTIAL, DISCARDED] {
-        for (_, path) in named(dir, ".step-", ending)? {
+        for (_, path) in newest::named(dir, ".step-", ending)? {
             fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
         }
     }
     Ok(())
 }
 
-/// The complete checkpoints under `dir`, oldest first.
-///
-/// # Errors
-/// [`Error::Io`] if the folder cannot be read; a missing folder holds none.
-pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let mut found = named(dir, "step-", "")?;
-    found.retain(|(_, path)| path.join(MANIFEST).exists());
-    Ok(found)
-}
-
-/// What is called `beginning`, batches, `ending` under `dir`, in their order.
-fn named(dir: &Path, beginning: &str, ending: &str) -> Result<Vec<(u64, PathBuf)>> {
-    let mut found = Vec::new();
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
-        Err(e) => return Err(Error::io(dir, e)),
-    };
-    for entry in entries {
-        let path = entry.map_err(|e| Error::io(dir, e))?.path();
-        let name = path.file_name().and_then(|n| n.to_str());
-        let batches = name.and_then(|n| n.strip_prefix(beginning)?.strip_suffix(ending)?.parse().ok());
-        found.extend(batches.map(|batches| (batches, path)));
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// The newest checkpoint under `dir` that verifies. A damaged one is reported and the one before it taken.
-///
-/// # Errors
-/// [`Error::Input`] if there are checkpoints and none verifies.
-pub fn latest(dir: &Path) -> Result<Option<Checkpoint>> {
-    let mut last = None;
-    for (_, path) in list(dir)?.into_iter().rev() {
-        match Checkpoint::open(&path) {
-            Ok(checkpoint) => return Ok(Some(checkpoint)),
-            Err(e) => {
-                log::warn!("{e}; trying the checkpoint before it");
-                last = Some(e);
-            }
-        }
-    }
-    last.map_or(Ok(None), Err)
-}
-
-/// The manifest of the newest checkpoint under `dir`, without a look at its tensors; `None` where there is no readable one.
-///
-/// # Errors
-/// [`Error::Io`] if the folder cannot be read.
-pub fn newest_manifest(dir: &Path) -> Result<Option<Manifest>> {
-    let read = |path: &PathBuf| serde_json::from_slice(&fs::read(path.join(MANIFEST)).ok()?).ok();
-    Ok(list(dir)?.iter().rev().find_map(|(_, path)| read(path)))
-}
-
 fn read_manifest(path: &Path) -> Result<Manifest> {
     let at = path.join(MANIFEST);
-    let text = fs::read(&at).map_err(|e| {
+    let text = read(&at).map_err(|e| {
         let wanted = "name a checkpoint (a folder step-NNNNNNNN) or a run folder that holds one";
         match path.exists() {
+            true if batches_of(path).is_some() => Error::input(format!(
+                "{}: {e}: this checkpoint is not whole (was a copy cut short?); name another one, or copy it again",
+                at.display()
+            )),
             true => Error::input(format!("{}: not a checkpoint: {e}; {wanted}", at.display())),
             false => Error::input(format!("{}: there is no such folder; {wanted}", path.display())),
         }
@@ -276,7 +236,29 @@ fn read_manifest(path: &Path) -> Result<Manifest> {
             manifest.version
         )));
     }
+    if let Some(batches) = batches_of(path).filter(|batches| *batches != manifest.batches) {
+        return Err(Error::input(format!(
+            "{}: the checkpoint of {} batches in a folder called as that of {batches}: give the folder its own name back",
+            at.display(),
+            manifest.batches
+        )));
+    }
+    // Each is a file of this folder.
+    if let Some(file) =
+        manifest.files.iter().find(|file| Path::new(&file.name).components().count() != 1 || file.name.contains('/'))
+    {
+        return Err(Error::input(format!(
+            "{}: damaged checkpoint manifest: it names a file {:?}",
+            at.display(),
+            file.name
+        )));
+    }
     Ok(manifest)
+}
+
+/// The batches that a checkpoint's folder is called by.
+fn batches_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
 /// A complete checkpoint, opened for reading.
@@ -300,13 +282,20 @@ impl Checkpoint {
     /// is the one that scored best in validation) and verifies sizes and checksums.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the file that is missing or damaged.
+    /// [`Error::Input`] naming the file that is missing or damaged: another checkpoint than the one meant is never taken.
     pub fn open(path: &Path) -> Result<Self> {
         let path = &best::resolve(path)?;
         let runs = path.join("checkpoints");
         if !path.join(MANIFEST).exists() && runs.is_dir() {
-            return latest(&runs)?.ok_or_else(|| {
+            let newest = newest::of_any_state(&runs)?.ok_or_else(|| {
                 Error::input(format!("{}: there is no checkpoint in this run folder yet", path.display()))
+            })?;
+            return Self::open(&newest).map_err(|e| {
+                Error::input(format!(
+                    "{e}. It is the newest of {}; an older one has to be named, for instance {}",
+                    path.display(),
+                    newest::whole_before(&runs, &newest).unwrap_or_else(|| runs.join("step-NNNNNNNN")).display()
+                ))
             });
         }
         let checkpoint = Self::trusted(path)?;
@@ -318,7 +307,7 @@ impl Checkpoint {
 
     fn read_verified(&self, file: &FileEntry) -> Result<Vec<u8>> {
         let path = self.path.join(&file.name);
-        let content = fs::read(&path)
+        let content = read(&path)
             .map_err(|e| Error::input(format!("{}: checkpoint file cannot be read: {e}", path.display())))?;
         if content.len() as u64 != file.bytes || format!("{:016x}", xxh3_64(&content)) != file.xxh3 {
             return Err(Error::input(format!(
@@ -449,7 +438,7 @@ mod tests {
         }
         finish(dir.path(), 4, 2, manifest(), (1, None)).unwrap_err();
         write(dir.path(), 5, 1);
-        let left = named(dir.path(), ".step-", PARTIAL).unwrap();
+        let left = newest::named(dir.path(), ".step-", PARTIAL).unwrap();
         assert_eq!(left, [(6, partial_of(dir.path(), 6))], "another rank is ahead");
     }
 

@@ -63,13 +63,16 @@ impl EvalArgs {
     }
 }
 
+/// Clips of a video, at most.
+const MOST_CLIPS: usize = 1 << 16;
+
 /// `3x1`: clips of a video, crops of a clip.
 fn views(text: &str) -> std::result::Result<Views, String> {
     let (clips, crops) = text.split_once('x').ok_or("CLIPSxCROPS is meant, for instance 10x3")?;
     let number = |text: &str| text.parse::<usize>().map_err(|e| format!("{text:?}: {e}"));
     let (clips, crops) = (number(clips)?, number(crops)?);
-    if clips == 0 || !matches!(crops, 1 | 3) {
-        return Err("clips are 1 or more, crops 1 or 3".into());
+    if !(1..=MOST_CLIPS).contains(&clips) || !matches!(crops, 1 | 3) {
+        return Err(format!("clips are 1 to {MOST_CLIPS}, crops 1 or 3"));
     }
     Ok(Views { clips, crops })
 }
@@ -86,20 +89,32 @@ struct Protocol {
     of: [usize; 2],
     /// Frames are taken as they are stored.
     resize: &'static str,
+    /// What is scored, and the batches that it was trained on.
+    checkpoint: String,
+    batches: u64,
 }
 
 impl Protocol {
-    fn of(setup: &Setup) -> Self {
+    fn of(setup: &Setup, (checkpoint, batches): (String, u64)) -> Self {
         let (data, [h, w, _]) = (&setup.config.data, setup.network.input);
         let of = setup.dataset.as_ref().map_or([h, w], |dataset| [dataset.height, dataset.width]);
         let views = [setup.views.clips, setup.views.crops];
-        Protocol { frames: data.frames, stride: data.stride, views, crop: [h, w], of, resize: "none" }
+        Protocol {
+            frames: data.frames,
+            stride: data.stride,
+            views,
+            crop: [h, w],
+            of,
+            resize: "none",
+            checkpoint,
+            batches,
+        }
     }
 }
 
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Protocol { frames, stride, views: [clips, crops], crop: [h, w], of: [height, width], resize } = self;
+        let Protocol { frames, stride, views: [clips, crops], crop: [h, w], of: [height, width], resize, .. } = self;
         write!(
             f,
             "protocol: T = {frames} frames, stride {stride}; {clips}x{crops} views (clips of a video x crops of a clip); \
@@ -130,6 +145,13 @@ pub fn config_of(checkpoint: &Checkpoint, set: &[String], data: &[String]) -> Re
     Ok(config)
 }
 
+/// Says which checkpoint is looked at.
+pub(super) fn tell(world: &World, checkpoint: &Checkpoint) {
+    if world.rank() == 0 {
+        log::info!("{}, after {} batches", checkpoint.path().display(), checkpoint.manifest().batches);
+    }
+}
+
 /// The evaluator of the moving average, or of the `raw` parameters; says which where there are both.
 pub(super) fn chosen(evaluator: Evaluator, raw: bool) -> Evaluator {
     match (evaluator.setup().config.train.ema, raw) {
@@ -142,12 +164,6 @@ pub(super) fn chosen(evaluator: Evaluator, raw: bool) -> Evaluator {
     if raw { evaluator.raw() } else { evaluator }
 }
 
-/// Some of many names.
-fn classes(names: &[String]) -> String {
-    let first = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
-    format!("{} classes ({first}{})", names.len(), if names.len() > 8 { ", …" } else { "" })
-}
-
 /// Runs it.
 ///
 /// # Errors
@@ -156,20 +172,12 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let planned = Checkpoint::open(&args.checkpoint).and_then(|checkpoint| {
         let config = config_of(&checkpoint, &args.set, &args.data)?;
         args.validate(config.model.task)?;
-        let (names, path) = (checkpoint.manifest().class_names.clone(), checkpoint.path().to_path_buf());
+        tell(world, &checkpoint);
+        let scored = (checkpoint.path().display().to_string(), checkpoint.manifest().batches);
         let evaluator = Evaluator::new(world, &config, checkpoint, Purpose::Evaluate, args.views, None)?;
-        let setup = evaluator.setup();
-        if setup.class_names != names {
-            return Err(Error::input(format!(
-                "the shards have {}, but {} was trained on {}: give shards of the same dataset (--data)",
-                classes(&setup.class_names),
-                path.display(),
-                classes(&names)
-            )));
-        }
-        Ok(chosen(evaluator, args.raw))
+        Ok((chosen(evaluator, args.raw), scored))
     });
-    let evaluator = world.first_error(planned)?;
+    let (evaluator, scored) = world.first_error(planned)?;
     let setup = evaluator.setup();
     let chief = world.rank() == 0;
     let (task, names) = (setup.config.model.task, &setup.class_names);
@@ -213,7 +221,7 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     if let Some(path) = &args.confusion {
         votes.write_confusion(names, path)?;
     }
-    let (result, protocol) = (tally.result(task, 0, 0.0), Protocol::of(setup));
+    let (result, protocol) = (tally.result(task, 0, 0.0), Protocol::of(setup, scored));
     if args.json {
         return print_json(&result, &votes, &protocol, args.per_class.then_some(names));
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::eval::{chosen, config_of};
+use super::eval::{chosen, config_of, tell};
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::Task;
@@ -53,6 +53,7 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
                 checkpoint.path().display()
             )));
         }
+        tell(world, &checkpoint);
         let all = Evaluator::new(world, &config, checkpoint.clone(), Purpose::Evaluate, Views::ONE, None)?;
         config.data.batch = 1;
         let pictures = Evaluator::new(world, &config, checkpoint, Purpose::Predict, Views::ONE, Some(args.clips))?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::Config;
+use crate::sys::files::read_text;
 use crate::{Error, Result};
 
 impl Config {
@@ -11,7 +12,7 @@ impl Config {
     /// # Errors
     /// [`Error::Input`] naming the file, line and key, with a suggestion for a mistyped key.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| {
+        let text = read_text(path).map_err(|e| {
             let why = match e.kind() {
                 std::io::ErrorKind::InvalidData => "not a text file; a configuration is a TOML file".to_string(),
                 _ => e.to_string(),
@@ -87,10 +88,16 @@ fn apply<'a>(table: &mut toml::Table, setting: &'a str) -> Result<Vec<&'a str>> 
     let (key, value) = setting.split_once('=').ok_or_else(|| {
         Error::input(format!("--set {setting}: expected section.key=value, for instance --set train.epochs=2"))
     })?;
-    let value = toml::from_str::<toml::Table>(&format!("v = {value}"))
-        .ok()
-        .and_then(|mut t| t.remove("v"))
-        .unwrap_or_else(|| toml::Value::String(value.to_string()));
+    let parsed = toml::from_str::<toml::Table>(&format!("v = {value}")).ok().and_then(|mut t| t.remove("v"));
+    let digits = value.trim().trim_start_matches(['+', '-']).replace('_', "");
+    if parsed.is_none() && !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(Error::input(format!(
+            "--set {setting}: a whole number is {} to {} (and begins with no 0)",
+            i64::MIN,
+            i64::MAX
+        )));
+    }
+    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_string()));
     let written: Vec<&str> = key.trim().split('.').collect();
     if written.last().is_none_or(|last| last.is_empty()) {
         return Err(Error::input(format!("--set {setting}: the key is empty")));

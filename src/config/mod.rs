@@ -4,6 +4,7 @@
 //! are checked that need no dataset and no shapes (those follow in [`crate::network::Network::new`]).
 
 mod data;
+mod limits;
 mod load;
 mod model;
 mod run;
@@ -12,6 +13,7 @@ mod train;
 use serde::{Deserialize, Serialize};
 
 pub use data::{DataConfig, Globs};
+pub(crate) use limits::MOST_BATCHES;
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
 pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
 pub use train::{AutoDepth, ClipNorm, Freeze, LrDepth, NamedPeriod, NoClipping, TrainConfig, Until, UpdateEvery};
@@ -51,34 +53,8 @@ impl Config {
     /// # Errors
     /// [`Error::Input`] naming the key, its value, and what is allowed.
     pub fn validate(&self) -> Result<()> {
-        let positive = [
-            ("data.frames", self.data.frames),
-            ("data.stride", self.data.stride),
-            ("data.batch", self.data.batch),
-            ("data.crop", self.data.crop.unwrap_or(1)),
-            ("data.decode_threads", self.data.decode_threads),
-            ("data.prefetch", self.data.prefetch),
-            ("model.horizon", self.model.horizon),
-            ("model.classes", self.model.classes.unwrap_or(1)),
-            ("model.modules", self.model.modules.unwrap_or(1)),
-            ("train.replicas", self.train.replicas),
-            ("train.scale_lr", self.train.scale_lr.unwrap_or(1)),
-            ("run.threads", self.run.threads),
-            ("run.keep", self.run.keep),
-            ("train.epochs", self.train.epochs.min(1) as usize),
-            ("train.batches", self.train.batches.unwrap_or(1).min(1) as usize),
-            ("run.checkpoint_every", self.run.checkpoint_every.min(1) as usize),
-            ("run.timeout", self.run.timeout.min(1) as usize),
-        ];
-        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(Error::input(format!("{key} = 0: it must be at least 1")));
-        }
-        if self.data.std.iter().any(|s| !s.is_finite() || *s <= 0.0) || self.data.mean.iter().any(|m| !m.is_finite()) {
-            return Err(Error::input(format!(
-                "data.mean = {:?}, data.std = {:?}: means must be finite and deviations positive",
-                self.data.mean, self.data.std
-            )));
-        }
+        self.validate_numbers()?;
+        self.validate_scale()?;
         self.data.augmentation().validate(self.data.crop)?;
         if let Some(alpha) = self.data.mixup {
             Mixup::validate(alpha)?;

@@ -5,14 +5,15 @@ pub mod grid;
 pub mod neighbours;
 pub mod site;
 pub mod validation;
+mod warnings;
 pub mod wiring;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::backend::stage::{OutputPort, StageSpec};
-use crate::config::{Config, OnNonfinite, Task};
-use crate::data::{Dataset, Mixup, Sampler, StreamOptions, Views, missing_shards};
+use crate::config::{Config, MOST_BATCHES, OnNonfinite, Task};
+use crate::data::{Dataset, Mixup, Sampler, StreamOptions, Views};
 use crate::method::{LossAt, Rule, Schedule};
 use crate::metrics::Report;
 use crate::network::Network;
@@ -70,6 +71,23 @@ impl Setup {
     /// # Errors
     /// [`Error::Input`] for whatever in configuration, dataset or number of ranks cannot work.
     pub fn new(config: &Config, ranks: usize, purpose: Purpose) -> Result<Self> {
+        Self::of(config, ranks, purpose, None)
+    }
+
+    /// Plans a pass over shards that must have the classes `names`, those of a network that `source` was trained on.
+    ///
+    /// # Errors
+    /// As [`Setup::new`], and for other classes.
+    pub fn for_classes(
+        config: &Config,
+        ranks: usize,
+        purpose: Purpose,
+        (names, source): (&[String], &str),
+    ) -> Result<Self> {
+        Self::of(config, ranks, purpose, Some((names, source)))
+    }
+
+    fn of(config: &Config, ranks: usize, purpose: Purpose, trained: Option<(&[String], &str)>) -> Result<Self> {
         config.validate()?;
         let (key, globs) = match purpose {
             Purpose::Train => ("data.train", config.data.train.list()),
@@ -79,6 +97,16 @@ impl Setup {
             return Err(Error::input(format!("{key} is not set: give a glob of shards, such as \"data/train-*.h5\"")));
         }
         let dataset = open(key, &globs)?;
+        // Before the network, which does not fit another number of classes.
+        if let Some((names, source)) = trained.filter(|_| config.model.task == Task::Recognition)
+            && dataset.class_names != names
+        {
+            return Err(Error::input(format!(
+                "the shards have {}, but {source} was trained on {}: give shards of the same dataset (--data)",
+                some_classes(&dataset.class_names),
+                some_classes(names)
+            )));
+        }
         let validated = purpose == Purpose::Train && config.train.validate_every > 0;
         let validated = if validated { Some(validation::videos(config, &dataset)?) } else { None };
         Self::plan(config, ranks, purpose, Some(Arc::new(dataset)), validated.map(Arc::new))
@@ -241,56 +269,6 @@ impl Setup {
         }
     }
 
-    /// The warnings a user should see before training starts.
-    pub fn warnings(&self) -> Vec<String> {
-        let (d, lowest) = (self.grid.modules, self.frozen.lowest());
-        let needed = 2 * (d - lowest) + 1;
-        let mut warnings = Vec::new();
-        if self.purpose == Purpose::Train && self.schedule.frames() < needed && !self.config.train.rule.is_exact() {
-            let formula = if lowest == 1 { "2D - 1".to_string() } else { format!("2(D - {lowest}) + 1") };
-            warnings.push(format!(
-                "clips of {} frames are shorter than {formula} = {needed} for D = {d} modules: module {lowest} is trained through \
-                 skips only, the main path's cotangent never reaches it",
-                self.schedule.frames(),
-            ));
-        }
-        if self.purpose == Purpose::Train
-            && self.config.train.rule == Rule::SkipSideways
-            && self.config.model.skip.is_none()
-        {
-            warnings.push("train.rule = \"skip-sideways\" without model.skip is plain Sideways".into());
-        }
-        if let (Purpose::Train, Some(dataset)) = (self.purpose, &self.dataset) {
-            warnings.extend(self.data_warnings(dataset));
-        }
-        warnings
-    }
-
-    fn data_warnings(&self, dataset: &Dataset) -> Vec<String> {
-        let mut warnings = Vec::new();
-        let data = &self.config.data;
-        let wanted = (data.frames as u64 - 1) * data.stride as u64 + 1;
-        let short = dataset.videos.iter().filter(|video| video.frames < wanted).count();
-        if short > 0 {
-            warnings.push(format!(
-                "{short} of {} videos have fewer than the {wanted} frames of a clip (data.frames = {}, data.stride = {}): \
-                 their last frame is repeated",
-                dataset.videos.len(),
-                data.frames,
-                data.stride
-            ));
-        }
-        let missing = missing_shards(&dataset.shards);
-        if let Some(first) = missing.first() {
-            warnings.push(format!(
-                "data.train: {} shards are not there, though later ones are; the first is {}: was a part of a copy lost?",
-                missing.len(),
-                first.display()
-            ));
-        }
-        warnings
-    }
-
     /// How replica `replica`'s frames are read, from batch `first` to before `end`.
     pub fn stream(&self, replica: usize, first: u64, end: u64) -> StreamOptions {
         let data = &self.config.data;
@@ -336,11 +314,18 @@ impl Setup {
     pub fn total_batches(&self) -> Result<u64> {
         let Some(dataset) = &self.dataset else { return Ok(self.config.train.batches.unwrap_or(0)) };
         let an_epoch = Sampler::of(dataset, self.stream(0, 0, u64::MAX).sampler())?.batches_per_epoch();
-        Ok(match (self.purpose, self.config.train.batches) {
-            (Purpose::Evaluate | Purpose::Predict, _) => an_epoch,
-            (Purpose::Train, Some(batches)) => batches,
-            (Purpose::Train, None) => an_epoch * self.config.train.epochs,
-        })
+        match (self.purpose, self.config.train.batches) {
+            (Purpose::Evaluate | Purpose::Predict, _) => Ok(an_epoch),
+            (Purpose::Train, Some(batches)) => Ok(batches),
+            (Purpose::Train, None) => {
+                let epochs = self.config.train.epochs;
+                an_epoch.checked_mul(epochs).filter(|total| *total <= MOST_BATCHES).ok_or_else(|| {
+                    Error::input(format!(
+                        "train.epochs = {epochs}: at {an_epoch} batches each a run would have more than {MOST_BATCHES}"
+                    ))
+                })
+            }
+        }
     }
 
     /// A number that is the same on two ranks only if they plan the same run.
@@ -365,6 +350,12 @@ impl Setup {
     pub fn checkpoints(&self) -> std::path::PathBuf {
         Path::new(&self.config.run.dir).join("checkpoints")
     }
+}
+
+/// Some of many names.
+fn some_classes(names: &[String]) -> String {
+    let first = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
+    format!("{} classes ({first}{})", names.len(), if names.len() > 8 { ", …" } else { "" })
 }
 
 fn open(key: &str, globs: &[String]) -> Result<Dataset> {

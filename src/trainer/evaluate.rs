@@ -33,7 +33,15 @@ impl<'w> Evaluator<'w> {
         views: Views,
         batches: Option<u64>,
     ) -> Result<Self> {
-        let setup = Setup { views, ..Setup::new(config, world.size(), purpose)? };
+        let manifest = checkpoint.manifest();
+        let trained = (&manifest.class_names[..], &*checkpoint.path().display().to_string());
+        let setup = Setup { views, ..Setup::for_classes(config, world.size(), purpose, trained)? };
+        // A prediction looks twice at the same shards.
+        if world.rank() == 0 && purpose == Purpose::Evaluate {
+            for warning in setup.unlike_trained(manifest.stored, manifest.input, manifest.fps) {
+                log::warn!("{warning}");
+            }
+        }
         let total = setup.total_batches()?;
         setup.dataset.as_ref().map_or(Ok(()), |dataset| setup.stream(0, 0, total).fits(dataset))?;
         let end = batches.map_or(total, |batches| total.min(batches));

@@ -31,6 +31,8 @@ pub fn recorder(setup: &Setup, range: &RunRange) -> Result<Option<Recorder>> {
     write_whole(&path, text.as_bytes())?;
     let mut manifest = Manifest::new(text, setup.class_names.clone(), setup.network.input, setup.cuts());
     manifest.data = setup.dataset.as_ref().map(|data| data.digest());
+    manifest.stored = setup.dataset.as_ref().map(|data| [data.height, data.width]);
+    manifest.fps = setup.dataset.as_ref().map(|data| data.fps);
     checkpoint::clear_unfinished(&setup.checkpoints())?;
     Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, range.first).map(Some)
 }
