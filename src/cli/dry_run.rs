@@ -2,10 +2,9 @@
 
 use bytesize::ByteSize;
 
-use crate::Result;
 use crate::cli::output::table;
 use crate::cli::train::notes;
-use crate::comm::Kind;
+use crate::comm::{Kind, World};
 use crate::config::{Config, DeviceChoice, Precision, Rule};
 use crate::network::blocks::Blocks;
 use crate::plan::cut::resume_cut;
@@ -15,6 +14,11 @@ use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory, sent};
 use crate::setup::grid::Grid;
 use crate::sys::cpus::at_once;
+use crate::trainer::resume;
+use crate::{Error, Result};
+
+/// Ranks to plan for, at most.
+const MOST_RANKS: usize = 1 << 20;
 
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each module's share.
 ///
@@ -22,6 +26,9 @@ use crate::sys::cpus::at_once;
 /// Whatever in the configuration cannot work.
 pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     let mut config = config.clone();
+    if let Some(ranks) = ranks.filter(|ranks| !(1..=MOST_RANKS).contains(ranks)) {
+        return Err(Error::input(format!("--ranks {ranks}: it must be 1..={MOST_RANKS}")));
+    }
     resume_cut(&mut config)?;
     let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).unwrap_or(1);
     let wanted = if config.train.rule == Rule::Bp { 1 } else { ranks.unwrap_or(modules * config.train.replicas) };
@@ -39,6 +46,11 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         if let Some(cuts) = measured {
             setup = setup.recut(cuts)?;
         }
+    }
+    if let Some(dataset) = &setup.dataset {
+        // What the first tick would find.
+        setup.stream(0, 0, setup.total_batches()?).fits(dataset)?;
+        resume::range(&setup, &World::Alone, None)?;
     }
     let grid = setup.grid;
     outln!(
@@ -68,7 +80,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
             module.output,
             module.params,
             // Forward, and as much again for each of the two gradients.
-            3.0 * (module.flops * config.data.batch as u64) as f64 / 1e9,
+            3.0 * module.flops as f64 * config.data.batch as f64 / 1e9,
             ByteSize(needed(&setup, w)),
             ByteSize(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
         )

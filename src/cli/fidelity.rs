@@ -42,6 +42,9 @@ pub fn run(world: &World, args: &FidelityArgs) -> Result<()> {
     world.first_error(plan(world, args))
 }
 
+/// Strides, as multiples of the configuration's, at most.
+const MOST_STRIDES: usize = 1 << 20;
+
 fn plan(world: &World, args: &FidelityArgs) -> Result<()> {
     if world.size() > 1 {
         return Err(Error::input(format!(
@@ -51,6 +54,9 @@ fn plan(world: &World, args: &FidelityArgs) -> Result<()> {
     }
     if args.strides.contains(&0) {
         return Err(Error::input("--strides 0: a stride is at least 1"));
+    }
+    if let Some(stride) = args.strides.iter().find(|stride| **stride > MOST_STRIDES) {
+        return Err(Error::input(format!("--strides {stride}: a stride is at most {MOST_STRIDES}")));
     }
     let (config, checkpoint) = if args.run.is_dir() {
         let checkpoint = Checkpoint::open(&args.run)?;

@@ -15,6 +15,9 @@ use crate::nn::presets::preset;
 use crate::nn::spec::LayerSpec;
 use crate::{Error, Result};
 
+/// Parameters of a module, at most: its memory is still counted right.
+const MOST_PARAMS: u64 = 1 << 44;
+
 /// One module's share of the network. Shapes are `[H, W, C]` of one sample.
 #[derive(Clone, Debug)]
 pub struct ModuleSpec {
@@ -111,7 +114,7 @@ impl Network {
             }
             let skip_shapes: Vec<[usize; 3]> = skips.iter().map(|s| s.shape).collect();
             let mut shape = fused_shape(main, &skip_shapes, fuse);
-            let (mut flops, mut params) = (0, 0);
+            let (mut flops, mut params) = (0u64, 0u64);
             for s in skip_shapes.iter().filter(|s| fuse == Fuse::Sum && s[2] != main[2]) {
                 // An adapter works on what was sent.
                 let adapter = ((s[2] + 1) * main[2]) as u64;
@@ -122,9 +125,15 @@ impl Network {
                 let output = layer
                     .output_shape(shape)
                     .map_err(|e| Error::input(format!("layer {n} (in module {i} of {}): {e}", graph.modules())))?;
-                flops += layer.flops(shape);
+                flops = flops.saturating_add(layer.flops(shape));
                 params += layer.params(shape);
                 shape = output;
+            }
+            if params > MOST_PARAMS {
+                return Err(Error::input(format!(
+                    "module {i} of {} has {params} parameters: more than {MOST_PARAMS} are not taken",
+                    graph.modules()
+                )));
             }
             modules.push(ModuleSpec { layers: start..end, main, skips, output: shape, flops, params });
         }

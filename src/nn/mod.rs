@@ -6,6 +6,7 @@ pub mod cost;
 pub mod head;
 pub mod layers;
 pub mod learned;
+mod limits;
 pub mod loss;
 pub mod module;
 pub mod optim;

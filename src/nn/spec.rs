@@ -17,6 +17,7 @@ use super::layers::{
     AvgPool, BatchNorm, Conv2d, Dropout, Gelu, GlobalAvgPool, GroupNorm, Layer, Linear, MaxPool, Relu, Residual,
     Upsample,
 };
+use super::limits;
 use super::param::Init;
 use crate::backend::cpu::Window;
 use crate::backend::cpu::conv::Conv;
@@ -210,9 +211,16 @@ impl LayerSpec {
     pub fn output_shape(&self, input: Shape) -> Result<Shape> {
         let [h, w, c] = input;
         let wrong = |why: String| Error::input(format!("{} on an input of {h}x{w}x{c}: {why}", self.kind()));
-        if h * w * c == 0 {
-            return Err(wrong("the input is empty".into()));
-        }
+        limits::elements(input).map_err(wrong)?;
+        limits::numbers(self).map_err(wrong)?;
+        let output = self.shape_of(input)?;
+        limits::elements(output).map_err(|why| wrong(format!("of the output, {why}")))?;
+        Ok(output)
+    }
+
+    fn shape_of(&self, input: Shape) -> Result<Shape> {
+        let [h, w, c] = input;
+        let wrong = |why: String| Error::input(format!("{} on an input of {h}x{w}x{c}: {why}", self.kind()));
         let windowed = |window: Window| window.output(h, w).map_err(|e| wrong(e.to_string()));
         match *self {
             LayerSpec::Conv2d { out, groups, kernel, stride, padding, .. } => {

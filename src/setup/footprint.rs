@@ -14,9 +14,9 @@ pub fn memory(setup: &Setup, w: usize) -> u64 {
     let parameters = module.params + beside(setup, i);
     let links = setup.wiring.of_worker(w);
     let buffers: usize = links.iter().map(|l| l.depth * (l.words + HEADER_WORDS)).sum();
-    4 * (parameters
-        + activations(setup, i, setup.schedule.kept_at_once(i).max(1), host_tape(setup, i))
-        + buffers as u64)
+    let activations = activations(setup, i, setup.schedule.kept_at_once(i).max(1), host_tape(setup, i));
+    // More than any machine has is more than any machine has.
+    parameters.saturating_add(activations).saturating_add(buffers as u64).saturating_mul(4)
 }
 
 /// Elements that a forward pass of module `i` keeps for its vjp, of a batch.
@@ -41,7 +41,8 @@ fn activations(setup: &Setup, i: usize, kept: usize, tape: u64) -> u64 {
     // The tape has the newest step's.
     let (tapes, inputs) = if schedule.recomputes(i) { (1, kept - 1) } else { (kept, 0) };
     let input = elements(&module.main) + module.skips.iter().map(|skip| elements(&skip.shape)).sum::<u64>();
-    tapes * tape + batch * (inputs * input + (schedule.sums(i) as u64 - 1) * elements(&module.output))
+    let sums = (schedule.sums(i) as u64 - 1).saturating_mul(elements(&module.output));
+    tapes.saturating_mul(tape).saturating_add(batch.saturating_mul(inputs.saturating_mul(input).saturating_add(sums)))
 }
 
 /// Elements that module `i` keeps beside its values in training, for what learns: gradient, the optimiser's memory, moving average.
@@ -84,12 +85,14 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let kept = if training { activations(setup, i, setup.schedule.kept(i), batch * tape) } else { batch * tape };
     // Each step kept has the fused input and the output too, which no tape of a neighbouring layer may count.
     let kept_steps = if training { setup.schedule.kept(i) as u64 - 1 } else { 0 };
-    let kept =
-        kept + kept_steps * (elements(fused_shape(module.main, &skips, setup.network.fuse)) + elements(module.output));
-    let skips = batch * skip_elements(setup, i, training);
-    let activations = elements(module.main) + kept + skips + if training { 4 * largest } else { largest };
+    let ends = elements(fused_shape(module.main, &skips, setup.network.fuse)) + elements(module.output);
+    let kept = kept.saturating_add(kept_steps.saturating_mul(ends));
+    let skips = batch.saturating_mul(skip_elements(setup, i, training));
+    let passing = if training { 4 * largest } else { largest };
+    let activations = elements(module.main).saturating_add(kept).saturating_add(skips).saturating_add(passing);
     let messages: u64 = setup.wiring.of_worker(w).iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
-    4 * parameters + rounded * module.params + element * activations + 4 * messages
+    let all = [4 * parameters, rounded * module.params, element.saturating_mul(activations), 4 * messages];
+    all.into_iter().fold(0, u64::saturating_add)
 }
 
 /// Elements of one sample in what module `i`'s skips take on a GPU: inputs as sent and as an adapter gives them, each with its cotangent;

@@ -40,7 +40,18 @@ fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64
             check_same_run(setup, &newest)?;
             (newest.manifest().batches, Some((newest, Fit::Exact)))
         }
-        (None, Some(init)) => (0, Some((Checkpoint::open(init)?, Fit::NewHead))),
+        (None, Some(init)) => {
+            let init = Checkpoint::open(init)?;
+            let (theirs, ours) = (&init.manifest().class_names, &setup.class_names);
+            // A head of another size starts anew.
+            if theirs != ours && theirs.len() == ours.len() {
+                log::warn!(
+                    "train.init: {} was trained on other classes, as many: the last layer goes on with weights of those",
+                    init.path().display()
+                );
+            }
+            (0, Some((init, Fit::NewHead)))
+        }
         (None, None) => (0, None),
     };
     let end = stop_after.map_or(total, |n| total.min(first.saturating_add(n)));

@@ -62,14 +62,15 @@ pub fn check(world: &World, setup: &Setup) -> Result<Check> {
     let a_checkpoint: u64 = 4
         * setup.network.modules.iter().map(|m| m.params).sum::<u64>()
         * (1 + setup.config.train.optimizer.buffers().len() as u64 + u64::from(setup.config.train.ema.is_some()));
+    let wanted = kept.saturating_mul(a_checkpoint);
     let free = free_space(dir).unwrap_or(u64::MAX);
     let found = format!("{}, seen by all ranks, {} free", dir.display(), ByteSize(free));
-    Ok(match free < kept * a_checkpoint {
+    Ok(match free < wanted {
         true => Check::warning(
             WHAT,
             format!(
                 "{found}; {kept} checkpoints (run.keep, the start's, the best, the one being written) take {}",
-                ByteSize(kept * a_checkpoint)
+                ByteSize(wanted)
             ),
         ),
         false => Check::fine(WHAT, found),

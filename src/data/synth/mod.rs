@@ -84,6 +84,15 @@ pub struct SynthVideo {
     pub places: Vec<Vec<[f64; 2]>>,
 }
 
+/// Videos made at a time: enough for all threads, few enough to hold in memory.
+const BLOCK: usize = 64;
+/// Bytes that these take, at most.
+const MOST_MEMORY: usize = 32 << 30;
+/// Shapes in a video, at most.
+const MOST_SHAPES: usize = 10_000;
+/// Videos of a split, at most.
+const MOST_VIDEOS: usize = 100_000_000;
+
 impl Scene {
     /// Checks the values and that they fit each other.
     ///
@@ -95,7 +104,19 @@ impl Scene {
         let (lo, hi) = (self.speed.start, self.speed.end);
         need(self.frames >= 1, "--frames must be at least 1".into())?;
         need((4..=4096).contains(&self.size), format!("--size {}: it must be 4..=4096 pixels", self.size))?;
+        // So many videos are in memory at a time.
+        let bytes = self.frames.checked_mul(self.size * self.size * 3 * BLOCK);
+        need(
+            bytes.is_some_and(|bytes| bytes <= MOST_MEMORY),
+            format!(
+                "--frames {} of --size {}: {BLOCK} videos at a time would take more than {} GiB of memory",
+                self.frames,
+                self.size,
+                MOST_MEMORY >> 30
+            ),
+        )?;
         need(self.shapes >= 1, "--shapes must be at least 1: without shapes nothing tells the label".into())?;
+        need(self.shapes <= MOST_SHAPES, format!("--shapes {}: it must be at most {MOST_SHAPES}", self.shapes))?;
         need(
             lo > 0.0 && lo <= hi && hi < size / 2.0,
             format!("--speed {lo}..{hi}: it must be above 0 and below half the frame ({} pixels)", size / 2.0),
@@ -112,7 +133,7 @@ impl Scene {
             self.camera >= 0.0 && self.camera < size / 2.0,
             format!("--camera {}: it must be 0 or more and below half the frame ({} pixels)", self.camera, size / 2.0),
         )?;
-        need(self.noise >= 0.0 && self.noise.is_finite(), format!("--noise {}: it must be 0 or more", self.noise))
+        need((0.0..=255.0).contains(&self.noise), format!("--noise {}: it must be 0 to 255 grey levels", self.noise))
     }
 
     /// Video number `index` of `split`. The scene has to be valid.
@@ -254,8 +275,10 @@ fn label(seed: u64, split: &str, index: u64) -> i32 {
 pub fn make(out: &Path, options: &SynthOptions, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<PathBuf>> {
     options.scene.validate()?;
     output::check(options.per_shard, options.quality)?;
-    if options.videos == 0 {
-        return Err(Error::input("--videos must be at least 1"));
+    for (name, videos, least) in [("--videos", options.videos, 1), ("--test-videos", options.test_videos, 0)] {
+        if !(least..=MOST_VIDEOS).contains(&videos) {
+            return Err(Error::input(format!("{name} {videos}: it must be {least}..={MOST_VIDEOS}")));
+        }
     }
     let mut splits = vec![("train", options.videos)];
     if options.test_videos > 0 {
@@ -281,8 +304,6 @@ fn make_shard(
     options: &SynthOptions,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<PathBuf> {
-    /// Videos made at a time: enough for all threads, few enough to hold in memory.
-    const BLOCK: usize = 64;
     let size = options.scene.size;
     let header = ShardHeader {
         encoding: options.encoding,
