@@ -3,10 +3,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod data;
+mod eval;
 mod faults;
+mod numbers;
 mod plan;
 mod ranks;
 mod recipes;
 mod report;
 mod scale;
 mod validation;
+mod warnings;
