@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch bench-data gpu-bundle bench-gpu drills clean
+.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch bench-data gpu-bundle bench-gpu fuzz drills clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -79,6 +79,9 @@ test: build slurm-deps lint doc ## everything that continuous integration checks
 	$(CARGO) test $(PROFILE) --lib --bins $(TESTS:%=--test %) -- --test-threads=2 && $(CARGO) test $(PROFILE) --doc; others=$$?; \
 	wait $$beside && exit $$others
 	$(MAKE) test-cuda
+
+fuzz: build ## ten minutes of each kind of mutated input (tests/fuzz; seconds of each are part of `make test`)
+	SIDEWAYS_FUZZ_SECONDS=600 $(CARGO) test $(PROFILE) --test fuzz -- --test-threads=1 --nocapture
 
 # CUDA's libraries as an emulator for the CPU; needs a C++ compiler alone.
 EMULATOR := $(CURDIR)/target/cuda-emulator
