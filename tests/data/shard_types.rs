@@ -154,6 +154,24 @@ fn a_filter_that_is_not_installed_is_named() {
     );
 }
 
+/// HDF5 1.10 never comes back from a list of strings whose free space has no size.
+#[test]
+fn damaged_lists_of_strings_are_not_read_without_an_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = shard(&dir.path().join("shard.h5"), RAW, [8, 8], 0, &[3, 2]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let number = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let mut at = bytes.windows(8).position(|w| w == b"GCOL\x01\0\0\0").expect("strings lie in a collection") + 16;
+    while bytes[at..at + 2] != [0, 0] {
+        at += 16 + number(&bytes, at + 8).next_multiple_of(8);
+    }
+    assert!(number(&bytes, at + 8) > 16, "free space");
+    bytes[at + 8..at + 16].fill(0);
+    std::fs::write(&path, bytes).unwrap();
+    let error = ShardReader::open(&path).err().expect("it was not refused").to_string();
+    assert!(error.contains("shard.h5: its strings are damaged"), "{error}");
+}
+
 #[test]
 fn a_frame_that_ends_early_is_no_sound_one() {
     let dir = tempfile::tempdir().unwrap();

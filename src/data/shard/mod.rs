@@ -18,6 +18,7 @@
 
 mod attributes;
 mod check;
+mod heap;
 mod reader;
 mod rows;
 mod values;

@@ -8,7 +8,7 @@ use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterato
 use xxhash_rust::xxh3::Xxh3;
 
 use super::rows::Rows;
-use super::{Encoding, ShardHeader, attributes, check, values};
+use super::{Encoding, ShardHeader, attributes, check, heap, values};
 use crate::data::jpeg;
 use crate::{Error, Result};
 
@@ -41,6 +41,12 @@ impl ShardReader {
     /// [`Error::Input`] naming the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = check::file(path)?;
+        if !heap::is_whole(path, bytes) {
+            return Err(Error::input(format!(
+                "{}: its strings are damaged (truncated or overwritten?)",
+                path.display()
+            )));
+        }
         // No chunk cache: unfiltered chunks are then read only where asked.
         let mut options = hdf5::File::with_options();
         options.with_fapl(|access| access.file_locking(false).chunk_cache(1, 0, 1.0));
