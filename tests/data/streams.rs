@@ -137,6 +137,20 @@ fn a_cover_is_no_video_and_of_several_streams_the_one_that_is_shown_is_taken() {
     assert!(list.contains("second.mkv\tdoubtful\t2 video streams"), "{list}");
 }
 
+/// Where the sound begins before the pictures, as where a recording was cut: the first picture is not repeated until then.
+#[test]
+fn a_video_begins_with_its_first_picture() {
+    let films = Films::new();
+    film(&films.at("moving.mkv"), "testsrc=size=64x48:rate=10", "1");
+    let sound = ["-f", "lavfi", "-i", "sine=duration=3", "-map", "0:v", "-map", "1:a", "-c:v", "copy"];
+    films.video("late.mkv", &[&["-itsoffset", "1.5", "-i", "moving.mkv"][..], &sound].concat());
+    films.video("plain.mkv", &[&["-i", "moving.mkv"][..], &sound].concat());
+    assert_eq!(prepared(&films.options()).written, 2);
+    let shard = ShardReader::open(&films.at("out/train-00000.h5")).unwrap();
+    assert_eq!(shard.frames_of(0), 0..10);
+    assert_eq!(shard.checksums[0], shard.checksums[1], "late pictures are other pictures");
+}
+
 /// Pixels that are not square, as of discs and of old cameras: 64x48 shown as 128x48.
 #[test]
 fn a_picture_is_stored_in_the_shape_in_which_it_is_shown() {

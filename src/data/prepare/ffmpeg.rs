@@ -184,7 +184,8 @@ fn command(path: &Path, target: &Target, stream: Option<usize>) -> Command {
     let (h, w) = (target.height, target.width);
     // As `force_original_aspect_ratio=increase`, which takes pixels for square.
     let cover = format!("w='max({w},round({h}*iw*sar/ih))':h='max({h},round({w}*ih/(iw*sar)))'");
-    let filter = format!("fps={},scale={cover}:flags={SCALING},crop={w}:{h}", target.fps);
+    // From the first picture on: where sound begins before it, it would be repeated until then.
+    let filter = format!("setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING},crop={w}:{h}", target.fps);
     let stream = stream.map_or("0:V:0".to_string(), |number| format!("0:{number}"));
     // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
     let mut input = std::ffi::OsString::from("file:");
