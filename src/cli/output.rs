@@ -6,6 +6,7 @@ use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 use std::sync::OnceLock;
 
+use clap::builder::RangedU64ValueParser;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::{Error, Result};
@@ -38,6 +39,11 @@ pub(crate) fn table(left: usize, header: &str, rows: impl IntoIterator<Item = St
         column.set_cell_alignment(if n < left { CellAlignment::Left } else { CellAlignment::Right });
     }
     outln!("{}", table.trim_fmt());
+}
+
+/// Reads a whole number of an option, `least` to `most`.
+pub(crate) fn whole(least: u64, most: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..=most)
 }
 
 fn keep(result: std::io::Result<()>) {

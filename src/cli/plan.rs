@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
 
-use crate::cli::output::table;
+use crate::cli::output::{table, whole};
 use crate::cli::plan_scale::{self, ScaleOptions, Source};
 use crate::cli::ticks::{csv, picture};
 use crate::comm::Kind;
@@ -33,10 +33,10 @@ pub struct PlanArgs {
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
     /// Ranks to plan for [default: one a module, or one where model.modules and model.cuts are not set].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole(1, 1 << 20))]
     pub ranks: Option<usize>,
     /// Cores each rank has to itself [default: run.threads, so that one of its modules computes at a time].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole(1, 1 << 16))]
     pub cores: Option<usize>,
     /// Measure the layers anew, whatever was measured before.
     #[arg(long)]

@@ -29,7 +29,7 @@ pub struct PredictArgs {
     #[arg(long)]
     pub raw: bool,
     /// Clips to make pictures of. Errors are those of all clips.
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub clips: u64,
     /// Folder for the pictures: clip-NNNN.png (columns: steps; rows: newest frame seen, target, prediction) and
     /// clip-NNNN-animated.png.

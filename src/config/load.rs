@@ -122,12 +122,14 @@ fn apply<'a>(table: &mut toml::Table, setting: &'a str) -> Result<Vec<&'a str>> 
 }
 
 /// Serde's words for what it expected, and words that users know.
-const PLAIN: [(&str, &str); 8] = [
+const PLAIN: [(&str, &str); 10] = [
     ("expected u64", "expected a whole number, 0 or more"),
     ("expected usize", "expected a whole number, 0 or more"),
     ("expected u32", "expected a whole number, 0 or more"),
     ("expected f64", "expected a number"),
     ("expected f32", "expected a number"),
+    ("u64 value was too large", "a whole number is at most 9223372036854775807"),
+    ("i64 value was too large", "a whole number is at most 9223372036854775807"),
     ("expected a sequence", "expected a list in [ ]"),
     ("duplicate field `batches`", "`clips` is the former name of `batches`: keep one of the two"),
     ("duplicate field `lr_schedule`", "`schedule` is the former name of `lr_schedule`: keep one of the two"),

@@ -171,6 +171,10 @@ fn large_numbers_end_with_a_message_and_the_code_for_bad_input() {
     let said = text(&seed);
     assert!(seed.status.code() == Some(2) && said.contains("a whole number is") && !said.contains("string"), "{said}");
     assert!(alone(&["train", &run.config, "--set", &format!("train.seed={most}"), "--dry-run"]).status.success());
+    let text_of = std::fs::read_to_string(&run.config).unwrap().replace("seed = 1\n", "seed = 9223372036854775808\n");
+    std::fs::write(&run.config, text_of).unwrap();
+    let said = text(&alone(&["train", &run.config, "--dry-run"]));
+    assert!(said.contains("seed = 9223372036854775808") && !said.contains("string"), "{said}");
 }
 
 /// Every option that takes a number, at the edges of its type.
@@ -186,7 +190,7 @@ fn options_at_their_edges_end_with_a_message() {
     let synth = ["data", "synth", "--out", &out, "--test-videos", "1"];
     let inspect = ["data", "inspect", &shard, "--sheet", &png];
     let eval = [&["eval", &folder][..], &data].concat();
-    let options: [(&[&str], &[&str]); 6] = [
+    let options: [(&[&str], &[&str]); 8] = [
         (&["train", &run.config, "--dry-run"], &["--ranks", "--stop-after"]),
         (&eval, &["--views Nx1", "--views Nx3"]),
         (&inspect, &["--rows", "--columns"]),
@@ -224,6 +228,8 @@ fn options_at_their_edges_end_with_a_message() {
                 "--seed",
             ],
         ),
+        (&["bench", "overlap"], &["--workers", "--ticks", "--bytes", "--compute-ms"]),
+        (&["bench", "data", &shard], &["--crop", "--frames", "--batch", "--prefetch", "--threads", "--seconds"]),
         (&["fidelity", &run.config, "--batches", "1"], &["--strides"]),
     ];
     for (command, options) in options {

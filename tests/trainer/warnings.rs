@@ -20,8 +20,9 @@ fn told(run: &Run, sets: &[&str], words: &str) {
         let said = text(&output);
         assert!(matches!(output.status.code(), Some(0 | 75)), "{said}");
         assert!(said.contains(words), "{command:?} does not say {words:?}: {said}");
+        // The next one begins anew.
+        let _ = std::fs::remove_dir_all(run.folder());
     }
-    let _ = std::fs::remove_dir_all(run.folder());
 }
 
 fn refused(config: &str, sets: &[&str], words: &str) {

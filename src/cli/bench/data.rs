@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::videos::Videos;
 use super::wrong_size;
-use crate::cli::output::table;
+use crate::cli::output::{table, whole};
 use crate::comm::World;
 use crate::data::augment::{Geometry, Scaling, View};
 use crate::data::{Augmentation, Dataset, Encoding, FrameStream, ShardReader, StreamOptions, jpeg};
@@ -28,25 +28,25 @@ pub struct DataArgs {
     #[arg(required = true)]
     pub shards: Vec<String>,
     /// Side of the random crop [default: 112, or the frames' shorter side].
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", value_parser = whole(1, 1 << 13))]
     pub crop: Option<usize>,
     /// Resize crops of this part of the frame's area and more (random resized crop).
     #[arg(long, value_name = "PART")]
     pub crop_scale: Option<f64>,
     /// Frames of a clip.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = whole(1, 1 << 16))]
     pub frames: usize,
     /// Clips read side by side.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = whole(1, 1 << 20))]
     pub batch: usize,
     /// Also decode these video files with ffmpeg when their frames are wanted, instead of reading shards.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub videos: Vec<PathBuf>,
     /// Frames made ahead, as data.prefetch.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = whole(1, 1 << 16))]
     pub prefetch: usize,
     /// Numbers of decode threads to measure the whole loader with [default: 1, 2, 4 and so on up to the cores].
-    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = whole(1, 1 << 10))]
     pub threads: Vec<usize>,
     /// Time for each figure.
     #[arg(long, default_value_t = 1.0)]
@@ -89,7 +89,7 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
     if world.size() > 1 {
         return Err(wrong_size("data", world.size(), "it measures one process"));
     }
-    if !(args.seconds > 0.0 && args.seconds.is_finite()) || args.threads.contains(&0) {
+    if !(args.seconds > 0.0 && args.seconds <= 1e6) || args.threads.contains(&0) {
         return Err(Error::input("bench data: --seconds must be above 0, and --threads at least 1 each"));
     }
     let dataset = Arc::new(Dataset::open(&args.shards)?);

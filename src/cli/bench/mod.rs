@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
+use super::output::whole;
 use crate::comm::World;
 use crate::config::{DeviceChoice, Rule, Stash};
 use crate::setup::site::{self, Site};
@@ -47,7 +48,7 @@ pub struct LinkArgs {
     #[arg(long, default_value = "64MiB", value_parser = parse_bytes)]
     pub to: usize,
     /// Batches of messages a size, links and plain MPI in turn; the best of each counts.
-    #[arg(long, default_value_t = 9)]
+    #[arg(long, default_value_t = 9, value_parser = whole(1, 1 << 20))]
     pub repeat: usize,
     /// Instead, an all-reduce among all ranks, 2 or more, beside MPI_Iallreduce.
     #[arg(long, conflicts_with = "device")]
@@ -61,7 +62,7 @@ pub struct LinkArgs {
 #[derive(Debug, Args)]
 pub struct OverlapArgs {
     /// Workers in the chain [default: one a rank, 8 when alone].
-    #[arg(long)]
+    #[arg(long, value_parser = whole(1, 1 << 12))]
     pub workers: Option<usize>,
     /// One worker a rank (the default under mpirun; says so in a script).
     #[arg(long, conflicts_with = "workers")]
@@ -88,7 +89,7 @@ pub struct OverlapArgs {
     #[arg(long, value_name = "FILE")]
     pub cluster: Option<PathBuf>,
     /// Ticks of a batch, and two more a worker; by 1f1b, gpipe and bp its frames. One batch warms up, the next one counts.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
     pub ticks: u64,
     /// Where modules wait, and their arrays are.
     #[arg(long, value_enum, default_value_t)]
@@ -132,8 +133,11 @@ pub fn run(command: &BenchCommand, world: &World) -> Result<()> {
 }
 
 /// Reads `64`, `1KiB`, `16MiB` or `1GiB` as a number of bytes that is a multiple of 4.
+const MOST_BYTES: u64 = 16 << 30;
+
 fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
     match text.parse::<ByteSize>() {
+        Ok(ByteSize(bytes)) if bytes > MOST_BYTES => Err(format!("a payload is at most {}", ByteSize(MOST_BYTES))),
         Ok(ByteSize(bytes)) if bytes > 0 && bytes % 4 == 0 => Ok(bytes as usize),
         Ok(_) => Err("a payload is a multiple of 4 bytes, and not zero".to_string()),
         Err(_) => Err("write a size as 64, 1KiB, 16MiB or 1GiB".to_string()),

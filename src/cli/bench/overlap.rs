@@ -38,14 +38,17 @@ struct Alone {
     pass: f32,
 }
 
+/// Milliseconds of a pass, at most.
+const MOST_MS: f64 = 1e6;
+
 pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     let workers = args.workers.unwrap_or(if world.size() > 1 { world.size() } else { 8 });
     if workers < world.size() {
         let size = world.size();
         return Err(wrong_size("overlap", size, &format!("{workers} workers leave some without work")));
     }
-    if !(args.compute_ms >= 0.0 && args.compute_ms.is_finite()) || args.ticks == 0 {
-        return Err(Error::input("--compute-ms must be 0 or more and --ticks at least 1"));
+    if !(0.0..=MOST_MS).contains(&args.compute_ms) || args.ticks == 0 {
+        return Err(Error::input(format!("--compute-ms must be 0 to {MOST_MS}, and --ticks at least 1")));
     }
     if args.device == On::Cuda && args.busy {
         return Err(Error::input("--busy is for the processor: with --device cuda modules wait on the GPU"));

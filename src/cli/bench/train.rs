@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::backend::cpu;
-use crate::cli::output::table;
+use crate::cli::output::{table, whole};
 use crate::comm::World;
 use crate::config::{Config, Exchange, Globs, Rule, Stash, Task};
 use crate::data::{Encoding, ShardHeader, ShardWriter};
@@ -35,10 +35,10 @@ pub struct TrainArgs {
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
     /// Classes to tell apart [default: model.classes].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole(1, 1 << 20))]
     pub classes: Option<usize>,
     /// Batches that count, after two or more of warm-up.
-    #[arg(long, alias = "clips", value_name = "N", default_value_t = 3)]
+    #[arg(long, alias = "clips", value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     pub batches: u64,
     /// Measure the layers anew for the prediction, whatever was measured before.
     #[arg(long)]

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::peak::Peak;
 use crate::backend::cpu;
-use crate::cli::output::table;
+use crate::cli::output::{table, whole};
 use crate::config::{Config, Task};
 use crate::network::blocks::Blocks;
 use crate::nn::spec::{LayerSpec, Shape};
@@ -33,10 +33,10 @@ pub struct LayersArgs {
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
     /// Classes to tell apart [default: model.classes, or the shards'].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole(1, 1 << 20))]
     pub classes: Option<usize>,
     /// Numbers of threads to measure with.
-    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1")]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1", value_parser = whole(1, 1 << 10))]
     pub threads: Vec<usize>,
     /// On a GPU: whole modules' ticks alone.
     #[arg(long)]
