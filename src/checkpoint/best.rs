@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MANIFEST, folder_of, name_of};
 use crate::config::Until;
-use crate::sys::files::write_whole;
+use crate::sys::files::{read, write_whole};
 use crate::{Error, Result};
 
 const FILE: &str = "best.json";
@@ -75,7 +75,7 @@ impl Best {
 
     /// The best under `dir`, if there is one, it can be read and its checkpoint is there.
     pub fn read(dir: &Path) -> Option<Best> {
-        let best: Best = serde_json::from_slice(&std::fs::read(dir.join(FILE)).ok()?).ok()?;
+        let best: Best = serde_json::from_slice(&read(&dir.join(FILE)).ok()?).ok()?;
         (best.checkpoint == name_of(best.batches) && folder_of(dir, best.batches).join(MANIFEST).exists())
             .then_some(best)
     }
@@ -102,6 +102,13 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     let dirs = [parent.to_path_buf(), parent.join("checkpoints")];
     let found = dirs.iter().find_map(|dir| Best::read(dir).map(|best| dir.join(best.checkpoint)));
     found.ok_or_else(|| {
+        if let Some(file) = dirs.iter().map(|dir| dir.join(FILE)).find(|file| file.exists()) {
+            return Error::input(format!(
+                "{}: {} cannot be read, or names a checkpoint that is not there or not whole (was a copy cut short?)",
+                path.display(),
+                file.display()
+            ));
+        }
         Error::input(format!(
             "{}: there is no best checkpoint: training keeps it where train.validate_every is set, from the first validation on",
             path.display()
@@ -133,7 +140,7 @@ mod tests {
         best.write(&checkpoints).unwrap();
         assert_eq!(Best::read(&checkpoints), None, "without its manifest");
         let error = resolve(&checkpoints.join("best")).unwrap_err();
-        assert!(error.exit_code() == 2 && error.to_string().contains("no best checkpoint"), "{error}");
+        assert!(error.exit_code() == 2 && error.to_string().contains("best.json cannot be read, or names"), "{error}");
         std::fs::write(folder_of(&checkpoints, 3).join(MANIFEST), "").unwrap();
         assert_eq!(Best::read(&checkpoints), Some(best));
         for path in [checkpoints.join("best"), dir.path().join("best")] {
@@ -142,5 +149,6 @@ mod tests {
         Best::forget(&checkpoints).unwrap();
         Best::forget(&checkpoints).unwrap();
         assert_eq!(Best::read(&checkpoints), None);
+        assert!(resolve(&checkpoints.join("best")).unwrap_err().to_string().contains("no best checkpoint"));
     }
 }

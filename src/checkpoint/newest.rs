@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Checkpoint, MANIFEST, Manifest};
+use crate::sys::files::read;
 use crate::{Error, Result};
 
 /// The complete checkpoints under `dir`, oldest first.
@@ -69,8 +70,8 @@ pub(super) fn whole_before(dir: &Path, path: &Path) -> Option<PathBuf> {
 /// # Errors
 /// [`Error::Io`] if the folder cannot be read.
 pub fn newest_manifest(dir: &Path) -> Result<Option<Manifest>> {
-    let read = |path: &PathBuf| serde_json::from_slice(&fs::read(path.join(MANIFEST)).ok()?).ok();
-    Ok(list(dir)?.iter().rev().find_map(|(_, path)| read(path)))
+    let manifest = |path: &PathBuf| serde_json::from_slice(&read(&path.join(MANIFEST)).ok()?).ok();
+    Ok(list(dir)?.iter().rev().find_map(|(_, path)| manifest(path)))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::config::{OnCheckpointError, RunConfig};
 use crate::metrics::{Report, TimeAccount};
 use crate::pipeline::RunRange;
 use crate::setup::Setup;
-use crate::sys::files::write_whole;
+use crate::sys::files::{read, write_whole};
 use crate::{Error, Result};
 
 /// Opens the run folder for recording, if the range is to be recorded.
@@ -68,7 +68,7 @@ impl Recorder {
         std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
         let path = dir.join("metrics.jsonl");
         let io = |e| Error::io(&path, e);
-        let old = match std::fs::read(&path) {
+        let old = match read(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             old => old.map_err(io)?,
         };
@@ -176,7 +176,7 @@ impl Recorder {
 
 /// The validations in a run folder's `metrics.jsonl`: after how many batches each.
 pub(super) fn validations(dir: &Path) -> Vec<u64> {
-    let text = std::fs::read(dir.join("metrics.jsonl")).unwrap_or_default();
+    let text = read(&dir.join("metrics.jsonl")).unwrap_or_default();
     let of = |line: &[u8]| {
         let line: serde_json::Value = serde_json::from_slice(line).ok()?;
         line.get("batches").filter(|_| line.get("kind").is_some_and(|kind| kind == VALIDATION))?.as_u64()

@@ -11,7 +11,7 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::sys::files::write_whole;
+use crate::sys::files::{read, write_whole};
 use crate::{Error, Result};
 
 /// What became of one video.
@@ -92,7 +92,7 @@ impl FileState {
 
 /// XXH3-64 of a file's content, 0 where it cannot be read.
 pub fn content(path: &Path) -> u64 {
-    let read = || -> std::io::Result<u64> {
+    let hashed = || -> std::io::Result<u64> {
         let (mut hash, mut file) = (Xxh3::new(), File::open(path)?);
         let mut block = vec![0; 1 << 20];
         loop {
@@ -102,7 +102,7 @@ pub fn content(path: &Path) -> u64 {
             }
         }
     };
-    if std::fs::metadata(path).is_ok_and(|meta| meta.is_file()) { read().unwrap_or(0) } else { 0 }
+    if std::fs::metadata(path).is_ok_and(|meta| meta.is_file()) { hashed().unwrap_or(0) } else { 0 }
 }
 
 /// A finished shard.
@@ -173,7 +173,7 @@ impl State {
 
     /// Reads `name`; `None` where it is not there or not whole.
     pub fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
-        let bytes = std::fs::read(self.dir.join(name)).ok()?;
+        let bytes = read(&self.dir.join(name)).ok()?;
         serde_json::from_slice(&bytes).inspect_err(|e| log::warn!("{}: {e}", self.dir.join(name).display())).ok()
     }
 
