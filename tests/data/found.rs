@@ -179,3 +179,24 @@ fn what_is_not_used_is_named_and_is_no_class() {
     let error = deeper.list(&Description::plain(Layout::Folders, "f"), "train").unwrap_err();
     assert!(error.contains("test/a/1.mp4 lies deeper"), "{error}");
 }
+
+/// Files of a list that are there under another ending are a hint, and not taken.
+#[test]
+fn another_ending_is_told() {
+    let disk = Disk::new(&[
+        UCF[0],
+        ("lists/trainlist01.txt", "A/v1.avi 1\nA/v2.avi 1\n"),
+        ("videos/A/v1.mp4", ""),
+        ("videos/A/v2.mp4", ""),
+    ]);
+    let path = |name: &str| disk.path(name).display().to_string();
+    let (videos, lists, out) = (path("videos"), path("lists"), path("out"));
+    let args = ["data", "prepare", "--layout", "ucf101", "--videos", &videos, "--annotations", &lists, "--out", &out];
+    let output = crate::common::program::alone(&[&args[..], &["--split", "train1"]].concat());
+    let said = crate::common::mpirun::text(&output);
+    assert!(output.status.code() == Some(2) && said.contains("2 are missing"), "{said}");
+    assert!(
+        said.contains("2 videos that are listed are missing, but there with another ending: A/v1.avi is listed"),
+        "{said}"
+    );
+}

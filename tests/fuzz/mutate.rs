@@ -85,14 +85,15 @@ impl Mutator {
     }
 }
 
-/// Calls `check` with a seed each: so many times, or for as long as `SIDEWAYS_FUZZ_SECONDS` says.
+/// Calls `check` with a seed each, from `SIDEWAYS_FUZZ_SEED` or 0 on: so many times, or for as long as `SIDEWAYS_FUZZ_SECONDS` says.
 pub fn go_on(times: u64, mut check: impl FnMut(u64)) {
     let seconds = std::env::var("SIDEWAYS_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
     let begun = Instant::now();
-    let mut seed = 0;
+    let mut seed = std::env::var("SIDEWAYS_FUZZ_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let times = seed + times;
     while seconds.map_or(seed < times, |seconds| begun.elapsed() < Duration::from_secs(seconds)) {
         check(seed);
         seed += 1;
     }
-    eprintln!("{seed} inputs in {:.1} s", begun.elapsed().as_secs_f64());
+    eprintln!("to seed {seed} in {:.1} s", begun.elapsed().as_secs_f64());
 }

@@ -59,7 +59,10 @@ fn mutated_shards_are_read_or_refused() {
         if inspect(&files).is_err() {
             for file in &files {
                 if let Err(said) = inspect(std::slice::from_ref(file)) {
-                    failures.push(format!("{}: {said}", file.display()));
+                    // Kept to be looked at.
+                    let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(file.file_name().unwrap());
+                    std::fs::copy(file, &kept).unwrap();
+                    failures.push(format!("{}: {said}", kept.display()));
                 }
             }
         }
