@@ -154,6 +154,24 @@ fn a_filter_that_is_not_installed_is_named() {
     );
 }
 
+/// In another file there may be a pipe that nobody writes to.
+#[test]
+fn what_lies_in_other_files_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe").display().to_string();
+    nix::unistd::mkfifo(pipe.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let outside = |file: &hdf5::File| {
+        file.unlink("frames")?;
+        file.new_dataset::<u8>().shape([5, 8, 8, 3]).external(&pipe, 0, 960).create("frames").map(drop)
+    };
+    assert!(refused(RAW, outside).contains("dataset /frames lies in another file"));
+    let linked = |file: &hdf5::File| {
+        file.unlink("labels")?;
+        file.link_external(&pipe, "/labels", "labels")
+    };
+    assert!(refused(RAW, linked).contains("dataset /labels lies in another file"));
+}
+
 /// HDF5 1.10 never comes back from a list of strings whose free space has no size.
 #[test]
 fn damaged_lists_of_strings_are_not_read_without_an_end() {

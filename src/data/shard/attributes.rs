@@ -51,7 +51,19 @@ pub(super) fn read(path: &Path, file: &hdf5::File, bytes: u64) -> Result<ShardHe
     let place = path.display();
     let there: Vec<String> = file.attr_names().unwrap_or_default();
     let has = |name: &str| there.iter().any(|other| other == name);
-    let members = file.member_names().unwrap_or_default();
+    let (mut members, mut outside) = (Vec::new(), None);
+    let mut note = |name: &str, link: hdf5::LinkInfo| {
+        members.push(name.to_string());
+        if link.link_type == hdf5::LinkType::External {
+            outside = Some(name.to_string());
+        }
+        Ok(())
+    };
+    // What cannot be listed is missing.
+    let _ = file.iter_visit_default(&mut note);
+    if let Some(name) = outside {
+        return Err(elsewhere(path, &name));
+    }
     if !has("format") && !members.iter().any(|member| datasets(None).contains(&member.as_str())) {
         return Err(Error::input(format!(
             "{place}: an HDF5 file, but not a shard (no root attribute `format`); {DESCRIBED}"
@@ -121,11 +133,23 @@ pub(super) fn read(path: &Path, file: &hdf5::File, bytes: u64) -> Result<ShardHe
     Ok(header)
 }
 
+/// What lies in another file is not checked with this one, and that may be no file at all.
+fn elsewhere(path: &Path, name: &str) -> Error {
+    Error::input(format!(
+        "{}: dataset /{name} lies in another file: a shard holds all that belongs to it",
+        path.display()
+    ))
+}
+
 /// A dataset, which must be readable here.
 pub(super) fn dataset(path: &Path, file: &hdf5::File, name: &str) -> Result<hdf5::Dataset> {
     let dataset = file
         .dataset(name)
         .map_err(|e| Error::input(format!("{}: dataset /{name} is missing or unreadable: {e}", path.display())))?;
+    let virtual_layout = dataset.layout() == hdf5::dataset::Layout::Virtual;
+    if virtual_layout || dataset.dcpl().is_ok_and(|plist| !plist.external().is_empty()) {
+        return Err(elsewhere(path, name));
+    }
     if let Some(filter) = dataset.filters().into_iter().find(|filter| !filter.is_available()) {
         let id = filter.id();
         let known =
