@@ -29,7 +29,7 @@ impl Config {
             UpdateEvery::Named(_) => 1,
         };
         let limits = [
-            limit("data.frames", data.frames, 1 << 16),
+            limit("data.frames", data.frames, 1 << 20),
             limit("data.stride", data.stride, 1 << 31),
             limit("data.batch", data.batch, 1 << 20),
             limit("data.crop", data.crop.unwrap_or(1), 1 << 13),

@@ -10,6 +10,9 @@ use sideways::data::{Encoding, ShardHeader, ShardWriter};
 fn trained(sets: &[&str]) -> Run {
     let run = Run::new(&[&["train.batches=4", "model.skip={}", "run.checkpoint_every=2"], sets].concat());
     shard(&run.dir.path().join("test.h5"), 6, 14, false);
+    // In two parts: on the way a checkpoint may be overtaken by the next one.
+    let output = alone(&["train", &run.config, "--stop-after", "2"]);
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
     let output = alone(&["train", &run.config]);
     assert!(output.status.success(), "{}", text(&output));
     run
