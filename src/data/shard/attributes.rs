@@ -1,10 +1,11 @@
 //! A shard's attributes and small lists, to and from HDF5, with errors that name the file and the item.
 
+use std::ffi::CString;
 use std::path::Path;
 
 use hdf5::types::VarLenUnicode;
 
-use super::{Encoding, FORMAT, ShardHeader, VERSION, check, values};
+use super::{Encoding, FORMAT, ShardHeader, VERSION, check, names, values};
 use crate::{Error, Result};
 
 /// HDF5's variable-length string for `s`.
@@ -49,22 +50,13 @@ const DESCRIBED: &str = "datasets/README.md, \"The format of a shard\", has all 
 /// Reads and checks the root attributes; refuses a file in which something is missing, with all that is.
 pub(super) fn read(path: &Path, file: &hdf5::File, bytes: u64) -> Result<ShardHeader> {
     let place = path.display();
-    let there: Vec<String> = file.attr_names().unwrap_or_default();
-    let has = |name: &str| there.iter().any(|other| other == name);
-    let (mut members, mut outside) = (Vec::new(), None);
-    let mut note = |name: &str, link: hdf5::LinkInfo| {
-        members.push(name.to_string());
-        if link.link_type == hdf5::LinkType::External {
-            outside = Some(name.to_string());
-        }
-        Ok(())
-    };
-    // What cannot be listed is missing.
-    let _ = file.iter_visit_default(&mut note);
-    if let Some(name) = outside {
-        return Err(elsewhere(path, &name));
+    let has = |name: &str| CString::new(name).is_ok_and(|name| names::has_attribute(file, &name));
+    let inside = |name: &str| CString::new(name).ok().and_then(|name| names::is_inside(file, &name));
+    let all = [Encoding::Raw, Encoding::Jpeg].map(|encoding| datasets(Some(encoding))).concat();
+    if let Some(name) = all.iter().find(|name| inside(name) == Some(false)) {
+        return Err(elsewhere(path, name));
     }
-    if !has("format") && !members.iter().any(|member| datasets(None).contains(&member.as_str())) {
+    if !has("format") && !datasets(None).into_iter().any(|name| inside(name).is_some()) {
         return Err(Error::input(format!(
             "{place}: an HDF5 file, but not a shard (no root attribute `format`); {DESCRIBED}"
         )));
@@ -114,7 +106,7 @@ pub(super) fn read(path: &Path, file: &hdf5::File, bytes: u64) -> Result<ShardHe
         }
     };
     let attributes = NAMES.iter().filter(|name| !has(name)).map(|name| format!("root attribute `{name}`"));
-    let lists = datasets(encoding).into_iter().filter(|name| !members.iter().any(|member| member == name));
+    let lists = datasets(encoding).into_iter().filter(|name| inside(name).is_none());
     let missing: Vec<String> = attributes.chain(lists.map(|name| format!("dataset /{name}"))).collect();
     let (true, Some(encoding)) = (missing.is_empty(), encoding) else {
         let (is, list) = (if missing.len() == 1 { "is" } else { "are" }, missing.join(", "));

@@ -19,6 +19,7 @@
 mod attributes;
 mod check;
 mod heap;
+mod names;
 mod reader;
 mod rows;
 mod values;
