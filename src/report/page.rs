@@ -137,9 +137,12 @@ fn overlaid(runs: &[Run]) -> Vec<Chart> {
     let recognition = runs.iter().all(|run| run.validations.iter().all(|validation| validation.mse.is_none()));
     let mut charts = vec![chart("Loss", "loss a step", |batch| batch.loss, |validation| validation.loss)];
     if recognition {
-        let (top1, validated): (fn(&Batch) -> _, fn(&Validation) -> _) =
-            (|batch| batch.top1.map(|share| 100.0 * share), |validation| validation.top1.map(|share| 100.0 * share));
-        charts.push(chart("Top-1 accuracy", "%", top1, validated));
+        charts.push(chart(
+            "Top-1 accuracy",
+            "%",
+            |batch| batch.top1.map(|share| 100.0 * share),
+            |validation| validation.top1.map(|share| 100.0 * share),
+        ));
     } else {
         let mut frames = chart("Future frames", "MSE of pixels", |_| None, |validation| validation.mse);
         let copies = runs.iter().map(|run| Line {
