@@ -81,7 +81,7 @@ pub fn page(runs: &[Run]) -> Result<String> {
 /// A row a run.
 fn summary(page: &mut String, runs: &[Run]) {
     *page += "<div class=\"wide\"><table><tr><th>run</th><th>rule</th><th>batches</th><th>loss, last tenth</th><th>top-1, last tenth</th>\
-              <th>best validation</th><th>frames/s, median</th><th>seconds</th><th>left out</th><th>damaged videos</th><th>went on</th></tr>\n";
+              <th>best validation</th><th>frames/s, median</th><th>seconds</th><th>left out</th><th>damaged videos</th><th>resumed</th></tr>\n";
     for run in runs {
         let tenth = &run.batches[run.batches.len() - run.batches.len().div_ceil(10)..];
         let mean = |of: fn(&Batch) -> Option<f64>| {
@@ -108,7 +108,7 @@ fn summary(page: &mut String, runs: &[Run]) {
             format!("{seconds:.1}"),
             run.batches.iter().map(|batch| batch.skipped).sum::<u64>().to_string(),
             run.batches.iter().map(|batch| batch.videos_skipped).sum::<u64>().to_string(),
-            format!("{} times", run.resumed.len()),
+            run.resumed.len().to_string(),
         ];
         *page += "<tr>";
         cells.iter().for_each(|cell| *page += &format!("<td>{}</td>", escaped(cell)));

@@ -18,7 +18,7 @@ pub struct Run {
     pub name: String,
     /// `config.toml`, if it can be read.
     pub config: Option<String>,
-    /// By `[train]`, such as `skip-sideways with stash = activations`.
+    /// By `[train]`, such as `skip-sideways, stash activations`.
     pub rule: String,
     /// One entry a batch.
     pub batches: Vec<Batch>,
@@ -112,6 +112,7 @@ impl Run {
         match std::fs::read_to_string(dir.join("config.toml")) {
             Ok(text) => {
                 match Config::of_manifest(&text, "config.toml", &[]) {
+                    Ok(config) if config.train.rule.is_exact() => run.rule = config.train.rule.to_string(),
                     Ok(config) => run.rule = format!("{}, stash {}", config.train.rule, config.train.stash),
                     Err(e) => run.problems.push(format!("config.toml cannot be understood: {e}")),
                 }
