@@ -102,7 +102,7 @@ fn summary(page: &mut String, runs: &[Run]) {
             run.rule.clone(),
             run.batches.last().map_or("-".into(), |batch| batch.batches.to_string()),
             show(mean(|batch| batch.loss), 4),
-            show(mean(|batch| batch.top1).map(|share| 100.0 * share), 1) + " %",
+            mean(|batch| batch.top1).map_or("-".into(), |share| format!("{:.1} %", 100.0 * share)),
             best,
             show((!speeds.is_empty()).then(|| median(&mut speeds)), 0),
             format!("{seconds:.1}"),
@@ -134,25 +134,21 @@ fn overlaid(runs: &[Run]) -> Vec<Chart> {
             let lines = both.filter(|line| !line.points.is_empty()).collect();
             Chart { title: title.into(), unit: unit.into(), lines, marks: marks.clone(), rises: unit == "%" }
         };
-    let recognition = runs.iter().all(|run| run.validations.iter().all(|validation| validation.mse.is_none()));
     let mut charts = vec![chart("Loss", "loss a step", |batch| batch.loss, |validation| validation.loss)];
-    if recognition {
-        charts.push(chart(
-            "Top-1 accuracy",
-            "%",
-            |batch| batch.top1.map(|share| 100.0 * share),
-            |validation| validation.top1.map(|share| 100.0 * share),
-        ));
-    } else {
-        let mut frames = chart("Future frames", "MSE of pixels", |_| None, |validation| validation.mse);
-        let copies = runs.iter().map(|run| Line {
-            name: name(run, "copy of the newest frame"),
-            points: run.validated(|validation| validation.copy_mse),
-            dots: false,
-        });
-        frames.lines.extend(copies);
-        charts.push(frames);
-    }
+    charts.push(chart(
+        "Top-1 accuracy",
+        "%",
+        |batch| batch.top1.map(|share| 100.0 * share),
+        |validation| validation.top1.map(|share| 100.0 * share),
+    ));
+    let mut frames = chart("Future frames", "MSE of pixels", |_| None, |validation| validation.mse);
+    let copies = runs.iter().map(|run| Line {
+        name: name(run, "copy of the newest frame"),
+        points: run.validated(|validation| validation.copy_mse),
+        dots: false,
+    });
+    frames.lines.extend(copies.filter(|line| !line.points.is_empty()));
+    charts.push(frames);
     charts.push(chart("Speed", "frames/s", |batch| batch.frames_per_second, |_| None));
     charts
 }
