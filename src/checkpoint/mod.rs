@@ -161,7 +161,7 @@ fn complete(dir: &Path, batches: u64, modules: usize, mut manifest: Manifest) ->
     manifest.files.clear();
     for module in 1..=modules {
         let beside = folder.join(entry_name(module));
-        let text = fs::read(&beside).map_err(|e| Error::io(&beside, e))?;
+        let text = read(&beside).map_err(|e| Error::io(&beside, e))?;
         manifest.files.push(serde_json::from_slice(&text).map_err(|e| Error::io(&beside, e.into()))?);
         fs::remove_file(&beside).map_err(|e| Error::io(&beside, e))?;
     }

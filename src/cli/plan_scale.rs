@@ -19,6 +19,7 @@ use crate::plan::simulate::Processors;
 use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory};
 use crate::study::plan::{Axis, Plan, Point, Request, Variant};
+use crate::sys::files::read_text;
 use crate::{Error, Result};
 
 /// What `plan --scale` takes beside `plan`'s arguments.
@@ -272,7 +273,7 @@ impl Given {
         let name = path.display().to_string();
         let wrong =
             |e: &dyn std::fmt::Display| Error::input(format!("--times {name}: {e}; it is what `plan --json` prints"));
-        let text = std::fs::read_to_string(path).map_err(|e| wrong(&e))?;
+        let text = read_text(path).map_err(|e| wrong(&e))?;
         let given: Given = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
         let profile = &given.profile;
         let all = profile.times.iter().flat_map(|t| [t.forward, t.backward, t.backward_leaf, t.update]);

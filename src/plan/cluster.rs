@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::comm::all_reduce::levels;
 use crate::setup::Setup;
+use crate::sys::files::read_text;
 use crate::{Error, Result};
 
 /// The interconnect between two ranks, by the α–β model: a message of n bytes takes `latency + n / bandwidth` seconds (Hockney, 1994),
@@ -103,7 +104,7 @@ impl Cluster {
     /// [`Error::Input`] with the file, and what in it is wrong.
     pub fn load(path: &Path) -> Result<Self> {
         let show = path.display();
-        let text = std::fs::read_to_string(path).map_err(|e| Error::input(format!("--cluster {show}: {e}")))?;
+        let text = read_text(path).map_err(|e| Error::input(format!("--cluster {show}: {e}")))?;
         let cluster: Cluster = toml::from_str(&text)
             .map_err(|e| Error::input(format!("--cluster {show}: {}", e.to_string().trim_end())))?;
         cluster.validate().map_err(|e| e.within(&format!("--cluster {show}")))?;

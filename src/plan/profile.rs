@@ -15,7 +15,7 @@ use crate::nn::optim::OptimizerSpec;
 use crate::nn::spec::{LayerSpec, Shape};
 use crate::plan::gpu::OnGpu;
 use crate::sys::cpus::processor_name;
-use crate::sys::files::write_whole;
+use crate::sys::files::{self, write_whole};
 use crate::sys::host::program_hash;
 use crate::{Error, Result};
 
@@ -223,13 +223,13 @@ fn cache_file(conditions: &Conditions) -> Option<PathBuf> {
     Some(folder.join(format!("profile-{:016x}.json", xxhash_rust::xxh3::xxh3_64(&text))))
 }
 
-fn read(file: &PathBuf, conditions: &Conditions) -> Option<Profile> {
-    let text = std::fs::read(file).ok()?;
+fn read(file: &Path, conditions: &Conditions) -> Option<Profile> {
+    let text = files::read(file).ok()?;
     // Numbers read from text may differ in the last bit from those written: both are compared as read.
     let conditions: Conditions = serde_json::from_slice(&serde_json::to_vec(conditions).ok()?).ok()?;
     match serde_json::from_slice::<Profile>(&text) {
         Ok(found) if found.conditions == conditions && found.times.len() == conditions.parts.len() => {
-            Some(Profile { file: Some(file.clone()), cached: true, ..found })
+            Some(Profile { file: Some(file.to_path_buf()), cached: true, ..found })
         }
         Ok(_) => None,
         Err(e) => {

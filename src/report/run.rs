@@ -9,6 +9,8 @@ use serde::Deserialize;
 use crate::checkpoint::best::Best;
 use crate::config::Config;
 use crate::metrics::{PHASES, TimeAccount};
+use crate::nn::head::Task;
+use crate::sys::files::{read_text, what};
 use crate::{Error, Result};
 
 /// A run as its folder has it.
@@ -109,11 +111,15 @@ impl Run {
         let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
         let name = absolute.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
         let mut run = Run { name, best: Best::read(&dir.join("checkpoints")), ..Run::default() };
-        match std::fs::read_to_string(dir.join("config.toml")) {
+        let mut recognition = true;
+        match read_text(&dir.join("config.toml")) {
             Ok(text) => {
                 match Config::of_manifest(&text, "config.toml", &[]) {
-                    Ok(config) if config.train.rule.is_exact() => run.rule = config.train.rule.to_string(),
-                    Ok(config) => run.rule = format!("{}, stash {}", config.train.rule, config.train.stash),
+                    Ok(config) => {
+                        let (rule, stash) = (config.train.rule, config.train.stash);
+                        run.rule = if rule.is_exact() { rule.to_string() } else { format!("{rule}, stash {stash}") };
+                        recognition = config.model.task == Task::Recognition;
+                    }
                     Err(e) => run.problems.push(format!("config.toml cannot be understood: {e}")),
                 }
                 run.config = Some(text);
@@ -121,7 +127,12 @@ impl Run {
             Err(e) => run.problems.push(format!("config.toml cannot be read: {e}")),
         }
         let metrics = dir.join("metrics.jsonl");
-        match File::open(&metrics) {
+        // It may be too long for memory; and what is no file would be waited for.
+        let opened = std::fs::metadata(&metrics).and_then(|meta| match what(&meta) {
+            Some(what) => Err(std::io::Error::other(format!("it is {what}, not a file"))),
+            None => File::open(&metrics),
+        });
+        match opened {
             Ok(file) => run.follow(BufReader::new(file)).map_err(|e| Error::io(&metrics, e))?,
             Err(e) if e.kind() == ErrorKind::NotFound && run.config.is_none() => {
                 return Err(Error::input(format!(
@@ -130,6 +141,10 @@ impl Run {
                 )));
             }
             Err(e) => run.problems.push(format!("metrics.jsonl cannot be read: {e}")),
+        }
+        if !recognition {
+            // Future frames have no classes, and lines say 0.
+            run.batches.iter_mut().for_each(|batch| batch.top1 = None);
         }
         if run.batches.is_empty() {
             run.problems.push("no batch is on record yet".into());

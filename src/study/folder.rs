@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::forecast::Forecast;
 use super::plan::{Plan, Point};
 use super::table::Measured;
-use crate::sys::files::write_whole;
+use crate::sys::files::{self, write_whole};
 use crate::sys::host::hostname;
 use crate::{Error, Result};
 
@@ -279,7 +279,7 @@ fn difference(before: &Plan, now: &Plan) -> String {
 
 /// Reads JSON; `None` where there is no file.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    match std::fs::read(path) {
+    match files::read(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io(path, e)),
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| {

@@ -36,7 +36,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("plan", &["setup", "network", "checkpoint", "config", "method", "nn", "backend", "backend::cpu", "comm", "sys"]),
     ("study", &["plan", "setup", "network", "config", "method", "data", "sys"]),
-    ("report", &["study", "plan", "checkpoint", "config", "metrics"]),
+    ("report", &["study", "plan", "checkpoint", "config", "metrics", "nn", "sys"]),
     (
         "trainer",
         &["pipeline", "plan", "setup", "checkpoint", "config", "data", "metrics", "nn", "backend", "comm", "sys"],
@@ -176,4 +176,14 @@ fn uses_are_found() {
     let code = "use crate::{Error, comm::World};\nuse crate::backend::cpu::pool;\nlet x = super::super::plan::cut();";
     let found: Vec<_> = paths_from_root(code, 2).iter().filter_map(|path| room(names(path))).collect();
     assert_eq!(found, ["error", "comm", "backend::cpu", "plan"]);
+}
+
+/// Files are read whole by `sys::files`, which does not wait for a pipe that nobody writes to.
+#[test]
+fn files_are_read_where_what_is_no_file_is_refused() {
+    for (path, code) in sources() {
+        let code = code.split("#[cfg(test)]").next().unwrap();
+        let reads = ["fs::read(", "fs::read_to_string("].iter().any(|call| code.contains(call));
+        assert!(!reads || path.starts_with("sys"), "{}: use sys::files", path.display());
+    }
 }

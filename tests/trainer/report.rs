@@ -85,6 +85,12 @@ fn a_page_says_what_the_metrics_say() {
         let output = alone(&["report", dir.path().join(folder).to_str().unwrap(), "--out", "/dev/null"]);
         assert!(output.status.code() == Some(2) && text(&output).contains(says), "{}", text(&output));
     }
+    // Nor is a pipe waited for.
+    let piped = dir.path().join("piped");
+    std::fs::create_dir(&piped).unwrap();
+    std::fs::copy(first.join("config.toml"), piped.join("config.toml")).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(piped.join("metrics.jsonl")).status().unwrap().success());
+    assert!(report(&[&piped], &dir.path().join("piped.html")).contains("metrics.jsonl cannot be read: it is a"));
     // A run that has only begun is a page too.
     std::fs::copy(first.join("config.toml"), dir.path().join("empty/config.toml")).unwrap();
     let page = report(&[&dir.path().join("empty")], &dir.path().join("begun.html"));
