@@ -7,6 +7,7 @@ mod kept;
 mod layouts;
 mod prepare;
 mod prepare_runs;
+mod references;
 mod shard;
 mod shard_types;
 mod stream;

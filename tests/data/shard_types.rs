@@ -187,7 +187,7 @@ fn damaged_lists_of_strings_are_not_read_without_an_end() {
     bytes[at + 8..at + 16].fill(0);
     std::fs::write(&path, bytes).unwrap();
     let error = ShardReader::open(&path).err().expect("it was not refused").to_string();
-    assert!(error.contains("shard.h5: its strings are damaged"), "{error}");
+    assert!(error.contains("shard.h5: its names or strings are damaged"), "{error}");
 }
 
 #[test]

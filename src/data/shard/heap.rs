@@ -10,7 +10,7 @@ use std::path::Path;
 
 const SIGNATURE: &[u8; 8] = b"GCOL\x01\0\0\0";
 /// Bytes before a collection's objects, and before an object's content.
-const HEADER: usize = 16;
+pub(super) const HEADER: usize = 16;
 /// Where collections of shards are: near the beginning (attributes) and the end (names of videos), this far.
 const FIRST: u64 = 64 << 10;
 const LAST: u64 = 256 << 10;
@@ -44,17 +44,40 @@ fn collections(part: &[u8], is_end: bool) -> bool {
 fn objects(mut rest: &[u8]) -> bool {
     // What is too little for an object is free.
     while rest.len() >= HEADER {
-        let Some(size) = length(rest, 8) else { return false };
-        let whole = match rest[..2] {
-            [0, 0] => Some(size),
-            _ => size.checked_next_multiple_of(8).and_then(|size| size.checked_add(HEADER)),
-        };
-        match whole {
-            Some(whole) if whole >= HEADER && whole <= rest.len() => rest = &rest[whole..],
-            _ => return false,
+        match whole(rest) {
+            Some(bytes) => rest = &rest[bytes..],
+            None => return false,
         }
     }
     true
+}
+
+/// Bytes of the first object with its fields, if it is whole.
+fn whole(rest: &[u8]) -> Option<usize> {
+    let size = length(rest, 8)?;
+    let bytes = match rest[..2] {
+        [0, 0] => size,
+        _ => size.checked_next_multiple_of(8)?.checked_add(HEADER)?,
+    };
+    (HEADER..=rest.len()).contains(&bytes).then_some(bytes)
+}
+
+/// The size of the collection that begins with these bytes, [`HEADER`] at least.
+pub(super) fn size(fields: &[u8]) -> Option<usize> {
+    let size = fields.starts_with(SIGNATURE).then(|| length(fields, 8))?;
+    size.filter(|size| *size >= HEADER)
+}
+
+/// The length of the object of this number in a collection, if it is there.
+pub(super) fn object(collection: &[u8], number: u64) -> Option<u64> {
+    let mut rest = collection.get(HEADER..)?;
+    while number > 0 && rest.len() >= HEADER {
+        if u64::from(u16::from_le_bytes([rest[0], rest[1]])) == number {
+            return length(rest, 8).map(|size| size as u64);
+        }
+        rest = &rest[whole(rest)?..];
+    }
+    None
 }
 
 /// Eight bytes, the least first.
@@ -93,5 +116,13 @@ mod tests {
         assert!(!whole(1 << 40, &[(1, 3)]) && !whole(3, &[]), "a collection of another size");
         assert!(collections(&collection(1 << 40, &[(1, 3)]), false), "it goes on behind what was read");
         assert!(collections(b"no collection", true));
+    }
+
+    #[test]
+    fn objects_are_found_by_number() {
+        let whole = collection(16 + 24 + 32 + 24, &[(1, 3), (4, 16), (2, 7)]);
+        assert_eq!([1, 2, 3, 4, 5].map(|number| object(&whole, number)), [Some(3), Some(7), None, Some(16), None]);
+        assert_eq!(object(&whole, 0), None, "what is free is no object");
+        assert_eq!((size(&whole), size(b"GCOL")), (Some(96), None));
     }
 }

@@ -21,6 +21,7 @@ mod check;
 mod heap;
 mod names;
 mod reader;
+mod references;
 mod rows;
 mod values;
 mod writer;

@@ -7,6 +7,7 @@ use hdf5::types::TypeDescriptor as D;
 use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::references::References;
 use super::rows::Rows;
 use super::{Encoding, ShardHeader, attributes, check, heap, values};
 use crate::data::jpeg;
@@ -41,11 +42,12 @@ impl ShardReader {
     /// [`Error::Input`] naming the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = check::file(path)?;
-        if !heap::is_whole(path, bytes) {
-            return Err(Error::input(format!(
-                "{}: its strings are damaged (truncated or overwritten?)",
-                path.display()
-            )));
+        let damaged = || {
+            Error::input(format!("{}: its names or strings are damaged (truncated or overwritten?)", path.display()))
+        };
+        let references = References::of(path);
+        if !heap::is_whole(path, bytes) || references.as_ref().is_some_and(|(all, root)| !all.group_holds(*root)) {
+            return Err(damaged());
         }
         // No chunk cache: unfiltered chunks are then read only where asked.
         let mut options = hdf5::File::with_options();
@@ -54,7 +56,13 @@ impl ShardReader {
         let header = attributes::read(path, &file, bytes)?;
         let dataset = |name: &str| attributes::dataset(path, &file, name);
         let labels: Vec<i32> = attributes::list(path, &dataset("labels")?, "labels", bytes, values::numbers)?;
-        let ids = attributes::list(path, &dataset("video_ids")?, "video_ids", bytes, values::strings)?;
+        let ids = dataset("video_ids")?;
+        if let Some((all, _)) = &references
+            && !values::pieces(&ids).into_iter().all(|(at, count)| all.stored_hold(at, count))
+        {
+            return Err(damaged());
+        }
+        let ids = attributes::list(path, &ids, "video_ids", bytes, values::strings)?;
         let offsets: Vec<u64> =
             attributes::list(path, &dataset("video_offsets")?, "video_offsets", bytes, values::numbers)?;
         let checksums = attributes::list(path, &dataset("video_checksums")?, "video_checksums", bytes, values::words)?;

@@ -109,6 +109,23 @@ pub(super) fn strings(at: &Container) -> Read<Vec<String>> {
     }
 }
 
+/// Where a dataset's strings of variable length are kept in the file, as they are: from which byte on, and how many.
+pub(super) fn pieces(at: &hdf5::Dataset) -> Vec<(u64, usize)> {
+    use TypeDescriptor as D;
+    if !matches!(at.dtype().and_then(|dtype| dtype.to_descriptor()), Ok(D::VarLenUnicode | D::VarLenAscii)) {
+        return Vec::new();
+    }
+    match (at.offset(), at.chunk()) {
+        (Some(offset), _) => vec![(offset, at.size())],
+        // What went through a filter is not there as it is.
+        (None, Some(chunk)) if at.filters().is_empty() => {
+            let chunks = (0..at.num_chunks().unwrap_or(0)).filter_map(|k| at.chunk_info(k));
+            chunks.map(|info| (info.addr, chunk.iter().product())).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// Without the zeros or, as Fortran's and MATLAB's have, spaces that fill the length.
 fn unpadded(bytes: &[u8]) -> &[u8] {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
