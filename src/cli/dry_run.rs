@@ -5,20 +5,20 @@ use bytesize::ByteSize;
 use crate::cli::output::table;
 use crate::cli::train::notes;
 use crate::comm::{Kind, World};
-use crate::config::{Config, DeviceChoice, Precision, Rule};
+use crate::config::{Config, DeviceChoice, Rule};
 use crate::network::blocks::Blocks;
 use crate::plan::cut::resume_cut;
 use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
 use crate::setup::Setup;
-use crate::setup::footprint::{gpu_memory, memory, sent};
+use crate::setup::footprint::{device_memory, sent};
 use crate::setup::grid::Grid;
 use crate::sys::cpus::at_once;
 use crate::trainer::resume;
 use crate::{Error, Result};
 
-/// Ranks to plan for, at most.
-const MOST_RANKS: usize = 1 << 20;
+/// Ranks to plan for, and cores of each, at most.
+pub(super) const MOST_RANKS: usize = 1 << 20;
 
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each module's share.
 ///
@@ -81,7 +81,7 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
             module.params,
             // Forward, and as much again for each of the two gradients.
             3.0 * module.flops as f64 * config.data.batch as f64 / 1e9,
-            ByteSize(needed(&setup, w)),
+            ByteSize(device_memory(&setup, w)),
             ByteSize(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
         )
     };
@@ -136,15 +136,6 @@ fn some(ranks: &[usize]) -> String {
     match ranks {
         [first, second, _, .., last] => format!("{first}, {second} … {last}"),
         few => few.iter().map(usize::to_string).collect::<Vec<_>>().join(", "),
-    }
-}
-
-/// Bytes of worker `w`'s memory, where it computes.
-fn needed(setup: &Setup, w: usize) -> u64 {
-    match (setup.config.run.device, setup.config.run.precision) {
-        (DeviceChoice::Cuda, Precision::Bf16) => gpu_memory(setup, w, 2),
-        (DeviceChoice::Cuda, _) => gpu_memory(setup, w, 4),
-        _ => memory(setup, w),
     }
 }
 

@@ -7,6 +7,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
 
+use crate::cli::dry_run::MOST_RANKS;
 use crate::cli::output::{table, whole};
 use crate::cli::plan_scale::{self, ScaleOptions, Source};
 use crate::cli::ticks::{csv, picture};
@@ -102,8 +103,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     if resume_cut(&mut config)? {
         origin = Origin::Checkpoint;
     }
-    if args.ranks == Some(0) || args.cores == Some(0) {
-        return Err(Error::input("--ranks and --cores must be at least 1"));
+    for (option, value) in [("--ranks", args.ranks), ("--cores", args.cores)] {
+        if let Some(value) = value.filter(|value| !(1..=MOST_RANKS).contains(value)) {
+            return Err(Error::input(format!("{option} {value}: it must be 1..={MOST_RANKS}")));
+        }
     }
     let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1));
     let ranks = match config.train.rule == Rule::Bp {
@@ -170,7 +173,7 @@ fn show(args: &PlanArgs, setup: &Setup, origin: Origin, profile: &Profile, predi
     }
     print(setup, origin, profile, prediction, args.layers);
     if let Some(videos) = args.videos {
-        let hours = (videos * setup.config.data.frames as u64) as f64 / prediction.frames_per_second / 3600.0;
+        let hours = videos as f64 * setup.config.data.frames as f64 / prediction.frames_per_second / 3600.0;
         let ranks = setup.grid.ranks;
         outln!(
             "an epoch of {videos} videos, {} frames of each: {hours:.2} hours, {:.1} rank hours",

@@ -2,6 +2,7 @@
 
 use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
+use crate::config::{DeviceChoice, Precision};
 use crate::nn::module::{Fuse, fused_shape};
 use crate::nn::tape_size::tape_elements;
 use crate::setup::{Purpose, Setup};
@@ -50,6 +51,15 @@ fn beside(setup: &Setup, i: usize) -> u64 {
     let train = &setup.config.train;
     let copies = 1 + train.optimizer.buffers().len() + usize::from(train.ema.is_some());
     copies as u64 * setup.frozen.learned(i)
+}
+
+/// Bytes that worker `w` takes where it computes: of the GPU's memory on a GPU, else of the host's.
+pub fn device_memory(setup: &Setup, w: usize) -> u64 {
+    match (setup.config.run.device, setup.config.run.precision) {
+        (DeviceChoice::Cuda, Precision::Bf16) => gpu_memory(setup, w, 2),
+        (DeviceChoice::Cuda, _) => gpu_memory(setup, w, 4),
+        _ => memory(setup, w),
+    }
 }
 
 /// Bytes of messages of these kinds that worker `w` sends at a tick at which it sends on every edge.

@@ -80,6 +80,12 @@ impl std::fmt::Display for Variant {
     }
 }
 
+/// Nodes of a point, and ranks on each, at most.
+const MOST_NODES: u64 = 1 << 16;
+const MOST_RANKS_PER_NODE: u64 = 1 << 10;
+/// Of a run: some thirty years.
+const MOST_SECONDS: u64 = 1_000_000_000;
+
 /// What a study is asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
@@ -164,7 +170,6 @@ impl Base {
         let given = config.model.cuts.as_ref().map(|cuts| cuts.len() + 1).or(config.model.modules);
         let workers = given.map(|modules| modules * replicas);
         let ranks_per_node = match (request.ranks_per_node, request.axis, workers) {
-            (Some(0), ..) => return Err(Error::input("--ranks-per-node 0: it must be at least 1")),
             (Some(ranks), ..) => ranks,
             (None, Axis::Modules, _) | (None, _, None) => 1,
             (None, _, Some(workers)) if workers.is_multiple_of(first) => workers / first,
@@ -231,11 +236,16 @@ impl Plan {
         if request.nodes.first().is_none_or(|&first| first == 0) {
             return Err(Error::input("--nodes is a list of node counts from 1, such as 1,2,4,8"));
         }
-        for (option, value) in
-            [("--repeat", request.repeat as u64), ("--batches", request.batches), ("--limit", request.limit)]
-        {
-            if value == 0 {
-                return Err(Error::input(format!("{option} 0: it must be at least 1")));
+        let most_nodes = request.nodes.last().copied().unwrap_or(1);
+        for (option, value, most) in [
+            ("--nodes", most_nodes as u64, MOST_NODES),
+            ("--ranks-per-node", request.ranks_per_node.unwrap_or(1) as u64, MOST_RANKS_PER_NODE),
+            ("--repeat", request.repeat as u64, 1 << 16),
+            ("--batches", request.batches, 1 << 32),
+            ("--limit", request.limit, MOST_SECONDS),
+        ] {
+            if !(1..=most).contains(&value) {
+                return Err(Error::input(format!("{option} {value}: it must be 1..={most}")));
             }
         }
         if request.axis == Axis::Modules && config.model.skip.as_ref().is_some_and(|skip| !skip.edges.is_empty()) {

@@ -190,7 +190,19 @@ fn options_at_their_edges_end_with_a_message() {
     let synth = ["data", "synth", "--out", &out, "--test-videos", "1"];
     let inspect = ["data", "inspect", &shard, "--sheet", &png];
     let eval = [&["eval", &folder][..], &data].concat();
-    let options: [(&[&str], &[&str]); 8] = [
+    let made_up = ["--set", "data.crop=8", "--set", "model.classes=4"];
+    let plan = [&["plan", &run.config, "--rate", "1e12"][..], &made_up].concat();
+    let study = |more: &'static [&'static str]| {
+        [&["scale", &run.config, "--dry-run", "--out", &out][..], &made_up, more].concat()
+    };
+    let (over_nodes, on_one) = (study(&["--rules", "1f1b"]), study(&["--nodes", "1"]));
+    let options: [(&[&str], &[&str]); 11] = [
+        (&plan, &["--ranks", "--cores", "--videos", "--rate", "--ticks --clips", "--scale 1..N", "--scale N..16"]),
+        (&over_nodes, &["--nodes", "--axis weak --nodes"]),
+        (
+            &on_one,
+            &["--ranks-per-node", "--axis weak --ranks-per-node", "--repeat", "--batches", "--limit", "--classes"],
+        ),
         (&["train", &run.config, "--dry-run"], &["--ranks", "--stop-after"]),
         (&eval, &["--views Nx1", "--views Nx3"]),
         (&inspect, &["--rows", "--columns"]),
@@ -235,10 +247,18 @@ fn options_at_their_edges_end_with_a_message() {
     for (command, options) in options {
         for option in options {
             for n in ["9223372036854775807", "18446744073709551615", "99999999999999999999999", "1e300", "nan", "-1"] {
+                let (before, option) =
+                    option.rsplit_once(" --").map_or(("", *option), |(a, _)| (a, &option[a.len() + 1..]));
                 let (name, value) = option.split_once(' ').unwrap_or((option, "N"));
                 let argument = format!("{name}={}", value.replace('N', n));
                 let mut limited = std::process::Command::new("timeout");
-                let output = limited.args(["20", PROGRAM]).args(command).arg(&argument).output().unwrap();
+                let output = limited
+                    .args(["20", PROGRAM])
+                    .args(command)
+                    .args(before.split_whitespace())
+                    .arg(&argument)
+                    .output()
+                    .unwrap();
                 let said = text(&output);
                 assert!(matches!(output.status.code(), Some(0 | 2)), "{command:?} {argument}: {said}");
                 assert!(!said.contains("panicked"), "{command:?} {argument}: {said}");
