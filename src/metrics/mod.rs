@@ -1,5 +1,6 @@
 //! Where a worker's time goes, and what it reports of every batch.
 
+pub mod attempt;
 pub mod report;
 
 use std::time::Instant;

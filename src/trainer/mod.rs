@@ -5,6 +5,7 @@
 //! report ([`console`]). The parameters are validated meanwhile where that is
 //! asked for ([`Validated`]). [`evaluate`] is a pass over the test clips with fixed parameters.
 
+mod attempt;
 pub mod console;
 pub mod evaluate;
 pub mod fidelity;
@@ -103,6 +104,7 @@ impl<'w> Trainer<'w> {
     pub fn run(&self, observer: Observer) -> Result<Totals> {
         let Trainer { world, setup, range, requests, .. } = self;
         world.agree(setup.fingerprint(range.first)?, "configuration, dataset and checkpoint")?;
+        attempt::note(world, setup, range)?;
         let recorder = if world.rank() == 0 { recorder(setup, range)? } else { None };
         let stage = |spec, w, site| stage_of(setup, range, spec, w, site);
         let frames = |r| frames_of(setup, range, r);

@@ -9,6 +9,7 @@ use bytesize::ByteSize;
 
 use super::preflight::Check;
 use crate::comm::World;
+use crate::metrics::attempt::FILE;
 use crate::setup::Setup;
 use crate::sys::files::{free_space, what};
 use crate::sys::host::hostname;
@@ -85,8 +86,8 @@ pub fn check(world: &World, setup: &Setup) -> Result<Check> {
 /// # Errors
 /// [`Error::Input`] when the folder cannot be written or another run is at work in it.
 pub fn hold(dir: &Path, patience: Duration) -> Result<File> {
-    // To append to a pipe would be to wait for its reader.
-    for path in ["metrics.jsonl", "log.txt"].map(|name| dir.join(name)) {
+    // To open a pipe would be to wait for its other end.
+    for path in ["metrics.jsonl", FILE, "log.txt", ".lock"].map(|name| dir.join(name)) {
         if let Some(what) = std::fs::metadata(&path).ok().and_then(|meta| what(&meta)) {
             return Err(Error::input(format!("{}: {what}, not a file; choose another run.dir", path.display())));
         }
