@@ -2,7 +2,10 @@
 
 use std::fmt::Write;
 
+use super::beside::Beside;
 use super::chart::{Chart, Line};
+use super::limits::{Limit, stretches};
+use super::network::drawing;
 use super::run::{Batch, Run, Validation};
 use crate::Result;
 use crate::checkpoint::best::Metric;
@@ -15,8 +18,8 @@ const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;ma
     td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}.wide{overflow-x:auto}\
     .plots{display:flex;flex-wrap:wrap;gap:1em}.plots>div{flex:1 1 480px;break-inside:avoid}pre{background:#8882;padding:1em;overflow:auto}\
     .bar{display:flex;height:18px;width:100%;min-width:300px}.bar>i{display:block;height:100%}.key{font-size:13px;display:inline-block;margin-right:1em}\
-    .key>i{display:inline-block;width:11px;height:11px;margin-right:4px}.problem{color:#b00}\
-    @media (prefers-color-scheme:dark){body{color:#ddd;background:#181818}svg{filter:invert(1) hue-rotate(180deg)}.problem{color:#f77}}\
+    .key>i{display:inline-block;width:11px;height:11px;margin-right:4px}.problem,.missing{color:#b00}figure{margin:1em 0}caption{text-align:left;font-weight:bold}\
+    @media (prefers-color-scheme:dark){body{color:#ddd;background:#181818}svg,figure img{filter:invert(1) hue-rotate(180deg)}.problem,.missing{color:#f77}}\
     @media print{body{max-width:none;color:#000;background:#fff}.bar,.key{print-color-adjust:exact}}";
 
 /// Phases in the order of a time account, each with its colour: work in blues, waits in reds.
@@ -36,33 +39,41 @@ const PHASE: [(&str, &str); PHASES] = [
 /// Where work stands in it.
 const WORK: [usize; 3] = [0, 2, 4];
 
-/// One page of `runs`, of which there is at least one.
+/// One page of `runs`, `studies` (title and content as HTML) and what lies `beside` them.
 ///
 /// # Errors
 /// [`crate::Error::Run`] if a chart cannot be drawn.
-pub fn page(runs: &[Run]) -> Result<String> {
-    let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
+pub fn page(runs: &[Run], studies: &[(String, String)], beside: &[Beside]) -> Result<String> {
+    let names: Vec<&str> =
+        runs.iter().map(|run| run.name.as_str()).chain(studies.iter().map(|(title, _)| title.as_str())).collect();
     let title = escaped(&names.join(", "));
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
          <title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
     );
-    summary(&mut page, runs);
-    for run in runs {
-        for problem in &run.problems {
-            let _ = writeln!(page, "<p class=\"problem\">{}: {}</p>", escaped(&run.name), escaped(problem));
-        }
+    if !runs.is_empty() {
+        overview(&mut page, runs)?;
     }
-    page += "<div class=\"plots\">\n";
-    for chart in overlaid(runs) {
-        if let Some(svg) = chart.svg()? {
-            let _ = writeln!(page, "<div>{svg}</div>");
-        }
-    }
-    page += "</div>\n<p>A line is the mean of a stretch of batches, the band around it from its least to its most; dots are validations; \
-             dashed: where a run was stopped and went on.</p>\n";
     for run in runs {
+        let _ = writeln!(page, "<h2>{}: network</h2>", escaped(&run.name));
+        match run.attempts.last().and_then(drawing) {
+            Some(svg) => {
+                let _ = writeln!(
+                    page,
+                    "<div class=\"wide\">{svg}</div><p>Memory as planned; on edges the bytes of a batch's activations; colours are \
+                     hosts.</p>"
+                );
+            }
+            None => page += "<p>Not on record: the run's folder has no attempts.jsonl.</p>\n",
+        }
         modules(&mut page, run)?;
+        starts(&mut page, run);
+    }
+    for one in beside {
+        page += &one.html()?;
+    }
+    for (title, body) in studies {
+        let _ = writeln!(page, "<h2>{}</h2>\n{body}", escaped(title));
     }
     for run in runs {
         if let Some(config) = &run.config {
@@ -76,6 +87,74 @@ pub fn page(runs: &[Run]) -> Result<String> {
     }
     let _ = writeln!(page, "<p>sideways {}</p>\n</body></html>", env!("CARGO_PKG_VERSION"));
     Ok(page)
+}
+
+/// What the runs came to: the table, what is missing, and the charts that they share.
+fn overview(page: &mut String, runs: &[Run]) -> Result<()> {
+    summary(page, runs);
+    for run in runs {
+        for problem in &run.problems {
+            let _ = writeln!(page, "<p class=\"problem\">{}: {}</p>", escaped(&run.name), escaped(problem));
+        }
+    }
+    for run in runs {
+        held_back(page, run);
+    }
+    *page += "<div class=\"plots\">\n";
+    for chart in overlaid(runs) {
+        if let Some(svg) = chart.svg()? {
+            let _ = writeln!(page, "<div>{svg}</div>");
+        }
+    }
+    *page += "</div>\n<p>A line is the mean of a stretch of batches, the band around it from its least to its most; dots are validations; \
+              dashed: where a run was stopped and went on.</p>\n";
+    Ok(())
+}
+
+/// What limited the run, and since when.
+fn held_back(page: &mut String, run: &Run) {
+    let batches: Vec<(u64, Option<Limit>)> = run.batches.iter().map(|batch| (batch.batches, batch.limit)).collect();
+    let parts = stretches(&batches);
+    if parts.is_empty() {
+        return;
+    }
+    let _ = write!(page, "<p>{} was held back by ", escaped(&run.name));
+    let parts: Vec<String> = match &parts[..] {
+        [(_, _, limit)] => vec![limit.to_string()],
+        several => several.iter().map(|(first, last, limit)| format!("{limit} (batches {first} to {last})")).collect(),
+    };
+    let _ = writeln!(page, "{}.</p>", parts.join("; "));
+}
+
+/// A row a start: when, where, with what.
+fn starts(page: &mut String, run: &Run) {
+    if run.attempts.is_empty() {
+        return;
+    }
+    *page += "<h3>Starts</h3>\n<div class=\"wide\"><table><tr><th>begun (UTC)</th><th>after batch</th><th>ranks</th><th>hosts</th>\
+              <th>job</th><th>requeues</th><th>processor</th><th>driver</th><th>MPI</th><th>sideways</th></tr>\n";
+    for attempt in &run.attempts {
+        let mut hosts: Vec<&str> = attempt.hosts.iter().map(|(name, _)| name.as_str()).collect();
+        hosts.dedup();
+        let more = if hosts.len() > 4 { format!(" and {} more", hosts.len() - 4) } else { String::new() };
+        let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
+        let cells = [
+            utc(attempt.begun),
+            attempt.first.to_string(),
+            attempt.ranks().to_string(),
+            hosts[..hosts.len().min(4)].join(", ") + &more,
+            or_none(&attempt.job),
+            attempt.requeues.to_string(),
+            attempt.processor.clone(),
+            or_none(&attempt.driver),
+            attempt.mpi.as_deref().and_then(|mpi| mpi.lines().next()).unwrap_or("-").to_string(),
+            attempt.version.clone(),
+        ];
+        *page += "<tr>";
+        cells.iter().for_each(|cell| *page += &format!("<td>{}</td>", escaped(cell)));
+        *page += "</tr>\n";
+    }
+    *page += "</table></div>\n";
 }
 
 /// A row a run.
@@ -150,7 +229,33 @@ fn overlaid(runs: &[Run]) -> Vec<Chart> {
     frames.lines.extend(copies.filter(|line| !line.points.is_empty()));
     charts.push(frames);
     charts.push(chart("Speed", "frames/s", |batch| batch.frames_per_second, |_| None));
+    for (title, unit, of) in [
+        (
+            "Left out: losses, cotangents and updates that were not finite",
+            "so far",
+            (|b| b.skipped) as fn(&Batch) -> u64,
+        ),
+        ("Damaged videos passed over", "so far", |b| b.videos_skipped),
+    ] {
+        let line = |run: &Run| {
+            let mut sum = 0;
+            let points = run.batches.iter().map(|batch| {
+                sum += of(batch);
+                (batch.batches as f64, sum as f64)
+            });
+            Line { name: name(run, "training"), points: points.collect(), dots: false }
+        };
+        let some = runs.iter().any(|run| run.batches.iter().any(|batch| of(batch) > 0));
+        let lines = if some { runs.iter().map(line).collect() } else { Vec::new() };
+        charts.push(Chart { title: title.into(), unit: unit.into(), lines, marks: marks.clone(), rises: true });
+    }
     charts
+}
+
+/// `2026-05-04 12:34`, of seconds since 1970.
+fn utc(seconds: u64) -> String {
+    let time = i64::try_from(seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    time.map_or("-".into(), |time| time.strftime("%Y-%m-%d %H:%M").to_string())
 }
 
 /// Gradients and time by module.

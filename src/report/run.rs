@@ -6,8 +6,10 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use super::limits::{Limit, limit};
 use crate::checkpoint::best::Best;
 use crate::config::Config;
+use crate::metrics::attempt::{self, Attempt};
 use crate::metrics::{PHASES, TimeAccount};
 use crate::nn::head::Task;
 use crate::sys::files::{read_text, what};
@@ -30,6 +32,8 @@ pub struct Run {
     pub modules: Vec<Module>,
     /// Batches before which the run was stopped and went on.
     pub resumed: Vec<u64>,
+    /// One entry a start that is on record.
+    pub attempts: Vec<Attempt>,
     /// The best checkpoint.
     pub best: Option<Best>,
     /// What is missing or cannot be read, in words.
@@ -59,6 +63,9 @@ pub struct Batch {
     /// By module, the norm of the last update's gradient (of the first replica).
     #[serde(skip)]
     pub grad_norms: Vec<f64>,
+    /// What held it back most.
+    #[serde(skip)]
+    pub(super) limit: Option<Limit>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -126,6 +133,19 @@ impl Run {
             }
             Err(e) => run.problems.push(format!("config.toml cannot be read: {e}")),
         }
+        match read_text(&dir.join(attempt::FILE)) {
+            Ok(text) => {
+                let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+                run.attempts = lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+                if run.attempts.len() < lines.len() {
+                    let damaged = lines.len() - run.attempts.len();
+                    run.problems.push(format!("{damaged} line(s) of {} are damaged, and left out", attempt::FILE));
+                }
+            }
+            // Runs of earlier versions have none.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => run.problems.push(format!("{} cannot be read: {e}", attempt::FILE)),
+        }
         let metrics = dir.join("metrics.jsonl");
         // It may be too long for memory; and what is no file would be waited for.
         let opened = std::fs::metadata(&metrics).and_then(|meta| match what(&meta) {
@@ -174,6 +194,8 @@ impl Run {
                 damaged += 1;
                 continue;
             };
+            let times: Vec<_> = batch.workers.iter().map(|worker| (worker.module, worker.time.to_array())).collect();
+            batch.limit = limit(&times);
             for worker in std::mem::take(&mut batch.workers) {
                 let Some(place) = worker.module.checked_sub(1) else { continue };
                 if self.modules.len() <= place {

@@ -16,12 +16,27 @@ const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;ma
 /// # Errors
 /// [`crate::Error::Run`] if a plot cannot be drawn.
 pub fn page(study: &Study, rows: &[Row], charts: &[Chart], note: &str) -> Result<String> {
+    let title = escaped(&title(study));
+    Ok(format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head><body>\n\
+         <h1>{title}</h1>\n{}</body></html>\n",
+        body(study, rows, charts, note)?
+    ))
+}
+
+/// What the study is called.
+pub fn title(study: &Study) -> String {
+    format!("Scaling study {}", study.dir().file_name().unwrap_or_default().to_string_lossy())
+}
+
+/// The page's content, for another page.
+///
+/// # Errors
+/// As of [`page`].
+pub fn body(study: &Study, rows: &[Row], charts: &[Chart], note: &str) -> Result<String> {
     let request = &study.plan.request;
-    let title = format!("Scaling study {}", study.dir().file_name().unwrap_or_default().to_string_lossy());
     let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{0}</title><style>{STYLE}</style></head><body>\n\
-         <h1>{0}</h1>\n<p>Axis: {1}. {2} run(s) a point of {3} batches that count; medians, with the least and the most as bars. {4}</p>\n",
-        escaped(&title),
+        "<p>Axis: {}. {} run(s) a point of {} batches that count; medians, with the least and the most as bars. {}</p>\n",
         request.axis,
         request.repeat,
         request.batches,
@@ -73,7 +88,7 @@ pub fn page(study: &Study, rows: &[Row], charts: &[Chart], note: &str) -> Result
     page += &of("driver", |row| &row.driver);
     page += &of("commit", |row| &row.commit);
     page += &of("program (xxh3)", |row| &row.build);
-    page += &format!("</ul>\n<h2>Configuration</h2><pre>{}</pre>\n</body></html>\n", escaped(&study.plan.config));
+    page += &format!("</ul>\n<h2>Configuration</h2><pre>{}</pre>\n", escaped(&study.plan.config));
     Ok(page)
 }
 

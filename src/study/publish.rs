@@ -1,7 +1,7 @@
 //! What a study leaves for people: `scaling.csv`, `speed` and `efficiency` as SVG and PNG, and `index.html`.
 
 use super::folder::Study;
-use super::page::page;
+use super::page::{body, page, title};
 use super::plot::charts;
 use super::table::{Row, csv, rows};
 use crate::Result;
@@ -21,6 +21,16 @@ pub fn publish(study: &Study) -> Result<Vec<Row>> {
     }
     write_whole(&dir.join("index.html"), page(study, &rows, &charts, &place(&rows))?.as_bytes())?;
     Ok(rows)
+}
+
+/// A study as a part of another page: its title, and its content as HTML.
+///
+/// # Errors
+/// [`crate::Error::Input`] if a file of the study cannot be read.
+pub fn section(study: &Study) -> Result<(String, String)> {
+    let rows = rows(study)?;
+    let charts = charts(&rows, &study.beyond()?);
+    Ok((title(study), body(study, &rows, &charts, &place(&rows))?))
 }
 
 /// Where the rows were measured, in a sentence.

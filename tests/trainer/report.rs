@@ -15,7 +15,8 @@ fn report(runs: &[&Path], out: &Path) -> String {
     assert!(output.status.success(), "{}", text(&output));
     let page = std::fs::read_to_string(out).unwrap();
     // It needs nothing else, and no tag is left open.
-    assert!(!page.contains("<script") && !page.contains("src=") && !page.contains("href="), "{page}");
+    let outside = page.replace("src=\"data:image/png;base64,", "");
+    assert!(!page.contains("<script") && !outside.contains("src=") && !page.contains("href="), "{page}");
     for tag in ["table", "div", "svg", "details", "pre", "p"] {
         let (begun, ended) = (
             page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count(),
@@ -39,7 +40,7 @@ fn a_page_says_what_the_metrics_say() {
         train(&config(dir.path(), &sets), None);
         folder
     };
-    let first = run("first", &[]);
+    let first = run("first", &["model.skip={ spans = [2] }"]);
     let page = report(&[&first], &dir.path().join("page.html"));
     let metrics = std::fs::read_to_string(first.join("metrics.jsonl")).unwrap();
     let lines: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -68,6 +69,53 @@ fn a_page_says_what_the_metrics_say() {
         page.contains("Norm of the gradient") && page.contains("Top-1 accuracy") && page.contains("rule = &quot;"),
         "{page}"
     );
+
+    // Both starts, each with its place; the network with what it is made of; what it waited for.
+    let attempts = std::fs::read_to_string(first.join("attempts.jsonl")).unwrap();
+    let attempts: Vec<serde_json::Value> = attempts.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(attempts.iter().map(|a| a["first"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 5]);
+    let host = sideways::sys::host::hostname();
+    for attempt in &attempts {
+        assert_eq!(attempt["hosts"], serde_json::json!([[host, 1]]));
+        assert_eq!((attempt["modules"].as_array().unwrap().len(), attempt["edges"].as_array().unwrap().len()), (5, 7));
+        assert!(page.contains(&format!("<td>{}</td><td>1</td><td>{host}</td>", attempt["first"])), "{page}");
+    }
+    let parameters = attempts[0]["modules"][1]["parameters"].as_u64().unwrap();
+    assert!(page.contains(&format!(">{parameters} parameters</text>")), "{parameters} in {page}");
+    assert!(page.contains("first was held back by ") && page.contains("<title>module 5: "), "{page}");
+
+    // What other commands wrote of it, beside it.
+    let (scores, confusion) = (dir.path().join("scores.csv"), dir.path().join("confusion.csv"));
+    let (scores, confusion) = (scores.to_str().unwrap(), confusion.to_str().unwrap());
+    let data = dir.path().join("train.h5");
+    let evaluated = alone(&[
+        "eval",
+        first.to_str().unwrap(),
+        "--data",
+        data.to_str().unwrap(),
+        "--scores",
+        scores,
+        "--confusion",
+        confusion,
+    ]);
+    assert!(evaluated.status.success(), "{}", text(&evaluated));
+    let both = alone(&[
+        "report",
+        first.to_str().unwrap(),
+        "--with",
+        scores,
+        "--with",
+        confusion,
+        "--out",
+        dir.path().join("with.html").to_str().unwrap(),
+    ]);
+    assert!(both.status.success(), "{}", text(&both));
+    let with = std::fs::read_to_string(dir.path().join("with.html")).unwrap();
+    let said =
+        with.match_indices("12 videos of ").map(|(at, _)| with[at..].lines().next().unwrap()).collect::<Vec<_>>();
+    assert!(said.len() == 2 && said[0] == said[1], "{said:?}");
+    let refused = alone(&["report", first.to_str().unwrap(), "--with", data.to_str().unwrap(), "--out", "/dev/null"]);
+    assert!(refused.status.code() == Some(2) && text(&refused).contains("no table of eval"), "{}", text(&refused));
 
     // Two runs over one another, the second with its metrics cut short and a name that is no HTML.
     let second = run("a<b", &["train.stash=activations"]);
