@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use crate::study::plot::{COLOURS, FONT, number, with_font};
+use crate::study::plot::{COLOURS, FONT, with_font};
 use crate::{Error, Result};
 
 /// Width and height in pixels.
@@ -96,6 +96,8 @@ impl Chart {
         x: (f64, f64),
         y: (f64, f64),
     ) -> std::result::Result<(), DrawingAreaErrorKind<std::io::Error>> {
+        // Labels are some tenth of the range apart.
+        let digits = (-((y.1 - y.0) / 10.0).log10().floor()).clamp(0.0, 9.0) as usize;
         let area = SVGBackend::with_string(text, SIZE).into_drawing_area();
         area.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(&area)
@@ -112,7 +114,7 @@ impl Chart {
             .axis_desc_style((FONT, 14))
             .light_line_style(WHITE)
             .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|value| number(*value))
+            .y_label_formatter(&|value| format!("{value:.digits$}"))
             .draw()?;
         for &mark in &self.marks {
             chart.draw_series(DashedLineSeries::new(

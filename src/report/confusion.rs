@@ -138,7 +138,8 @@ impl Confusion {
     fn labelled(&self) -> String {
         let (classes, shares) = (self.names.len(), self.shares());
         let left = 10 + 7 * self.names.iter().map(|name| name.chars().count().min(30)).max().unwrap_or(0);
-        let (width, height) = (left + classes * CELL + 10, classes * CELL + left + 30);
+        // The line above it has its own length.
+        let (width, height) = ((left + classes * CELL + 10).max(left + 320), classes * CELL + left + 30);
         let mut svg = format!(
             "<div class=\"wide\"><svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
              height=\"{height}\" style=\"max-width:none\" font-family=\"sans-serif\" font-size=\"11\" role=\"img\" aria-label=\"Confusion\">\n\
@@ -201,7 +202,7 @@ impl Confusion {
 
 /// White for nothing, dark blue for all; small shares stay visible.
 fn colour(share: f64) -> [u8; 3] {
-    let depth = share.clamp(0.0, 1.0).sqrt();
+    let depth = share.clamp(0.0, 1.0).powf(0.4);
     [(8.0, 247.0), (48.0, 251.0), (107.0, 255.0)].map(|(dark, light)| (light + (dark - light) * depth).round() as u8)
 }
 

@@ -7,7 +7,7 @@ const WAITS: [usize; 2] = [1, 3];
 /// Waits of a sender for a receiver that is behind, in the main.
 const SEND: usize = 6;
 /// Stretches of a run that are told apart, at most.
-const STRETCHES: usize = 20;
+const STRETCHES: usize = 10;
 
 /// What a module's time went to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,25 +83,46 @@ pub fn limit(workers: &[(usize, [f32; PHASES])]) -> Option<Limit> {
     Some(Limit { cause: most.0, module: *module })
 }
 
-/// Stretches of a run, from batch to batch, with what held most of each one's batches back.
-pub fn stretches(batches: &[(u64, Option<Limit>)]) -> Vec<(u64, u64, Limit)> {
-    let mut stretches: Vec<(u64, u64, Limit)> = Vec::new();
-    for part in batches.chunks(batches.len().div_ceil(STRETCHES).max(1)) {
-        let mut counts: Vec<(Limit, usize)> = Vec::new();
-        for limit in part.iter().filter_map(|(_, limit)| *limit) {
-            match counts.iter_mut().find(|(other, _)| *other == limit) {
-                Some((_, count)) => *count += 1,
-                None => counts.push((limit, 1)),
-            }
-        }
-        let Some((limit, _)) = counts.into_iter().max_by_key(|(_, count)| *count) else { continue };
-        let (first, last) = (part[0].0, part[part.len() - 1].0);
-        match stretches.last_mut() {
-            Some((_, end, same)) if *same == limit => *end = last,
-            _ => stretches.push((first, last, limit)),
+/// What held a run back: each limit with the share of the batches, the largest first, and that of its last stretch with the batch from
+/// which on it was the same.
+#[derive(Clone, Debug, PartialEq)]
+pub struct History {
+    /// Limits of at least a tenth of the batches.
+    pub shares: Vec<(Limit, f64)>,
+    /// The last one.
+    pub last: Limit,
+    /// Since which batch.
+    pub since: u64,
+}
+
+/// Of batches by their numbers; nothing where none has a limit.
+pub fn history(batches: &[(u64, Option<Limit>)]) -> Option<History> {
+    let stretches = batches.chunks(batches.len().div_ceil(STRETCHES).max(1));
+    let most = stretches.filter_map(|part| Some((part[0].0, counted(part).first()?.0)));
+    let (mut since, mut last) = (0, None);
+    for (first, limit) in most {
+        if last != Some(limit) {
+            (since, last) = (first, Some(limit));
         }
     }
-    stretches
+    let counts = counted(batches);
+    let all: usize = counts.iter().map(|(_, count)| count).sum();
+    let shares = counts.into_iter().map(|(limit, count)| (limit, count as f64 / all as f64));
+    Some(History { shares: shares.filter(|(_, share)| *share >= 0.1).collect(), last: last?, since })
+}
+
+/// How many batches each limit held back, the most first. Messages are one limit, whichever module is the busiest.
+fn counted(batches: &[(u64, Option<Limit>)]) -> Vec<(Limit, usize)> {
+    let mut counts: Vec<(Limit, usize)> = Vec::new();
+    for limit in batches.iter().filter_map(|(_, limit)| *limit) {
+        let same = |other: &Limit| *other == limit || (other.cause, limit.cause) == (Cause::Messages, Cause::Messages);
+        match counts.iter_mut().find(|(other, _)| same(other)) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((limit, 1)),
+        }
+    }
+    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    counts
 }
 
 #[cfg(test)]
@@ -129,11 +150,12 @@ mod tests {
     }
 
     #[test]
-    fn stretches_of_the_same_are_one() {
+    fn a_history_has_shares_and_an_end() {
         let (a, b) = (Limit { cause: Cause::Work, module: 3 }, Limit { cause: Cause::Data, module: 1 });
         let batches: Vec<(u64, Option<Limit>)> =
             (1..=100).map(|n| (n, Some(if n <= 40 || n == 77 { a } else { b }))).collect();
-        assert_eq!(stretches(&batches), [(1, 40, a), (41, 100, b)]);
-        assert!(stretches(&[(1, None)]).is_empty());
+        let found = history(&batches).unwrap();
+        assert_eq!((found.last, found.since, found.shares), (b, 41, vec![(b, 0.59), (a, 0.41)]));
+        assert_eq!((history(&[(1, None)]), history(&[])), (None, None));
     }
 }

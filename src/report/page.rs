@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::beside::Beside;
 use super::chart::{Chart, Line};
-use super::limits::{Limit, stretches};
+use super::limits::{Limit, history};
 use super::network::drawing;
 use super::run::{Batch, Run, Validation};
 use crate::Result;
@@ -64,7 +64,7 @@ pub fn page(runs: &[Run], studies: &[(String, String)], beside: &[Beside]) -> Re
                      hosts.</p>"
                 );
             }
-            None => page += "<p>Not on record: the run's folder has no attempts.jsonl.</p>\n",
+            None => page += "<p>Not on record (attempts.jsonl).</p>\n",
         }
         modules(&mut page, run)?;
         starts(&mut page, run);
@@ -73,7 +73,10 @@ pub fn page(runs: &[Run], studies: &[(String, String)], beside: &[Beside]) -> Re
         page += &one.html()?;
     }
     for (title, body) in studies {
-        let _ = writeln!(page, "<h2>{}</h2>\n{body}", escaped(title));
+        if names.len() > 1 {
+            let _ = writeln!(page, "<h2>{}</h2>", escaped(title));
+        }
+        page += body;
     }
     for run in runs {
         if let Some(config) = &run.config {
@@ -114,16 +117,17 @@ fn overview(page: &mut String, runs: &[Run]) -> Result<()> {
 /// What limited the run, and since when.
 fn held_back(page: &mut String, run: &Run) {
     let batches: Vec<(u64, Option<Limit>)> = run.batches.iter().map(|batch| (batch.batches, batch.limit)).collect();
-    let parts = stretches(&batches);
-    if parts.is_empty() {
-        return;
-    }
-    let _ = write!(page, "<p>{} was held back by ", escaped(&run.name));
-    let parts: Vec<String> = match &parts[..] {
-        [(_, _, limit)] => vec![limit.to_string()],
-        several => several.iter().map(|(first, last, limit)| format!("{limit} (batches {first} to {last})")).collect(),
+    let Some(history) = history(&batches) else { return };
+    let shares: Vec<String> = history
+        .shares
+        .iter()
+        .map(|(limit, share)| format!("{limit} ({:.0} % of the batches)", 100.0 * share))
+        .collect();
+    let since = match history.since > run.batches[0].batches {
+        true => format!("; since batch {} most by {}", history.since, history.last),
+        false => String::new(),
     };
-    let _ = writeln!(page, "{}.</p>", parts.join("; "));
+    let _ = writeln!(page, "<p>{} was held back by {}{since}.</p>", escaped(&run.name), shares.join("; "));
 }
 
 /// A row a start: when, where, with what.

@@ -88,7 +88,10 @@ pub fn body(study: &Study, rows: &[Row], charts: &[Chart], note: &str) -> Result
     page += &of("driver", |row| &row.driver);
     page += &of("commit", |row| &row.commit);
     page += &of("program (xxh3)", |row| &row.build);
-    page += &format!("</ul>\n<h2>Configuration</h2><pre>{}</pre>\n", escaped(&study.plan.config));
+    page += &format!(
+        "</ul>\n<details><summary>Configuration</summary><pre>{}</pre></details>\n",
+        escaped(&study.plan.config)
+    );
     Ok(page)
 }
 

@@ -234,7 +234,7 @@ impl Chart {
 }
 
 /// A label with as many digits as tell something.
-pub(crate) fn number(value: f64) -> String {
+fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 || v.fract() == 0.0 => format!("{value:.0}"),
         v if v >= 1.0 => format!("{value:.1}"),

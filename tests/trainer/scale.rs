@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::common::mpirun::{descendants, text};
-use crate::common::program::{PROGRAM, wait_for};
+use crate::common::program::{PROGRAM, alone, wait_for};
 use crate::common::runs::config;
 
 /// A configuration without data, a folder for its study, and a cache of its own.
@@ -140,6 +140,13 @@ fn a_study_goes_on_after_a_kill() {
     assert!(of("mpi").iter().all(|mpi| mpi.contains("MPI")) && of("exchange") == ["host"; 2], "{rows:?}");
     let page = std::fs::read_to_string(place.study().join("index.html")).unwrap();
     assert!(page.matches("<svg").count() == 2 && !page.contains("<script") && !page.contains("href="), "{page}");
+    // The same as a part of another page.
+    let out = place.study().with_extension("html");
+    let output = alone(&["report", place.study().to_str().unwrap(), "--out", out.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", text(&output));
+    let report = std::fs::read_to_string(out).unwrap();
+    let (from, to) = (page.find("<p>Axis").unwrap(), page.find("</body>").unwrap());
+    assert!(report.contains("<h1>Scaling study ") && report.contains(&page[from..to]), "{report}");
     for file in ["speed.svg", "speed.png", "efficiency.svg", "efficiency.png"] {
         assert!(place.study().join(file).metadata().unwrap().len() > 1000, "{file}");
     }
