@@ -9,6 +9,7 @@ mod documents;
 mod exact;
 mod fidelity;
 mod kernels;
+mod keys;
 mod optim;
 mod options;
 mod plan;
