@@ -41,7 +41,7 @@ $(VENV)/ready:
 	$(VENV)/bin/pip install -q $(TORCH) numpy
 	touch $@
 
-bench-pytorch: build $(VENV)/ready ## frames/s and memory beside PyTorch's back-propagation (some 15 minutes; benches/README.md)
+bench-pytorch: build $(VENV)/ready ## frames/s and memory beside PyTorch's back-propagation (some 15 minutes; docs/performance.md)
 	$(VENV)/bin/python benches/pytorch/compare.py $(BENCH_ARGS)
 
 VENV_DATA := target/venv-data
@@ -50,7 +50,7 @@ $(VENV_DATA)/ready:
 	$(VENV_DATA)/bin/pip install -q h5py pillow numpy
 	touch $@
 
-bench-data: build $(VENV_DATA)/ready ## frames/s from shards beside h5py with Pillow, and ffmpeg (a minute; benches/README.md)
+bench-data: build $(VENV_DATA)/ready ## frames/s from shards beside h5py with Pillow, and ffmpeg (a minute; docs/performance.md)
 	$(VENV_DATA)/bin/python benches/data/compare.py $(BENCH_ARGS)
 
 gpu-bundle: deps ## target/gpu/bundle.tar.xz: all that the next two need on a machine with a GPU, without CUDA's libraries
@@ -59,7 +59,7 @@ gpu-bundle: deps ## target/gpu/bundle.tar.xz: all that the next two need on a ma
 test-gpu: gpu-bundle ## the tests of the GPU path on the GPU here (SIDEWAYS_GPU=emulator: rehearsed without one); one table
 	benches/gpu/run.sh test
 
-bench-gpu: gpu-bundle ## its benchmarks, and PyTorch on the same GPU where it is installed; one table (benches/README.md)
+bench-gpu: gpu-bundle ## its benchmarks, and PyTorch on the same GPU where it is installed; one table (docs/performance.md)
 	benches/gpu/run.sh bench
 
 lint: deps ## formatting and clippy, without CUDA and with it
@@ -93,7 +93,7 @@ test-cuda: deps ## modules on GPUs, on an emulator of CUDA's libraries (tests/cu
 # Whether a program of tests has such tests: cargo takes a name that none has for success.
 drill = $(CARGO) test $(PROFILE) --test $(1) -- --list $(2) | grep ': test$$'
 
-drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkpoints are written, time limits (some 15 minutes; slurm/README.md)
+drills: build slurm-deps ## the long drills: 50 kills of a rank, 50 while checkpoints are written, time limits (some 15 minutes; docs/slurm.md)
 	$(call drill,trainer,faults::a_kill) && FAULTS=50 $(CARGO) test $(PROFILE) --test trainer faults::a_kill -- --nocapture --test-threads=1
 	$(call drill,cluster,--ignored) && $(CARGO) test $(PROFILE) --test cluster -- --nocapture --ignored
 

@@ -1,7 +1,7 @@
 """`make bench-data`: frames/s from shards, beside h5py with Pillow on the same shards and ffmpeg on the videos themselves.
 
 Makes the videos (zooms into the Mandelbrot set, 340x256, H.264) and shards of 128x171 frames of them if they are not
-there. Every figure is of a process of its own, with the files in the page cache; see benches/README.md.
+there. Every figure is of a process of its own, with the files in the page cache; see docs/performance.md.
 """
 
 import argparse

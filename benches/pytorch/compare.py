@@ -1,7 +1,7 @@
 """`make bench-pytorch`: sideways and back-propagation in PyTorch on the same network, on this machine, side by side.
 
 Every figure is of a process of its own, pinned to the cores it is allowed (taskset); nothing runs beside it. PyTorch's
-frames wait in memory, Sideways' come from a shard through its loader. See benches/README.md for what the rows compare.
+frames wait in memory, Sideways' come from a shard through its loader. See docs/performance.md for what the rows compare.
 """
 
 import argparse

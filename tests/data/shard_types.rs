@@ -116,9 +116,7 @@ fn what_is_missing_is_named_all_at_once() {
         file.unlink("video_checksums")
     };
     let said = refused(RAW, bare);
-    for part in
-        ["`format`", "`version`", "`encoding`", "`fps`", "`class_names`", "/video_checksums", "datasets/README.md"]
-    {
+    for part in ["`format`", "`version`", "`encoding`", "`fps`", "`class_names`", "/video_checksums", "docs/data.md"] {
         assert!(said.contains(part), "{part} is not in {said}");
     }
     assert!(!said.contains("/labels"), "{said}");
@@ -244,7 +242,7 @@ fn a_video_in_two_splits_and_a_lost_shard_are_told() {
 
 /// The documents, where they describe the format; what is tested below follows them alone.
 fn described() -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/README.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/data.md");
     let text = std::fs::read_to_string(path).unwrap();
     text.split_once("## The format of a shard").expect("the format is described").1.to_string()
 }

@@ -45,7 +45,7 @@ fn datasets(encoding: Option<Encoding>) -> Vec<&'static str> {
 }
 
 /// Where the format is described.
-const DESCRIBED: &str = "datasets/README.md, \"The format of a shard\", has all that belongs to one";
+const DESCRIBED: &str = "docs/data.md, \"The format of a shard\", has all that belongs to one";
 
 /// Reads and checks the root attributes; refuses a file in which something is missing, with all that is.
 pub(super) fn read(path: &Path, file: &hdf5::File, bytes: u64) -> Result<ShardHeader> {

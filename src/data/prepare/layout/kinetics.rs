@@ -113,7 +113,7 @@ fn of_subset(file: &Path, all: Vec<Annotation>, name: &str, subset: Option<&str>
         let wanted = subset.unwrap_or(name);
         return Err(Error::input(format!(
             "{}: none of {total} entries is of the split {wanted:?}; there are {values}. Give --split one of these, or `subset` in a \
-             description of the dataset (datasets/README.md)",
+             description of the dataset (docs/data.md)",
             file.display()
         )));
     }
