@@ -1,4 +1,11 @@
-# Sourced by the batch scripts here.
+# Sourced by the batch scripts here, after site.sh.
+
+# How a rank starts the program: as it is, or from an image.
+PROGRAM=("$SIDEWAYS")
+if [ -n "${SIDEWAYS_CONTAINER:-}" ]; then
+  [ -e "$SIDEWAYS_CONTAINER" ] || { echo "SIDEWAYS_CONTAINER=$SIDEWAYS_CONTAINER: no such image" >&2; return 2; }
+  PROGRAM=(apptainer exec --bind "$PWD" ${APPTAINER_OPTIONS:-} "$SIDEWAYS_CONTAINER" sideways)
+fi
 
 # start_ranks [SRUN OPTIONS] PROGRAM…: one srun of the job's tasks; returns its exit code. Ranks that die of a signal in their
 # first ten seconds are started again, twice: Open MPI's MPI_Init was seen to crash now and then under srun (its TCP

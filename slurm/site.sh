@@ -3,6 +3,10 @@
 # The program; relative to the folder that you submit from.
 SIDEWAYS=${SIDEWAYS:-target/release/sideways}
 
+# Or an image (.sif) that holds it, run by apptainer on every rank; see container/. With GPUs: APPTAINER_OPTIONS=--nv
+SIDEWAYS_CONTAINER=${SIDEWAYS_CONTAINER:-}
+APPTAINER_OPTIONS=${APPTAINER_OPTIONS:-}
+
 # What a batch job needs before the program runs: modules to load, libraries to find. For example
 #   module load openmpi hdf5
 site_setup() { :; }

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod container;
 mod data;
 mod eval;
 mod faults;
