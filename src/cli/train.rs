@@ -185,7 +185,7 @@ fn summarise(setup: &Setup, total: u64, totals: &Totals) {
     log::info!("{}", limits::describe(setup, totals));
     log::info!(
         "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, wait for a core, other, validation, \
-         all-reduce"
+         all-reduce, checkpoint"
     );
     let share = |time: &TimeAccount| -> String {
         let all = time.total().max(1e-9);

@@ -14,7 +14,7 @@ pub const HEADER_WORDS: usize = 16;
 /// First word of every message.
 const MAGIC: u32 = 0x5344_5759;
 /// Version of headers and payloads; programs of different versions refuse each other's messages.
-const VERSION: u16 = 3;
+const VERSION: u16 = 4;
 
 /// What a message carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -359,7 +359,7 @@ mod tests {
     fn foreign_bytes_and_versions_are_refused() {
         let mut words = sample().encode(0);
         words[1] += 1 << 16;
-        assert!(Header::decode(&words).unwrap_err().to_string().contains("version 4"));
+        assert!(Header::decode(&words).unwrap_err().to_string().contains("version 5"));
         words = sample().encode(0);
         words[1] |= 0xff;
         assert!(Header::decode(&words).unwrap_err().to_string().contains("unknown kind 255"));

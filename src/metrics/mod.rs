@@ -29,16 +29,18 @@ pub enum Phase {
     Send,
     /// Waiting for a core, where the process has more workers than cores.
     WaitCore,
-    /// Checkpoints, reports, what is between phases.
+    /// Reports, what is between phases.
     Other,
     /// Everything between the begin and the end of a validation.
     Validation,
     /// Averaging gradients over replicas, waiting for theirs included.
     AllReduce,
+    /// Handing the module over to be written, and waiting for that where a run ends.
+    Checkpoint,
 }
 
 /// How many phases there are.
-pub const PHASES: usize = 11;
+pub const PHASES: usize = 12;
 
 /// Seconds spent in each phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, Pod, Zeroable)]
@@ -68,6 +70,8 @@ pub struct TimeAccount {
     pub validation: f32,
     /// [`Phase::AllReduce`]
     pub all_reduce: f32,
+    /// [`Phase::Checkpoint`] (formerly part of `other`)
+    pub checkpoint: f32,
 }
 
 impl TimeAccount {

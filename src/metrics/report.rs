@@ -59,8 +59,6 @@ struct Wire {
     decision: u32,
     outputs: u32,
     labels: u32,
-    /// Fills the last eight bytes.
-    spare: u32,
 }
 
 const FIXED: usize = size_of::<Wire>() / 4;
@@ -92,7 +90,6 @@ impl Report {
             decision: self.decision.bits(),
             outputs: self.outputs.len() as u32,
             labels: self.labels.len() as u32,
-            spare: 0,
         };
         let words = Self::words(self.outputs.len(), self.labels.len());
         let message = message.get_mut(..words);
@@ -154,7 +151,7 @@ mod tests {
                 pixel_error: 6.0,
                 copy_error: 7.0,
             },
-            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]),
+            time: TimeAccount::from_array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0]),
             backward_steps: 8,
             grad_norm: 9.0,
             lr: 10.0,

@@ -106,6 +106,7 @@ impl Worker {
 
     /// Sends a report of `batch` to the console.
     pub(super) fn send_report(&mut self, batch: impl Into<BatchId>, report: Report) -> Result<()> {
+        self.watch.enter(Phase::Other);
         let (id, sender) = &mut self.console;
         let report = Report { asked: self.requests.pending(), decision: self.decision, ..report };
         let words = report.write(sender.host_slot()?)?;

@@ -135,6 +135,7 @@ impl Worker {
         let validates =
             self.validation.as_ref().is_some_and(|validation| validation.is_due(done, training.total_batches));
         if saver.is_due(done) || validates || !decision.is_empty() {
+            self.watch.enter(Phase::Checkpoint);
             saver.writer.begin(done, self.stage.snapshot()?)?;
         }
         if done != saver.end && !decision.intersects(Orders::ENDS) {
@@ -152,6 +153,7 @@ impl Worker {
     pub(super) fn save_before(&mut self, batch: u64) -> Result<Option<u64>> {
         let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
         let Some(before) = self.stage.rewind()? else { return Ok(None) };
+        self.watch.enter(Phase::Checkpoint);
         if saver.writer.wait()? != Some(batch) {
             saver.writer.begin(batch, before)?;
         }
@@ -165,6 +167,7 @@ impl Worker {
     /// none is under way. It `must` be, or the policy decides.
     pub(super) fn save_as_is(&mut self, done: u64, must: bool) -> Result<Option<u64>> {
         let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        self.watch.enter(Phase::Checkpoint);
         if saver.writer.wait()? != Some(done) {
             saver.writer.begin(done, self.stage.snapshot()?)?;
         }
@@ -179,6 +182,7 @@ impl Worker {
     /// Writes the module as it is before the first batch.
     pub(super) fn save_start(&mut self) -> Result<Option<u64>> {
         let Some(Training { saver: Some(saver), .. }) = &mut self.training else { return Ok(None) };
+        self.watch.enter(Phase::Checkpoint);
         saver.writer.begin(0, self.stage.snapshot()?)?;
         saver.writer.wait()
     }

@@ -36,7 +36,7 @@ impl Cause {
         (Cause::Cores, &[7]),
         (Cause::AllReduce, &[10]),
         (Cause::Validation, &[9]),
-        (Cause::Other, &[8]),
+        (Cause::Other, &[8, 11]),
     ];
 }
 

@@ -35,6 +35,7 @@ const PHASE: [(&str, &str); PHASES] = [
     ("other", "#7f7f7f"),
     ("validation", "#9467bd"),
     ("all-reduce", "#ff9f1c"),
+    ("checkpoint", "#17becf"),
 ];
 /// Where work stands in it.
 const WORK: [usize; 3] = [0, 2, 4];
