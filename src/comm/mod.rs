@@ -16,7 +16,7 @@
 //!
 //! Read in this order: [`message`] (what travels), `link` (what both ends know, and the [`Breaker`]), `ends`, `local`
 //! (threads of one process), [`world`] (which ranks there are), `mpi` (between processes), [`exchange`] (from GPU to GPU), [`all_reduce`]
-//! (replicas' gradients), [`task_pool`] (tasks for whoever is free). Only the files of `mpi/` name the MPI library.
+//! (replicas' gradients), [`task_pool`] (tasks for whoever is free); [`clocks`] compares ranks' clocks. Only the files of `mpi/` name the MPI library.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -25,6 +25,7 @@ use std::time::Duration;
 use crate::{Error, Result};
 
 pub mod all_reduce;
+pub mod clocks;
 mod ends;
 pub mod exchange;
 mod launch;

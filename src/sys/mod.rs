@@ -1,5 +1,6 @@
-//! The machine and its operating system: processors, memory, files.
+//! The machine and its operating system: processors, memory, files, clock.
 
+pub mod clock;
 pub mod cpus;
 pub mod files;
 pub mod host;

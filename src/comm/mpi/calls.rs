@@ -295,7 +295,7 @@ impl Comm {
         }
     }
 
-    /// A receive of up to `words` at `start`, started at once (the raw baseline of the link benchmark).
+    /// A receive of up to `words` at `start`, started at once (outside of links: see [`super::raw`] and [`super::clocks`]).
     ///
     /// # Safety
     /// As [`Comm::receive_init`], until it completes.
@@ -365,7 +365,7 @@ impl Request {
         check(unsafe { ffi::MPI_Request_free(&mut self.0) }, "MPI_Request_free")
     }
 
-    /// Blocks until the requests complete (the raw baseline of the link benchmark).
+    /// Blocks until the requests complete (outside of links, as [`Comm::receive`]).
     pub(super) fn wait_all(requests: &mut [Request]) -> Result<()> {
         let number = count(requests.len(), "requests")?;
         // SAFETY: `Request` holds exactly one handle.

@@ -18,6 +18,7 @@ use super::message::HEADER_WORDS;
 use crate::{Error, Result};
 
 mod calls;
+mod clocks;
 mod endpoint;
 mod progress;
 mod raw;
