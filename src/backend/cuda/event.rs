@@ -35,9 +35,25 @@ impl Clock {
     /// # Errors
     /// [`crate::Error::Run`] if the driver refuses.
     pub(super) fn now(gpu: &Gpu) -> Result<Self> {
-        let event = gpu.clock()?;
-        event.record(&gpu.compute).map_err(|e| failed("recording a clock", &e))?;
-        Ok(Clock(event))
+        let clock = Clock::new(gpu)?;
+        clock.record(gpu)?;
+        Ok(clock)
+    }
+
+    /// A clock that is yet to be recorded.
+    ///
+    /// # Errors
+    /// As [`Clock::now`].
+    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+        gpu.clock().map(Clock)
+    }
+
+    /// Sets it to the moment behind all that was launched so far.
+    ///
+    /// # Errors
+    /// As [`Clock::now`].
+    pub(super) fn record(&self, gpu: &Gpu) -> Result<()> {
+        self.0.record(&gpu.compute).map_err(|e| failed("recording a clock", &e))
     }
 
     /// Seconds to a later moment. Waits until the GPU is there.

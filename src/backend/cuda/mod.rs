@@ -6,7 +6,7 @@
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`host_memory`] (what it copies from and to), [`shared`] (memory that
 //! other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn` and `product` (convolutions), [`param`],
-//! `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`], `stage`; [`peak`],
+//! `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`], `stage`, `passes` (when it was at work); [`peak`],
 //! [`probe`], [`timed`] (for benchmarks). What callers use of all this, `cuda_off.rs` stands in for in a program without CUDA.
 
 mod capture;
@@ -21,6 +21,7 @@ pub mod module;
 pub mod ops;
 pub mod optim;
 pub mod param;
+mod passes;
 pub mod peak;
 pub mod probe;
 mod product;

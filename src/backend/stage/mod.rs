@@ -259,6 +259,48 @@ pub trait Stage {
     fn clock(&mut self) -> Result<Clock> {
         Ok(Clock::Host(Instant::now()))
     }
+
+    /// From now on notes when its passes are at work, up to `room` of them, where they are not done when their calls return.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if the GPU has no more clocks, or what was launched before failed.
+    fn note_passes(&mut self, _room: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Ends that: what was noted, in order. Waits until the GPU is through with it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if it failed.
+    fn noted_passes(&mut self) -> Result<Vec<DevicePass>> {
+        Ok(Vec::new())
+    }
+}
+
+/// What a GPU works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// A forward pass.
+    Forward,
+    /// A loss.
+    Loss,
+    /// A vector–Jacobian product.
+    Backward,
+    /// The optimiser.
+    Update,
+}
+
+/// When a GPU worked on something, by the host's clock.
+#[derive(Clone, Copy, Debug)]
+pub struct DevicePass {
+    /// On what.
+    pub work: Work,
+    /// When it was asked to.
+    pub launched: Instant,
+    /// From when.
+    pub begin: Instant,
+    /// To when.
+    pub end: Instant,
 }
 
 /// A moment of a stage's work.

@@ -21,10 +21,11 @@ pub(crate) use ports::{InPort, OutPort};
 use super::event::Clock;
 use super::module::{Module, Placing, Plan};
 use super::optim::Optimizer;
+use super::passes::Passes;
 use super::{Array, Element, Gpu, ops};
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{
-    self, BatchEnd, CpuStage, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, with_values,
+    self, BatchEnd, CpuStage, DevicePass, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, Work, with_values,
 };
 use crate::backend::{GpuPlacement, Precision};
 use crate::method::Keep;
@@ -120,6 +121,8 @@ pub struct CudaStage {
     /// Everything that an update changes, with a copy of it; steps since the last update then, and updates.
     marked: Vec<(Array, Array)>,
     marked_steps: Option<(u64, u64)>,
+    /// When it was at work, while that is asked for.
+    passes: Passes,
 }
 
 impl CudaStage {
@@ -181,6 +184,7 @@ impl CudaStage {
             updated: false,
             marked: Vec::new(),
             marked_steps: None,
+            passes: Passes::default(),
             module,
             spec,
             gpu,
@@ -273,13 +277,14 @@ impl Stage for CudaStage {
     }
 
     fn forward(&mut self, step: usize, pass: &Pass, _: Keep, send: &[bool]) -> Result<()> {
+        self.passes.begin(&self.gpu, Work::Forward)?;
         self.module.forward(step, pass)?;
         for (out, _) in self.outputs.iter().zip(send).filter(|(_, send)| **send) {
             if let Some([pooled, _]) = &out.pooled {
                 ops::adaptive_average(&self.gpu, self.y_shape(), out.spec.size(), self.module.output(), pooled)?;
             }
         }
-        Ok(())
+        self.passes.end(&self.gpu)
     }
 
     fn send(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
@@ -296,9 +301,10 @@ impl Stage for CudaStage {
     }
 
     fn loss(&mut self, step: usize, target: Option<Slot<'_>>) -> Result<(Done, Option<NotFinite>)> {
-        let CudaStage { gpu, loss, module, scratch, flags, spec, sums, training, .. } = self;
+        let CudaStage { gpu, loss, module, scratch, flags, spec, sums, training, passes, .. } = self;
         let training = *training;
         let Some(loss) = loss else { return Err(Error::Run("this module has no loss".into())) };
+        passes.begin(gpu, Work::Loss)?;
         // It comes before cotangents: its sum begins with it.
         let gradient = if training { Some(sums.begin(step, module.output_cotangent()?).0) } else { None };
         let gradient = gradient.as_ref();
@@ -326,6 +332,7 @@ impl Stage for CudaStage {
         if let (Some(gradient), true) = (gradient, spec.leave_out) {
             ops::guard(gpu, gradient, flags, scratch, true)?;
         }
+        passes.end(gpu)?;
         Ok((Done::Now, None))
     }
 
@@ -359,9 +366,10 @@ impl Stage for CudaStage {
             self.outputs.iter().try_for_each(|out| out.port.wait(&self.gpu))?;
         }
         let wanted = if self.spec.frames { &[false][..] } else { wanted };
+        self.passes.begin(&self.gpu, Work::Backward)?;
         self.module.backward(step, pass, wanted)?;
         self.steps += 1;
-        Ok(())
+        self.passes.end(&self.gpu)
     }
 
     fn send_cotangent(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
@@ -387,7 +395,9 @@ impl Stage for CudaStage {
         let Some(optimizer) = &mut self.optimizer else {
             return Err(Error::Run("this stage is not for training".into()));
         };
+        self.passes.begin(&self.gpu, Work::Update)?;
         optimizer.step(&self.gpu, lr_factor, divisor, clip_norm)?;
+        self.passes.end(&self.gpu)?;
         (self.steps, self.updated) = (0, true);
         Ok(Updated::default())
     }
@@ -423,5 +433,13 @@ impl Stage for CudaStage {
 
     fn clock(&mut self) -> Result<stage::Clock> {
         Clock::now(&self.gpu).map(stage::Clock::Device)
+    }
+
+    fn note_passes(&mut self, room: usize) -> Result<()> {
+        self.passes.note(&self.gpu, room)
+    }
+
+    fn noted_passes(&mut self) -> Result<Vec<DevicePass>> {
+        self.passes.take()
     }
 }
