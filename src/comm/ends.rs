@@ -2,7 +2,7 @@
 
 use super::exchange::Places;
 use super::link::Link;
-use super::{Header, Orders, local, mpi};
+use super::{Header, Orders, local, moments, mpi};
 use crate::Result;
 use crate::backend::slots::{Done, Slot, SlotMut};
 
@@ -109,6 +109,8 @@ impl Sender {
     /// # Errors
     /// [`crate::Error::Transport`] when the header is not one for this link, else as [`Sender::slot`].
     pub fn start(&mut self, header: &Header) -> Result<()> {
+        // Before: it must not be there earlier than it left.
+        moments::note(true, header);
         each!(&mut self.end, SenderEnd, end => end.start(header))
     }
 
@@ -145,6 +147,8 @@ pub struct Receiver {
     pub(super) places: Option<Places>,
     /// A message whose values are being read.
     reading: Option<Done>,
+    /// That the oldest message came has been noted.
+    noted: bool,
 }
 
 pub(super) enum ReceiverEnd {
@@ -156,7 +160,7 @@ pub(super) enum ReceiverEnd {
 
 impl Receiver {
     pub(super) fn new(end: ReceiverEnd) -> Self {
-        Receiver { end, places: None, reading: None }
+        Receiver { end, places: None, reading: None, noted: false }
     }
 
     fn link(&self) -> &Link {
@@ -173,8 +177,7 @@ impl Receiver {
         }
         let words = if self.places.is_some() { 0 } else { self.link().spec.words as u32 };
         let expected = expected.carrying(words);
-        let header = each!(&mut self.end, ReceiverEnd, end => end.hold(Some(&expected)))?.0;
-        self.link().verify(&header, &expected)?;
+        let header = self.hold(&expected)?;
         let slot = match &mut self.places {
             Some(places) => Slot::Device(places.wait()?),
             None => Slot::Host(each!(&mut self.end, ReceiverEnd, end => end.hold(Some(&expected)))?.1),
@@ -224,10 +227,19 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::wait`].
     pub fn wait_with_orders(&mut self, expected: &Header) -> Result<(Orders, &[f32])> {
-        // Held and verified in two steps: the borrow of the payload must not keep the link from being named.
+        // In two steps: the borrow of the payload must not keep the link from being named.
+        let header = self.hold(expected)?;
+        Ok((header.orders, each!(&mut self.end, ReceiverEnd, end => end.hold(Some(expected)))?.1))
+    }
+
+    /// Waits for the oldest unreleased message, which must be `expected`.
+    fn hold(&mut self, expected: &Header) -> Result<Header> {
         let header = each!(&mut self.end, ReceiverEnd, end => end.hold(Some(expected)))?.0;
         self.link().verify(&header, expected)?;
-        Ok((header.orders, each!(&mut self.end, ReceiverEnd, end => end.hold(Some(expected)))?.1))
+        if !std::mem::replace(&mut self.noted, true) {
+            moments::note(false, &header);
+        }
+        Ok(header)
     }
 
     /// Waits for the oldest unreleased message whatever its batch and step: for messages that say themselves
@@ -260,6 +272,7 @@ impl Receiver {
     /// # Errors
     /// [`crate::Error::Transport`] when no message is held: [`Receiver::wait`] comes first.
     pub fn release(&mut self) -> Result<()> {
+        self.noted = false;
         each!(&mut self.end, ReceiverEnd, end => end.release())
     }
 }

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use bytemuck::{Pod, Zeroable};
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -17,7 +18,8 @@ const MAGIC: u32 = 0x5344_5759;
 const VERSION: u16 = 4;
 
 /// What a message carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[repr(u16)]
 pub enum Kind {
     /// A module's output on its way to a later module.
@@ -58,7 +60,7 @@ impl fmt::Display for Kind {
 }
 
 bitflags::bitflags! {
-    /// What is to be done when a batch ends: asked for, or decided. Travels in the headers of messages that are sent anyway.
+    /// What is to be done when a batch ends, or behind it: asked for, or decided. Travels in the headers of messages that are sent anyway.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Orders: u32 {
         /// Write a checkpoint and go on.
@@ -70,6 +72,8 @@ bitflags::bitflags! {
         /// The batch's frames cannot be read: undo it, write a checkpoint of what was before it, and end with the reader's error.
         /// Decided by module 1 alone, never asked for.
         const UNDO = 8;
+        /// Record the next batches (see `sideways trace`).
+        const TRACE = 16;
         /// Any of those that end a run.
         const ENDS = Self::STOP.bits() | Self::FINISH.bits() | Self::UNDO.bits();
     }

@@ -16,7 +16,7 @@
 //!
 //! Read in this order: [`message`] (what travels), `link` (what both ends know, and the [`Breaker`]), `ends`, `local`
 //! (threads of one process), [`world`] (which ranks there are), `mpi` (between processes), [`exchange`] (from GPU to GPU), [`all_reduce`]
-//! (replicas' gradients), [`task_pool`] (tasks for whoever is free); [`clocks`] compares ranks' clocks. Only the files of `mpi/` name the MPI library.
+//! (replicas' gradients), [`task_pool`] (tasks for whoever is free); [`moments`] and [`clocks`] are for recordings of what came when. Only the files of `mpi/` name the MPI library.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -32,6 +32,7 @@ mod launch;
 mod link;
 mod local;
 pub mod message;
+pub mod moments;
 mod mpi;
 pub mod task_pool;
 pub mod world;

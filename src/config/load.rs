@@ -312,6 +312,11 @@ mod tests {
         refused(SMALL, &["train.lr_schedule=cosine"], &["in `train.lr_schedule`", "such as { kind = \"constant\" }"]);
         refused(SMALL, &["model.skip=3"], &["in `model.skip`", "{ spans = [2] }"]);
         refused(SMALL, &["model.skip.spans=2"], &["expected a list"]);
+        for batches in ["100", "'100..'", "a..b", "-1..3"] {
+            refused(SMALL, &[&format!("run.trace={batches}")], &["in `run.trace`", "\"FIRST..END\""]);
+        }
+        refused(SMALL, &["run.trace=103..100"], &["in `run.trace`", "103..100 are no batches"]);
+        refused(SMALL, &["run.trase=1..2"], &["did you mean `trace`"]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use data::{DataConfig, Globs};
 pub(crate) use limits::MOST_BATCHES;
 pub use model::{AlignedDelay, Delay, ModelConfig, SkipConfig, SkipEdge};
-pub use run::{DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
+pub use run::{Batches, DeviceChoice, OnCheckpointError, OnNonfinite, RunConfig, Wire};
 pub use train::{AutoDepth, ClipNorm, Freeze, LrDepth, NamedPeriod, NoClipping, TrainConfig, Until, UpdateEvery};
 
 pub use crate::backend::Precision;

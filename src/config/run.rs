@@ -31,6 +31,10 @@ pub struct RunConfig {
     pub keep: usize,
     /// Seconds without an awaited message after which a rank gives up.
     pub timeout: u64,
+    /// Record these batches for `sideways trace`, such as `"100..103"`; absent: none, unless a file `TRACE` in the run folder asks
+    /// for some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Batches>,
     /// Whether a checkpoint that cannot be written ends the run.
     pub on_checkpoint_error: OnCheckpointError,
     /// Whether a loss, a cotangent or a gradient that is not finite ends the run.
@@ -57,9 +61,64 @@ impl Default for RunConfig {
             checkpoint_every: 100,
             keep: 2,
             timeout: 300,
+            trace: None,
             on_checkpoint_error: OnCheckpointError::default(),
             on_nonfinite: OnNonfinite::default(),
         }
+    }
+}
+
+/// Some batches in a row: from when `first` are done until `end` are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "String")]
+pub struct Batches {
+    /// Batches done before.
+    pub first: u64,
+    /// Batches done then; more than `first`.
+    pub end: u64,
+}
+
+impl std::str::FromStr for Batches {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once("..").map(|(first, end)| (first.trim().parse(), end.trim().parse()));
+        match numbers {
+            Some((Ok(first), Ok(end))) if first < end => Ok(Batches { first, end }),
+            Some((Ok(first), Ok(end))) => {
+                Err(format!("{first}..{end} are no batches: the second number is to be larger than the first"))
+            }
+            _ => Err(format!(
+                "expected \"FIRST..END\", such as \"100..103\": from when 100 batches are done until 103 are; found \"{text}\""
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for Batches {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}..{}", self.first, self.end)
+    }
+}
+
+/// As a configuration has them.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected \"FIRST..END\", such as \"100..103\"")]
+enum Written {
+    Text(String),
+}
+
+impl TryFrom<Written> for Batches {
+    type Error = String;
+
+    fn try_from(Written::Text(text): Written) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Batches> for String {
+    fn from(batches: Batches) -> Self {
+        batches.to_string()
     }
 }
 

@@ -1,6 +1,7 @@
-//! Where a worker's time goes, and what it reports of every batch.
+//! Where a worker's time goes, what it reports of every batch, and, where that is asked for, a record of every moment.
 
 pub mod attempt;
+pub mod recording;
 pub mod report;
 
 use std::time::Instant;
@@ -8,10 +9,14 @@ use std::time::Instant;
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
+pub use recording::{Place, Recording};
 pub use report::Report;
 
+use recording::Slices;
+
 /// What a worker is doing. The phases sum to wall time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// The forward pass, sender's pooling included.
     Forward,
@@ -37,6 +42,26 @@ pub enum Phase {
     AllReduce,
     /// Handing the module over to be written, and waiting for that where a run ends.
     Checkpoint,
+}
+
+impl Phase {
+    /// In words, as a trace has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Forward => "forward",
+            Phase::WaitActivations => "wait for activations",
+            Phase::Backward => "backward",
+            Phase::WaitCotangents => "wait for cotangents",
+            Phase::Optimizer => "update",
+            Phase::Data => "data",
+            Phase::Send => "send",
+            Phase::WaitCore => "wait for a core",
+            Phase::Other => "other",
+            Phase::Validation => "validation",
+            Phase::AllReduce => "all-reduce",
+            Phase::Checkpoint => "checkpoint",
+        }
+    }
 }
 
 /// How many phases there are.
@@ -111,11 +136,16 @@ pub struct Stopwatch {
     validates: bool,
     since: Instant,
     spent: [f64; PHASES],
+    /// Where in the run the worker is.
+    place: Place,
+    /// Every stretch of time, while that is recorded.
+    slices: Option<Slices>,
 }
 
 impl Default for Stopwatch {
     fn default() -> Self {
-        Stopwatch { phase: Phase::Other, validates: false, since: Instant::now(), spent: [0.0; PHASES] }
+        let (place, slices) = (Place::default(), None);
+        Stopwatch { phase: Phase::Other, validates: false, since: Instant::now(), spent: [0.0; PHASES], place, slices }
     }
 }
 
@@ -125,8 +155,34 @@ impl Stopwatch {
         let now = Instant::now();
         let present = if self.validates { Phase::Validation } else { self.phase };
         self.spent[present as usize] += (now - self.since).as_secs_f64();
+        if let Some(slices) = &mut self.slices {
+            slices.add(self.phase, self.since, now);
+        }
         self.since = now;
         self.phase = phase;
+    }
+
+    /// Goes on to another batch or tick: what follows is about that.
+    pub fn at(&mut self, place: Place) {
+        if self.slices.is_some() {
+            self.enter(self.phase);
+        }
+        self.place = place;
+        if let Some(slices) = &mut self.slices {
+            slices.at(place);
+        }
+    }
+
+    /// Records every stretch of time from now on, up to `room` of them.
+    pub fn record(&mut self, room: usize) {
+        self.enter(self.phase);
+        self.slices = Some(Slices::new(room, self.place));
+    }
+
+    /// Ends that; what was recorded.
+    pub fn recorded(&mut self) -> Slices {
+        self.enter(self.phase);
+        self.slices.take().unwrap_or_default()
     }
 
     /// Begins a validation, or ends it: what is entered meanwhile counts as [`Phase::Validation`].

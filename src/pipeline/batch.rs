@@ -6,7 +6,8 @@ use super::worker::{At, Worker};
 use crate::Result;
 use crate::comm::{BatchId, Header, Kind, Orders};
 use crate::method::Schedule;
-use crate::metrics::{Phase, Report};
+use crate::method::schedule::Tick;
+use crate::metrics::{Phase, Place, Report};
 use crate::nn::head::Score;
 
 impl Worker {
@@ -15,19 +16,25 @@ impl Worker {
     /// # Errors
     /// Whatever fails, with module, batch, step and tick in front.
     pub(super) fn run_batch(&mut self, batch: u64) -> Result<()> {
-        self.mark()?;
         let schedule = self.schedule.clone();
         let validated = self.validation.as_ref().map_or(0, |validation| validation.ticks_before_batch(batch));
-        self.follow(&schedule, batch.into(), schedule.first_tick(batch) + validated)?;
-        self.end(batch)
+        let first = schedule.first_tick(batch) + validated;
+        self.record_from(batch, first)?;
+        self.mark()?;
+        self.follow(&schedule, batch.into(), first)?;
+        self.end(batch)?;
+        self.record_as_ordered();
+        Ok(())
     }
 
     /// The module's window of one batch, which begins at tick `first` at module 1.
     pub(super) fn follow(&mut self, schedule: &Schedule, batch: BatchId, first: u64) -> Result<()> {
+        self.watch.at(Place { batch, tick: first, ..Place::default() });
         self.begin(batch)?;
         let window = schedule.window(self.index);
         for (n, tick) in window.iter().enumerate() {
             let at = At { batch, step: tick.step(), tick: first + tick.at as u64 };
+            self.watch.at(place(tick, at));
             self.tick(tick, window.get(n + 1), at).map_err(|e| e.within(&at.place(self.index)))?;
         }
         Ok(())
@@ -112,4 +119,11 @@ impl Worker {
         let words = report.write(sender.host_slot()?)?;
         sender.start(&Header::new(Kind::Report, *id, batch, 0, [words as u32, 1, 1, 1]))
     }
+}
+
+/// A tick, for a recording.
+fn place(tick: &Tick, at: At) -> Place {
+    let forward = tick.forward.as_ref().map(|forward| forward.step);
+    let backward = tick.backward.as_ref().map(|backward| backward.step);
+    Place { batch: at.batch, tick: at.tick, forward, backward }
 }

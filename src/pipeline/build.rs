@@ -6,6 +6,7 @@ use super::cores::CoreUser;
 use super::links::WorkerLinks;
 use super::orders::{By, Decider, Files, Requests};
 use super::pixels::PixelError;
+use super::record::{Launch, Recorder};
 use super::role::{Role, Source, Truth};
 use super::run::RunRange;
 use super::training::{Gradient, Saver, Training};
@@ -90,7 +91,7 @@ pub(super) fn build(
     range: &RunRange,
     parts: &Parts,
     site: Site,
-    (requests, cores): (Requests, CoreUser),
+    (requests, cores, launch): (Requests, CoreUser, Option<Launch>),
 ) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let (config, network, d) = (&setup.config, &setup.network, setup.grid.modules);
@@ -178,6 +179,7 @@ pub(super) fn build(
         non_finite: NonFinite::new(config.run.on_nonfinite),
         console: links.console,
         watch: Stopwatch::default(),
+        recorder: range.trace.clone().zip(launch).map(|(to, launch)| Recorder::new(setup, w, range, to, launch)),
         cores,
     })
 }

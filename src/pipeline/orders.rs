@@ -1,4 +1,4 @@
-//! Requests to stop or to write a checkpoint, and how all workers agree on the batch after which they follow.
+//! Requests to stop, to write a checkpoint or to record, and how all workers agree on the batch after which they follow.
 //!
 //! A request may reach any rank. It travels in the headers of messages that are sent anyway: down with cotangents, and with
 //! reports to rank 0, where module 1 of replica 0 works. That one decides, once a batch, at the last step that every module
@@ -15,7 +15,8 @@ use crate::comm::{BatchId, Header, Kind, Orders, Receiver, Sender};
 use crate::{Error, Result};
 
 /// Files in the run folder that ask for something, and for what.
-const FILES: [(&str, Orders); 2] = [("STOP", Orders::FINISH), ("CHECKPOINT", Orders::CHECKPOINT)];
+const FILES: [(&str, Orders); 3] =
+    [("STOP", Orders::FINISH), ("CHECKPOINT", Orders::CHECKPOINT), ("TRACE", Orders::TRACE)];
 /// Time between two looks for them.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -84,7 +85,11 @@ pub fn describe(decision: Orders) -> &'static str {
         }
         _ if decision.contains(Orders::FINISH) => "ending after this batch with a checkpoint",
         _ if decision.contains(Orders::STOP) => "stopping after this batch with a checkpoint, to be resumed",
+        _ if decision.contains(Orders::CHECKPOINT | Orders::TRACE) => {
+            "writing a checkpoint after this batch, and recording the next ones"
+        }
         _ if decision.contains(Orders::CHECKPOINT) => "writing a checkpoint after this batch",
+        _ if decision.contains(Orders::TRACE) => "recording the batches after this one",
         _ => "nothing",
     }
 }
@@ -124,7 +129,7 @@ impl Decider {
         let decision = match &mut self.by {
             By::Files(files) => {
                 requests.raise(files.look());
-                // A validation changes no parameters: a checkpoint alone can wait for its end.
+                // A validation changes no parameters: what does not end the run can wait for its end.
                 let which = if batch.is_training() { Orders::all() } else { Orders::ENDS };
                 let decision = requests.take(which) | own;
                 if !decision.is_empty() {

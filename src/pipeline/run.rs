@@ -1,5 +1,6 @@
 //! Starts this rank's workers, one thread each, and sees them through.
 
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use super::build::{Parts, build};
 use super::cores;
 use super::links::{Reports, WorkerLinks, edges};
 use super::orders::Requests;
+use super::record::{Launch, Traced};
 use crate::backend::cpu;
 use crate::backend::stage::Fit;
 use crate::checkpoint::Checkpoint;
@@ -32,6 +34,8 @@ pub struct RunRange {
     pub record: bool,
     /// Training: whether the validation after `first` batches is still to be made.
     pub validates_first: bool,
+    /// Training: what is recorded moment by moment; none: nothing, whoever asks.
+    pub trace: Option<Traced>,
 }
 
 impl RunRange {
@@ -48,6 +52,8 @@ pub struct End {
     pub decision: Orders,
     /// Why a batch could not be read, on the rank of module 1.
     pub failure: Option<String>,
+    /// The folders of what was recorded.
+    pub recorded: Vec<PathBuf>,
 }
 
 /// Goes through `range` on all ranks; every rank calls it. `console` is called on rank 0, in a thread of its own, with all
@@ -64,6 +70,7 @@ pub fn run(
     console: impl FnOnce(&mut Reports) -> Result<()> + Send,
 ) -> Result<End> {
     let (grid, config) = (setup.grid, &setup.config.run);
+    let launch = range.trace.as_ref().map(|_| Launch::new(world)).transpose()?;
     let site = site::choose(world, config.device)?;
     let (edges, links) = if site == Site::Cpu { Default::default() } else { edges(setup) };
     let gpus = match site {
@@ -86,8 +93,9 @@ pub fn run(
         for ((w, cores), links) in own.into_iter().zip(users).zip(links) {
             let (i, r) = grid.module_and_replica(w);
             let (done, requests) = (done.clone(), requests.clone());
-            let work =
-                move || work(setup, range, move || build(setup, w, links, range, parts, site, (requests, cores)));
+            let work = move || {
+                work(setup, range, move || build(setup, w, links, range, parts, site, (requests, cores, launch)))
+            };
             let body = move || {
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
                     .unwrap_or_else(|_| Err(Error::Run(format!("module {i}, replica {r} panicked (a bug)"))));
@@ -111,9 +119,11 @@ pub fn run(
         let (mut errors, mut end) = (Vec::new(), End::default());
         for result in finished.iter().take(running) {
             match result {
-                Ok(End { decision, failure }) => {
+                Ok(End { decision, failure, recorded }) => {
                     end.decision |= decision;
                     end.failure = end.failure.or(failure);
+                    // The same of all workers, and none of the console.
+                    end.recorded = if recorded.is_empty() { end.recorded } else { recorded };
                 }
                 Err(e) => {
                     breaker.trip(e.to_string());
@@ -125,6 +135,9 @@ pub fn run(
         let cause = errors.iter().position(|e| !matches!(e, Error::Transport(_))).unwrap_or(0);
         if errors.is_empty() { Ok(end) } else { Err(errors.swap_remove(cause)) }
     })?;
+    if let Some(launch) = launch.filter(|_| !end.recorded.is_empty()) {
+        launch.conclude(world, &end.recorded)?;
+    }
     shared.close(world)?;
     Ok(end)
 }
@@ -153,11 +166,12 @@ fn work(setup: &Setup, range: &RunRange, build: impl FnOnce() -> Result<super::w
             if due && !worker.decision.intersects(Orders::ENDS) {
                 worker.validate(done)?;
             }
+            worker.record_until(done, done == range.end || worker.decision.intersects(Orders::ENDS))?;
         }
-        let mut end = End::default();
+        let mut end = End { recorded: worker.recorded(), ..End::default() };
         if worker.decision.intersects(Orders::ENDS) {
-            let failure = worker.role.source().and_then(|source| source.failure.take());
-            end = End { decision: worker.decision, failure };
+            end.decision = worker.decision;
+            end.failure = worker.role.source().and_then(|source| source.failure.take());
         }
         worker.flush()?;
         Ok(end)

@@ -134,7 +134,8 @@ impl Worker {
         let (done, decision) = (batch + 1, self.decision);
         let validates =
             self.validation.as_ref().is_some_and(|validation| validation.is_due(done, training.total_batches));
-        if saver.is_due(done) || validates || !decision.is_empty() {
+        let ordered = decision.intersects(Orders::CHECKPOINT | Orders::ENDS);
+        if saver.is_due(done) || validates || ordered {
             self.watch.enter(Phase::Checkpoint);
             saver.writer.begin(done, self.stage.snapshot()?)?;
         }

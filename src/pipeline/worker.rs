@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::cores::CoreUser;
 use super::orders::Requests;
 use super::pixels::PixelError;
+use super::record::Recorder;
 use super::role::Role;
 use super::training::Training;
 use crate::backend::stage::{NotFinite, Stage};
@@ -175,6 +176,8 @@ pub struct Worker {
     pub console: (u32, Sender),
     /// Where its time goes.
     pub watch: Stopwatch,
+    /// Training: what records its time moment by moment, where that is asked for.
+    pub recorder: Option<Recorder>,
     /// The cores it computes on.
     pub cores: CoreUser,
 }

@@ -90,6 +90,9 @@ impl Setup {
                 ));
             }
         }
+        if let Some(batches) = self.config.run.trace.filter(|batches| batches.first >= total) {
+            warnings.push(format!("run.trace = \"{batches}\": nothing is recorded, the run has {total} batches"));
+        }
         if train.optimizer.lr() == 0.0 {
             warnings.push("train.optimizer.lr = 0: no parameter ever changes".into());
         }

@@ -46,7 +46,7 @@ impl<'w> Evaluator<'w> {
         setup.dataset.as_ref().map_or(Ok(()), |dataset| setup.stream(0, 0, total).fits(dataset))?;
         let end = batches.map_or(total, |batches| total.min(batches));
         let from = Some((checkpoint, Fit::Averaged));
-        let range = RunRange { first: 0, end, total, from, record: false, validates_first: false };
+        let range = RunRange { first: 0, end, total, from, record: false, validates_first: false, trace: None };
         Ok(Evaluator { world, setup, range })
     }
 

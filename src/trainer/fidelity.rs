@@ -161,7 +161,8 @@ fn gradients(config: &Config, from: Option<&Checkpoint>, batches: u64) -> Result
     let setup = Setup::new(config, 1, Purpose::Train)?;
     let from =
         from.map(|checkpoint| Ok::<_, Error>((Checkpoint::open(checkpoint.path())?, Fit::Weights))).transpose()?;
-    let range = RunRange { first: 0, end: batches, total: batches, from, record: false, validates_first: false };
+    let range =
+        RunRange { first: 0, end: batches, total: batches, from, record: false, validates_first: false, trace: None };
     let (sender, made) = mpsc::channel();
     let stage = |spec, w, site| stage_of(&setup, &range, spec, w, site);
     let frames = |r| frames_of(&setup, &range, r);

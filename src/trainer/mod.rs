@@ -28,7 +28,7 @@ use crate::Result;
 use crate::comm::{Orders, World};
 use crate::config::Config;
 use crate::pipeline::orders::{self, Requests};
-use crate::pipeline::{self, Parts, RunRange, frames_of, stage_of};
+use crate::pipeline::{self, Parts, RunRange, Traced, frames_of, stage_of};
 use crate::plan::cut::{cut, resume_cut};
 use crate::setup::{Purpose, Setup};
 use console::Console;
@@ -63,8 +63,13 @@ impl<'w> Trainer<'w> {
 
     /// The first `batches` of a run that is planned, of which nothing is recorded and no run folder is used: for measuring.
     pub fn unrecorded(world: &'w World, setup: Setup, batches: u64) -> Self {
-        let range =
-            RunRange { first: 0, end: batches, total: batches, from: None, record: false, validates_first: false };
+        Self::traced(world, setup, batches, None)
+    }
+
+    /// The same, of which some batches are recorded moment by moment.
+    pub fn traced(world: &'w World, setup: Setup, batches: u64, trace: Option<Traced>) -> Self {
+        let (end, total) = (batches, batches);
+        let range = RunRange { first: 0, end, total, from: None, record: false, validates_first: false, trace };
         Trainer { world, setup, range, requests: Requests::default(), _held: None }
     }
 

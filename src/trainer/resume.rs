@@ -8,7 +8,8 @@ use crate::checkpoint::best::Best;
 use crate::checkpoint::{self, Checkpoint};
 use crate::comm::World;
 use crate::config::{Config, LrDepth};
-use crate::pipeline::RunRange;
+use crate::metrics::recording::FOLDER;
+use crate::pipeline::{RunRange, Traced};
 use crate::setup::Setup;
 use crate::{Error, Result};
 
@@ -55,7 +56,10 @@ fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64
         (None, None) => (0, None),
     };
     let end = stop_after.map_or(total, |n| total.min(first.saturating_add(n)));
-    Ok(RunRange { first, end: end.max(first), total, from, record: true, validates_first: false })
+    let run = &setup.config.run;
+    let trace =
+        Some(Traced { folder: run.dir.join(FOLDER), batches: run.trace.map(|batches| batches.first..batches.end) });
+    Ok(RunRange { first, end: end.max(first), total, from, record: true, validates_first: false, trace })
 }
 
 /// The run folder's newest checkpoint that is whole, as rank 0 finds it.

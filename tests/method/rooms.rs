@@ -12,7 +12,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("backend", &["backend::cpu", "method", "nn"]),
     ("comm", &["backend", "sys"]),
     ("data", &["backend::cpu", "sys"]),
-    ("metrics", &["comm", "nn"]),
+    ("metrics", &["comm", "nn", "sys"]),
     ("config", &["method", "nn", "backend", "comm", "data", "sys"]),
     ("network", &["config", "method", "nn"]),
     ("checkpoint", &["config", "sys"]),

@@ -47,6 +47,7 @@ fn what_never_happens_in_a_run_is_said_at_its_start() {
     );
     told(&run, &["train.lr_schedule={ kind = 'step', every = 6 }"], "in a run of 6 the learning rate never drops");
     told(&run, &["train.optimizer.lr=0"], "lr = 0: no parameter ever changes");
+    told(&run, &["run.trace=6..9"], "run.trace = \"6..9\": nothing is recorded, the run has 6 batches");
     told(&run, &["train.ema=0.999"], "the moving average, which evaluation uses, is still 99 % initial values");
     told(&run, &["data.crop_ratio=[0.5, 2.0]"], "data.crop_ratio has no effect without data.crop_scale");
     told(&run, &["model.horizon=3"], "model.horizon = 3 has no effect in recognition");

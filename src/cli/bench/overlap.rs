@@ -75,7 +75,7 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
     };
     let frames = |_| Ok(Box::new(Blank) as Box<dyn Frames>);
     // The first batch fills the pipeline.
-    let range = RunRange { first: 0, end: 2, total: 2, from: None, record: false, validates_first: false };
+    let range = RunRange { first: 0, end: 2, total: 2, from: None, record: false, validates_first: false, trace: None };
     let mut accounts = Vec::new();
     let console = |reports: &mut Reports| {
         for batch in [0, 0, 1] {

@@ -80,6 +80,12 @@ pub fn levels(replicas: usize, words: usize) -> Vec<Level> {
     levels
 }
 
+/// Messages that a replica sends and takes in one mean of `words`, at most.
+pub fn messages(replicas: usize, words: usize) -> usize {
+    let a_bucket: usize = levels(replicas, words).iter().map(|level| 4 * (level.size - 1)).sum();
+    a_bucket * words.div_ceil(BUCKET)
+}
+
 /// The replicas of one module, and the links between them.
 pub struct Group<'a> {
     /// The number of their first link.

@@ -17,7 +17,7 @@ use crate::Result;
 mod group;
 
 use group::{BUCKET, LARGEST, part};
-pub use group::{Group, Level, levels};
+pub use group::{Group, Level, levels, messages};
 
 /// Words of a sum made at a time, in the nearest cache.
 const BLOCK: usize = 2048;
