@@ -16,6 +16,7 @@ pub mod dry_run;
 pub mod eval;
 pub mod fidelity;
 pub mod logging;
+mod made_up;
 pub mod plan;
 pub mod plan_scale;
 pub mod predict;
@@ -24,6 +25,7 @@ pub mod report;
 pub mod scale;
 pub mod shell;
 mod ticks;
+pub mod trace;
 pub mod train;
 mod votes;
 
@@ -64,6 +66,8 @@ pub enum Command {
     Fidelity(fidelity::FidelityArgs),
     /// Show what runs came to as one page: curves, modules, time, configuration.
     Report(report::ReportArgs),
+    /// Show who did what when, moment by moment: a trace of some batches, for Perfetto.
+    Trace(trace::TraceArgs),
     /// Print what completes this program's commands and options in a shell.
     Completions(shell::CompletionsArgs),
     /// Write manual pages.
@@ -94,6 +98,8 @@ pub fn run(cli: Cli) -> i32 {
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
         Command::Fidelity(args) => with_world(|world| fidelity::run(world, &args)),
         Command::Report(args) => alone(report::run(&args)),
+        Command::Trace(args) if args.is_of_run() => alone(trace::of_run(&args)),
+        Command::Trace(args) => with_world(|world| trace::of_configuration(&args, world)),
         Command::Completions(args) => alone(shell::completions(&args)),
         Command::Man(args) => alone(shell::man(&args)),
     }

@@ -59,7 +59,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("completions");
         std::fs::write(&file, &text).unwrap();
-        let ask = "source \"$0\"; COMP_WORDS=(sideways tra); COMP_CWORD=1; _sideways sideways tra sideways; echo \"${COMPREPLY[@]}\"";
+        let ask = "source \"$0\"; COMP_WORDS=(sideways trai); COMP_CWORD=1; _sideways sideways trai sideways; echo \"${COMPREPLY[@]}\"";
         let said = std::process::Command::new("bash").args(["-c", ask]).arg(&file).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "train", "{said:?}");
 

@@ -1,7 +1,7 @@
-//! What runs came to, as one page that needs nothing else: no network, no scripts.
+//! What runs came to, as one page that needs nothing else: no network, no scripts; and what they recorded, as a trace.
 //!
 //! [`Run`] reads a run's folder, whatever state it is in; [`Beside`] what other commands have written of it; [`page()`] writes the
-//! page.
+//! page. [`trace`] is apart from these.
 
 mod beside;
 mod chart;
@@ -10,6 +10,7 @@ mod limits;
 mod network;
 mod page;
 mod run;
+pub mod trace;
 
 pub use beside::Beside;
 pub use page::page;

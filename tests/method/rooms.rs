@@ -36,7 +36,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("plan", &["setup", "network", "checkpoint", "config", "method", "nn", "backend", "backend::cpu", "comm", "sys"]),
     ("study", &["plan", "setup", "network", "config", "method", "data", "sys"]),
-    ("report", &["study", "plan", "checkpoint", "config", "metrics", "nn", "sys"]),
+    ("report", &["study", "plan", "checkpoint", "config", "comm", "metrics", "nn", "sys"]),
     (
         "trainer",
         &["pipeline", "plan", "setup", "checkpoint", "config", "data", "metrics", "nn", "backend", "comm", "sys"],

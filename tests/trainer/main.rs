@@ -12,5 +12,6 @@ mod ranks;
 mod recipes;
 mod report;
 mod scale;
+mod trace;
 mod validation;
 mod warnings;

@@ -1,18 +1,16 @@
 //! `sideways bench train`: a configuration trained on made-up frames, without a dataset and without writing anything.
-//!
-//! The frames go the way of real ones: a shard in the temporary folder, the loader, module 1.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
 
 use crate::backend::cpu;
+use crate::cli::made_up::{Folder, made_up};
 use crate::cli::output::{table, whole};
 use crate::comm::World;
-use crate::config::{Config, Exchange, Globs, Rule, Stash, Task};
-use crate::data::{Encoding, ShardHeader, ShardWriter};
+use crate::config::{Config, Exchange, Rule, Stash};
 use crate::metrics::{PHASES, TimeAccount};
 use crate::plan::cut::{cut, times_together};
 use crate::plan::gpu::{OnGpu, chosen};
@@ -124,7 +122,7 @@ struct Place {
 /// As training; [`Error::Input`] if the frames' size or the classes are not known.
 pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
     let folder = Folder::shared(world)?;
-    let config = world.first_error(made_up(args, world, &folder))?;
+    let config = world.first_error(made_up(&args.config, &args.set, args.classes, world, &folder))?;
     let setup = cut(world.first_error(Setup::new(&config, world.size(), Purpose::Train))?, world)?;
     let depth = setup.grid.modules.div_ceil(config.data.frames) as u64;
     // The first batches fill the pipeline, and the next, with its first update, may still touch memory for the first time;
@@ -299,54 +297,6 @@ fn print(setup: &Setup, o: &Outcome) {
     }
 }
 
-/// The configuration on made-up shards.
-fn made_up(args: &TrainArgs, world: &World, folder: &Folder) -> Result<Config> {
-    let mut config = Config::load(&args.config, &args.set)?;
-    config.validate()?;
-    let side = config.data.crop.ok_or_else(|| {
-        Error::input("data.crop is not set: made-up frames have no size of their own, set it to the side in pixels")
-    })?;
-    let classes = match (config.model.task, args.classes.or(config.model.classes)) {
-        (Task::FutureFrames, _) => 1,
-        (Task::Recognition, Some(classes)) => classes,
-        (Task::Recognition, None) => {
-            return Err(Error::input("the number of classes is not known: give --classes K, or set model.classes"));
-        }
-    };
-    config.model.classes = (config.model.task == Task::Recognition).then_some(classes);
-    let path = folder.path.join("train.h5");
-    if world.local_rank() == 0 {
-        write_shard(&path, &config, side, classes)?;
-    }
-    config.data.train = Globs::One(path.display().to_string());
-    Ok(config)
-}
-
-/// As many videos as a batch takes, of noise: every pixel costs what it would cost in a real frame.
-fn write_shard(path: &Path, config: &Config, side: usize, classes: usize) -> Result<()> {
-    let header = ShardHeader {
-        encoding: Encoding::Raw,
-        fps: 25.0,
-        height: side,
-        width: side,
-        dataset: "bench".into(),
-        split: "train".into(),
-        class_names: (0..classes).map(|k| format!("class {k}")).collect(),
-    };
-    let mut writer = ShardWriter::create(path, header)?;
-    let frames = config.data.frames * config.data.stride;
-    let mut state = 1u32;
-    let mut pixel = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 24) as u8
-    };
-    for v in 0..config.data.batch * config.train.replicas {
-        let video = (0..frames).map(|_| (0..side * side * 3).map(|_| pixel()).collect::<Vec<u8>>());
-        writer.append(&format!("video {v}"), (v % classes) as i32, video)?;
-    }
-    writer.finish().map(|_| ())
-}
-
 /// Which ranks share what computes: those of a node that may run on the same processors, or that have the same GPU.
 fn processors(world: &World, config: &Config, on_gpu: bool) -> Result<Processors> {
     let slots = if on_gpu { 1 } else { at_once(config.run.threads) };
@@ -365,32 +315,4 @@ fn processors(world: &World, config: &Config, on_gpu: bool) -> Result<Processors
         })
     });
     Ok(Processors { pool_of_rank: pool_of_rank.collect(), slots: vec![slots; distinct.len()] })
-}
-
-/// A temporary folder under the same name on every node, removed when dropped.
-struct Folder {
-    path: PathBuf,
-    owner: bool,
-}
-
-impl Folder {
-    fn shared(world: &World) -> Result<Self> {
-        let mine = format!("sideways-bench-{}-{}", hostname(), std::process::id());
-        let names = world.gather(mine.as_bytes())?;
-        let path = std::env::temp_dir().join(String::from_utf8_lossy(&names[0]).as_ref());
-        let owner = world.local_rank() == 0;
-        if owner {
-            std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
-        }
-        Ok(Folder { path, owner })
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if self.owner {
-            // What is left in the temporary folder hurts nobody.
-            let _ = std::fs::remove_dir_all(&self.path);
-        }
-    }
 }
