@@ -5,4 +5,5 @@ mod bench;
 mod common;
 mod exchange;
 mod ops;
+mod trace;
 mod training;
