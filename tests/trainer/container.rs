@@ -29,7 +29,8 @@ fn ranks_start_from_an_image_where_one_is_named() {
     assert_eq!((code, &plain[3..]), (Some(0), &["bin/side ways", "train", "my config.toml"].map(String::from)[..]));
     let (code, words, _) = started(&[("SIDEWAYS_CONTAINER", image), ("APPTAINER_OPTIONS", "--nv --cleanenv")]);
     let here = env!("CARGO_MANIFEST_DIR");
-    let expected = ["apptainer", "exec", "--bind", here, "--nv", "--cleanenv", image, "sideways", "train", "my config.toml"];
+    let expected =
+        ["apptainer", "exec", "--bind", here, "--nv", "--cleanenv", image, "sideways", "train", "my config.toml"];
     assert_eq!((code, &words[3..]), (Some(0), &expected.map(String::from)[..]));
     let (code, words, said) = started(&[("SIDEWAYS_CONTAINER", "nowhere.sif")]);
     assert!(code == Some(2) && words.is_empty() && said.contains("nowhere.sif: no such image"), "{words:?} {said}");
