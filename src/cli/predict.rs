@@ -11,6 +11,7 @@ use crate::config::Task;
 use crate::data::inspect::png_writer;
 use crate::data::{FrameStream, Views};
 use crate::setup::Purpose;
+use crate::trainer::pictures::{Step, Truth, pixels, row, strip};
 use crate::trainer::{Evaluator, Tally, psnr};
 use crate::{Error, Result};
 
@@ -36,9 +37,6 @@ pub struct PredictArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 }
-
-/// Three pictures of one step, `[H, W, 3]` in 0..=1: newest frame seen, target, prediction.
-type Step = [Vec<f32>; 3];
 
 /// Runs it.
 ///
@@ -71,23 +69,10 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
     std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;
     let dataset = setup.dataset.clone().ok_or_else(|| Error::input("there is no dataset to read"))?;
     let mut stream = FrameStream::open(dataset, setup.stream(0, 0, clips))?;
-    let data = &setup.config.data;
-    let [h, w, c] = setup.network.input;
-    let (ahead, horizon) = (setup.ahead.unwrap_or(1), setup.config.model.horizon);
-    let pixels = |values: &[f32]| -> Vec<f32> {
-        values.iter().enumerate().map(|(n, v)| (v * data.std[n % c] + data.mean[n % c]).clamp(0.0, 1.0)).collect()
-    };
+    let [h, w, _] = setup.network.input;
     for (clip, outputs) in (0..clips).zip(&predictions) {
-        stream.begin(clip)?;
-        let mut frames = Vec::new();
-        for t in 0..data.frames {
-            frames.push(pixels(&stream.frame(t)?.flatten_all()?.to_vec1::<f32>()?));
-        }
-        let mut steps = Vec::new();
-        for (t, y) in outputs.chunks_exact(h * w * c).enumerate().take_while(|(t, _)| t + ahead < frames.len()) {
-            steps.push([frames[t + ahead - horizon].clone(), frames[t + ahead].clone(), pixels(y)]);
-        }
-        strip(&args.out.join(format!("clip-{clip:04}.png")), &steps, h, w)?;
+        let steps = Truth::read(setup, &mut stream, clip)?.beside(0, &pixels(&setup.config, outputs));
+        still(&args.out.join(format!("clip-{clip:04}.png")), &steps, h, w)?;
         animation(&args.out.join(format!("clip-{clip:04}-animated.png")), &steps, h, w)?;
     }
     let result = tally.result(Task::FutureFrames, 0, 0.0);
@@ -99,26 +84,16 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
     Ok(())
 }
 
-/// Pictures side by side, as bytes.
-fn beside(pictures: &[&[f32]], h: usize, w: usize) -> Vec<u8> {
-    let row = |y: usize| pictures.iter().flat_map(move |picture| &picture[y * w * 3..(y + 1) * w * 3]);
-    (0..h).flat_map(row).map(|x| (x * 255.0).round() as u8).collect()
-}
-
 /// Columns: steps; rows: newest frame seen, target, prediction.
-fn strip(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
-    let row = |k: usize| beside(&steps.iter().map(|step| &step[k][..]).collect::<Vec<_>>(), h, w);
+fn still(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
     let mut writer = png_writer(path, w * steps.len(), 3 * h, None)?;
-    writer
-        .write_image_data(&[0, 1, 2].map(row).concat())
-        .and_then(|()| writer.finish())
-        .map_err(|e| Error::io(path, e.into()))
+    writer.write_image_data(&strip(steps, h, w)).and_then(|()| writer.finish()).map_err(|e| Error::io(path, e.into()))
 }
 
 /// A frame a step: newest frame seen, target, prediction side by side, five steps a second.
 fn animation(path: &Path, steps: &[Step], h: usize, w: usize) -> Result<()> {
     let mut writer = png_writer(path, 3 * w, h, Some(steps.len() as u32))?;
-    let frames = steps.iter().map(|step| beside(&step.each_ref().map(|picture| &picture[..]), h, w));
+    let frames = steps.iter().map(|step| row(&step.each_ref().map(|picture| &picture[..]), h, w));
     frames
         .into_iter()
         .try_for_each(|frame| writer.write_image_data(&frame))

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::dataset::{Dataset, expand, missing_shards};
@@ -239,10 +239,25 @@ pub(crate) fn png_writer(
     height: usize,
     frames: Option<u32>,
 ) -> Result<png::Writer<BufWriter<File>>> {
+    let file = BufWriter::new(File::create(path).map_err(|e| Error::io(path, e))?);
+    png_into(file, path, width, height, frames)
+}
+
+/// The same into `out`; `path` names it in errors.
+///
+/// # Errors
+/// As [`png_writer`].
+pub(crate) fn png_into<W: Write>(
+    out: W,
+    path: &Path,
+    width: usize,
+    height: usize,
+    frames: Option<u32>,
+) -> Result<png::Writer<W>> {
     let (Ok(w), Ok(h)) = (u32::try_from(width), u32::try_from(height)) else {
         return Err(Error::input(format!("{}: {height}x{width} pixels are too large a picture", path.display())));
     };
-    let mut encoder = png::Encoder::new(BufWriter::new(File::create(path).map_err(|e| Error::io(path, e))?), w, h);
+    let mut encoder = png::Encoder::new(out, w, h);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
     let animated = match frames {

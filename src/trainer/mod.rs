@@ -10,6 +10,7 @@ pub mod console;
 pub mod evaluate;
 pub mod fidelity;
 pub mod limits;
+pub mod pictures;
 pub mod preflight;
 mod recorder;
 pub mod resume;
