@@ -94,6 +94,11 @@ impl BatchId {
         BatchId { number: done, validation: place as u32 + 1 }
     }
 
+    /// Whether it is a validation's first.
+    pub fn begins_validation(self) -> bool {
+        self.validation == 1
+    }
+
     /// Whether it is trained on.
     pub fn is_training(self) -> bool {
         self.validation == 0

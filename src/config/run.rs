@@ -39,6 +39,8 @@ pub struct RunConfig {
     pub on_checkpoint_error: OnCheckpointError,
     /// Whether a loss, a cotangent or a gradient that is not finite ends the run.
     pub on_nonfinite: OnNonfinite,
+    /// Whether TensorBoard's event files are written into the run folder too.
+    pub tensorboard: bool,
 }
 
 impl RunConfig {
@@ -64,6 +66,7 @@ impl Default for RunConfig {
             trace: None,
             on_checkpoint_error: OnCheckpointError::default(),
             on_nonfinite: OnNonfinite::default(),
+            tensorboard: false,
         }
     }
 }

@@ -34,7 +34,8 @@ pub struct Report {
     pub asked: Orders,
     /// What was decided for the end of this batch.
     pub decision: Orders,
-    /// Evaluation, last module: the clips' mean logits `[B, K]`; or, in prediction, its outputs `[steps, B, H, W, C]`.
+    /// Evaluation, last module: the clips' mean logits `[B, K]`; or, in prediction, its outputs `[steps, B, H, W, C]`. In a validation's
+    /// first batch, where frames are to be shown, the same of one clip.
     pub outputs: Vec<f32>,
     /// Evaluation, last module: the labels `[B]`, −1 where a clip does not count.
     pub labels: Vec<i32>,

@@ -1,6 +1,6 @@
 //! One batch of one module: what comes before its first tick and after its last.
 
-use super::pixels::PixelError;
+use super::pixels::{PixelError, Predictions};
 use super::role::Source;
 use super::worker::{At, Worker};
 use crate::Result;
@@ -87,7 +87,7 @@ impl Worker {
                 (report.grad_norm, report.lr) = (training.grad_norm as f32, training.lr as f32);
             }
             None if end.score.is_some() => {
-                report.outputs = self.predictions.as_mut().map_or(end.logits, std::mem::take);
+                report.outputs = self.predictions.as_mut().map_or(end.logits, Predictions::take);
                 report.labels = end.labels;
             }
             None => {}

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use super::cores::CoreUser;
 use super::links::WorkerLinks;
 use super::orders::{By, Decider, Files, Requests};
-use super::pixels::PixelError;
+use super::pixels::{PixelError, Predictions};
 use super::record::{Launch, Recorder};
 use super::role::{Role, Source, Truth};
 use super::run::RunRange;
@@ -172,7 +172,7 @@ pub(super) fn build(
         training,
         validation: setup.validation.clone().filter(|_| range.record),
         pixels: if i == d { pixels() } else { None },
-        predictions: (setup.purpose == Purpose::Predict && i == d).then(Vec::new),
+        predictions: setup.predicted.clone().filter(|_| i == d && r == 0).map(|p| Predictions::new(p.clips, p.steps)),
         requests,
         decision_step: setup.schedule.steps(d).saturating_sub(1),
         decision: Orders::empty(),

@@ -1,4 +1,6 @@
-//! Evaluation of future frames: errors of pixels, whatever the loss is.
+//! Evaluation of future frames: errors of pixels, whatever the loss is, and the frames themselves.
+
+use std::ops::Range;
 
 use candle_core::Tensor;
 
@@ -46,6 +48,35 @@ impl PixelError {
     /// The sum, which starts anew.
     pub(super) fn take(&mut self) -> f32 {
         std::mem::take(&mut self.sum) as f32
+    }
+}
+
+/// Outputs of module D that are kept for the console: predicted frames.
+pub struct Predictions {
+    /// Of so many of the batch's clips, the first ones.
+    clips: usize,
+    /// And these steps.
+    steps: Range<usize>,
+    values: Vec<f32>,
+}
+
+impl Predictions {
+    /// Of the first `clips` of a batch, at `steps`; none yet.
+    pub fn new(clips: usize, steps: Range<usize>) -> Self {
+        Predictions { clips, steps, values: Vec::new() }
+    }
+
+    /// Adds an output, `[B, H, W, C]`, where its step is one of them.
+    pub(super) fn add(&mut self, step: usize, output: &Tensor) -> Result<()> {
+        if self.steps.contains(&step) {
+            self.values.extend(output.narrow(0, 0, self.clips)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(())
+    }
+
+    /// `[steps, clips, H, W, C]`; the next ones are of another batch.
+    pub(super) fn take(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.values)
     }
 }
 

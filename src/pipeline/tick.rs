@@ -71,8 +71,9 @@ impl Worker {
         let core = self.acquire_core(Phase::Forward);
         let pass = self.pass(at.batch, forward.step);
         self.stage.forward(forward.step, &pass, forward.keep, &forward.send)?;
-        if let Some(predictions) = &mut self.predictions {
-            predictions.extend(self.stage.output()?.flatten_all()?.to_vec1::<f32>()?);
+        let predicts = self.training.is_none() || at.batch.begins_validation();
+        if let Some(predictions) = self.predictions.as_mut().filter(|_| predicts) {
+            predictions.add(forward.step, &self.stage.output()?)?;
         }
         let waits_for_nothing = self.waits_for_nothing(forward, tick)?;
         Ok(core.filter(|_| waits_for_nothing))

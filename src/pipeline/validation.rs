@@ -5,6 +5,7 @@
 //! losses are computed, at the parameters that every module has after the same batch. Headers tell these batches from those that
 //! are trained on ([`BatchId`]). Replicas share the clips.
 
+use super::pixels::Predictions;
 use super::worker::Worker;
 use crate::Result;
 use crate::comm::{BatchId, Orders};
@@ -30,7 +31,8 @@ impl Worker {
             self.longest_wait();
             let score = self.score(end.score);
             let (skipped, time) = (self.non_finite.take(), self.watch.take());
-            self.send_report(batch, Report { score, saved, skipped, time, ..Report::default() })?;
+            let outputs = self.predictions.as_mut().map_or(Vec::new(), Predictions::take);
+            self.send_report(batch, Report { score, saved, skipped, time, outputs, ..Report::default() })?;
             if ends {
                 break;
             }

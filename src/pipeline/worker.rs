@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::cores::CoreUser;
 use super::orders::Requests;
-use super::pixels::PixelError;
+use super::pixels::{PixelError, Predictions};
 use super::record::Recorder;
 use super::role::Role;
 use super::training::Training;
@@ -162,8 +162,8 @@ pub struct Worker {
     pub validation: Option<Arc<Validation>>,
     /// Evaluation of future frames, module D: how far predicted pixels are from true ones.
     pub pixels: Option<PixelError>,
-    /// Prediction, module D: the outputs of the steps so far.
-    pub predictions: Option<Vec<f32>>,
+    /// Module D, where outputs are to be reported: those of the steps so far.
+    pub predictions: Option<Predictions>,
     /// What this process was asked for.
     pub requests: Requests,
     /// The step at which the decision about a batch's end travels: the last that every module has.

@@ -103,6 +103,14 @@ pub struct Module {
     pub seconds: [f64; PHASES],
 }
 
+/// Opens `metrics.jsonl`, to be read line by line: it may be too long for memory. What is no file would be waited for.
+pub(super) fn open_metrics(path: &Path) -> std::io::Result<BufReader<File>> {
+    match what(&std::fs::metadata(path)?) {
+        Some(what) => Err(std::io::Error::other(format!("it is {what}, not a file"))),
+        None => File::open(path).map(BufReader::new),
+    }
+}
+
 impl Run {
     /// Reads the run in folder `dir`. What of it is missing or damaged stands in [`Run::problems`].
     ///
@@ -147,13 +155,8 @@ impl Run {
             Err(e) => run.problems.push(format!("{} cannot be read: {e}", attempt::FILE)),
         }
         let metrics = dir.join("metrics.jsonl");
-        // It may be too long for memory; and what is no file would be waited for.
-        let opened = std::fs::metadata(&metrics).and_then(|meta| match what(&meta) {
-            Some(what) => Err(std::io::Error::other(format!("it is {what}, not a file"))),
-            None => File::open(&metrics),
-        });
-        match opened {
-            Ok(file) => run.follow(BufReader::new(file)).map_err(|e| Error::io(&metrics, e))?,
+        match open_metrics(&metrics) {
+            Ok(file) => run.follow(file).map_err(|e| Error::io(&metrics, e))?,
             Err(e) if e.kind() == ErrorKind::NotFound && run.config.is_none() => {
                 return Err(Error::input(format!(
                     "{}: neither metrics.jsonl nor config.toml: give a run's folder, as run.dir names it",

@@ -3,6 +3,7 @@
 pub mod footprint;
 pub mod grid;
 pub mod neighbours;
+mod predicted;
 pub mod site;
 pub mod validation;
 mod warnings;
@@ -23,6 +24,8 @@ use crate::setup::grid::Grid;
 use crate::setup::validation::Validation;
 use crate::setup::wiring::{Truth, Wiring};
 use crate::{Error, Result};
+
+pub use predicted::Predicted;
 
 /// What a run is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +64,8 @@ pub struct Setup {
     pub wiring: Wiring,
     /// Future frames: how many frames after a step's own its target is.
     pub ahead: Option<usize>,
+    /// Prediction; and training on future frames where TensorBoard is to show them (replica 0, a validation's first clip).
+    pub predicted: Option<Predicted>,
     /// Evaluation: how often each video is looked at.
     pub views: Views,
 }
@@ -173,15 +178,19 @@ impl Setup {
         let truth = if ahead.is_some() { Truth::Targets } else { Truth::Labels { mixed } };
         let last = grid.modules;
         let batch = config.data.batch;
-        let outputs = match purpose {
-            Purpose::Train => 0,
-            Purpose::Evaluate => batch * classes,
-            Purpose::Predict => {
-                batch * network.modules[last - 1].output.iter().product::<usize>() * schedule.steps(last)
+        let predicted = match (purpose, ahead) {
+            (Purpose::Predict, _) => Some(Predicted { clips: batch, steps: 0..schedule.steps(last) }),
+            (Purpose::Train, Some(ahead)) if config.run.tensorboard && validated.is_some() => {
+                Some(Predicted::shown(frames, ahead))
             }
+            _ => None,
         };
-        let plain = Report::words(0, 0);
-        let reports = (if training { plain } else { Report::words(outputs, batch) }, plain);
+        let outputs = match &predicted {
+            Some(predicted) => predicted.values(network.modules[last - 1].output),
+            None if training => 0,
+            None => batch * classes,
+        };
+        let reports = (Report::words(outputs, if training { 0 } else { batch }), Report::words(0, 0));
         let (learned, halved) = (training.then_some(&frozen), config.run.halves_messages());
         let wiring = Wiring::new(&network, &schedule, grid, (batch, truth), reports, learned, halved);
         let evaluation = || Schedule::evaluation(graph, frames, boundary, loss);
@@ -207,6 +216,7 @@ impl Setup {
             grid,
             wiring,
             ahead,
+            predicted,
             views: Views::ONE,
         })
     }

@@ -154,10 +154,11 @@ impl<'a> Console<'a> {
     /// The validation after `done` batches. Returns whether it was decided that the run ends.
     fn validate(&mut self, reports: &mut Reports, done: u64, requests: &Requests) -> Result<bool> {
         let Some(validation) = self.validation.clone() else { return Ok(false) };
-        let (mut tally, begun) = (Tally::default(), Instant::now());
+        let (mut tally, begun, mut frames) = (Tally::default(), Instant::now(), Vec::new());
         let mut ends = false;
         for place in 0..validation.batches {
-            let (of_batch, decided) = heard(reports, BatchId::of_validation(done, place), requests)?;
+            let (mut of_batch, decided) = heard(reports, BatchId::of_validation(done, place), requests)?;
+            of_batch.iter_mut().for_each(|report| frames.append(&mut report.outputs));
             ends = decided.intersects(Orders::ENDS);
             self.time.iter_mut().zip(&of_batch).for_each(|(time, report)| time.add(&report.time));
             tally.add(&of_batch);
@@ -170,6 +171,7 @@ impl<'a> Console<'a> {
                 validated.elapsed = self.begun.elapsed().as_secs_f64();
                 if let Some(recorder) = &mut self.recorder {
                     recorder.validated(&mut validated)?;
+                    recorder.frames(done, &frames)?;
                 }
                 log::info!("{validated}");
                 if let Some(until) = self.until.filter(|&until| validated.reaches(until) && done < self.total) {

@@ -6,6 +6,7 @@
 //! asked for ([`Validated`]). [`evaluate`] is a pass over the test clips with fixed parameters.
 
 mod attempt;
+mod board;
 pub mod console;
 pub mod evaluate;
 pub mod fidelity;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::board::Board;
 use super::validation::Validated;
 use crate::checkpoint::best::Best;
 use crate::checkpoint::{self, Checkpoint, Manifest};
@@ -34,7 +35,9 @@ pub fn recorder(setup: &Setup, range: &RunRange) -> Result<Option<Recorder>> {
     manifest.stored = setup.dataset.as_ref().map(|data| [data.height, data.width]);
     manifest.fps = setup.dataset.as_ref().map(|data| data.fps);
     checkpoint::clear_unfinished(&setup.checkpoints())?;
-    Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, range.first).map(Some)
+    let mut recorder = Recorder::open(dir, setup.checkpoints(), manifest, &setup.config.run, range.first)?;
+    recorder.board = Board::begin(setup, range.first)?;
+    Ok(Some(recorder))
 }
 
 /// Where a training run is recorded.
@@ -50,6 +53,8 @@ pub struct Recorder {
     completed: Option<u64>,
     /// The best checkpoint so far.
     best: Option<Best>,
+    /// Has every line too.
+    board: Option<Board>,
 }
 
 impl Recorder {
@@ -101,6 +106,7 @@ impl Recorder {
             policy: run.on_checkpoint_error,
             completed: (first_batch > 0).then_some(first_batch),
             best,
+            board: None,
         })
     }
 
@@ -114,10 +120,13 @@ impl Recorder {
                 if !waiting {
                     log::error!("the run goes on, and its metrics wait until they can be written: {e}");
                 }
-                Ok(())
             }
-            result => result,
+            result => result?,
         }
+        if let Some(board) = &mut self.board {
+            board.line(&serde_json::to_value(line).map_err(|e| Error::io(&self.path, e.into()))?);
+        }
+        Ok(())
     }
 
     /// Writes what is pending, and keeps what of it the disk does not take (of which `write_all` would not tell).
@@ -149,6 +158,11 @@ impl Recorder {
             }
         }
         self.write(&ValidationLine { kind: VALIDATION, validated })
+    }
+
+    /// Shows the predicted frames of the validation after `done` batches, where any are reported.
+    pub(super) fn frames(&mut self, done: u64, outputs: &[f32]) -> Result<()> {
+        self.board.as_mut().map_or(Ok(()), |board| board.frames(done, outputs))
     }
 
     /// Completes the checkpoint that every module (of replica 0, the first `modules` reports) is on disk in.

@@ -12,6 +12,7 @@ mod ranks;
 mod recipes;
 mod report;
 mod scale;
+mod tensorboard;
 mod trace;
 mod validation;
 mod warnings;
