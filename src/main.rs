@@ -9,6 +9,6 @@ static HEAP: Recycling = Recycling::new();
 
 fn main() {
     let cli = Cli::parse();
-    logging::init();
+    logging::init(cli.quiet);
     std::process::exit(run(cli));
 }

@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 
 use clap::Args;
 
+use super::output::json;
+
 use crate::backend::cpu;
 use crate::comm::World;
 use crate::config::Config;
@@ -22,6 +24,9 @@ pub struct DoctorArgs {
     /// Override a key (may be repeated).
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE", requires = "config")]
     pub set: Vec<String>,
+    /// Print what was found as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Looks at every rank's place and prints, on rank 0, what was found. Collective.
@@ -60,7 +65,7 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
         }
     }
     if world.rank() == 0 {
-        print(&table);
+        print(&table, args.json)?;
     }
     world.as_first(verdict(&table))
 }
@@ -69,21 +74,31 @@ pub fn run(world: &World, args: &DoctorArgs) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Input`], always.
-pub fn without_ranks(error: &Error) -> Result<()> {
+pub fn without_ranks(error: &Error, args: &DoctorArgs) -> Result<()> {
     let table = [Check::failure("launcher", error.to_string())];
-    print(&table);
+    print(&table, args.json)?;
     verdict(&table)
 }
 
-fn print(table: &[Check]) {
+fn print(table: &[Check], as_json: bool) -> Result<()> {
+    if as_json {
+        return json(&serde_json::json!({ "ok": verdict(table).is_ok(), "checks": table }));
+    }
     for check in table {
         let mark = match check.verdict {
             Verdict::Fine => "ok",
             Verdict::Warning => "could be better",
             Verdict::Failure => "WILL FAIL",
         };
-        outln!("{mark:<15}  {:<13}  {}", check.what, check.found);
+        let mark = console::style(format!("{mark:<15}"));
+        let mark = match check.verdict {
+            Verdict::Fine => mark.green(),
+            Verdict::Warning => mark.yellow(),
+            Verdict::Failure => mark.red().bold(),
+        };
+        outln!("{mark}  {:<13}  {}", check.what, check.found);
     }
+    Ok(())
 }
 
 fn verdict(table: &[Check]) -> Result<()> {

@@ -1,9 +1,9 @@
 //! `sideways train --dry-run`: a whole configuration checked on a laptop, without ranks or data.
 
 use bytesize::ByteSize;
+use serde::Serialize;
 
-use crate::cli::output::table;
-use crate::cli::train::notes;
+use crate::cli::output::{json, table};
 use crate::comm::{Kind, World};
 use crate::config::{Config, DeviceChoice, Rule};
 use crate::network::blocks::Blocks;
@@ -12,7 +12,6 @@ use crate::plan::predict::{Parts, best_cuts, conditions};
 use crate::plan::profile::Profile;
 use crate::setup::Setup;
 use crate::setup::footprint::{device_memory, sent};
-use crate::setup::grid::Grid;
 use crate::sys::cpus::at_once;
 use crate::trainer::resume;
 use crate::{Error, Result};
@@ -20,11 +19,54 @@ use crate::{Error, Result};
 /// Ranks to plan for, and cores of each, at most.
 pub(super) const MOST_RANKS: usize = 1 << 20;
 
+/// A module's share.
+#[derive(PartialEq, Serialize)]
+struct Share {
+    module: usize,
+    /// The first, and the one behind the last.
+    layers: [usize; 2],
+    /// Height, width, channels.
+    input: [usize; 3],
+    output: [usize; 3],
+    parameters: u64,
+    gflop_per_tick: f64,
+    memory_bytes: u64,
+    sent_bytes_per_tick: u64,
+}
+
+impl Share {
+    fn of(setup: &Setup, w: usize) -> Self {
+        let (i, _) = setup.grid.module_and_replica(w);
+        let module = &setup.network.modules[i - 1];
+        Share {
+            module: i,
+            layers: [module.layers.start, module.layers.end],
+            input: module.main,
+            output: module.output,
+            parameters: module.params,
+            // Forward, and as much again for each of the two gradients.
+            gflop_per_tick: 3.0 * module.flops as f64 * setup.config.data.batch as f64 / 1e9,
+            memory_bytes: device_memory(setup, w),
+            sent_bytes_per_tick: sent(setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target]),
+        }
+    }
+}
+
+/// The same module of replicas that follow each other and differ in nothing else.
+#[derive(Serialize)]
+struct Row {
+    ranks: Vec<usize>,
+    /// The first, and the last.
+    replicas: [usize; 2],
+    #[serde(flatten)]
+    share: Share,
+}
+
 /// Plans the run for `ranks` ranks (default: one a module, or one where the cut is open) and prints each module's share.
 ///
 /// # Errors
 /// Whatever in the configuration cannot work.
-pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
+pub fn run(config: &Config, ranks: Option<usize>, as_json: bool) -> Result<()> {
     let mut config = config.clone();
     if let Some(ranks) = ranks.filter(|ranks| !(1..=MOST_RANKS).contains(ranks)) {
         return Err(Error::input(format!("--ranks {ranks}: it must be 1..={MOST_RANKS}")));
@@ -33,16 +75,14 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
     let modules = config.model.modules.or(config.model.cuts.as_ref().map(|c| c.len() + 1)).unwrap_or(1);
     let wanted = if config.train.rule == Rule::Bp { 1 } else { ranks.unwrap_or(modules * config.train.replicas) };
     let mut setup = Setup::dry(&config, wanted)?;
+    let mut notes = Vec::new();
     if config.cut_is_open() && setup.grid.modules > 1 {
         let measured = measured_cuts(&setup, wanted)?;
-        outln!(
-            "the cut is open: {}",
-            if measured.is_some() {
-                "planned by the layers' times, as measured before"
-            } else {
-                "by arithmetic here; training plans it by the layers' times (see `sideways plan`)"
-            }
-        );
+        notes.push(match measured {
+            Some(_) => "the cut is open: planned by the layers' times, as measured before".to_string(),
+            None => "the cut is open: by arithmetic here; training plans it by the layers' times (see `sideways plan`)"
+                .into(),
+        });
         if let Some(cuts) = measured {
             setup = setup.recut(cuts)?;
         }
@@ -52,7 +92,22 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         setup.stream(0, 0, setup.total_batches()?).fits(dataset)?;
         resume::range(&setup, &World::Alone, None)?;
     }
-    let grid = setup.grid;
+    notes.extend(super::train::notes(&setup));
+    let rows = rows(&setup);
+    if as_json {
+        let grid = setup.grid;
+        return json(&serde_json::json!({
+            "modules": grid.modules, "replicas": grid.replicas, "ranks": grid.ranks, "cuts": setup.cuts(),
+            "frame": setup.network.input, "frames": config.data.frames, "batch": config.data.batch,
+            "notes": notes, "warnings": setup.warnings(), "shares": rows,
+        }));
+    }
+    print(&setup, &notes, &rows);
+    Ok(())
+}
+
+fn print(setup: &Setup, notes: &[String], rows: &[Row]) {
+    let (grid, config) = (setup.grid, &setup.config);
     outln!(
         "{} modules x {} replicas on {} ranks; frames {:?} (height, width, channels), T = {}, B = {}",
         grid.modules,
@@ -62,30 +117,31 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
         config.data.frames,
         config.data.batch
     );
-    for note in notes(&setup) {
+    for note in notes {
         outln!("{note}");
     }
     for warning in setup.warnings() {
         outln!("warning: {warning}");
     }
     let header = "rank\treplica\tmodule\tlayers\tinput\toutput\tparameters\tGFLOP/tick\tmemory\tsent/tick";
-    let row = |w: usize| {
-        let (i, _) = grid.module_and_replica(w);
-        let module = &setup.network.modules[i - 1];
+    let line = |row: &Row| {
+        let Row { ranks, replicas: [first, last], share } = row;
+        let replicas = if first == last { first.to_string() } else { format!("{first}-{last}") };
         format!(
-            "{i}\t{}-{}\t{:?}\t{:?}\t{}\t{:.3}\t{}\t{}",
-            module.layers.start,
-            module.layers.end - 1,
-            module.main,
-            module.output,
-            module.params,
-            // Forward, and as much again for each of the two gradients.
-            3.0 * module.flops as f64 * config.data.batch as f64 / 1e9,
-            ByteSize(device_memory(&setup, w)),
-            ByteSize(sent(&setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target])),
+            "{}\t{replicas}\t{}\t{}-{}\t{:?}\t{:?}\t{}\t{:.3}\t{}\t{}",
+            some(ranks),
+            share.module,
+            share.layers[0],
+            share.layers[1] - 1,
+            share.input,
+            share.output,
+            share.parameters,
+            share.gflop_per_tick,
+            ByteSize(share.memory_bytes),
+            ByteSize(share.sent_bytes_per_tick),
         )
     };
-    table(0, header, folded(grid, row));
+    table(0, header, rows.iter().map(line));
     match config.run.device {
         DeviceChoice::Cuda => outln!(
             "memory: the GPU's, for parameters, gradient, optimizer and a copy of these, activations, messages; without cuDNN's \
@@ -97,38 +153,32 @@ pub fn run(config: &Config, ranks: Option<usize>) -> Result<()> {
             )
         }
     }
-    Ok(())
 }
 
-/// A row for each module of each replica, `row` but for its first two columns: ranks and replicas. Replicas that follow each other
-/// and differ in nothing else share one.
-fn folded(grid: Grid, row: impl Fn(usize) -> String) -> Vec<String> {
-    let mut rows = Vec::new();
-    // By module, the first replica of the row that is not finished.
-    let mut open: Vec<(usize, String)> = Vec::new();
-    let finish = |i: usize, (first, row): &(usize, String), end: usize| {
-        let mut ranks: Vec<usize> = (*first..end).map(|r| grid.rank_of(grid.worker(i, r))).collect();
-        ranks.dedup();
-        let replicas = if end - first == 1 { first.to_string() } else { format!("{first}-{}", end - 1) };
-        (*first, format!("{}\t{replicas}\t{row}", some(&ranks)))
-    };
+/// Replica by replica, and within one as its modules are.
+fn rows(setup: &Setup) -> Vec<Row> {
+    let grid = setup.grid;
+    let mut rows: Vec<Row> = Vec::new();
+    // By module, the row that is not finished.
+    let mut open: Vec<Row> = Vec::new();
     for r in 0..grid.replicas {
         for i in 1..=grid.modules {
-            let row = row(grid.worker(i, r));
+            let (share, rank) = (Share::of(setup, grid.worker(i, r)), grid.rank_of(grid.worker(i, r)));
             match open.get_mut(i - 1) {
-                None => open.push((r, row)),
-                Some(other) if other.1 == row => {}
-                Some(other) => {
-                    rows.push(finish(i, other, r));
-                    *other = (r, row);
+                Some(row) if row.share == share => {
+                    row.replicas[1] = r;
+                    if row.ranks.last() != Some(&rank) {
+                        row.ranks.push(rank);
+                    }
                 }
+                Some(row) => rows.push(std::mem::replace(row, Row { ranks: vec![rank], replicas: [r; 2], share })),
+                None => open.push(Row { ranks: vec![rank], replicas: [r; 2], share }),
             }
         }
     }
-    rows.extend(open.iter().enumerate().map(|(n, last)| finish(n + 1, last, grid.replicas)));
-    // Replica by replica, and within one as its modules are.
-    rows.sort_by_key(|(first, _)| *first);
-    rows.into_iter().map(|(_, row)| row).collect()
+    rows.extend(open);
+    rows.sort_by_key(|row| row.replicas[0]);
+    rows
 }
 
 /// `0`, `0, 6`, or `0, 16 … 4080`.

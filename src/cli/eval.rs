@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::output::table;
+use super::output::{json, table};
 use super::progress::Progress;
 use super::votes::{Scores, Votes};
 use crate::checkpoint::Checkpoint;
@@ -45,7 +45,7 @@ pub struct EvalArgs {
     /// Write the confusion matrix there as CSV (rows: label, columns: prediction).
     #[arg(long, value_name = "FILE")]
     pub confusion: Option<PathBuf>,
-    /// Print the result as one line of JSON.
+    /// Print the result as one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -192,7 +192,7 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
     let scores = args.scores.as_ref().filter(|_| chief);
     let mut scores = world.first_error(scores.map(|path| Scores::create(path, names)).transpose())?;
     let (mut tally, mut votes) = (Tally::default(), Votes::new(setup.classes, setup.views.count()));
-    let mut progress = chief.then(|| Progress::new(task == Task::Recognition));
+    let mut progress = Progress::new(task, chief);
     let mut refused = None;
     let mut observer = |summary: &BatchSummary| {
         tally.add(&summary.reports);
@@ -204,15 +204,10 @@ pub fn run(world: &World, args: &EvalArgs) -> Result<()> {
             });
             refused = refused.take().or(added.err());
         }
-        if let Some(progress) = &mut progress {
-            progress.show(summary);
-        }
+        progress.show(summary);
     };
-    let run = evaluator.run(&mut observer);
-    if let Some(progress) = progress {
-        progress.finish();
-    }
-    run?;
+    evaluator.run(&mut observer)?;
+    drop(progress);
     if !chief {
         return Ok(());
     }
@@ -268,8 +263,7 @@ fn print_json(result: &Validated, votes: &Votes, protocol: &Protocol, names: Opt
         let class = |(name, (videos, correct)): (&String, (u64, u64))| serde_json::json!({ "class": name, "videos": videos, "correct": correct });
         line["classes"] = names.iter().zip(votes.classes()).map(class).collect();
     }
-    outln!("{line}");
-    Ok(())
+    json(&line)
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::eval::config_of;
+use super::live::Live;
 use crate::checkpoint::Checkpoint;
-use crate::cli::output::{table, whole};
+use crate::cli::output::{json, table, whole};
 use crate::comm::World;
 use crate::config::Config;
 use crate::trainer::fidelity::{Compared, Comparison, Fidelity, fidelity};
@@ -29,7 +30,7 @@ pub struct FidelityArgs {
     /// Batches over which means are taken.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
     pub batches: u64,
-    /// Print one line of JSON a row.
+    /// Print the result as one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -66,13 +67,14 @@ fn plan(world: &World, args: &FidelityArgs) -> Result<()> {
         (false, _) => args.rules.iter().map(|name| Compared::named(name)).collect::<Result<_>>()?,
     };
     let comparison = Comparison { rules, strides: args.strides.clone(), batches: args.batches };
-    let rows = fidelity(&config, checkpoint.as_ref(), &comparison)?;
+    let live = Live::counting(0, "batches");
+    let rows = fidelity(&config, checkpoint.as_ref(), &comparison, &mut |done, all| live.at(done, all))?;
+    drop(live);
     if args.json {
-        for row in &rows {
-            let line = serde_json::to_string(row).map_err(|e| Error::Run(format!("writing JSON: {e}")))?;
-            outln!("{line}");
-        }
-        return Ok(());
+        return json(&serde_json::json!({
+            "checkpoint": checkpoint.map(|c| c.path().display().to_string()),
+            "frames": config.data.frames, "batch": config.data.batch, "rows": rows,
+        }));
     }
     let weights = checkpoint.map_or("initial weights".into(), |c| format!("weights of {}", c.path().display()));
     outln!(

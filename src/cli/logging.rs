@@ -4,27 +4,30 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::ProgressBar;
+use log::{Level, Log, Metadata, Record};
 
 use crate::{Error, Result};
 
 static FILE: Mutex<Option<File>> = Mutex::new(None);
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+static QUIET: AtomicBool = AtomicBool::new(false);
 
-/// Starts logging to standard error (level `info` unless `RUST_LOG` says otherwise).
-pub fn init() {
-    let environment = env_logger::Env::default().default_filter_or("info");
-    env_logger::Builder::from_env(environment)
-        .format(|out, record| {
-            let level = match record.level() {
-                log::Level::Info => String::new(),
-                level => format!("{}: ", level.as_str().to_lowercase()),
-            };
-            writeln!(out, "{level}{}", record.args())
-        })
-        .target(env_logger::Target::Pipe(Box::new(Tee)))
-        .init();
+/// Starts logging to standard error (level `info` unless `RUST_LOG` says otherwise); if `quiet`, errors alone. A log file has all
+/// the same.
+pub fn init(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+    let filter = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).build();
+    log::set_max_level(filter.filter());
+    // Whoever logs already goes on.
+    let _ = log::set_boxed_logger(Box::new(Tee { filter }));
+}
+
+/// Whether nothing but results and errors is to be seen.
+pub(super) fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
 }
 
 /// Also appends log lines to `path` from now on.
@@ -58,21 +61,41 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-struct Tee;
+struct Tee {
+    filter: env_logger::Logger,
+}
 
-impl Write for Tee {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if let Some(file) = lock(&FILE).as_mut() {
-            let _ = file.write_all(bytes);
+impl Log for Tee {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        self.filter.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record) {
+        if !self.filter.matches(record) {
+            return;
         }
+        let (level, said) = (record.level(), record.args());
+        let mark = match level {
+            Level::Info => String::new(),
+            level => format!("{}: ", level.as_str().to_lowercase()),
+        };
+        to_file(&format!("{mark}{said}"));
+        if is_quiet() && level != Level::Error {
+            return;
+        }
+        let mark = match level {
+            Level::Error => console::style(mark).for_stderr().red().bold(),
+            Level::Warn => console::style(mark).for_stderr().yellow(),
+            _ => console::style(mark).for_stderr(),
+        };
+        // In one piece: ranks write to the same terminal. What cannot be written cannot be told either.
+        let line = format!("{mark}{said}\n");
+        let write = || drop(std::io::stderr().write_all(line.as_bytes()));
         match lock(&BAR).as_ref() {
-            Some(bar) => bar.suspend(|| std::io::stderr().write_all(bytes))?,
-            None => std::io::stderr().write_all(bytes)?,
+            Some(bar) => bar.suspend(write),
+            None => write(),
         }
-        Ok(bytes.len())
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
-    }
+    fn flush(&self) {}
 }

@@ -15,6 +15,7 @@ pub mod doctor;
 pub mod dry_run;
 pub mod eval;
 pub mod fidelity;
+mod live;
 pub mod logging;
 mod made_up;
 pub mod plan;
@@ -33,6 +34,9 @@ mod votes;
 #[derive(Parser, Debug)]
 #[command(name = "sideways", version, about, max_term_width = 100)]
 pub struct Cli {
+    /// Nothing but results and errors: no progress, notes or warnings (a run's log.txt has them all the same).
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -93,7 +97,7 @@ pub fn run(cli: Cli) -> i32 {
                 let result = doctor::run(&world, &args);
                 conclude(world, result)
             }
-            Err(error) => alone(doctor::without_ranks(&error)),
+            Err(error) => alone(doctor::without_ranks(&error, &args)),
         },
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
         Command::Fidelity(args) => with_world(|world| fidelity::run(world, &args)),

@@ -4,10 +4,12 @@
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
+use std::path::Path;
 use std::sync::OnceLock;
 
 use clap::builder::RangedU64ValueParser;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
 
 use crate::{Error, Result};
 
@@ -27,12 +29,37 @@ pub(crate) fn line(text: Arguments) {
     }
 }
 
+/// Prints a result as one JSON value, a line; all that a command given `--json` prints.
+///
+/// # Errors
+/// [`Error::Run`] if it cannot be written as such.
+pub(crate) fn json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|e| Error::Run(format!("writing JSON: {e}")))?;
+    outln!("{text}");
+    Ok(())
+}
+
+/// A path as text, whatever its bytes are.
+pub(crate) fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// Columns of the terminal that standard output is, if it is one.
+fn columns() -> Option<u16> {
+    let terminal = console::Term::stdout();
+    terminal.size_checked().map(|(_, columns)| columns).filter(|&columns| terminal.is_term() && columns > 0)
+}
+
 /// Prints a table: the header and the rows are cells with tabs between them. Columns from `left` on are aligned to the right.
+/// Where a terminal is too narrow for it, cells have several lines.
 pub(crate) fn table(left: usize, header: &str, rows: impl IntoIterator<Item = String>) {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.split('\t'));
     for row in rows {
         table.add_row(row.split('\t'));
+    }
+    if let Some(columns) = columns() {
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(columns);
     }
     for (n, column) in table.column_iter_mut().enumerate() {
         column.set_padding((0, 2));

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cli::dry_run::MOST_RANKS;
-use crate::cli::output::{table, whole};
+use crate::cli::output::{json, table, whole};
 use crate::cli::plan_scale::{self, ScaleOptions, Source};
 use crate::cli::ticks::{csv, picture};
 use crate::comm::Kind;
@@ -51,8 +51,8 @@ pub struct PlanArgs {
     /// List each module's layers, as a configuration has them.
     #[arg(long)]
     pub layers: bool,
-    /// Print the plan as JSON.
-    #[arg(long)]
+    /// Print the plan as one JSON object.
+    #[arg(long, conflicts_with = "ticks")]
     pub json: bool,
     /// Draw who does what at which tick (nothing is measured).
     #[arg(long)]
@@ -307,13 +307,17 @@ fn needed(setup: &Setup, profile: &Profile, w: usize) -> u64 {
 struct Module<'a> {
     module: usize,
     rank: usize,
+    /// The first, and the one behind the last.
     layers: [usize; 2],
     parameters: u64,
-    memory: u64,
-    forward: f64,
-    backward: f64,
-    update: f64,
-    busy: f64,
+    memory_bytes: u64,
+    forward_seconds: f64,
+    backward_seconds: f64,
+    /// Once a batch.
+    update_seconds: f64,
+    /// All of it a tick.
+    busy_seconds: f64,
+    /// A tick.
     bytes_down: u64,
     bytes_up: u64,
     skips_from: Vec<usize>,
@@ -331,11 +335,11 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
             rank: setup.grid.rank_of(w),
             layers: [module.layers.start, module.layers.end],
             parameters: module.params,
-            memory: needed(setup, profile, w),
-            forward: profile.times[w].forward,
-            backward: if w == 0 { profile.times[w].backward_leaf } else { profile.times[w].backward },
-            update: profile.times[w].update,
-            busy: prediction.outcome.busy[w],
+            memory_bytes: needed(setup, profile, w),
+            forward_seconds: profile.times[w].forward,
+            backward_seconds: if w == 0 { profile.times[w].backward_leaf } else { profile.times[w].backward },
+            update_seconds: profile.times[w].update,
+            busy_seconds: prediction.outcome.busy[w],
             bytes_down: sent(setup, w, &[Kind::Activation, Kind::Target]),
             bytes_up: sent(setup, w, &[Kind::Cotangent]),
             skips_from: module.skips.iter().map(|s| s.from).collect(),
@@ -348,7 +352,7 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
         "ranks": setup.grid.ranks,
         "replicas": setup.grid.replicas,
         "modules": modules,
-        "tick": prediction.outcome.tick,
+        "tick_seconds": prediction.outcome.tick,
         "frames_per_second": prediction.frames_per_second,
         "efficiency": prediction.balance,
         "bubble": setup.schedule.bubble(),
@@ -357,10 +361,10 @@ fn print_json(setup: &Setup, origin: Origin, profile: &Profile, prediction: &Pre
         "kernels": profile.conditions.kernels,
         "threads": profile.conditions.threads,
         "busy": profile.conditions.busy,
+        "warnings": setup.warnings(),
         "profile": profile,
     });
-    outln!("{plan}");
-    Ok(())
+    json(&plan)
 }
 
 /// `measured now`, or when and where from.

@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::output::table;
+use crate::cli::output::{json, table};
 use crate::config::{Config, ModelConfig};
 use crate::network::blocks::Blocks;
 use crate::plan::assumed::assumed;
@@ -65,7 +65,7 @@ struct Row {
     replicas: usize,
     batch: usize,
     global_batch: usize,
-    /// Seconds.
+    #[serde(rename = "tick_seconds")]
     tick: f64,
     frames_per_second: f64,
     speedup: f64,
@@ -75,9 +75,11 @@ struct Row {
     load_balance: f64,
     /// The share of the tick in which the busiest rank computes.
     busy: f64,
-    /// Seconds that the largest module's gradients take to become their mean, once a batch.
+    /// What the largest module's gradients take to become their mean, once a batch.
+    #[serde(rename = "all_reduce_seconds")]
     all_reduce: f64,
-    /// Bytes of the largest rank.
+    /// Of the largest rank.
+    #[serde(rename = "memory_bytes")]
     memory: u64,
 }
 
@@ -85,7 +87,7 @@ struct Row {
 ///
 /// # Errors
 /// [`Error::Input`] for whatever cannot be simulated.
-pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], source: Source, json: bool) -> Result<()> {
+pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], source: Source, as_json: bool) -> Result<()> {
     let cluster = options.cluster.as_deref().map_or_else(|| Ok(Cluster::usual()), Cluster::load)?;
     let given = options.times.as_deref().map(Given::load).transpose()?;
     let source = given.as_ref().map_or(source, Source::Given);
@@ -100,9 +102,8 @@ pub fn run(config: &Config, options: &ScaleOptions, range: [usize; 2], source: S
         let efficiency = speedup * ranks as f64 / row.ranks as f64;
         rows.push(Row { speedup, efficiency, ..row });
     }
-    if json {
-        outln!("{}", serde_json::json!({ "simulated": true, "cluster": cluster, "points": rows }));
-        return Ok(());
+    if as_json {
+        return json(&serde_json::json!({ "simulated": true, "cluster": cluster, "points": rows }));
     }
     let origin =
         options.cluster.as_ref().map_or("assumed (--cluster FILE says another)".into(), |f| f.display().to_string());

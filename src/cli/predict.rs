@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::eval::{chosen, config_of, tell};
+use super::output::{json, shown};
+use super::progress::Progress;
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::Task;
@@ -36,6 +38,9 @@ pub struct PredictArgs {
     /// clip-NNNN-animated.png.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Runs it.
@@ -52,14 +57,20 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
             )));
         }
         tell(world, &checkpoint);
+        let scored = (checkpoint.path().display().to_string(), checkpoint.manifest().batches);
         let all = Evaluator::new(world, &config, checkpoint.clone(), Purpose::Evaluate, Views::ONE, None)?;
         config.data.batch = 1;
         let pictures = Evaluator::new(world, &config, checkpoint, Purpose::Predict, Views::ONE, Some(args.clips))?;
-        Ok((chosen(all, args.raw), chosen(pictures, args.raw)))
+        Ok((chosen(all, args.raw), chosen(pictures, args.raw), scored))
     });
-    let (all, evaluator) = world.first_error(planned)?;
+    let (all, evaluator, (checkpoint, batches)) = world.first_error(planned)?;
     let mut tally = Tally::default();
-    all.run(&mut |summary| tally.add(&summary.reports))?;
+    let mut progress = Progress::new(Task::FutureFrames, world.rank() == 0);
+    all.run(&mut |summary| {
+        tally.add(&summary.reports);
+        progress.show(summary);
+    })?;
+    drop(progress);
     let mut predictions: Vec<Vec<f32>> = Vec::new();
     evaluator.run(&mut |summary| predictions.extend(summary.reports.last().map(|last| last.outputs.clone())))?;
     if world.rank() > 0 {
@@ -76,6 +87,13 @@ pub fn run(world: &World, args: &PredictArgs) -> Result<()> {
         animation(&args.out.join(format!("clip-{clip:04}-animated.png")), &steps, h, w)?;
     }
     let result = tally.result(Task::FutureFrames, 0, 0.0);
+    if args.json {
+        return json(&serde_json::json!({
+            "checkpoint": checkpoint, "batches": batches, "clips": result.clips,
+            "mse": result.mse, "psnr": result.psnr, "copy_mse": result.copy_mse, "copy_psnr": result.copy_mse.map(psnr),
+            "pictures": predictions.len(), "out": shown(&args.out),
+        }));
+    }
     outln!("{} clips; pixels in 0..1; pictures of {clips} in {}", result.clips, args.out.display());
     for (what, mse) in [("prediction:", result.mse), ("copy of the newest seen:", result.copy_mse)] {
         let mse = mse.unwrap_or(f64::NAN);

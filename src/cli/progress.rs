@@ -1,26 +1,20 @@
-//! Progress of a run: a bar on a terminal, plain lines in the log.
+//! Progress of training and evaluation, batch by batch.
 
 use std::collections::VecDeque;
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
-
-use super::logging;
+use super::live::{Live, lasting};
+use crate::config::{Config, Task};
 use crate::nn::head::Score;
-use crate::trainer::BatchSummary;
-
-/// Plain lines come this often.
-const EVERY: Duration = Duration::from_secs(10);
+use crate::trainer::{BatchSummary, Validated};
 
 /// Shows batches as they are done.
 pub struct Progress {
-    bar: Option<ProgressBar>,
+    live: Live,
     recognition: bool,
+    /// Checkpoints come every so many batches.
+    checkpoints: Vec<u64>,
     since: Score,
-    begun: Instant,
     first: Option<u64>,
-    last_line: Instant,
     lines: Score,
     speed: Speed,
 }
@@ -58,71 +52,65 @@ impl Speed {
 }
 
 impl Progress {
-    /// Progress of a run of recognition, or of future frames.
-    pub fn new(recognition: bool) -> Self {
-        let now = Instant::now();
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(0);
-            // The template is constant; an unusable one would only lose the look.
-            if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} batches  {msg}  ETA {eta}") {
-                bar.set_style(style);
-            }
-            bar
-        });
-        logging::around(bar.clone());
+    /// Progress of an evaluation of `task`, where this process is to `show` it.
+    pub fn new(task: Task, show: bool) -> Self {
+        let live = Live::new(0, "[{bar:8}] {pos}/{len} batches  {wide_msg}", show);
         let (since, lines) = (Score::default(), Score::default());
-        Progress { bar, recognition, since, begun: now, first: None, last_line: now, lines, speed: Speed::default() }
+        let recognition = task == Task::Recognition;
+        Progress { live, recognition, checkpoints: Vec::new(), since, first: None, lines, speed: Speed::default() }
+    }
+
+    /// Progress of a training run.
+    pub fn of_training(config: &Config, show: bool) -> Self {
+        let checkpoints = [config.run.checkpoint_every, config.train.validate_every];
+        let checkpoints = checkpoints.into_iter().filter(|&every| every > 0).collect();
+        Progress { checkpoints, ..Progress::new(config.model.task, show) }
     }
 
     /// One more batch is done.
     pub fn show(&mut self, summary: &BatchSummary) {
-        let first = *self.first.get_or_insert(summary.batches - 1);
+        let &BatchSummary { batches, total, .. } = summary;
+        let first = *self.first.get_or_insert(batches - 1);
         self.speed.add(summary.frames, summary.seconds);
         self.since.add(&summary.score);
         self.lines.add(&summary.score);
-        let finished = summary.batches == summary.total;
-        if let Some(bar) = &self.bar {
-            bar.set_length(summary.total);
-            if bar.position() == 0 && first > 0 {
-                bar.reset_eta();
-            }
-            bar.set_position(summary.batches);
-            bar.set_message(self.text(&self.since));
-            // The bar shows a moving window.
-            if self.since.loss_steps > 50.0 * summary.score.loss_steps {
-                self.since = Score::default();
-            }
+        let rate = (batches - first) as f64 / self.live.seconds();
+        let remaining = |to: u64| lasting((to - batches) as f64 / rate);
+        let mut ends = format!("ETA {}", remaining(total));
+        if let Some(next) = next_checkpoint(&self.checkpoints, batches, total) {
+            ends += &format!(", checkpoint {}", remaining(next));
         }
-        if self.last_line.elapsed() >= EVERY || finished {
-            let rate = (summary.batches - first) as f64 / self.begun.elapsed().as_secs_f64().max(1e-9);
-            let left = (summary.total - summary.batches) as f64 / rate;
-            let line =
-                format!("batch {}/{}  {}  ETA {:.0} s", summary.batches, summary.total, self.text(&self.lines), left);
-            match self.bar {
-                Some(_) => logging::to_file(&line),
-                None => log::info!("{line}"),
-            }
-            self.last_line = Instant::now();
+        let text = |score: &Score| self.text(score, summary.validated.as_ref(), &ends);
+        let (now, line) = (text(&self.since), format!("batch {batches}/{total}  {}", text(&self.lines)));
+        if self.live.tell([batches, total], || now, || line) {
             self.lines = Score::default();
         }
-    }
-
-    fn text(&self, score: &Score) -> String {
-        let accuracy = if self.recognition {
-            format!("  top-1 {:.1} %", 100.0 * score.top1 / score.clips.max(1.0))
-        } else {
-            String::new()
-        };
-        format!("loss {:.4}{accuracy}  {:.0} frames/s", score.loss(), self.speed.per_second())
-    }
-
-    /// Takes the bar away.
-    pub fn finish(self) {
-        logging::around(None);
-        if let Some(bar) = self.bar {
-            bar.finish_and_clear();
+        // The line that lives shows a moving window.
+        if self.since.loss_steps > 50.0 * summary.score.loss_steps {
+            self.since = Score::default();
         }
     }
+
+    fn text(&self, score: &Score, validated: Option<&Validated>, ends: &str) -> String {
+        let mut text = format!("loss {:.4}", score.loss());
+        if self.recognition {
+            text += &format!("  top-1 {:.1} %", 100.0 * score.top1 / score.clips.max(1.0));
+        }
+        if let Some(validated) = validated {
+            text += &match (validated.top1, validated.mse) {
+                (Some(top1), _) => format!("  validation {:.1} %", 100.0 * top1),
+                (None, Some(mse)) => format!("  validation MSE {mse:.5}"),
+                (None, None) => format!("  validation {:.4}", validated.loss),
+            };
+        }
+        format!("{text}  {ends}  {:.0} frames/s", self.speed.per_second())
+    }
+}
+
+/// The next number of batches after `done` at which a checkpoint is written: a multiple of one of `every`, or the `total`.
+fn next_checkpoint(every: &[u64], done: u64, total: u64) -> Option<u64> {
+    let next = |&every: &u64| (done / every).saturating_add(1).saturating_mul(every).min(total);
+    every.iter().map(next).min()
 }
 
 #[cfg(test)]
@@ -146,5 +134,13 @@ mod tests {
         // A batch that takes longer than what the speed is over.
         speed.add(100, 50.0);
         assert!((2.0..20.0).contains(&speed.per_second()), "{}", speed.per_second());
+    }
+
+    #[test]
+    fn a_checkpoint_is_due_at_a_multiple_or_at_the_end() {
+        assert_eq!(next_checkpoint(&[], 3, 10), None);
+        assert_eq!([0, 3, 4, 8, 9].map(|done| next_checkpoint(&[4], done, 10).unwrap()), [4, 4, 8, 10, 10]);
+        assert_eq!(next_checkpoint(&[4, 3], 4, 10), Some(6));
+        assert_eq!(next_checkpoint(&[u64::MAX], 4, 10), Some(10));
     }
 }

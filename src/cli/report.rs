@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::output::{json, shown};
 use crate::report::{Beside, Run, event_file, page};
 use crate::study::folder::Study;
 use crate::study::publish::section;
@@ -27,6 +28,9 @@ pub struct ReportArgs {
     /// Write an event file for TensorBoard of each run into a folder of its name in DIR.
     #[arg(long, value_name = "DIR")]
     pub tensorboard: Option<PathBuf>,
+    /// Print what was written as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Writes page and event files.
@@ -48,14 +52,25 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     for run in &runs {
         run.problems.iter().for_each(|problem| log::warn!("{}: {problem}", run.name));
     }
+    let mut written = Vec::new();
     if let Some(dir) = &args.tensorboard {
-        event_files(&runs, &folders, dir)?.iter().for_each(|path| outln!("{}", path.display()));
+        if let Some(study) = args.runs.iter().find(|dir| !folders.contains(&dir.as_path())) {
+            let study = study.display();
+            return Err(Error::input(format!(
+                "--tensorboard: {study} is a scaling study, which has no curves: leave it out"
+            )));
+        }
+        written = event_files(&runs, &folders, dir)?;
     }
     let out = args.out.clone().or_else(|| args.tensorboard.is_none().then(|| PathBuf::from("report.html")));
     if let Some(out) = &out {
         write_whole(out, page(&runs, &studies, &beside)?.as_bytes())?;
-        outln!("{}", out.display());
     }
+    if args.json {
+        let (page, files) = (out.as_deref().map(shown), written.iter().map(|path| shown(path)).collect::<Vec<_>>());
+        return json(&serde_json::json!({ "page": page, "event_files": files }));
+    }
+    written.iter().chain(&out).for_each(|path| outln!("{}", path.display()));
     Ok(())
 }
 

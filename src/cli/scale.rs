@@ -9,8 +9,9 @@ use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
+use super::live::Live;
 use super::logging;
-use crate::cli::output::table;
+use crate::cli::output::{json, shown, table};
 use crate::config::Config;
 use crate::study::conduct::{Choice, Conducted, Conductor};
 use crate::study::folder::{State, Study};
@@ -81,6 +82,9 @@ pub struct ScaleArgs {
     /// With Slurm: the batch script.
     #[arg(long, value_name = "FILE", default_value = "slurm/scale.sbatch")]
     pub script: PathBuf,
+    /// Print the points, with what is predicted or was measured, as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Which points to run.
@@ -131,17 +135,17 @@ pub fn run(args: &ScaleArgs) -> Result<()> {
     let setting = Setting::find(args.here);
     let plan = args.config.as_ref().map(|path| planned(args, path)).transpose()?;
     if let (Some(plan), true) = (&plan, args.dry_run) {
-        return dry_run(plan, setting, args.separate);
+        return dry_run(plan, setting, args);
     }
     let study = match plan {
         Some(plan) => Study::create(&args.out, plan)?,
         None => Study::open(&args.out)?,
     };
     if args.dry_run {
-        return dry_run(&study.plan, setting, args.separate);
+        return dry_run(&study.plan, setting, args);
     }
     if args.gather {
-        return show(&study).map(|_| ());
+        return show(&study, args.json).map(|_| ());
     }
     match setting {
         Setting::Login => send(&study, args),
@@ -166,11 +170,30 @@ fn planned(args: &ScaleArgs, path: &Path) -> Result<Plan> {
 }
 
 /// What will run, what it will reach and what it will cost.
-fn dry_run(plan: &Plan, setting: Setting, separate: bool) -> Result<()> {
+fn dry_run(plan: &Plan, setting: Setting, args: &ScaleArgs) -> Result<()> {
     let (machine, repeat) = (setting.machine(plan), plan.request.repeat as f64);
     let all = plan.points.iter().map(|point| Ok((point, prepare(plan, point, machine)?.1)));
     let all = all.collect::<Result<Vec<(&Point, Forecast)>>>()?;
     let hours = |nodes: usize, forecast: &Forecast| repeat * forecast.seconds * nodes as f64 / 3600.0;
+    let largest = plan.largest();
+    let apart: f64 = all.iter().map(|(point, forecast)| hours(point.nodes, forecast)).sum();
+    let together: f64 = all.iter().map(|(_, forecast)| hours(largest, forecast)).sum();
+    let seconds: f64 = all.iter().map(|(_, forecast)| repeat * forecast.seconds).sum();
+    if args.json {
+        let point = |(p, f): &(&Point, Forecast)| {
+            serde_json::json!({
+                "point": p.name, "rule": p.variant.to_string(), "nodes": p.nodes, "ranks": p.ranks, "modules": p.modules,
+                "replicas": p.replicas, "batch": p.batch, "global_batch": p.global_batch(),
+                "tick_ms": 1e3 * f.tick, "frames_per_second": f.frames_per_second, "fill": f.fill,
+                "memory_bytes_rank": f.memory, "seconds_run": f.seconds, "node_hours": hours(p.nodes, f),
+            })
+        };
+        let points: Vec<serde_json::Value> = all.iter().map(point).collect();
+        return json(&serde_json::json!({
+            "predicted": true, "axis": plan.request.axis.to_string(), "repeat": plan.request.repeat, "points": points,
+            "seconds": seconds, "nodes": largest, "node_hours_in_one_job": together, "node_hours_separate": apart,
+        }));
+    }
     let header = "point\tnodes\tranks\tmodules\treplicas\tB\tglobal batch\ttick ms\tframes/s\tfill\tmemory/rank\tseconds/run\tnode-hours";
     let row = |(p, f): &(&Point, Forecast)| {
         format!(
@@ -191,10 +214,6 @@ fn dry_run(plan: &Plan, setting: Setting, separate: bool) -> Result<()> {
         )
     };
     table(1, header, all.iter().map(row));
-    let largest = plan.largest();
-    let apart: f64 = all.iter().map(|(point, forecast)| hours(point.nodes, forecast)).sum();
-    let together: f64 = all.iter().map(|(_, forecast)| hours(largest, forecast)).sum();
-    let seconds: f64 = all.iter().map(|(_, forecast)| repeat * forecast.seconds).sum();
     outln!(
         "{} points x {repeat} runs, predicted by layers' times on {} and 5 s for every start; without the links' latency and the \
          all-reduce. Memory: without the program itself.",
@@ -203,7 +222,7 @@ fn dry_run(plan: &Plan, setting: Setting, separate: bool) -> Result<()> {
     );
     match setting {
         Setting::Here => outln!("no Slurm: all would run on this one machine ({}), in some {seconds:.0} s", hostname()),
-        _ if separate => outln!("as jobs of their own: {apart:.2} node-hours"),
+        _ if args.separate => outln!("as jobs of their own: {apart:.2} node-hours"),
         _ => outln!(
             "in one job on {largest} nodes: {together:.2} node-hours, {seconds:.0} s ({apart:.2} node-hours with --separate)"
         ),
@@ -227,7 +246,7 @@ fn send(study: &Study, args: &ScaleArgs) -> Result<()> {
     }
     if points.is_empty() {
         log::info!("no point is left to run");
-        return show(study).map(|_| ());
+        return show(study, args.json).map(|_| ());
     }
     let arguments: Vec<String> = match (args.separate, args.only) {
         (true, _) => vec!["--separate".into()],
@@ -236,6 +255,7 @@ fn send(study: &Study, args: &ScaleArgs) -> Result<()> {
     };
     let threads = Config::parse(&study.plan.config, "plan", &[])?.run.threads;
     let commands = submit::commands(study, &args.script, threads, args.separate, &points, &args.sbatch, &arguments);
+    let mut jobs = Vec::new();
     for words in commands {
         let line = words.join(" ");
         let output = Command::new(&words[0]).args(&words[1..]).stdin(Stdio::null()).output();
@@ -244,8 +264,17 @@ fn send(study: &Study, args: &ScaleArgs) -> Result<()> {
             let why = String::from_utf8_lossy(&output.stderr);
             return Err(Error::input(format!("{line}: {}", why.trim())));
         }
-        outln!("job {}: {line}", String::from_utf8_lossy(&output.stdout).trim());
+        jobs.push((String::from_utf8_lossy(&output.stdout).trim().to_string(), line));
     }
+    if args.json {
+        let jobs: Vec<_> =
+            jobs.iter().map(|(job, command)| serde_json::json!({ "job": job, "command": command })).collect();
+        let all = study.plan.points.len();
+        return json(
+            &serde_json::json!({ "study": shown(study.dir()), "jobs": jobs, "points_to_run": points.len(), "points": all }),
+        );
+    }
+    jobs.iter().for_each(|(job, command)| outln!("job {job}: {command}"));
     let out = study.dir().display();
     outln!(
         "{} of {} points to run; `sideways scale --out {out} --gather` shows what there is",
@@ -279,10 +308,13 @@ fn conduct(study: &Study, args: &ScaleArgs, setting: Setting) -> Result<()> {
         (None, Some(Only::Failed)) => Choice::Failed,
         (None, None) => Choice::Unfinished,
     };
-    let conductor = Conductor { launcher, machine: setting.machine(&study.plan), stop: &stop };
+    let live = Live::counting(0, "runs");
+    let progress = |done, all| live.at(done, all);
+    let conductor = Conductor { launcher, machine: setting.machine(&study.plan), stop: &stop, progress: &progress };
     let made = conductor.conduct(study, choice)?;
+    drop(live);
     tell(&made);
-    let states = show(study)?;
+    let states = show(study, args.json)?;
     // A task of an array answers for its own point.
     let states = match choice {
         Choice::One(n) => states.get(n..=n).unwrap_or_default().to_vec(),
@@ -319,13 +351,18 @@ fn tell(made: &Conducted) {
 }
 
 /// Writes table, plots and page, and prints the table; the points' states.
-fn show(study: &Study) -> Result<Vec<State>> {
+fn show(study: &Study, as_json: bool) -> Result<Vec<State>> {
     let rows = publish(study)?;
+    let states = || study.plan.points.iter().map(|point| Ok(study.status(point)?.state)).collect();
+    if as_json {
+        json(&serde_json::json!({ "study": shown(study.dir()), "measured": place(&rows), "points": rows }))?;
+        return states();
+    }
     table(1, &COLUMNS.join("\t"), rows.iter().map(|row| cells(row).join("\t")));
     outln!("{}", place(&rows));
     for row in rows.iter().filter(|row| !row.reason.is_empty()) {
         outln!("{}: {}: {}", row.point, row.status, row.reason);
     }
     outln!("{0}/index.html, {0}/scaling.csv", study.dir().display());
-    study.plan.points.iter().map(|point| Ok(study.status(point)?.state)).collect()
+    states()
 }

@@ -3,15 +3,18 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use serde::Serialize;
 
+use super::output::json;
 use super::{logging, progress::Progress};
-use crate::Result;
 use crate::backend::cpu;
+use crate::checkpoint::best::Best;
 use crate::comm::World;
 use crate::config::{Config, Task};
 use crate::metrics::TimeAccount;
 use crate::setup::Setup;
-use crate::trainer::{Totals, Trainer, limits};
+use crate::trainer::{Totals, Trainer, Validated, limits};
+use crate::{Error, Result};
 
 /// Arguments of `sideways train`.
 #[derive(Args, Debug)]
@@ -33,6 +36,9 @@ pub struct TrainArgs {
     /// Stop after so many batches with a checkpoint (exit code 75); the same command goes on from there.
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
+    /// Print what the run came to, or what --dry-run or --print-config say, as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl TrainArgs {
@@ -49,11 +55,14 @@ impl TrainArgs {
 pub fn plan(args: &TrainArgs) -> Result<()> {
     let config = Config::load(&args.config, &args.set)?;
     config.validate()?;
+    if args.print_config && args.json {
+        return json(&config);
+    }
     if args.print_config {
         outln!("{}", config.to_toml()?.trim_end());
         return Ok(());
     }
-    super::dry_run::run(&config, args.ranks)
+    super::dry_run::run(&config, args.ranks, args.json)
 }
 
 /// Trains.
@@ -74,24 +83,78 @@ pub fn run(world: &World, args: &TrainArgs) -> Result<()> {
             let until = trainer.setup().config.train.until.filter(|_| range.first < range.total);
             let reached = until.map_or(String::new(), |until| format!(", and train.until = {until} is reached"));
             log::info!("nothing to do: {} of {} batches are done{reached}", range.first, range.total);
+            if args.json {
+                json(&Summary::of(&trainer, &Totals::default(), false))?;
+            }
         }
         return Ok(());
     }
     trainer.listen_to_signals()?;
-    let mut progress = chief.then(|| Progress::new(config.model.task == Task::Recognition));
-    let totals = trainer.run(&mut |summary| {
-        if let Some(progress) = &mut progress {
-            progress.show(summary);
-        }
-    });
-    if let Some(progress) = progress {
-        progress.finish();
-    }
+    let mut progress = Progress::of_training(&config, chief);
+    let totals = trainer.run(&mut |summary| progress.show(summary));
+    drop(progress);
     let totals = totals?;
     if chief && totals.batches > 0 {
         summarise(trainer.setup(), trainer.range().total, &totals);
     }
-    trainer.conclude(&totals)
+    let end = trainer.conclude(&totals);
+    let stopped = matches!(end, Err(Error::Stopped(_)));
+    if chief && args.json && (stopped || end.is_ok()) {
+        json(&Summary::of(&trainer, &totals, stopped))?;
+    }
+    end
+}
+
+/// What a run came to, as JSON.
+#[derive(Serialize)]
+struct Summary {
+    run_dir: PathBuf,
+    /// Batches done in all attempts, and of the whole run.
+    batches: u64,
+    total_batches: u64,
+    /// Those of this attempt, what it took, and its speed.
+    attempt_batches: u64,
+    attempt_seconds: f64,
+    frames_per_second: f64,
+    /// Of the last quarter of the attempt's batches: mean loss of a step; recognition: the share of clips whose label came first.
+    loss: Option<f32>,
+    top1: Option<f32>,
+    /// The attempt's last validation, as `metrics.jsonl` has it.
+    validation: Option<Validated>,
+    /// The checkpoint that scored best in validation.
+    best: Option<Best>,
+    /// Losses, cotangents and updates left out.
+    skipped: u64,
+    /// Times a damaged video was passed over.
+    videos_skipped: u64,
+    /// Whether a signal or `--stop-after` ended it, so that the same command goes on.
+    stopped: bool,
+    /// What limited the speed, in words.
+    limited_by: Option<String>,
+}
+
+impl Summary {
+    fn of(trainer: &Trainer, totals: &Totals, stopped: bool) -> Self {
+        let (setup, range, recent) = (trainer.setup(), trainer.range(), &totals.recent);
+        let worked = totals.batches > 0;
+        let recognition = setup.config.model.task == Task::Recognition;
+        Summary {
+            run_dir: setup.config.run.dir.clone(),
+            batches: range.first + totals.batches,
+            total_batches: range.total,
+            attempt_batches: totals.batches,
+            attempt_seconds: totals.seconds,
+            frames_per_second: if worked { totals.frames as f64 / totals.seconds.max(1e-9) } else { 0.0 },
+            loss: worked.then(|| recent.loss()),
+            top1: (worked && recognition).then(|| recent.top1 / recent.clips.max(1.0)),
+            validation: totals.validations.last().cloned(),
+            best: Best::read(&setup.checkpoints()),
+            skipped: totals.skipped,
+            videos_skipped: totals.videos_skipped,
+            stopped,
+            limited_by: worked.then(|| limits::describe(setup, totals)),
+        }
+    }
 }
 
 fn announce(world: &World, trainer: &Trainer) {

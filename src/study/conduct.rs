@@ -29,6 +29,8 @@ pub struct Conductor<'a> {
     pub machine: Machine,
     /// Raised when the study is to stop.
     pub stop: &'a AtomicBool,
+    /// What is called before each run with how many are done, and of how many.
+    pub progress: &'a dyn Fn(u64, u64),
 }
 
 /// What a call came to.
@@ -92,6 +94,7 @@ impl Conductor<'_> {
                 if study.has_run(point, k) || failed.contains(&point.name) {
                     continue;
                 }
+                (self.progress)(sum.runs as u64, all as u64);
                 let (seconds, end) = self.run(study, point, k, (sum.runs + 1, all))?;
                 sum.in_runs += seconds;
                 sum.runs += 1;

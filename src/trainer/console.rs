@@ -32,6 +32,8 @@ pub struct BatchSummary {
     pub seconds: f64,
     /// Frames per second, from these two.
     pub frames_per_second: f64,
+    /// The newest validation of this process's life.
+    pub validated: Option<Validated>,
     /// Every worker's report, by worker number.
     pub reports: Vec<Report>,
 }
@@ -226,6 +228,7 @@ impl<'a> Console<'a> {
             frames: self.frames_a_batch,
             seconds,
             frames_per_second: self.frames_a_batch as f64 / seconds,
+            validated: self.validations.last().cloned(),
             reports,
         };
         if let Some(recorder) = &mut self.recorder {

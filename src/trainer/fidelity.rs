@@ -120,17 +120,37 @@ pub struct Comparison {
     pub batches: u64,
 }
 
+/// What is called after each batch with how many are done, and of how many.
+pub type Progress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+
 /// Compares the gradients of `config`'s network, at the weights of `from` or else its initial ones, on its training clips: a row a
 /// stride, rule and module. In this process, on the CPU, in 32-bit floats.
 ///
 /// # Errors
 /// [`Error::Input`] for whatever in configuration or data cannot work.
-pub fn fidelity(config: &Config, from: Option<&Checkpoint>, comparison: &Comparison) -> Result<Vec<Fidelity>> {
+pub fn fidelity(
+    config: &Config,
+    from: Option<&Checkpoint>,
+    comparison: &Comparison,
+    progress: Progress,
+) -> Result<Vec<Fidelity>> {
     let mut base = config.clone();
     base.run.device = DeviceChoice::Cpu;
     (base.run.precision, base.run.exchange, base.run.wire) = (Precision::F32, Exchange::Auto, Wire::Auto);
     base.train.update_every = UpdateEvery::Named(NamedPeriod::Batch);
     (base.train.replicas, base.train.validate_every, base.train.until) = (1, 0, None);
+    let mut graphs: Vec<Config> = Vec::new();
+    for [_, by_bp] in comparison.rules.iter().map(|rule| rule.apply(&base)) {
+        if !graphs.contains(&by_bp) {
+            graphs.push(by_bp);
+        }
+    }
+    let passes = comparison.strides.len() * (comparison.rules.len() + graphs.len());
+    let (mut done, all) = (0, passes as u64 * comparison.batches);
+    let mut count = || {
+        done += 1;
+        progress(done, all);
+    };
     let mut rows = Vec::new();
     for &stride in &comparison.strides {
         base.data.stride = config.data.stride * stride;
@@ -141,12 +161,12 @@ pub fn fidelity(config: &Config, from: Option<&Checkpoint>, comparison: &Compari
             let place = match exact.iter().position(|(config, _)| *config == by_bp) {
                 Some(place) => place,
                 None => {
-                    let gradients = gradients(&by_bp, from, comparison.batches)?;
+                    let gradients = gradients(&by_bp, from, comparison.batches, &mut count)?;
                     exact.push((by_bp, gradients));
                     exact.len() - 1
                 }
             };
-            let own = gradients(&by_rule, from, comparison.batches)?;
+            let own = gradients(&by_rule, from, comparison.batches, &mut count)?;
             rows.extend(compare(rule, base.data.stride, &own, &exact[place].1)?);
         }
     }
@@ -157,7 +177,12 @@ pub fn fidelity(config: &Config, from: Option<&Checkpoint>, comparison: &Compari
 type Gradients = BTreeMap<(usize, u64), Vec<f32>>;
 
 /// Runs batches without updates.
-fn gradients(config: &Config, from: Option<&Checkpoint>, batches: u64) -> Result<Gradients> {
+fn gradients(
+    config: &Config,
+    from: Option<&Checkpoint>,
+    batches: u64,
+    count: &mut (impl FnMut() + Send),
+) -> Result<Gradients> {
     let setup = Setup::new(config, 1, Purpose::Train)?;
     let from =
         from.map(|checkpoint| Ok::<_, Error>((Checkpoint::open(checkpoint.path())?, Fit::Weights))).transpose()?;
@@ -167,7 +192,7 @@ fn gradients(config: &Config, from: Option<&Checkpoint>, batches: u64) -> Result
     let stage = |spec, w, site| stage_of(&setup, &range, spec, w, site);
     let frames = |r| frames_of(&setup, &range, r);
     let parts = Parts { stage: &stage, frames: &frames, gradients: Some(sender) };
-    let (world, requests, mut observer) = (World::Alone, Requests::default(), |_: &super::BatchSummary| ());
+    let (world, requests, mut observer) = (World::Alone, Requests::default(), |_: &super::BatchSummary| count());
     let mut console = Console::new(&setup, batches, None, &mut observer);
     pipeline::run(&setup, &world, &range, &parts, &requests, |reports| console.follow(reports, &range, &requests))?;
     drop(parts);

@@ -88,10 +88,10 @@ fn plans() {
     let plan = json(&[&["plan", config.as_str(), "--json"], &set[..]].concat());
     assert_eq!((&plan["gpu"]["precision"], &plan["busy"]), (&"bf16".into(), &1.into()));
     assert!(plan["gpu"]["name"].as_str().is_some_and(|name| !name.is_empty()));
-    let forward = numbers(&plan["modules"], "forward");
+    let forward = numbers(&plan["modules"], "forward_seconds");
     assert!(forward.len() == 3 && forward.iter().all(|&seconds| seconds > 0.0), "{forward:?}");
     let float = json(&["plan", &config, "--json"]);
-    let memory = |plan: &Value| numbers(&plan["modules"], "memory").iter().sum::<f64>();
+    let memory = |plan: &Value| numbers(&plan["modules"], "memory_bytes").iter().sum::<f64>();
     assert!(memory(&plan) < memory(&float), "bfloat16 takes as much memory as float32");
     // Where nothing says where to cut, the times do.
     let open = std::fs::read_to_string(&config).unwrap().replace("modules = 3\n", "");

@@ -110,6 +110,28 @@ fn succeeded(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// With `--json` and `--quiet` one object, and nothing else; on several ranks too.
+#[test]
+fn what_was_prepared_is_one_json_object() {
+    let clips = Clips::new(6);
+    std::fs::write(clips.file(1), "no video").unwrap();
+    for ranks in [0, 2] {
+        let out = clips.path(&format!("json-{ranks}"));
+        let more = ["--json", "--quiet"];
+        let output = if ranks == 0 { clips.run(&out, &more) } else { clips.ranks(ranks, &out, &more) };
+        let said: serde_json::Value = serde_json::from_str(&succeeded(&output)).unwrap();
+        let split = &said["splits"][0];
+        let counts = ["listed", "found", "missing", "skipped", "broken", "too_short", "written", "doubtful"];
+        assert_eq!(counts.map(|key| split[key].as_u64().unwrap()), [6, 6, 0, 0, 1, 0, 5, 0], "{said}");
+        assert_eq!((split["shards"].as_array().unwrap().len(), split["frames"].as_u64()), (2, Some(5 * 50)), "{said}");
+        assert!(
+            split["quarantine_list"].is_string() && split["missing_list"].is_null() && said["unused"] == 0,
+            "{said}"
+        );
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    }
+}
+
 fn refused(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(2), "{}", text(output));
     String::from_utf8_lossy(&output.stderr).into_owned()

@@ -8,7 +8,7 @@ fn rows(still: bool, sets: &[&str], rules: &[Compared]) -> Vec<Fidelity> {
     let dir = tempfile::tempdir().unwrap();
     shard(&dir.path().join("train.h5"), 6, 24, still);
     let comparison = Comparison { rules: rules.to_vec(), strides: vec![1], batches: 3 };
-    let rows = fidelity(&config(dir.path(), sets), None, &comparison).unwrap();
+    let rows = fidelity(&config(dir.path(), sets), None, &comparison, &mut |_, _| ()).unwrap();
     assert_eq!(rows.len(), 5 * rules.len());
     assert!(rows.iter().all(|row| row.batches == 3 && (still || row.norm_ratio.deviation > 0.0)));
     rows
@@ -62,7 +62,7 @@ fn weights_alone_count() {
         dir.path(),
         &["train.optimizer={ kind = 'adamw' }", "train.validate_every=3", "train.until={ top1 = 0.5 }", "data.test=[]"],
     );
-    let rows = fidelity(&other, Some(&unfinished), &comparison).unwrap();
-    assert_eq!(rows, fidelity(&start, None, &comparison).unwrap());
+    let rows = fidelity(&other, Some(&unfinished), &comparison, &mut |_, _| ()).unwrap();
+    assert_eq!(rows, fidelity(&start, None, &comparison, &mut |_, _| ()).unwrap());
     assert_eq!(rows.len(), 5);
 }

@@ -13,6 +13,7 @@ mod recipes;
 mod report;
 mod scale;
 mod tensorboard;
+mod terminal;
 mod trace;
 mod validation;
 mod warnings;

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::videos::Videos;
 use super::wrong_size;
-use crate::cli::output::{table, whole};
+use crate::cli::output::{json, table, whole};
 use crate::comm::World;
 use crate::data::augment::{Geometry, Scaling, View};
 use crate::data::{Augmentation, Dataset, Encoding, FrameStream, ShardReader, StreamOptions, jpeg};
@@ -51,7 +51,7 @@ pub struct DataArgs {
     /// Time for each figure.
     #[arg(long, default_value_t = 1.0)]
     pub seconds: f64,
-    /// Print one line of JSON.
+    /// Print the result as one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -127,8 +127,7 @@ pub fn run(args: &DataArgs, world: &World) -> Result<()> {
     let encoding = format!("{:?}", dataset.encoding).to_lowercase();
     let result = Figures { encoding, height: dataset.height, width: dataset.width, crop, stages };
     if args.json {
-        outln!("{}", serde_json::to_string(&result).map_err(|e| Error::Run(e.to_string()))?);
-        return Ok(());
+        return json(&result);
     }
     outln!(
         "{} videos, {} frames of {}x{} (HxW), {}, {} shard(s); crop {crop}; page cache warm",

@@ -56,6 +56,9 @@ pub struct LinkArgs {
     /// Where payloads are made and used: on a GPU they are staged in host memory, and set beside the copies alone.
     #[arg(long, value_enum, default_value_t)]
     pub device: On,
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `sideways bench overlap`.
@@ -94,6 +97,9 @@ pub struct OverlapArgs {
     /// Where modules wait, and their arrays are.
     #[arg(long, value_enum, default_value_t)]
     pub device: On,
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Where something is measured.

@@ -12,6 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{On, OverlapArgs, TIMEOUT, show_bytes, wrong_size};
 use crate::backend::cuda;
 use crate::backend::stage::{Clock, Stage, StageSpec, TimedStage};
+use crate::cli::output::json;
 use crate::comm::World;
 use crate::config::{Config, DeviceChoice, SkipConfig, Stash};
 use crate::data::Frames;
@@ -100,14 +101,54 @@ pub(super) fn run(args: &OverlapArgs, world: &World) -> Result<()> {
         .collect();
     all.sort_by_key(|alone| alone.worker);
     if world.rank() == 0 {
+        let simulated = simulated(&setup, &all, cluster.as_ref());
+        let measured = 1e3 * slowest(&accounts) / setup.schedule.frames() as f64;
+        if args.json {
+            return print_json(args, &setup, &accounts, &all, [measured, simulated]);
+        }
         print(args, &setup, &accounts, &all, cpu);
-        simulated(&setup, &accounts, &all, cluster.as_ref());
+        let with = cluster.as_ref().map_or("messages that take no time".into(), Cluster::to_string);
+        outln!(
+            "simulated: {simulated:.3} ms a frame; measured over simulated {:.4} (with these passes alone, and {with})",
+            measured / simulated
+        );
     }
     Ok(())
 }
 
-/// The tick by the simulator, with each worker's passes as they are alone, beside the measured one.
-fn simulated(setup: &Setup, accounts: &[TimeAccount], alone: &[Alone], cluster: Option<&Cluster>) {
+/// Seconds of the batch of the slowest worker.
+fn slowest(accounts: &[TimeAccount]) -> f64 {
+    accounts.iter().map(|time| f64::from(time.total())).fold(0.0, f64::max)
+}
+
+/// What each worker found, in milliseconds a tick.
+fn print_json(
+    args: &OverlapArgs,
+    setup: &Setup,
+    accounts: &[TimeAccount],
+    alone: &[Alone],
+    [measured, simulated]: [f64; 2],
+) -> Result<()> {
+    let ms = |seconds: f32| f64::from(seconds) / setup.schedule.frames() as f64 * 1e3;
+    let worker = |(time, alone): (&TimeAccount, &Alone)| {
+        let (tick, passes) = (ms(time.total()), 2e3 * f64::from(alone.pass));
+        serde_json::json!({
+            "tick_ms": tick, "passes_alone_ms": passes, "exposed_ms": (tick - passes).max(0.0),
+            "wait_activations_ms": ms(time.wait_activations), "wait_cotangents_ms": ms(time.wait_cotangents),
+            "send_ms": ms(time.send),
+        })
+    };
+    let workers: Vec<serde_json::Value> = accounts.iter().zip(alone).map(worker).collect();
+    json(&serde_json::json!({
+        "ranks": setup.grid.ranks, "host": hostname(), "rule": args.rule, "stash": args.stash,
+        "message_bytes": args.bytes, "frames": setup.schedule.frames(), "compute_ms": args.compute_ms,
+        "bubble": setup.schedule.bubble(), "workers": workers,
+        "tick_ms": measured, "simulated_tick_ms": simulated,
+    }))
+}
+
+/// Milliseconds of a tick by the simulator, with each worker's passes as they are alone.
+fn simulated(setup: &Setup, alone: &[Alone], cluster: Option<&Cluster>) -> f64 {
     let cost = |alone: &Alone| {
         let pass = f64::from(alone.pass);
         StepCost { forward: pass, backward: pass, backward_leaf: pass, update: 0.0 }
@@ -115,14 +156,7 @@ fn simulated(setup: &Setup, accounts: &[TimeAccount], alone: &[Alone], cluster: 
     let costs: Vec<StepCost> = alone.iter().map(cost).collect();
     // Who waits for a set time needs no processor of their own.
     let processors = Processors::of_ranks(setup.grid.ranks, setup.grid.workers());
-    let tick = 1e3 * simulate(setup, &costs, &processors, cluster).tick;
-    let slowest = accounts.iter().map(|time| f64::from(time.total())).fold(0.0, f64::max);
-    let measured = 1e3 * slowest / setup.schedule.frames() as f64;
-    let with = cluster.map_or("messages that take no time".into(), Cluster::to_string);
-    outln!(
-        "simulated: {tick:.3} ms a frame; measured over simulated {:.4} (with these passes alone, and {with})",
-        measured / tick
-    );
+    1e3 * simulate(setup, &costs, &processors, cluster).tick
 }
 
 /// One module of the chain after another, joined by messages of the size asked for.

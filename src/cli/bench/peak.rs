@@ -10,11 +10,14 @@ use pulp::{Arch, Simd, WithSimd};
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub(super) struct Peak {
     /// Floating-point operations a second of fused multiply-adds of 32-bit floats that stay in registers (each counts two).
+    #[serde(rename = "flops_per_second")]
     pub flops: f64,
     /// Bytes a second of a triad `a = b + s c` over arrays far larger than any cache (12 bytes an element, as STREAM counts:
     /// what a write reads first is not counted).
+    #[serde(rename = "memory_bytes_per_second")]
     pub memory: f64,
     /// The same where each thread's arrays, 768 KiB together, stay in its caches.
+    #[serde(rename = "cache_bytes_per_second")]
     pub cache: f64,
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::backend::cpu;
 use crate::cli::made_up::{Folder, made_up};
-use crate::cli::output::{table, whole};
+use crate::cli::output::{json, table, whole};
 use crate::comm::World;
 use crate::config::{Config, Exchange, Rule, Stash};
 use crate::metrics::{PHASES, TimeAccount};
@@ -44,7 +44,7 @@ pub struct TrainArgs {
     /// Predict nothing, so that no layer is measured for it.
     #[arg(long, conflicts_with = "fresh")]
     pub no_prediction: bool,
-    /// Print the result as one line of JSON.
+    /// Print the result as one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -173,10 +173,9 @@ pub(super) fn run(args: &TrainArgs, world: &World) -> Result<()> {
         None => outcome,
     };
     if args.json {
-        outln!("{}", serde_json::to_string(&outcome).map_err(|e| Error::Run(e.to_string()))?);
-    } else {
-        print(setup, &outcome);
+        return json(&outcome);
     }
+    print(setup, &outcome);
     Ok(())
 }
 

@@ -2,18 +2,18 @@
 
 pub mod prepare;
 
-use std::io::IsTerminal;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use prepare::PrepareArgs;
 
+use super::live::Live;
+use super::output::{json, shown};
 use crate::comm::World;
-use crate::data::inspect::{Inspection, contact_sheet, find, inspect};
+use crate::data::inspect::{Inspection, ShardSummary, Sheet, contact_sheet, find, inspect};
 use crate::data::synth::{Scene, SynthOptions, make};
 use crate::data::{Dataset, Encoding};
 use crate::{Error, Result};
@@ -90,6 +90,9 @@ pub struct StoreArgs {
     /// Replace the split's shards if there are any
     #[arg(long)]
     overwrite: bool,
+    /// Print what was made as one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 /// Options of `sideways data inspect`.
@@ -107,6 +110,9 @@ pub struct InspectArgs {
     /// Columns of the sheet
     #[arg(long, default_value_t = 8)]
     columns: usize,
+    /// Print what was found as one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 /// Runs one of the `data` commands.
@@ -143,10 +149,17 @@ fn synth(args: SynthArgs) -> Result<()> {
         per_shard: args.store.per_shard,
         overwrite: args.store.overwrite,
     };
-    let bar = bar(args.videos.saturating_add(args.test_videos) as u64, "videos");
-    let shards = make(&args.out, &options, &|n| bar.inc(n))?;
-    bar.finish_and_clear();
+    let live = Live::counting(args.videos.saturating_add(args.test_videos) as u64, "videos");
+    let shards = make(&args.out, &options, &|n| live.add(n))?;
+    drop(live);
     let dataset = Dataset::from_files(&shards)?;
+    if args.store.json {
+        return json(&serde_json::json!({
+            "out": shown(&args.out), "shards": shards.iter().map(|path| shown(path)).collect::<Vec<_>>(), "videos": dataset.videos.len(), "train_videos": args.videos,
+            "test_videos": args.test_videos, "frames": args.frames, "height": dataset.height, "width": dataset.width,
+            "encoding": dataset.encoding.name(), "classes": dataset.class_names, "seconds": start.elapsed().as_secs_f64(),
+        }));
+    }
     outln!(
         "{} videos ({} train, {} test) of {} frames, {}x{} {}, {} classes, in {} shards in {} ({:.1} s)",
         dataset.videos.len(),
@@ -167,14 +180,17 @@ fn synth(args: SynthArgs) -> Result<()> {
 fn inspect_shards(args: InspectArgs) -> Result<()> {
     let files = find(&args.shards)?;
     let total = files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
-    let bar = bar(total, "bytes");
-    let found = inspect(&files, &|n| bar.inc(n));
-    bar.finish_and_clear();
+    let live = Live::counting(total, "bytes");
+    let found = inspect(&files, &|n| live.add(n));
+    drop(live);
+    let drawn = args.sheet.as_ref().filter(|_| found.videos() > 0);
+    let sheet = drawn.map(|png| contact_sheet(&files, png, args.rows, args.columns)).transpose()?;
+    if args.json {
+        json(&as_json(&found, drawn.zip(sheet.as_ref())))?;
+        return verdict(&found);
+    }
     print_inspection(&found);
-    if let Some(png) = &args.sheet
-        && found.videos() > 0
-    {
-        let sheet = contact_sheet(&files, png, args.rows, args.columns)?;
+    if let Some((png, sheet)) = drawn.zip(sheet) {
         outln!("\n{}: {} frames a row, from the top:", png.display(), sheet.columns);
         for (id, class) in &sheet.rows {
             outln!("  {class}  {id}");
@@ -183,6 +199,13 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
     if let Some(first) = found.repeated.first() {
         outln!("\n{} ids occur more than once, the first is {first}", found.repeated.len());
     }
+    verdict(&found)?;
+    outln!("\nall sound");
+    Ok(())
+}
+
+/// What is wrong, if anything.
+fn verdict(found: &Inspection) -> Result<()> {
     let mut wrong = Vec::new();
     if let Some((id, [a, b])) = found.shared.first() {
         wrong.push(format!(
@@ -200,11 +223,28 @@ fn inspect_shards(args: InspectArgs) -> Result<()> {
     if !found.damage.is_empty() {
         wrong.push(format!("{} damaged:\n  {}", found.damage.len(), found.damage.join("\n  ")));
     }
-    if wrong.is_empty() {
-        outln!("\nall sound");
-        return Ok(());
-    }
-    Err(Error::input(wrong.join("\n")))
+    if wrong.is_empty() { Ok(()) } else { Err(Error::input(wrong.join("\n"))) }
+}
+
+fn as_json(found: &Inspection, sheet: Option<(&PathBuf, &Sheet)>) -> serde_json::Value {
+    let shard = |shard: &ShardSummary| {
+        serde_json::json!({
+            "path": shown(&shard.path), "split": shard.split, "encoding": shard.encoding.name(), "videos": shard.videos,
+            "frames": shard.frames, "bytes": shard.bytes,
+        })
+    };
+    let class = |(name, videos): (&String, &u64)| serde_json::json!({ "class": name, "videos": videos });
+    let (shortest, longest, all) = found.frames;
+    serde_json::json!({
+        "sound": verdict(found).is_ok(),
+        "shards": found.shards.iter().map(shard).collect::<Vec<_>>(),
+        "videos": found.videos(), "frames": all, "shortest_frames": shortest, "longest_frames": longest,
+        "height": found.size.0, "width": found.size.1,
+        "classes": found.class_names.iter().zip(&found.per_class).map(class).collect::<Vec<_>>(),
+        "repeated_ids": found.repeated, "ids_in_two_splits": found.shared, "missing_shards": found.missing.iter().map(|path| shown(path)).collect::<Vec<_>>(),
+        "damage": found.damage, "sheet": sheet.map(|(png, _)| shown(png)),
+        "sheet_rows": sheet.map(|(_, sheet)| &sheet.rows),
+    })
 }
 
 fn print_inspection(found: &Inspection) {
@@ -233,22 +273,6 @@ fn print_inspection(found: &Inspection) {
     let wide = found.class_names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
     for (k, (name, n)) in found.class_names.iter().zip(&found.per_class).enumerate() {
         outln!("  {k:>4}  {name:wide$}  {n:>8}  {:5.1} %", *n as f64 * 100.0 / videos as f64);
-    }
-}
-
-/// A progress bar where someone watches, nothing elsewhere. A length of 0 counts without an end.
-fn bar(length: u64, unit: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let (bar, text) = match (length, unit) {
-        (0, _) => (ProgressBar::new_spinner(), "{spinner} {pos} UNIT ({per_sec})"),
-        (n, "bytes") => (ProgressBar::new(n), "{bar:40} {bytes}/{total_bytes} ({bytes_per_sec}, {eta})"),
-        (n, _) => (ProgressBar::new(n), "{bar:40} {pos}/{len} UNIT ({per_sec}, {eta})"),
-    };
-    match ProgressStyle::with_template(&text.replace("UNIT", unit)) {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
     }
 }
 

@@ -1,15 +1,14 @@
 //! `sideways data prepare`: plans on rank 0, makes shards on all ranks, reports.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::StoreArgs;
-use crate::cli::logging;
+use crate::cli::live::{Live, lasting};
+use crate::cli::output::{json, shown};
 use crate::comm::World;
 use crate::comm::task_pool::{Tally, share};
 use crate::data::Encoding;
@@ -94,7 +93,7 @@ pub struct PrepareArgs {
 /// As [`Job::plan`], [`Job::make`] and [`Job::finish`].
 pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let start = Instant::now();
-    let out = args.out.clone();
+    let (out, as_json) = (args.out.clone(), args.store.json);
     let options = world.first_error(options(world, args))?;
     let (job, ledger) = plan(world, options)?;
     if world.rank() == 0 && ledger.finished() > 0 {
@@ -103,7 +102,7 @@ pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let mut progress = Progress::new(ledger.todo_videos as u64, world.rank() == 0);
     let work = |task, tell: &mut dyn FnMut(Tally) -> Result<()>| job.make(task, &mut |entry| tell(tally(entry)));
     let mine = share(world, &ledger.todo, &work, &mut |tally| progress.add(tally))?;
-    progress.finish();
+    drop(progress);
     let bytes = serde_json::to_vec(&mine).map_err(|e| Error::Run(format!("collecting what was made: {e}")))?;
     let all = world.gather(&bytes)?;
     if world.rank() > 0 {
@@ -114,6 +113,13 @@ pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let made = made.map_err(|e| Error::Run(format!("collecting what was made: {e}")));
     let reports = made.and_then(|made| job.finish(&ledger, made.into_iter().flatten().collect()));
     let reports = world.first_error(reports)?;
+    if as_json {
+        return json(&serde_json::json!({
+            "out": shown(&out), "splits": reports.iter().map(as_split).collect::<Vec<_>>(), "unused": ledger.unused.len(),
+            "unused_list": (!ledger.unused.is_empty()).then(|| shown(&unused_list(&out))),
+            "seconds": start.elapsed().as_secs_f64(), "ranks": world.size(),
+        }));
+    }
     reports.iter().for_each(print);
     print_unused(&ledger, &out);
     outln!(
@@ -197,58 +203,41 @@ fn tally(entry: &Entry) -> Tally {
     }
 }
 
-/// Plain lines come this often.
-const EVERY: Duration = Duration::from_secs(10);
-
-/// Videos done so far: a bar on a terminal, a line now and then elsewhere.
+/// Videos done so far.
 struct Progress {
     total: u64,
     sum: [u64; 4],
-    begun: Instant,
-    last: Instant,
-    bar: Option<ProgressBar>,
-    shown: bool,
+    live: Live,
 }
 
 impl Progress {
     fn new(total: u64, shown: bool) -> Self {
-        let bar = (shown && total > 0 && std::io::stderr().is_terminal()).then(|| {
-            let bar = ProgressBar::new(total);
-            // The template is constant; an unusable one would only lose the look.
-            if let Ok(style) = ProgressStyle::with_template("{bar:32} {pos}/{len} videos ({per_sec})  {msg}  ETA {eta}")
-            {
-                bar.set_style(style);
-            }
-            bar
-        });
-        logging::around(bar.clone());
-        let now = Instant::now();
-        Progress { total, sum: [0; 4], begun: now, last: now, bar, shown }
+        let template = "[{bar:24}] {pos}/{len} videos ({rate}/s)  {msg}  ETA {eta}";
+        Progress { total, sum: [0; 4], live: Live::new(total, template, shown && total > 0) }
     }
 
     fn add(&mut self, tally: Tally) {
         self.sum.iter_mut().zip(tally).for_each(|(sum, n)| *sum += u64::from(n));
-        let [done, _, broken, short] = self.sum;
-        let bad = format!("{broken} broken, {short} too short");
-        if let Some(bar) = &self.bar {
-            bar.set_message(bad);
-            bar.set_position(done);
-        } else if self.shown && (self.last.elapsed() >= EVERY || done == self.total) {
-            let seconds = self.begun.elapsed().as_secs_f64().max(1e-9);
-            let rate = done as f64 / seconds;
-            let left = Duration::from_secs_f64(((self.total - done.min(self.total)) as f64 / rate).min(1e9));
-            let left = indicatif::HumanDuration(left);
-            log::info!("{done}/{} videos ({rate:.1}/s), {bad}, ETA {left}", self.total);
-            self.last = Instant::now();
-        }
+        let ([done, _, broken, short], total) = (self.sum, self.total);
+        let rate = done as f64 / self.live.seconds();
+        let bad = || format!("{broken} broken, {short} too short");
+        let left = || lasting(total.saturating_sub(done) as f64 / rate);
+        let line = || format!("{done}/{total} videos ({rate:.1}/s), {}, ETA {}", bad(), left());
+        self.live.tell([done, total], bad, line);
     }
+}
 
-    fn finish(self) {
-        logging::around(None);
-        if let Some(bar) = self.bar {
-            bar.finish_and_clear();
-        }
-    }
+fn as_split(report: &Report) -> serde_json::Value {
+    let Report { split, listed, expected, found, missing, skipped, broken, short, written, doubtful, .. } = report;
+    let list = |list: &Option<PathBuf>| list.as_deref().map(shown);
+    serde_json::json!({
+        "split": split, "listed": listed, "expected": expected, "found": found, "missing": missing, "skipped": skipped,
+        "broken": broken, "too_short": short, "written": written, "doubtful": doubtful,
+        "frames": report.frames, "bytes": report.bytes,
+        "shards": report.shards.iter().map(|path| shown(path)).collect::<Vec<_>>(), "earlier_shards": report.earlier,
+        "quarantine_list": list(&report.quarantine), "missing_list": list(&report.missing_list),
+        "classes_without_videos": report.without,
+    })
 }
 
 fn print(report: &Report) {

@@ -5,6 +5,8 @@
 mod checks;
 mod place;
 
+use serde::Serialize;
+
 use crate::comm::World;
 use crate::setup::Setup;
 use crate::{Error, Result};
@@ -13,7 +15,8 @@ pub use checks::check;
 pub use place::{Place, places};
 
 /// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// As it should be.
     Fine,
@@ -24,7 +27,7 @@ pub enum Verdict {
 }
 
 /// One thing looked at.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Check {
     /// What.
     pub what: &'static str,

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::super::peak::Peak;
 use super::{LayersArgs, Row, layer_parts, module_rows, modules_or_blocks, print_modules, print_rows, rows};
 use crate::backend::{Peaks, cuda};
-use crate::cli::output::table;
+use crate::cli::output::{json, table};
 use crate::config::Precision;
 use crate::network::blocks::Blocks;
 use crate::plan::gpu::OnGpu;
@@ -36,11 +36,10 @@ pub(super) fn run(args: &LayersArgs, setup: &Setup, base: &Conditions) -> Result
     if args.ticks {
         let ticks = tick_rows(setup, base, on)?;
         if args.json {
-            outln!("{}", serde_json::json!({ "gpu": on, "batch": base.batch, "ticks": ticks }));
-        } else {
-            outln!("{}, cuDNN {}, {:?}, B = {}", on.name, on.cudnn, on.precision, base.batch);
-            print_ticks(&ticks);
+            return json(&serde_json::json!({ "gpu": on, "batch": base.batch, "ticks": ticks }));
         }
+        outln!("{}, cuDNN {}, {:?}, B = {}", on.name, on.cudnn, on.precision, base.batch);
+        print_ticks(&ticks);
         return Ok(());
     }
     let peaks = cuda::peaks(on.ordinal)?;
@@ -54,12 +53,10 @@ pub(super) fn run(args: &LayersArgs, setup: &Setup, base: &Conditions) -> Result
     let modules = module_rows(setup, base)?;
     let ticks = tick_rows(setup, base, on)?;
     if args.json {
-        let line = serde_json::json!({
+        return json(&serde_json::json!({
             "gpu": on, "batch": base.batch, "peaks": peaks,
             "launches": tables[0], "graphs": tables[1], "modules": modules, "ticks": ticks,
-        });
-        outln!("{line}");
-        return Ok(());
+        }));
     }
     print_peaks(&peaks, on, base.batch);
     for (table, how) in tables.iter().zip(["launched kernel by kernel", "as CUDA graphs"]) {

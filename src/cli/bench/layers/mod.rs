@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::peak::Peak;
 use crate::backend::cpu;
-use crate::cli::output::{table, whole};
+use crate::cli::output::{json, table, whole};
 use crate::config::{Config, Task};
 use crate::network::blocks::Blocks;
 use crate::nn::spec::{LayerSpec, Shape};
@@ -41,7 +41,7 @@ pub struct LayersArgs {
     /// On a GPU: whole modules' ticks alone.
     #[arg(long)]
     pub ticks: bool,
-    /// Print a line of JSON for each number of threads.
+    /// Print the result as one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -90,6 +90,7 @@ struct ModuleRow {
     /// Forward pass and vector–Jacobian product.
     seconds: f64,
     /// The same of its convolutions and linear layers alone.
+    #[serde(rename = "products_seconds")]
     products: f64,
 }
 
@@ -114,6 +115,7 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
     if here.gpu.is_some() {
         return gpu::run(args, &setup, &Conditions { messages: false, ..here });
     }
+    let mut figures = Vec::new();
     for &threads in &args.threads {
         let peak = Peak::measure(threads);
         let base = Conditions { threads, messages: false, ..here.clone() };
@@ -121,14 +123,15 @@ pub(super) fn run(args: &LayersArgs) -> Result<()> {
         let rows = rows(&base, parts, names)?;
         let modules = module_rows(&setup, &base)?;
         if args.json {
-            let line = serde_json::json!({
-                "cpu": base.cpu, "kernels": base.kernels, "threads": threads, "batch": base.batch,
-                "peak": peak, "layers": rows, "modules": modules,
-            });
-            outln!("{line}");
+            let of = serde_json::json!({ "threads": threads, "peak": peak, "layers": rows, "modules": modules });
+            figures.push(of);
         } else {
             print(&base, &peak, &rows, &modules);
         }
+    }
+    if args.json {
+        let (cpu, kernels, batch) = (here.cpu, here.kernels, here.batch);
+        return json(&serde_json::json!({ "cpu": cpu, "kernels": kernels, "batch": batch, "by_threads": figures }));
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use super::super::{LinkArgs, TIMEOUT, show_bytes, wrong_size};
-use super::{BATCH, LEAST, MOST};
+use super::{BATCH, LEAST, MOST, print_json};
 use crate::Result;
 use crate::comm::all_reduce::{AllReduce, Group};
 use crate::comm::{World, connect};
@@ -16,20 +16,21 @@ pub fn run(args: &LinkArgs, world: &World) -> Result<()> {
     if ranks < 2 {
         return Err(wrong_size("link --all-reduce", ranks, "use 2 or more"));
     }
-    let chief = world.rank() == 0;
-    if chief {
+    let prints = world.rank() == 0 && !args.json;
+    if prints {
         outln!("An all-reduce among {ranks} ranks, rank 0 on {}, best of {} batches.\n", hostname(), args.repeat);
         outln!("{:>9} | {:>10} {:>10} {:>7}", "values", "us", "MPI us", "ratio");
     }
-    let mut bytes = args.from;
+    let (mut bytes, mut rows) = (args.from, Vec::new());
     while bytes <= args.to {
         let (ours, raw) = measure(world, bytes, args.repeat.max(1))?;
-        if chief {
+        if prints {
             outln!("{:>9} | {:>10.1} {:>10.1} {:>7.3}", show_bytes(bytes), 1e6 * ours, 1e6 * raw, ours / raw);
         }
+        rows.push(serde_json::json!({ "payload_bytes": bytes, "all_reduce_seconds": ours, "mpi_seconds": raw }));
         bytes = bytes.saturating_mul(4);
     }
-    Ok(())
+    print_json(args, world, &rows)
 }
 
 /// Best seconds of an all-reduce of `bytes` on each rank, and of MPI's.

@@ -3,8 +3,10 @@
 
 use std::time::Instant;
 
+use serde::Serialize;
+
 use super::super::{LinkArgs, TIMEOUT, show_bytes};
-use super::{BATCH, LEAST, Times};
+use super::{BATCH, LEAST, Times, print_json};
 use crate::backend::cuda::Probe;
 use crate::comm::exchange::{Edge, Exchange, Gpus, connect_gpus};
 use crate::comm::{Endpoints, Kind, LinkSpec, Receiver, Sender, World};
@@ -14,12 +16,24 @@ use crate::{Error, Result};
 const MOST: usize = 20;
 
 /// A payload's times: staged, the copies at both ends of that alone, and the other ways where they work.
+#[derive(Serialize)]
 struct Found {
     staged: Times,
+    #[serde(rename = "to_host_seconds")]
     to_host: f64,
+    #[serde(rename = "to_device_seconds")]
     to_device: f64,
     peer: Option<Times>,
     by_mpi: Option<Times>,
+}
+
+/// The same as JSON, with a link's times from host to host.
+#[derive(Serialize)]
+struct Row {
+    payload_bytes: usize,
+    message: Times,
+    #[serde(flatten)]
+    found: Found,
 }
 
 /// Measures all sizes and prints on rank 0; `message` gives a link's times alone.
@@ -32,7 +46,8 @@ pub(super) fn run(
     ordinal: usize,
     message: impl Fn(usize) -> Result<Times>,
 ) -> Result<()> {
-    if world.rank() == 0 {
+    let prints = world.rank() == 0 && !args.json;
+    if prints {
         outln!(
             "Arrays on a GPU, one way in us. \"staged\": copied to host memory, sent, copied to the GPU; \"parts\": the three \
              one after the other. \"peer\": into the receiver's GPU memory. \"by MPI\": by an MPI library that takes GPU \
@@ -56,16 +71,17 @@ pub(super) fn run(
             "MiB/s"
         );
     }
-    let mut bytes = args.from;
+    let (mut bytes, mut rows) = (args.from, Vec::new());
     while bytes <= args.to {
         let found = measure(args, world, ordinal, bytes)?;
-        let alone = message(bytes)?;
-        if world.rank() == 0 {
-            print_row(bytes, &found, alone.one);
+        let message = message(bytes)?;
+        if prints {
+            print_row(bytes, &found, message.one);
         }
+        rows.push(Row { payload_bytes: bytes, message, found });
         bytes = bytes.saturating_mul(4);
     }
-    Ok(())
+    print_json(args, world, &rows)
 }
 
 fn print_row(bytes: usize, found: &Found, message: f64) {

@@ -7,7 +7,10 @@
 
 use std::time::Instant;
 
+use serde::Serialize;
+
 use super::{LinkArgs, TIMEOUT, gpu_of, show_bytes, wrong_size};
+use crate::cli::output::json;
 use crate::comm::{Baseline, Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
 use crate::sys::host::hostname;
 use crate::{Error, Result};
@@ -24,10 +27,30 @@ const LEAST: usize = 4;
 const LONGEST: f64 = 1.0;
 
 /// Seconds a message takes: one way at a time, and both ways at once.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Serialize)]
 struct Times {
+    #[serde(rename = "one_way_seconds")]
     one: f64,
+    #[serde(rename = "both_ways_seconds")]
     both: f64,
+}
+
+/// A payload's times, by the links and by plain MPI.
+#[derive(Serialize)]
+struct Row {
+    payload_bytes: usize,
+    link: Times,
+    /// Absent within a process.
+    mpi: Option<Times>,
+}
+
+/// Prints what was found about links, on rank 0, where that is asked for.
+fn print_json(args: &LinkArgs, world: &World, rows: &[impl Serialize]) -> Result<()> {
+    if world.rank() > 0 || !args.json {
+        return Ok(());
+    }
+    let ranks = world.size();
+    json(&serde_json::json!({ "ranks": ranks, "host": hostname(), "best_of_batches": args.repeat, "payloads": rows }))
 }
 
 impl Times {
@@ -50,14 +73,15 @@ pub(super) fn run(args: &LinkArgs, world: &World) -> Result<()> {
         return Err(wrong_size("link", world.size(), "use 2 ranks, or none for threads; more with --all-reduce"));
     }
     let ordinal = gpu_of(world, args.device)?;
-    if world.rank() == 0 {
+    let prints = world.rank() == 0 && !args.json;
+    if prints {
         let ends = if world.size() == 2 { "2 ranks" } else { "2 threads of one process" };
         outln!("A link between {ends} on {}, best of {} batches.", hostname(), args.repeat);
     }
     if let Some(ordinal) = ordinal {
         return gpu::run(args, world, ordinal, |bytes| Ok(measure(world, bytes, args.repeat.max(1))?.0));
     }
-    if world.rank() == 0 {
+    if prints {
         outln!(
             "Counted: payload bytes; each line of a payload is written before and read after, by links and raw MPI alike."
         );
@@ -76,15 +100,16 @@ pub(super) fn run(args: &LinkArgs, world: &World) -> Result<()> {
             "ratio"
         );
     }
-    let mut bytes = args.from;
+    let (mut bytes, mut rows) = (args.from, Vec::new());
     while bytes <= args.to {
-        let (ours, raw) = measure(world, bytes, args.repeat.max(1))?;
-        if world.rank() == 0 {
-            print_row(bytes, ours, raw);
+        let (link, mpi) = measure(world, bytes, args.repeat.max(1))?;
+        if prints {
+            print_row(bytes, link, mpi);
         }
+        rows.push(Row { payload_bytes: bytes, link, mpi });
         bytes = bytes.saturating_mul(4);
     }
-    Ok(())
+    print_json(args, world, &rows)
 }
 
 fn print_row(bytes: usize, ours: Times, raw: Option<Times>) {
