@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::cli::made_up::{Folder, made_up};
-use crate::cli::output::whole;
+use crate::cli::output::{json, shown, whole};
 use crate::comm::World;
 use crate::config::Batches;
 use crate::metrics::Recording;
@@ -37,6 +37,9 @@ pub struct TraceArgs {
     /// The trace, to be opened at ui.perfetto.dev or chrome://tracing.
     #[arg(long, value_name = "FILE", default_value = "trace.json")]
     pub out: PathBuf,
+    /// Print what was written as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl TraceArgs {
@@ -75,7 +78,7 @@ pub fn of_run(args: &TraceArgs) -> Result<()> {
     if args.batches.is_none() && all.len() > 1 {
         log::info!("the last of those recorded, {}: --batches chooses another", known());
     }
-    write(&Recorded::read(folder)?, *batches, &args.out)
+    write(&Recorded::read(folder)?, *batches, args)
 }
 
 /// Trains some batches on made-up frames and writes their trace.
@@ -94,7 +97,7 @@ pub fn of_configuration(args: &TraceArgs, world: &World) -> Result<()> {
     let trainer = Trainer::traced(world, setup, batches.end.saturating_add(depth), Some(to));
     trainer.run(&mut |_| ())?;
     match gathered(world, trainer.setup(), &folder.path)? {
-        Some(recorded) => write(&recorded, batches, &args.out),
+        Some(recorded) => write(&recorded, batches, args),
         None => Ok(()),
     }
 }
@@ -123,10 +126,22 @@ fn gathered(world: &World, setup: &Setup, run: &Path) -> Result<Option<Recorded>
     Ok(Recorded::of(parts, clocks))
 }
 
-fn write(recorded: &Recorded, batches: Batches, out: &Path) -> Result<()> {
+fn write(recorded: &Recorded, batches: Batches, args: &TraceArgs) -> Result<()> {
+    let out = &args.out;
     recorded.problems.iter().for_each(|problem| log::warn!("{problem}"));
     let (text, summary) = recorded.json()?;
     write_whole(out, &text)?;
+    if args.json {
+        return json(&serde_json::json!({
+            "trace": shown(out),
+            "batches": batches.to_string(),
+            "modules": recorded.parts.len(),
+            "slices": summary.slices,
+            "messages": summary.arrows,
+            "seconds": summary.length as f64 / 1e9,
+            "clock_uncertainty_seconds": summary.uncertainty as f64 / 1e9,
+        }));
+    }
     outln!(
         "{}: batches {batches} of {} modules, {:.1} ms; {} slices, {} messages; clocks within {:.1} µs",
         out.display(),

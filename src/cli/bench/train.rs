@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
+use crate::Result;
 use crate::backend::cpu;
 use crate::cli::made_up::{Folder, made_up};
 use crate::cli::output::{json, table, whole};
@@ -22,7 +23,6 @@ use crate::sys::cpus::{at_once, own_processors, parallelism, processor_name};
 use crate::sys::host::{hostname, nvidia_driver, program_hash};
 use crate::sys::memory::peak_memory;
 use crate::trainer::{BatchSummary, Trainer};
-use crate::{Error, Result};
 
 /// Options of `sideways bench train`.
 #[derive(Debug, Args)]
