@@ -207,7 +207,10 @@ impl Session {
 
     /// Checks what only MPI knows about a list of links.
     pub(super) fn check_tags(&self, links: &[super::LinkSpec]) -> Result<()> {
-        let largest = self.comm.largest_tag()?;
+        let largest = {
+            let _calls = self.core.lock();
+            self.comm.largest_tag()?
+        };
         match links.iter().find(|link| link.id > largest) {
             Some(link) => Err(Error::input(format!(
                 "link {} \"{}\": its number is above this MPI library's largest tag {largest}",
@@ -221,8 +224,11 @@ impl Session {
     /// freed: a run makes one or two.
     pub(super) fn open(self: &Arc<Self>, workers: usize) -> Result<Opening> {
         self.core.workers.store(workers, Ordering::Relaxed);
+        // The progress thread may be at work for links of before.
+        let mut table = self.core.lock();
         let comm = Comm::duplicate_world()?;
-        self.core.lock().comm = Some(comm);
+        table.comm = Some(comm);
+        drop(table);
         Ok(Opening { session: self.clone(), comm })
     }
 
