@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch bench-data gpu-bundle bench-gpu fuzz drills clean
+.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch bench-data gpu-bundle bench-gpu fuzz drills test-mpich clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -89,6 +89,14 @@ EMULATOR := $(CURDIR)/target/cuda-emulator
 test-cuda: deps ## modules on GPUs, on an emulator of CUDA's libraries (tests/cuda-emulator)
 	tests/cuda-emulator/build.sh $(EMULATOR)
 	LD_LIBRARY_PATH=$(EMULATOR):$$LD_LIBRARY_PATH $(CARGO) test $(PROFILE) --features cuda --test cuda --test cuda_emulator -- --test-threads=2
+
+# Debian's MPICH lies beside Open MPI; the build is one of its own.
+MPICH := MPICC=mpicc.mpich SIDEWAYS_MPIRUN=mpiexec.mpich CARGO_TARGET_DIR=target/mpich
+
+test-mpich: deps ## the tests on ranks with MPICH in place of Open MPI (a build of its own)
+	@.ci/install-packages mpich libmpich-dev
+	$(MPICH) $(CARGO) test $(PROFILE) --test transport -- --test-threads=2
+	$(MPICH) $(CARGO) test $(PROFILE) --test trainer -- --test-threads=2 ranks::
 
 # Whether a program of tests has such tests: cargo takes a name that none has for success.
 drill = $(CARGO) test $(PROFILE) --test $(1) -- --list $(2) | grep ': test$$'

@@ -6,6 +6,9 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+/// Names what starts ranks where that is not Open MPI's `mpirun` (`make test-mpich`).
+const LAUNCHER: &str = "SIDEWAYS_MPIRUN";
+
 /// Runs `program args` on `n` ranks, more than cores if need be, and returns what they wrote.
 ///
 /// A job that is still running after `timeout` is killed, ranks included, and its exit status is that of a
@@ -13,9 +16,12 @@ use std::time::{Duration, Instant};
 pub fn mpirun(n: usize, program: &Path, args: &[&str], env: &[(&str, &str)], timeout: Duration) -> Output {
     // Jobs that start at once would race to make Open MPI's one session folder of this user ("File exists").
     let session = tempfile::tempdir().expect("a temporary folder");
-    let mut command = Command::new("mpirun");
+    let launcher = std::env::var(LAUNCHER).unwrap_or_else(|_| "mpirun".into());
+    let mut command = Command::new(&launcher);
     command.env("OMPI_MCA_orte_tmpdir_base", session.path());
-    command.args(["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]);
+    if !launcher.contains("mpich") {
+        command.args(["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]);
+    }
     command.args(["-n", &n.to_string()]).arg(program).args(args);
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command.envs(env.iter().copied());
