@@ -9,10 +9,10 @@ use std::ops::Range;
 use crate::config::{Config, Task};
 use crate::method::graph::{Edge, Graph};
 use crate::network::blocks::Blocks;
-use crate::nn::learned::{self, Learned};
 use crate::nn::module::{Fuse, SkipInput, fused_shape, sent_shape};
 use crate::nn::presets::preset;
 use crate::nn::spec::LayerSpec;
+use crate::nn::tensors::{self, TensorSpec};
 use crate::{Error, Result};
 
 /// Parameters of a module, at most: its memory is still counted right.
@@ -173,24 +173,34 @@ impl Network {
         edges
     }
 
-    /// The learned parameters of module `i`, those of its skips' adapters first.
-    pub fn learned(&self, i: usize) -> Learned {
+    /// The tensors of module `i`, parameters and buffers, those of its skips' adapters first.
+    pub fn tensors(&self, i: usize) -> Vec<TensorSpec> {
         let module = &self.modules[i - 1];
-        let mut all = Learned::new();
+        let mut all = Vec::new();
         for skip in module.skips.iter().filter(|s| self.fuse == Fuse::Sum && s.shape[2] != module.main[2]) {
-            all.extend(learned::product(
-                &format!("skips.{}_{i}", skip.from),
-                [module.main[2], skip.shape[2], 1, 1],
-                true,
-            ));
+            let shape = [module.main[2], skip.shape[2], 1, 1];
+            all.extend(tensors::product(&format!("skips.{}_{i}", skip.from), &shape, true));
         }
+        all.extend(self.layers_with_inputs(i).into_iter().flat_map(|(n, layer, input)| layer.tensors(n, input)));
+        all
+    }
+
+    /// The learned parameters of module `i`: names and elements.
+    pub fn learned(&self, i: usize) -> Vec<(String, u64)> {
+        let named = |tensor: &TensorSpec| (tensor.name.clone(), tensor.elements());
+        self.tensors(i).iter().filter(|tensor| tensor.learned).map(named).collect()
+    }
+
+    /// Module `i`'s layers with their places in the whole network and their inputs' shapes.
+    pub fn layers_with_inputs(&self, i: usize) -> Vec<(usize, LayerSpec, [usize; 3])> {
+        let module = &self.modules[i - 1];
         let skips: Vec<[usize; 3]> = module.skips.iter().map(|s| s.shape).collect();
         let mut shape = fused_shape(module.main, &skips, self.fuse);
-        for (n, layer) in self.layers_of(i) {
-            all.extend(layer.learned(n, shape));
-            shape = layer.output_shape(shape).unwrap_or(shape);
-        }
-        all
+        let with_input = |(n, layer): (usize, LayerSpec)| {
+            let output = layer.output_shape(shape).unwrap_or(shape);
+            (n, layer, std::mem::replace(&mut shape, output))
+        };
+        self.layers_of(i).into_iter().map(with_input).collect()
     }
 
     /// Module `i`'s layers with their places in the whole network.

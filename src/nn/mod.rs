@@ -5,7 +5,6 @@
 pub mod cost;
 pub mod head;
 pub mod layers;
-pub mod learned;
 mod limits;
 pub mod loss;
 pub mod module;
@@ -14,3 +13,4 @@ pub mod param;
 pub mod presets;
 pub mod spec;
 pub mod tape_size;
+pub mod tensors;

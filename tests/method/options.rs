@@ -13,6 +13,8 @@ use sideways::comm::World;
 use sideways::data::{FrameStream, Mixup, Views};
 use sideways::nn::loss::{Mixed, cross_entropy, soft_cross_entropy};
 use sideways::nn::presets::{PRESETS, preset};
+use sideways::nn::spec::{LayerSpec, NormKind};
+use sideways::nn::tensors::TensorSpec;
 use sideways::setup::footprint::memory;
 use sideways::setup::{Purpose, Setup};
 use sideways::trainer::{Evaluator, Trainer};
@@ -173,13 +175,23 @@ fn cotangents_pass_through_what_is_frozen() {
     }
 }
 
-/// What `Network::learned` says before a tensor is made is what modules have.
+/// What `Network::tensors` says before a tensor is made is what modules have.
 #[test]
-fn learned_parameters_are_known_beforehand() {
+fn tensors_are_known_beforehand() {
     let dir = place(4);
-    let preset = |name: &str| format!("model.layers={}", toml::Value::try_from(preset(name, 4).unwrap()).unwrap());
-    for name in PRESETS.map(|(name, _)| name).into_iter().filter(|name| *name != "autoencoder") {
-        let layers = preset(name);
+    let preset = |name: &str| preset(name, 4).unwrap();
+    let batch_norms = |mut layers: Vec<LayerSpec>| {
+        for layer in &mut layers {
+            if let LayerSpec::Residual(block) = layer {
+                block.norm = NormKind::Batch;
+            }
+        }
+        layers
+    };
+    let names = PRESETS.map(|(name, _)| name).into_iter().filter(|name| *name != "autoencoder");
+    let networks = names.map(|name| (name, preset(name))).chain([("batch norms", batch_norms(preset("resnet18")))]);
+    for (name, layers) in networks {
+        let layers = format!("model.layers={}", toml::Value::try_from(layers).unwrap());
         for fuse in ["sum", "concat"] {
             let skip = format!("model.skip={{ spans = [2], fuse = '{fuse}' }}");
             let sets = [layers.as_str(), "model.modules=3", &skip];
@@ -188,11 +200,15 @@ fn learned_parameters_are_known_beforehand() {
                 let mut stage = CpuStage::new(setup.stage_spec(i)).unwrap();
                 let mut found = Vec::new();
                 let visited = stage.module().visit(&mut |p| {
-                    found.extend(p.trainable.then(|| (p.name.clone(), p.value.elem_count() as u64)));
+                    found.push(TensorSpec {
+                        name: p.name.clone(),
+                        shape: p.value.dims().to_vec(),
+                        learned: p.trainable,
+                    });
                     Ok(())
                 });
                 visited.unwrap();
-                assert_eq!(setup.network.learned(i), found, "{name}, module {i}");
+                assert_eq!(setup.network.tensors(i), found, "{name}, module {i}");
                 assert_eq!(setup.frozen.learned(i), setup.network.modules[i - 1].params, "{name}, module {i}");
             }
         }
