@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch bench-data gpu-bundle bench-gpu fuzz drills test-mpich clean
+.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch test-torch bench-data gpu-bundle bench-gpu fuzz drills test-mpich clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,16 @@ $(VENV)/ready:
 
 bench-pytorch: build $(VENV)/ready ## frames/s and memory beside PyTorch's back-propagation (some 15 minutes; docs/performance.md)
 	$(VENV)/bin/python benches/pytorch/compare.py $(BENCH_ARGS)
+
+VENV_TORCH := target/venv-torch
+$(VENV_TORCH)/ready:
+	python3 -m venv $(VENV_TORCH)
+	$(VENV_TORCH)/bin/pip install -q $(TORCH) torchvision
+	$(VENV_TORCH)/bin/pip install -q safetensors h5py numpy pillow
+	touch $@
+
+test-torch: build $(VENV_TORCH)/ready ## exported networks in PyTorch beside eval and predict, and torchvision's weights here (a minute; docs/torch.md)
+	$(VENV_TORCH)/bin/python tests/reference/torch_export.py $(TORCH_ARGS)
 
 VENV_DATA := target/venv-data
 $(VENV_DATA)/ready:

@@ -24,8 +24,8 @@
 //! 5. [`trainer`]: a run from its start to its end; [`cli`] is a thin layer on it.
 //!
 //! Below these: [`nn`] (layers, losses, optimisers), [`network`] (what is cut where), [`data`] (shards and clips), [`config`],
-//! [`setup`] (a run, planned), [`checkpoint`], [`metrics`], [`tensorboard`], [`plan`] (cuts by measured times, predictions),
-//! [`study`] (scaling studies), [`report`], [`sys`]. Words have one meaning each: see `docs/GLOSSARY.md`.
+//! [`setup`] (a run, planned), [`checkpoint`], [`torch`] (to and from PyTorch), [`metrics`], [`tensorboard`], [`plan`] (cuts by
+//! measured times, predictions), [`study`] (scaling studies), [`report`], [`sys`]. Words have one meaning each: see `docs/GLOSSARY.md`.
 //!
 //! # Training in a program of one's own
 //! Alone, this is the whole of it; under `mpirun` every rank does the same with [`comm::World::join`].
@@ -104,6 +104,7 @@ pub mod setup;
 pub mod study;
 pub mod sys;
 pub mod tensorboard;
+pub mod torch;
 pub mod trainer;
 
 pub use error::{Error, Result};

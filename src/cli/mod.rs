@@ -14,6 +14,7 @@ pub mod data;
 pub mod doctor;
 pub mod dry_run;
 pub mod eval;
+pub mod export;
 pub mod fidelity;
 mod live;
 pub mod logging;
@@ -66,6 +67,8 @@ pub enum Command {
     Doctor(doctor::DoctorArgs),
     /// Score a checkpoint on test shards.
     Eval(eval::EvalArgs),
+    /// Write a checkpoint's network for PyTorch: its weights, and a program that computes with them.
+    Export(export::ExportArgs),
     /// Compare each module's gradient with the exact one: cosine, ratio of norms, relative error.
     Fidelity(fidelity::FidelityArgs),
     /// Show what runs came to as one page: curves, modules, time, configuration.
@@ -100,6 +103,7 @@ pub fn run(cli: Cli) -> i32 {
             Err(error) => alone(doctor::without_ranks(&error, &args)),
         },
         Command::Eval(args) => with_world(|world| eval::run(world, &args)),
+        Command::Export(args) => alone(export::run(&args)),
         Command::Fidelity(args) => with_world(|world| fidelity::run(world, &args)),
         Command::Report(args) => alone(report::run(&args)),
         Command::Trace(args) if args.is_of_run() => alone(trace::of_run(&args)),

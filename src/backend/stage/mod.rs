@@ -11,9 +11,9 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
-pub use cpu::{CpuStage, Fit, with_values};
 #[cfg(feature = "cuda")]
-pub(in crate::backend) use cpu::{EMA, unfinished_steps};
+pub(in crate::backend) use cpu::unfinished_steps;
+pub use cpu::{CpuStage, EMA, Fit, with_values};
 pub use timed::TimedStage;
 
 use super::cuda;

@@ -4,9 +4,9 @@ mod saved;
 
 use candle_core::{DType, Device, Tensor};
 
-pub use saved::Fit;
 #[cfg(feature = "cuda")]
-pub(in crate::backend) use saved::{EMA, unfinished_steps};
+pub(in crate::backend) use saved::unfinished_steps;
+pub use saved::{EMA, Fit};
 
 use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::backend::cpu::activation;

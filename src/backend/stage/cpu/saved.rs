@@ -12,7 +12,7 @@ use crate::{Error, Result};
 const STEPS: &str = "progress.steps";
 
 /// How the names of moving averages begin.
-pub(in crate::backend) const EMA: &str = "ema.";
+pub const EMA: &str = "ema.";
 
 /// How strictly a checkpoint must fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub enum Fit {
     Weights,
     /// Initial weights: the last layer may have another size and starts anew.
     NewHead,
+    /// Initial weights: the parameters that are there, with their shapes; the others keep their initial values.
+    Partial,
 }
 
 impl CpuStage {
@@ -64,6 +66,7 @@ impl CpuStage {
             let average = if fit == Fit::Averaged { tensors.remove(&format!("{EMA}{}", p.name)) } else { None };
             match average.or(tensors.remove(&p.name)) {
                 Some(value) if value.shape() == p.value.shape() => p.value = value.to_dtype(p.value.dtype())?,
+                None if fit == Fit::Partial => {}
                 other if fit == Fit::NewHead && p.name.starts_with(last_layer) => {
                     let found = other.map_or("absent".into(), |t| format!("{:?}", t.dims()));
                     log::warn!("{from}: {} is {found}, {:?} here: the head starts anew", p.name, p.value.dims());

@@ -1,0 +1,9 @@
+//! PyTorch: networks written for it, and initial weights taken from what it saved.
+//!
+//! Both sides have safetensors in common, in which convolutions are `[O, I, kH, kW]` and linear maps `[O, I]`. An exported file keeps
+//! this program's names; of others' those of torchvision's ResNets are known.
+
+mod export;
+mod program;
+
+pub use export::export;
