@@ -140,9 +140,7 @@ fn configuration(setup: &Setup) -> Check {
 
 fn starts(range: &RunRange) -> String {
     match &range.from {
-        Some((checkpoint, _)) => {
-            format!("{}: {} of {} batches are done", checkpoint.path().display(), range.first, range.total)
-        }
+        Some(from) => format!("{}: {} of {} batches are done", from.path().display(), range.first, range.total),
         None => format!("nothing: a new run of {} batches", range.total),
     }
 }

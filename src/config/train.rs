@@ -60,7 +60,8 @@ pub struct TrainConfig {
     pub replicas: usize,
     /// Seed of initial values, order, augmentation and dropout.
     pub seed: u64,
-    /// A checkpoint to take initial weights from; a head of another size starts anew.
+    /// A checkpoint to take initial weights from, of which a head of another size starts anew; or a safetensors file, of which is
+    /// taken what fits (see [`crate::torch`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
 }

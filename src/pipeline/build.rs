@@ -8,10 +8,10 @@ use super::orders::{By, Decider, Files, Requests};
 use super::pixels::{PixelError, Predictions};
 use super::record::{Launch, Recorder};
 use super::role::{Role, Source, Truth};
-use super::run::RunRange;
+use super::run::{Origin, RunRange};
 use super::training::{Gradient, Saver, Training};
 use super::worker::{InEdge, NonFinite, OutEdge, Waits, Worker};
-use crate::backend::stage::{CpuStage, Stage, StageSpec};
+use crate::backend::stage::{CpuStage, Fit, Stage, StageSpec};
 use crate::backend::{GpuPlacement, Precision, cuda};
 use crate::checkpoint::writer::Writer;
 use crate::comm::Orders;
@@ -38,9 +38,13 @@ pub struct Parts<'a> {
 /// [`Error::Input`] if the checkpoint is of another network, or the GPU too small.
 pub fn stage_of(setup: &Setup, range: &RunRange, spec: StageSpec, w: usize, site: Site) -> Result<Box<dyn Stage>> {
     let mut stage = CpuStage::new(spec)?;
-    if let Some((checkpoint, fit)) = &range.from {
-        let tensors = checkpoint.load(stage.owns()?)?;
-        stage.load(tensors, *fit, &checkpoint.path().display().to_string(), &last_layer(setup))?;
+    if let Some(origin) = &range.from {
+        let owns = stage.owns()?;
+        let (tensors, fit) = match origin {
+            Origin::Checkpoint(checkpoint, fit) => (checkpoint.load(owns)?, *fit),
+            Origin::Import(import) => (import.load(owns)?, Fit::Partial),
+        };
+        stage.load(tensors, fit, &origin.path().display().to_string(), &last_layer(setup))?;
     }
     match site {
         Site::Cpu => Ok(Box::new(stage)),

@@ -21,5 +21,5 @@ pub mod worker;
 pub use build::{Parts, frames_of, stage_of};
 pub use links::Reports;
 pub use record::Traced;
-pub use run::{End, RunRange, run};
+pub use run::{End, Origin, RunRange, run};
 pub use training::Gradient;

@@ -1,6 +1,6 @@
 //! Starts this rank's workers, one thread each, and sees them through.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -18,7 +18,26 @@ use crate::setup::Setup;
 use crate::setup::neighbours::Neighbours;
 use crate::setup::site::{self, Site};
 use crate::sys::cpus::{at_once, own_processors};
+use crate::torch::Import;
 use crate::{Error, Result};
+
+/// Where parameters come from.
+pub enum Origin {
+    /// A checkpoint, and how strictly it must fit.
+    Checkpoint(Checkpoint, Fit),
+    /// Another program's weights: what it has of the network.
+    Import(Import),
+}
+
+impl Origin {
+    /// The folder, or the file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Origin::Checkpoint(checkpoint, _) => checkpoint.path(),
+            Origin::Import(import) => import.path(),
+        }
+    }
+}
 
 /// Which batches a run goes through, and from what parameters.
 pub struct RunRange {
@@ -29,7 +48,7 @@ pub struct RunRange {
     /// Batches in the whole run, for the learning rate.
     pub total: u64,
     /// Where parameters (and in training the optimiser's state) come from.
-    pub from: Option<(Checkpoint, Fit)>,
+    pub from: Option<Origin>,
     /// Training: whether the run folder gets metrics and checkpoints; without, nothing is written, and not validated.
     pub record: bool,
     /// Training: whether the validation after `first` batches is still to be made.

@@ -4,6 +4,9 @@
 //! this program's names; of others' those of torchvision's ResNets are known.
 
 mod export;
+mod import;
 mod program;
+mod torchvision;
 
 pub use export::export;
+pub use import::Import;

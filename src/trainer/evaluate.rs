@@ -8,7 +8,7 @@ use crate::comm::World;
 use crate::config::Config;
 use crate::data::Views;
 use crate::pipeline::orders::Requests;
-use crate::pipeline::{self, Parts, RunRange, frames_of, stage_of};
+use crate::pipeline::{self, Origin, Parts, RunRange, frames_of, stage_of};
 use crate::setup::{Purpose, Setup};
 
 /// An evaluation, or a prediction, planned.
@@ -45,14 +45,16 @@ impl<'w> Evaluator<'w> {
         let total = setup.total_batches()?;
         setup.dataset.as_ref().map_or(Ok(()), |dataset| setup.stream(0, 0, total).fits(dataset))?;
         let end = batches.map_or(total, |batches| total.min(batches));
-        let from = Some((checkpoint, Fit::Averaged));
+        let from = Some(Origin::Checkpoint(checkpoint, Fit::Averaged));
         let range = RunRange { first: 0, end, total, from, record: false, validates_first: false, trace: None };
         Ok(Evaluator { world, setup, range })
     }
 
     /// The same with the parameters themselves, whether there is a moving average of them or not.
     pub fn raw(mut self) -> Self {
-        self.range.from = self.range.from.map(|(checkpoint, _)| (checkpoint, Fit::Exact));
+        if let Some(Origin::Checkpoint(_, fit)) = &mut self.range.from {
+            *fit = Fit::Exact;
+        }
         self
     }
 

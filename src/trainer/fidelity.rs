@@ -14,7 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::World;
 use crate::config::{Config, DeviceChoice, Exchange, NamedPeriod, Precision, Rule, Stash, UpdateEvery, Wire};
 use crate::pipeline::orders::Requests;
-use crate::pipeline::{self, Gradient, Parts, RunRange, frames_of, stage_of};
+use crate::pipeline::{self, Gradient, Origin, Parts, RunRange, frames_of, stage_of};
 use crate::setup::{Purpose, Setup};
 use crate::{Error, Result};
 
@@ -184,8 +184,8 @@ fn gradients(
     count: &mut (impl FnMut() + Send),
 ) -> Result<Gradients> {
     let setup = Setup::new(config, 1, Purpose::Train)?;
-    let from =
-        from.map(|checkpoint| Ok::<_, Error>((Checkpoint::open(checkpoint.path())?, Fit::Weights))).transpose()?;
+    let from = from.map(|checkpoint| Checkpoint::open(checkpoint.path())).transpose()?;
+    let from = from.map(|checkpoint| Origin::Checkpoint(checkpoint, Fit::Weights));
     let range =
         RunRange { first: 0, end: batches, total: batches, from, record: false, validates_first: false, trace: None };
     let (sender, made) = mpsc::channel();

@@ -9,8 +9,9 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::comm::World;
 use crate::config::{Config, LrDepth};
 use crate::metrics::recording::FOLDER;
-use crate::pipeline::{RunRange, Traced};
+use crate::pipeline::{Origin, RunRange, Traced};
 use crate::setup::Setup;
+use crate::torch::Import;
 use crate::{Error, Result};
 
 /// Training resumes from the newest checkpoint in the run folder, else starts (from `train.init` if set).
@@ -21,10 +22,10 @@ use crate::{Error, Result};
 /// [`Error::Input`] if the run folder's checkpoints are of another network, or `train.init` cannot be read.
 pub fn range(setup: &Setup, world: &World, stop_after: Option<u64>) -> Result<RunRange> {
     let newest = world.first_error(newest_of_all(setup, world))?;
-    let range = world.first_error(from_newest(setup, newest, stop_after))?;
+    let chief = world.rank() == 0;
+    let range = world.first_error(from_newest(setup, newest, stop_after, chief))?;
     let due = setup.validation.as_ref().is_some_and(|validation| validation.is_due(range.first, range.total));
     // Rank 0's files decide.
-    let chief = world.rank() == 0;
     let lacks = chief && due && !validations(&setup.config.run.dir).contains(&range.first);
     let best = if chief { Best::read(&setup.checkpoints()) } else { None };
     let reached = best.filter(|best| best.batches <= range.first).zip(setup.config.train.until);
@@ -34,12 +35,19 @@ pub fn range(setup: &Setup, world: &World, stop_after: Option<u64>) -> Result<Ru
     Ok(RunRange { validates_first: decided[0] == 1 && decided[1] == 0, end, ..range })
 }
 
-fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64>) -> Result<RunRange> {
+fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64>, chief: bool) -> Result<RunRange> {
     let total = setup.total_batches()?;
     let (first, from) = match (newest, &setup.config.train.init) {
         (Some(newest), _) => {
             check_same_run(setup, &newest)?;
-            (newest.manifest().batches, Some((newest, Fit::Exact)))
+            (newest.manifest().batches, Some(Origin::Checkpoint(newest, Fit::Exact)))
+        }
+        (None, Some(init)) if init.is_file() => {
+            let import = Import::new(init, &setup.network)?;
+            if chief {
+                tell(&import);
+            }
+            (0, Some(Origin::Import(import)))
         }
         (None, Some(init)) => {
             let init = Checkpoint::open(init)?;
@@ -51,7 +59,7 @@ fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64
                     init.path().display()
                 );
             }
-            (0, Some((init, Fit::NewHead)))
+            (0, Some(Origin::Checkpoint(init, Fit::NewHead)))
         }
         (None, None) => (0, None),
     };
@@ -60,6 +68,17 @@ fn from_newest(setup: &Setup, newest: Option<Checkpoint>, stop_after: Option<u64
     let trace =
         Some(Traced { folder: run.dir.join(FOLDER), batches: run.trace.map(|batches| batches.first..batches.end) });
     Ok(RunRange { first, end: end.max(first), total, from, record: true, validates_first: false, trace })
+}
+
+/// Says what is taken of a file of weights, and what not.
+fn tell(import: &Import) {
+    for said in import.told() {
+        let path = import.path().display();
+        match import.is_whole() {
+            true => log::info!("train.init: {path}: {said}"),
+            false => log::warn!("train.init: {path}: {said}"),
+        }
+    }
 }
 
 /// The run folder's newest checkpoint that is whole, as rank 0 finds it.

@@ -17,6 +17,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("config", &["method", "nn", "backend", "comm", "data", "sys"]),
     ("network", &["config", "method", "nn"]),
     ("checkpoint", &["config", "sys"]),
+    ("torch", &["checkpoint", "network", "config", "method", "nn", "backend", "backend::cpu", "sys"]),
     ("setup", &["config", "network", "method", "nn", "backend", "comm", "data", "metrics", "sys"]),
     (
         "pipeline",
@@ -33,6 +34,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "backend::cpu",
             "comm",
             "sys",
+            "torch",
         ],
     ),
     ("plan", &["setup", "network", "checkpoint", "config", "method", "nn", "backend", "backend::cpu", "comm", "sys"]),
@@ -53,6 +55,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "backend",
             "comm",
             "sys",
+            "torch",
         ],
     ),
     (
@@ -75,6 +78,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "backend::cpu",
             "comm",
             "sys",
+            "torch",
         ],
     ),
 ];

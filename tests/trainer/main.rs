@@ -14,6 +14,7 @@ mod report;
 mod scale;
 mod tensorboard;
 mod terminal;
+mod torch;
 mod trace;
 mod validation;
 mod warnings;
