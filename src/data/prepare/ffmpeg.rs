@@ -4,10 +4,12 @@
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, fcntl};
 
 use super::messages::Messages;
 use crate::{Error, Result};
@@ -138,6 +140,7 @@ impl Ffmpeg {
         let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
             return Err(String::from("ffmpeg has no pipes").into());
         };
+        widen(&stdout);
         let child = Arc::new(Mutex::new(child));
         // Dropping `done` is what tells the watchdog that all is over.
         let (done, over) = channel::<()>();
@@ -204,6 +207,14 @@ fn command(path: &Path, target: &Target, stream: Option<usize>) -> Command {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
+}
+
+/// As much as any user may have in a pipe.
+const PIPE: i32 = 1 << 20;
+
+/// Gives a pipe room for several frames, where the system allows it: else decoder and reader wait for one another within each.
+fn widen(pipe: &ChildStdout) {
+    let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
 }
 
 /// Reads whole frames to the end; true if bytes of an unfinished one were left.
