@@ -167,6 +167,65 @@ fn kinetics_lists_that_make_no_sense_are_refused_with_the_line() {
     );
 }
 
+/// The lists as they are handed around: two sizes of the dataset in one folder under their own names, the smaller with a column more,
+/// and beside them the challenge's lists, which have no labels.
+#[test]
+fn kinetics_lists_of_two_sizes_lie_in_one_folder() {
+    let columns = "label,youtube_id,time_start,time_end,split";
+    let small = format!("{columns},is_cc\nabseiling,0123456789a,417,427,val,0\nriding mule,-_123456789,3,13,val,1\n");
+    let large = format!("{columns}\nabseiling,0123456789b,38,48,val\nmassaging person's head,0123456789c,0,10,val\n");
+    let disk = Disk::new(&[
+        ("lists/kinetics-400_val.csv", &small),
+        ("lists/kinetics-600_val.csv", &large),
+        ("lists/kinetics-400_test.csv", "youtube_id,time_start,time_end,split\n0123456789d,17,27,test\n"),
+        ("lists/kinetics-600_test.csv", "youtube_id,time_start,time_end,split\n0123456789d,17,27,test\n"),
+        ("videos/val/abseiling/0123456789a_000417_000427.mp4", ""),
+        ("videos/val/-_123456789_000003_000013.mp4", ""),
+        ("videos/val/massaging_persons_head/0123456789c_000000_000010.mkv", ""),
+    ]);
+    let list = |name: &str, split: &str| {
+        let mut kinetics = shipped(name);
+        kinetics.expect_classes = None;
+        disk.list(&kinetics, split)
+    };
+    let small = list("kinetics400", "val").unwrap();
+    let of_small = [
+        ("-_123456789_000003_000013", "riding mule", Some("val/-_123456789_000003_000013.mp4")),
+        ("0123456789a_000417_000427", "abseiling", Some("val/abseiling/0123456789a_000417_000427.mp4")),
+    ];
+    assert_eq!(rows(&small), of_small);
+    let large = list("kinetics600", "val").unwrap();
+    let there = "val/massaging_persons_head/0123456789c_000000_000010.mkv";
+    let of_large = [
+        ("0123456789b_000038_000048", "abseiling", None),
+        ("0123456789c_000000_000010", "massaging person's head", Some(there)),
+    ];
+    assert_eq!(rows(&large), of_large);
+    for name in ["kinetics400", "kinetics600"] {
+        let error = list(name, "test").unwrap_err();
+        assert!(error.contains("_test.csv: no column \"label\"") && error.contains("a list without labels"), "{error}");
+    }
+}
+
+/// Of a hundred thousand clips most may be gone: they are looked up in what was listed once.
+#[test]
+fn a_long_list_of_which_little_is_there_is_read_at_once() {
+    let (mut csv, disk) = (String::from(HEADER), Disk::new(&[("videos/a/0123456789a_000000_000010.mp4", "")]));
+    for n in 0..100_000 {
+        csv += &format!("class {},{n:011},{},{},train\n", n % 600, n % 500, n % 500 + 10);
+        if n % 100 == 0 {
+            let name = format!("{n:011}_{:06}_{:06}.mp4", n % 500, n % 500 + 10);
+            std::fs::write(disk.path("videos/a").join(name), "").unwrap();
+        }
+    }
+    let begun = std::time::Instant::now();
+    let listing = disk.kinetics(csv).unwrap();
+    let taken = begun.elapsed().as_secs_f64();
+    let (found, missing): (Vec<_>, Vec<_>) = listing.splits[0].1.iter().partition(|source| source.path.is_some());
+    assert_eq!((found.len(), missing.len(), listing.unused.len()), (1_000, 99_000, 1));
+    assert!(taken < 10.0, "{taken:.1} s");
+}
+
 #[test]
 fn one_annotation_file_is_for_one_split() {
     let disk = Disk::new(&[("videos/0123456789a_000000_000010.mp4", ""), ("mine.csv", "")]);

@@ -51,6 +51,9 @@ pub struct PlannedVideo {
     pub file: FileState,
 }
 
+/// A split's videos in order. Most may be missing: those take little room.
+type Slots = Vec<Option<Box<PlannedVideo>>>;
+
 /// What is stored of a split's plan, and has to be the same when a run goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Stored {
@@ -86,8 +89,10 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
     let names: Vec<&str> = listing.splits.iter().map(|(name, _)| name.as_str()).collect();
     let others = others(options, &names, videos.as_deref())?;
     for (split, mut sources) in listing.splits {
-        sources.sort_by_cached_key(|source| (place_of(options.seed, &split, &source.id), source.id.clone()));
-        let (slots, mut account) = videos_of(options, &split, &sources, &skip)?;
+        // Of two in one place the first by id.
+        sources.sort_by(|a, b| a.id.cmp(&b.id));
+        sources.sort_by_cached_key(|source| place_of(options.seed, &split, &source.id));
+        let (slots, mut account) = videos_of(options, &split, sources, &skip)?;
         let state = State::new(&options.out, &split);
         ledger.locks.push(state.lock()?);
         let settings = settings(options, &plan.class_names);
@@ -104,7 +109,7 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
         account.first_task = plan.shards.len();
         for number in 0..shards {
             let slice = number * slots.len() / shards..(number + 1) * slots.len() / shards;
-            let videos = slots[slice].iter().flatten().cloned().collect();
+            let videos = slots[slice].iter().flatten().map(|video| PlannedVideo::clone(video)).collect();
             plan.shards.push(ShardPlan { split: split.clone(), number, videos });
         }
         ready.push((state, Stored { settings, shards, videos: videos.clone() }));
@@ -160,15 +165,16 @@ fn set_apart(listing: &mut Listing, options: &PrepareOptions) {
 fn videos_of(
     options: &PrepareOptions,
     split: &str,
-    sources: &[Source],
+    sources: Vec<Source>,
     skip: &HashSet<String>,
-) -> Result<(Vec<Option<PlannedVideo>>, SplitLedger)> {
+) -> Result<(Slots, SplitLedger)> {
     let expected = options.description.splits.get(split).and_then(|s| s.expect);
-    let mut account = SplitLedger { name: split.into(), listed: sources.len(), expected, ..SplitLedger::default() };
-    let mut slots = Vec::with_capacity(sources.len());
+    let listed = sources.len();
+    let mut account = SplitLedger { name: split.into(), listed, expected, ..SplitLedger::default() };
+    let mut slots = Slots::with_capacity(listed);
     for source in sources {
         let Some(path) = &source.path else {
-            account.missing.push(source.id.clone());
+            account.missing.push(source.id);
             slots.push(None);
             continue;
         };
@@ -178,12 +184,11 @@ fn videos_of(
             continue;
         }
         let file = FileState::of(&options.videos, path);
-        slots.push(Some(PlannedVideo { id: source.id.clone(), label: source.label, file }));
+        slots.push(Some(Box::new(PlannedVideo { id: source.id, label: source.label, file })));
     }
     if slots.iter().flatten().next().is_none() {
         return Err(Error::input(format!(
-            "{split}: none of the {} videos can be used: {} are missing below {}, {} are to be skipped",
-            sources.len(),
+            "{split}: none of the {listed} videos can be used: {} are missing below {}, {} are to be skipped",
             account.missing.len(),
             options.videos.display(),
             account.skipped
@@ -290,7 +295,7 @@ fn others(options: &PrepareOptions, mine: &[&str], videos: Option<&Path>) -> Res
 fn refuse_shared(
     options: &PrepareOptions,
     split: &str,
-    slots: &[Option<PlannedVideo>],
+    slots: &[Option<Box<PlannedVideo>>],
     others: &[(String, HashSet<String>)],
 ) -> Result<()> {
     let mine: Vec<&str> = slots.iter().flatten().map(|video| video.file.path.as_str()).collect();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Place, Row, Rows, nothing_in};
+use super::{At, Place, Row, Rows, nothing_in};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{Kind, Unused, entries, existing, folder, videos};
 use crate::{Error, Result};
@@ -20,15 +20,15 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         let below = file.path[part.len()..].trim_start_matches('/');
         match below.split('/').collect::<Vec<_>>()[..] {
             [class, name] => {
-                let at = place.videos.join(part).join(class).display().to_string();
+                let at = At::Place(place.videos.join(part).join(class).display().to_string());
                 let id = format!("{class}/{name}");
-                rows.push(Row { id, class: class.to_string(), path: Some(file.path.clone()), at });
+                rows.push(Row { id, class: class.into(), path: Some(file.path.clone()), at });
             }
             [_] => others.push(Unused { path: file.path, why: "beside the class folders, in none" }),
             _ => others.push(Unused { path: file.path, why: "in a folder below its class's" }),
         }
     }
-    let classes: BTreeSet<String> = rows.iter().map(|row| row.class.clone()).collect();
+    let classes: BTreeSet<String> = rows.iter().map(|row| row.class.to_string()).collect();
     let mut folders = 0;
     for part in &parts {
         for entry in entries(&folder(place.videos, part))?.into_iter().filter(|entry| entry.kind == Kind::Folder) {

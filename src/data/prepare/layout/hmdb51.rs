@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::named::Named;
-use super::{Place, Row, Rows, found_videos};
+use super::{At, Place, Row, Rows, found_videos};
 use crate::data::prepare::description::SplitDescription;
 use crate::data::prepare::files::{entries, text};
 use crate::{Error, Result};
@@ -54,7 +54,7 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
             }
             let id = format!("{class}/{name}");
             let path = named.find(class, name).map_err(|e| e.within(&at))?;
-            let row = Row { id: id.clone(), class: class.clone(), path, at: at.clone() };
+            let row = Row { id: id.clone(), class: class.as_str().into(), path, at: At::Place(at.clone()) };
             if rows.insert(id, row).is_some() {
                 return Err(bad(format!("{name} is listed twice")));
             }

@@ -8,16 +8,17 @@
 //!
 //! A video of YouTube may be used twice, so a clip's key is id and times, never the id.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 
 use super::shared::means;
-use super::{Place, Row, Rows, found_videos, spelling};
+use super::{At, Place, Row, Rows, found_videos, spelling};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{VideoFile, annotation, text};
 use crate::{Error, Result};
@@ -26,24 +27,40 @@ use crate::{Error, Result};
 const ID: usize = 11;
 
 /// A clip's key: YouTube id, start and end in seconds.
-type Key = (String, u64, u64);
+type Key = ([u8; ID], u32, u32);
 
-/// One line of an annotation file.
+/// One line of an annotation file, of which there are up to a million: small.
 struct Annotation {
     key: Key,
-    label: String,
-    subset: Option<String>,
-    /// `line 17`, or the key of a JSON entry.
-    at: String,
+    label: Arc<str>,
+    subset: Option<Arc<str>>,
+    /// Its line, counted from 1; `None` for a JSON entry.
+    line: Option<u64>,
+}
+
+/// Texts that come again and again, each kept once.
+#[derive(Default)]
+struct Texts(HashSet<Arc<str>>);
+
+impl Texts {
+    fn keep(&mut self, text: &str) -> Arc<str> {
+        self.0.get(text).cloned().unwrap_or_else(|| {
+            let kept: Arc<str> = text.into();
+            self.0.insert(kept.clone());
+            kept
+        })
+    }
 }
 
 pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), place: &Place) -> Result<Rows> {
     let (name, split) = split;
     let file = annotation(place.annotations, &split.annotations)?;
-    let content = text(&file)?;
-    let all = match content.trim_start().starts_with('{') {
-        true => json_rows(&file, &content)?,
-        false => csv_rows(&file, &content, description.columns.as_deref())?,
+    let all = {
+        let content = text(&file)?;
+        match content.trim_start().starts_with('{') {
+            true => json_rows(&file, &content)?,
+            false => csv_rows(&file, &content, description.columns.as_deref())?,
+        }
     };
     let all = of_subset(&file, all, name, split.subset.as_deref())?;
     let found = found_videos(split, place)?;
@@ -53,22 +70,26 @@ pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), 
             clips.entry(key).or_default().push(video);
         }
     }
-    let mut seen: HashMap<Key, (String, String)> = HashMap::new();
-    let mut rows = Vec::with_capacity(all.len());
+    // By key, the place among the rows.
+    let mut seen: HashMap<Key, usize> = HashMap::with_capacity(all.len());
+    let mut rows: Vec<Row> = Vec::with_capacity(all.len());
     let mut repeated = 0u64;
-    for Annotation { key, label, at, .. } in all {
-        let at = format!("{}: {at}", file.display());
-        match seen.entry(key.clone()) {
-            Entry::Occupied(first) if first.get().0 == label => {
+    let name: Arc<str> = file.display().to_string().into();
+    for Annotation { key, label, line, .. } in all {
+        let at = match line {
+            Some(line) => At::Line(name.clone(), line),
+            None => At::Place(format!("{name}: entry {:?}", youtube_id(&key))),
+        };
+        match seen.entry(key) {
+            Entry::Occupied(first) if rows[*first.get()].class == label => {
                 repeated += 1;
                 continue;
             }
             Entry::Occupied(first) => {
-                let (other, before) = first.get();
-                let id = id_of(&key);
+                let Row { id, class: other, at: before, .. } = &rows[*first.get()];
                 return Err(Error::input(format!("{at}: {id} is {label:?} here and {other:?} at {before}")));
             }
-            Entry::Vacant(place) => drop(place.insert((label.clone(), at.clone()))),
+            Entry::Vacant(place) => drop(place.insert(rows.len())),
         }
         // Of several copies the one in its class's folder, else the first by name.
         let copies = clips.get(&key).map_or(&[][..], Vec::as_slice);
@@ -96,9 +117,8 @@ pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), 
 /// The entries of one subset: of the one that is asked for, else of the one that is called as the split is where a list is of several.
 fn of_subset(file: &Path, all: Vec<Annotation>, name: &str, subset: Option<&str>) -> Result<Vec<Annotation>> {
     let total = all.len();
-    let mut values: Vec<&str> = all.iter().filter_map(|a| a.subset.as_deref()).collect();
-    values.sort_unstable();
-    values.dedup();
+    let values: BTreeSet<&str> = all.iter().filter_map(|a| a.subset.as_deref()).collect();
+    let values: Vec<&str> = values.into_iter().collect();
     let wanted: Vec<String> = match (subset, &values[..]) {
         (Some(subset), _) => vec![subset.to_string()],
         // A list of one split, whatever that is called there.
@@ -108,7 +128,7 @@ fn of_subset(file: &Path, all: Vec<Annotation>, name: &str, subset: Option<&str>
     };
     let values = format!("{values:?}");
     let kept: Vec<Annotation> =
-        all.into_iter().filter(|a| a.subset.as_ref().is_some_and(|s| wanted.contains(s))).collect();
+        all.into_iter().filter(|a| a.subset.as_deref().is_some_and(|s| wanted.iter().any(|w| w == s))).collect();
     if kept.is_empty() {
         let wanted = subset.unwrap_or(name);
         return Err(Error::input(format!(
@@ -130,33 +150,42 @@ fn is_of_another(value: &str, name: &str) -> bool {
 }
 
 /// How a clip is called: `ID_SSSSSS_EEEEEE`.
-fn id_of((id, start, end): &Key) -> String {
-    format!("{id}_{start:06}_{end:06}")
+fn id_of(key: &Key) -> String {
+    let (_, start, end) = key;
+    format!("{}_{start:06}_{end:06}", youtube_id(key))
+}
+
+fn youtube_id((id, ..): &Key) -> &str {
+    // A key's id is ASCII.
+    std::str::from_utf8(id).unwrap_or_default()
 }
 
 /// Reads a file's name from the right: the id may hold `_` itself.
 fn key_of(stem: &str) -> Option<Key> {
     let mut parts = stem.rsplitn(3, '_');
-    let seconds = |part: &str| part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse::<u64>().ok()).flatten();
+    let seconds = |part: &str| part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse::<u32>().ok()).flatten();
     let (end, start) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
     let id = parts.next()?;
-    (id.len() == ID && id.is_ascii()).then(|| (id.to_string(), start, end))
+    let id: [u8; ID] = id.as_bytes().try_into().ok()?;
+    id.is_ascii().then_some((id, start, end))
 }
 
 /// A clip's key out of its three parts.
 fn key(id: &str, start: &str, end: &str) -> std::result::Result<Key, String> {
-    if id.len() != ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')) {
-        return Err(format!("{id:?} is not a YouTube id ({ID} letters, digits, - or _)"));
-    }
+    let letters = |id: &[u8; ID]| id.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+    let id: [u8; ID] = <[u8; ID]>::try_from(id.as_bytes())
+        .ok()
+        .filter(letters)
+        .ok_or_else(|| format!("{id:?} is not a YouTube id ({ID} letters, digits, - or _)"))?;
     let seconds = |text: &str| {
         let value: f64 = text.trim().parse().map_err(|_| format!("{text:?} is not a time in seconds"))?;
-        if (0.0..1e9).contains(&value) { Ok(value.round() as u64) } else { Err(format!("{text:?} is not a time")) }
+        if (0.0..1e9).contains(&value) { Ok(value.round() as u32) } else { Err(format!("{text:?} is not a time")) }
     };
     let (start, end) = (seconds(start)?, seconds(end)?);
     if end <= start {
         return Err(format!("the clip ends at {end} s, not after its start at {start} s"));
     }
-    Ok((id.to_string(), start, end))
+    Ok((id, start, end))
 }
 
 /// Reads a table with a header line, or with the `columns` a description gives.
@@ -195,16 +224,17 @@ fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Ve
     let (label, id) = (column("label")?, column("youtube_id")?);
     let (start, end, subset) =
         (column("time_start")?, column("time_end")?, find("split").or_else(|| header.iter().position(is_split)));
-    let mut rows = Vec::new();
+    let (mut rows, mut texts) = (Vec::new(), Texts::default());
     for record in reader.records() {
         let record = record.map_err(|e| bad(table_error(&e, header.len())))?;
-        let at = format!("line {}", record.position().map_or(0, csv::Position::line));
+        let line = record.position().map_or(0, csv::Position::line);
         let get = |column: usize| record.get(column).unwrap_or_default();
-        let key = key(get(id), get(start), get(end)).map_err(|why| bad(format!("{at}: {why}")))?;
+        let key = key(get(id), get(start), get(end)).map_err(|why| bad(format!("line {line}: {why}")))?;
         if get(label).is_empty() {
-            return Err(bad(format!("{at}: the label is empty")));
+            return Err(bad(format!("line {line}: the label is empty")));
         }
-        rows.push(Annotation { key, label: get(label).into(), subset: subset.map(|c| get(c).into()), at });
+        let subset = subset.map(|column| texts.keep(get(column)));
+        rows.push(Annotation { key, label: texts.keep(get(label)), subset, line: Some(line) });
     }
     if rows.is_empty() { Err(bad("no clips in this file, only a header".into())) } else { Ok(rows) }
 }
@@ -254,6 +284,7 @@ fn json_rows(file: &Path, content: &str) -> Result<Vec<Annotation>> {
     }
     let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
     let entries: Entries = serde_json::from_str(content).map_err(|e| bad(format!("not Kinetics JSON: {e}")))?;
+    let mut texts = Texts::default();
     entries
         .0
         .into_iter()
@@ -264,7 +295,8 @@ fn json_rows(file: &Path, content: &str) -> Result<Vec<Annotation>> {
             let label = clip.label.filter(|l| !l.is_empty()).ok_or_else(|| without("label"))?;
             let [start, end] = clip.segment.map(|s| s.to_string());
             let key = key(&id, &start, &end).map_err(|why| bad(format!("{at}: {why}")))?;
-            Ok(Annotation { key, label, subset: video.subset, at })
+            let subset = video.subset.map(|subset| texts.keep(&subset));
+            Ok(Annotation { key, label: texts.keep(&label), subset, line: None })
         })
         .collect()
 }
@@ -275,13 +307,13 @@ mod tests {
 
     #[test]
     fn names_are_read_from_the_right() {
-        let key = |id: &str, a, b| Some((id.to_string(), a, b));
-        assert_eq!(key_of("-_a_b-__c_d_000012_000022"), key("-_a_b-__c_d", 12, 22));
-        assert_eq!(key_of("0123456789a_000000_000010"), key("0123456789a", 0, 10));
-        assert_eq!(key_of("0123456789a_7_17"), key("0123456789a", 7, 17));
+        let key = |id: &[u8; ID], a, b| Some((*id, a, b));
+        assert_eq!(key_of("-_a_b-__c_d_000012_000022"), key(b"-_a_b-__c_d", 12, 22));
+        assert_eq!(key_of("0123456789a_000000_000010"), key(b"0123456789a", 0, 10));
+        assert_eq!(key_of("0123456789a_7_17"), key(b"0123456789a", 7, 17));
         for not in ["0123456789a", "0123456789_000000_000010", "0123456789a_000000", "0123456789a_00000x_000010", ""] {
             assert_eq!(key_of(not), None, "{not}");
         }
-        assert_eq!(id_of(&("--abc_def-_".into(), 3, 1234567)), "--abc_def-__000003_1234567");
+        assert_eq!(id_of(&(*b"--abc_def-_", 3, 1234567)), "--abc_def-__000003_1234567");
     }
 }

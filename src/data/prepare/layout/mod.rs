@@ -11,7 +11,9 @@ pub(in crate::data) use shared::exclude;
 pub(super) use shared::judge;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::description::{Description, Layout, SplitDescription};
 use super::files::{self, Unused};
@@ -65,10 +67,28 @@ impl Place<'_> {
 /// A video as a layout finds it, its class by name.
 struct Row {
     id: String,
-    class: String,
+    class: Arc<str>,
     path: Option<String>,
-    /// Where its class is said, for errors: `file:line`, or a folder.
-    at: String,
+    /// Where its class is said, for errors.
+    at: At,
+}
+
+/// Where something is said. The lists of large datasets have hundreds of thousands of lines: what these have in common is kept once.
+#[derive(Clone, Debug)]
+enum At {
+    /// A line of a file, counted from 1.
+    Line(Arc<str>, u64),
+    /// A file and line, an entry, or a folder, in words.
+    Place(String),
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            At::Line(file, number) => write!(f, "{file}: line {number}"),
+            At::Place(place) => f.write_str(place),
+        }
+    }
 }
 
 /// What a layout finds of a split.
@@ -117,7 +137,7 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
         };
         rows.rows.sort_by(|a, b| a.id.cmp(&b.id));
         if let Some(pair) = rows.rows.windows(2).find(|pair| pair[0].id == pair[1].id) {
-            let path = |row: &Row| row.path.clone().unwrap_or_else(|| row.at.clone());
+            let path = |row: &Row| row.path.clone().unwrap_or_else(|| row.at.to_string());
             let (id, [a, b]) = (&pair[0].id, [path(&pair[0]), path(&pair[1])]);
             return Err(Error::input(format!("{name}: two videos are called {id}, {a} and {b}: rename one of them")));
         }
@@ -167,7 +187,7 @@ fn class_names(description: &Description, place: &Place, found: &[(String, Rows)
             Some(own) => (own, "the annotations".to_string()),
             None => {
                 let all: BTreeSet<&str> =
-                    found.iter().flat_map(|(_, rows)| &rows.rows).map(|row| row.class.as_str()).collect();
+                    found.iter().flat_map(|(_, rows)| &rows.rows).map(|row| &*row.class).collect();
                 let splits: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
                 (all.into_iter().map(str::to_string).collect(), format!("the annotations of {}", splits.join(" and ")))
             }
@@ -216,7 +236,7 @@ impl<'a> Classes<'a> {
     }
 
     fn label(&self, row: &Row) -> Result<i32> {
-        let found = self.exact.get(row.class.as_str()).copied().or_else(|| {
+        let found = self.exact.get(&*row.class).copied().or_else(|| {
             let folder = self.description.layout == Layout::Folders;
             let folded = self.description.ignore_case.iter().find(|c| c.eq_ignore_ascii_case(&row.class));
             match folded {

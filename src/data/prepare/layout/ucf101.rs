@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::named::Named;
-use super::{Place, Row, Rows, found_videos};
+use super::{At, Place, Row, Rows, found_videos};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{annotation, text};
 use crate::{Error, Result};
@@ -50,7 +50,7 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         }
         let id = format!("{class}/{name}");
         let path = named.find(class, name).map_err(|e| e.within(&at))?;
-        let row = Row { id: id.clone(), class: class.into(), path, at: at.clone() };
+        let row = Row { id: id.clone(), class: class.into(), path, at: At::Place(at.clone()) };
         if rows.insert(id, row).is_some() {
             return Err(bad(format!("{class}/{name} is listed twice")));
         }
