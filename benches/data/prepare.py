@@ -1,0 +1,140 @@
+"""How much of a machine's decoding `sideways data prepare` uses, and what a long list costs: made-up videos (ffmpeg's testsrc2 with
+noise, H.264) are prepared, and decoded and scaled by the same ffmpeg processes alone, in turns; then a list of Kinetics' form of which
+one clip in a hundred is there is prepared until the first is decoded.
+
+    python3 benches/data/prepare.py [--rounds N] [--jobs N] [--size 340x256] [--program target/release/sideways]
+
+Needs ffmpeg. `cores` is processor time over the clock: less than --jobs where others compute too, and then processor time compares better.
+"""
+
+import argparse
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HEIGHT, WIDTH = 128, 171
+# As src/data/prepare/ffmpeg.rs has them.
+FILTER = (
+    f"setpts=PTS-STARTPTS,fps=25,scale=w='max({WIDTH},round({HEIGHT}*iw*sar/ih))':h='max({HEIGHT},round({WIDTH}*ih/(iw*sar)))'"
+    f":flags=bicubic+accurate_rnd+bitexact,crop={WIDTH}:{HEIGHT}"
+)
+
+
+def film(path, size, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = f"testsrc2=size={size}:rate=25:duration={seconds},noise=alls=8:allf=t"
+    subprocess.run(["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "veryfast", path], check=True)
+
+
+def alone(videos, jobs):
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-filter_threads", "1", "-i", "@", "-map", "0:V:0", "-t", "30"]
+    command += ["-vf", FILTER, "-f", "rawvideo", "-pix_fmt", "rgb24", "-y", "/dev/null"]
+    files = "\n".join(map(str, videos))
+    subprocess.run(["xargs", "-P", str(jobs), "-I@", *command], input=files, text=True, check=True)
+
+
+def prepare(program, videos, out, *more):
+    shutil.rmtree(out, ignore_errors=True)
+    command = [program, "data", "prepare", "--videos", videos, "--out", out, *more]
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def measured(work):
+    """Seconds by the clock, and of processors."""
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before, begun = used(), time.monotonic()
+    work()
+    return time.monotonic() - begun, used() - before
+
+
+def decoding(args, folder):
+    videos = [folder / f"films-{args.size}-{args.videos}/{'ab'[n % 2]}/{n}.mp4" for n in range(args.videos)]
+    for n, path in enumerate(videos):
+        if n < 2 and not path.exists():
+            film(path, args.size, 10)
+        elif not path.exists():
+            os.link(videos[n % 2], path)
+    ways = {
+        "ffmpeg alone": lambda: alone(videos, args.jobs),
+        "prepare, raw": lambda: prepare(args.program, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs),
+        "prepare, JPEG": lambda: prepare(args.program, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs),
+    }
+    best = {}
+    for _ in range(args.rounds):
+        for name, work in ways.items():
+            clock, used = measured(work)
+            best[name] = [min(pair) for pair in zip(best.get(name, (clock, used)), (clock, used))]
+    frames = 250 * len(videos)
+    print(f"{len(videos)} videos of {args.size}, {args.jobs} at a time; the best of {args.rounds} rounds")
+    for name, (clock, used) in best.items():
+        of = [best["ffmpeg alone"][k] / best[name][k] for k in (0, 1)]
+        print(f"{name:14} {frames / clock:6.0f} frames/s ({of[0]:.2f})  {used / frames * 1e3:.2f} ms of processors a frame ({of[1]:.2f})  {used / clock:.2f} cores")
+
+
+def listed(args, folder, clips):
+    """Until the first video is decoded, of a list with one clip in a hundred; and the largest memory by then."""
+    place = folder / f"list-{clips}"
+    one = folder / "one.mp4"
+    if not one.exists():
+        film(one, "160x120", 1)
+    if not place.exists():
+        (place / "lists").mkdir(parents=True)
+        (place / "videos").mkdir()
+        with open(place / "lists/train.csv", "w") as file:
+            file.write("label,youtube_id,time_start,time_end,split\n")
+            for n in range(clips):
+                file.write(f"class {n % 600},{n:011},{n % 500},{n % 500 + 10},train\n")
+                if n % 100 == 0:
+                    os.link(one, place / f"videos/{n:011}_{n % 500:06}_{n % 500 + 10:06}.mp4")
+    # ffmpeg, which says when it is first asked for a video.
+    first = place / "first"
+    first.unlink(missing_ok=True)
+    (place / "bin").mkdir(exist_ok=True)
+    wrapper = place / "bin/ffmpeg"
+    wrapper.write_text(f"#!/bin/sh\ncase \"$*\" in *-version*) ;; *) : > {shlex.quote(str(first))};; esac\nexec {shutil.which('ffmpeg')} \"$@\"\n")
+    wrapper.chmod(0o755)
+    shutil.rmtree(place / "out", ignore_errors=True)
+    command = [args.program, "data", "prepare", "--layout", "kinetics", "--videos", place / "videos", "--annotations", place / "lists"]
+    command += ["--out", place / "out"]
+    environment = dict(os.environ, PATH=f"{place / 'bin'}:{os.environ['PATH']}")
+    begun = time.monotonic()
+    run = subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds, peak = None, 0
+    while run.poll() is None and (seconds is None or time.monotonic() - begun < seconds + 3):
+        if seconds is None and first.exists():
+            seconds = time.monotonic() - begun
+        try:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) / 1024)
+        except (OSError, IndexError):
+            pass  # it is just ending
+        time.sleep(0.01)
+    run.terminate()
+    run.wait()
+    print(f"{clips:9} clips listed, {clips // 100:6} there: the first is decoded after {seconds:5.1f} s, memory up to {peak:5.0f} MiB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--program", type=Path, default=ROOT / "target/release/sideways")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--videos", type=int, default=40)
+    parser.add_argument("--size", default="340x256")
+    parser.add_argument("--clips", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    args = parser.parse_args()
+    folder = ROOT / "target/bench-prepare"
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.rounds:
+        decoding(args, folder)
+    for clips in args.clips:
+        listed(args, folder, clips)
+
+
+if __name__ == "__main__":
+    main()
