@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args};
 
 use super::eval::config_of;
+use super::output::{json, shown};
 use crate::checkpoint::Checkpoint;
 use crate::{Result, torch};
 
@@ -24,6 +25,9 @@ pub struct ExportArgs {
     /// Folder for the files.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Print what was written as one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Writes the files.
@@ -34,8 +38,13 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = config_of(&checkpoint, &[], &[])?;
     log::info!("{}, after {} batches", checkpoint.path().display(), checkpoint.manifest().batches);
-    for file in torch::export(&checkpoint, &config, args.raw, &args.out)? {
-        outln!("{}", file.display());
+    let [weights, program] = torch::export(&checkpoint, &config, args.raw, &args.out)?;
+    if args.json {
+        let of = (shown(checkpoint.path()), checkpoint.manifest().batches);
+        return json(&serde_json::json!({
+            "checkpoint": of.0, "batches": of.1, "weights": shown(&weights), "program": shown(&program)
+        }));
     }
+    outln!("{}\n{}", weights.display(), program.display());
     Ok(())
 }

@@ -70,7 +70,7 @@ fn results_are_one_json_object_and_nothing_else_is_said() {
     let shards = place.at("train.h5");
     let folder = |name: &str| place.at(name);
     let (made, out, board, html) = (folder("made"), folder("pictures"), folder("board"), folder("page.html"));
-    let trace = folder("trace.json");
+    let (trace, exported) = (folder("trace.json"), folder("exported"));
     let (run_dir, frames_dir, scaled) = (folder("run"), folder("frames"), folder("scaled"));
     let measured = "--no-prediction";
     let (set_run, set_frames) = ("--set=train.batches=3", "--set=train.batches=2");
@@ -143,6 +143,7 @@ fn results_are_one_json_object_and_nothing_else_is_said() {
             "study measured points",
         ),
         (&["scale", "--out", &scaled, "--gather"], "study measured points"),
+        (&["export", &run_dir, "--torch", "--out", &exported], "checkpoint batches weights program"),
         (&["report", &run_dir, "--out", &html, "--tensorboard", &board], "page event_files"),
         (
             &["trace", &study, "--out", &trace],
