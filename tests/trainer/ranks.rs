@@ -322,7 +322,7 @@ fn more_ranks_than_workers_are_refused() {
 fn different_configurations_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let config = prepare(dir.path(), &[]);
-    let script = format!("exec {PROGRAM} train {config} --set train.seed=$OMPI_COMM_WORLD_RANK");
+    let script = format!("exec {PROGRAM} train {config} --set train.seed=${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}");
     let output = mpirun(2, Path::new("sh"), &["-c", &script], &[], MINUTE);
     assert_eq!(output.status.code(), Some(2), "{}", text(&output));
     assert!(text(&output).contains("not the same on all ranks: rank 1"), "{}", text(&output));
@@ -333,8 +333,9 @@ fn different_configurations_are_refused() {
 fn a_rank_that_fails_ends_the_job() {
     let dir = tempfile::tempdir().unwrap();
     let config = prepare(dir.path(), &["train.batches=1000000", "run.checkpoint_every=1000000"]);
-    let kill =
-        format!("if [ $OMPI_COMM_WORLD_RANK = 1 ]; then (sleep 2; kill -9 $$) & fi; exec {PROGRAM} train {config}");
+    let kill = format!(
+        "if [ ${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}} = 1 ]; then (sleep 2; kill -9 $$) & fi; exec {PROGRAM} train {config}"
+    );
     let begun = Instant::now();
     let output = mpirun(3, Path::new("sh"), &["-c", &kill], &[], MINUTE);
     assert!(!output.status.success() && begun.elapsed() < Duration::from_secs(15), "{}", text(&output));
