@@ -16,5 +16,6 @@ mod tensorboard;
 mod terminal;
 mod torch;
 mod trace;
+mod tutorial;
 mod validation;
 mod warnings;
