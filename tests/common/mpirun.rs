@@ -7,7 +7,7 @@ use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Names what starts ranks where that is not Open MPI's `mpirun` (`make test-mpich`).
-const LAUNCHER: &str = "SIDEWAYS_MPIRUN";
+pub const LAUNCHER: &str = "SIDEWAYS_MPIRUN";
 
 /// Runs `program args` on `n` ranks, more than cores if need be, and returns what they wrote.
 ///

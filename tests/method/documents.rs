@@ -84,3 +84,24 @@ fn every_key_is_documented_with_its_default() {
     let example: toml::Table = blocks[0].parse().unwrap();
     assert_eq!(example.len(), 4);
 }
+
+/// The drawing of what learns has the numbers of the table, from the same runs.
+#[test]
+fn the_drawing_of_what_learns_shows_the_tables_numbers() {
+    let table = std::fs::read_to_string(root().join("datasets/motion/README.md")).unwrap();
+    let by_seed = table.lines().find_map(|line| line.strip_prefix("| by seed | ")).unwrap();
+    let mut shown: Vec<&str> = by_seed.trim_end_matches(" |").split(" | ").collect();
+    let values = std::fs::read_to_string(root().join("docs/learning.csv")).unwrap();
+    let mut drawn: Vec<(&str, String)> = Vec::new();
+    for line in values.lines().filter(|line| !line.starts_with('#')).skip(1) {
+        let [rule, _, top1] = line.split(',').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        match drawn.last_mut().filter(|(last, _)| *last == rule) {
+            Some((_, list)) => *list += &format!(", {top1}"),
+            None => drawn.push((rule, top1.into())),
+        }
+    }
+    let mut drawn: Vec<&str> = drawn.iter().map(|(_, list)| list.as_str()).collect();
+    shown.sort_unstable();
+    drawn.sort_unstable();
+    assert_eq!(shown, drawn);
+}

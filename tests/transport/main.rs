@@ -13,7 +13,7 @@ use sideways::{Error, Result};
 #[path = "../common/mod.rs"]
 mod common;
 mod failures;
-use common::mpirun::{mpirun, text};
+use common::mpirun::{LAUNCHER, mpirun, text};
 use common::program::MINUTE;
 
 /// A chain of workers with links down, back up and skips of some spans, each with one tick of delay.
