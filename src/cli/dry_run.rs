@@ -20,7 +20,7 @@ use crate::{Error, Result};
 pub(super) const MOST_RANKS: usize = 1 << 20;
 
 /// A module's share.
-#[derive(PartialEq, Serialize)]
+#[derive(Clone, PartialEq, Serialize)]
 struct Share {
     module: usize,
     /// The first, and the one behind the last.
@@ -49,6 +49,22 @@ impl Share {
             memory_bytes: device_memory(setup, w),
             sent_bytes_per_tick: sent(setup, w, &[Kind::Activation, Kind::Cotangent, Kind::Target]),
         }
+    }
+
+    /// Whether they are the same but for bytes that nobody is shown: the first modules of few replicas have some more links than others.
+    fn looks_like(&self, other: &Share) -> bool {
+        let same = |a: u64, b: u64| a == b || ByteSize(a).to_string() == ByteSize(b).to_string();
+        let shown =
+            Share { memory_bytes: self.memory_bytes, sent_bytes_per_tick: self.sent_bytes_per_tick, ..other.clone() };
+        *self == shown
+            && same(self.memory_bytes, other.memory_bytes)
+            && same(self.sent_bytes_per_tick, other.sent_bytes_per_tick)
+    }
+
+    /// Keeps the larger of both numbers of bytes.
+    fn take_most(&mut self, other: &Share) {
+        self.memory_bytes = self.memory_bytes.max(other.memory_bytes);
+        self.sent_bytes_per_tick = self.sent_bytes_per_tick.max(other.sent_bytes_per_tick);
     }
 }
 
@@ -165,8 +181,9 @@ fn rows(setup: &Setup) -> Vec<Row> {
         for i in 1..=grid.modules {
             let (share, rank) = (Share::of(setup, grid.worker(i, r)), grid.rank_of(grid.worker(i, r)));
             match open.get_mut(i - 1) {
-                Some(row) if row.share == share => {
+                Some(row) if row.share.looks_like(&share) => {
                     row.replicas[1] = r;
+                    row.share.take_most(&share);
                     if row.ranks.last() != Some(&rank) {
                         row.ranks.push(rank);
                     }

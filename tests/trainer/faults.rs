@@ -328,3 +328,16 @@ fn a_straggler_is_named() {
     assert_eq!(output.status.code(), Some(75), "{}", text(&output));
     assert!(text(&output).contains("limited by module 2, replica 0 on rank 1"), "{}", text(&output));
 }
+
+/// A run folder's file that is a pipe would be waited for without an end.
+#[test]
+fn pipes_in_a_run_folder_are_refused() {
+    for name in [".lock", "metrics.jsonl", "attempts.jsonl", "log.txt"] {
+        let run = Run::new(&["train.batches=1"]);
+        std::fs::create_dir_all(run.folder()).unwrap();
+        nix::unistd::mkfifo(&run.folder().join(name), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let output = Command::new("timeout").args(["20", PROGRAM, "train", &run.config]).output().unwrap();
+        let said = text(&output);
+        assert!(output.status.code() == Some(2) && said.contains(&format!("{name}: a named pipe")), "{name}: {said}");
+    }
+}
