@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::Result;
 use crate::comm::World;
+use crate::comm::launch::is_rank;
 use crate::plan::profile::{COMMAND, measure_on_request};
 
 #[macro_use]
@@ -85,6 +86,9 @@ pub enum Command {
 /// stopped early with a checkpoint, 1 else.
 pub fn run(cli: Cli) -> i32 {
     let alone = |result| conclude(World::Alone, result);
+    if is_rank() {
+        console::set_colors_enabled(false);
+    }
     match cli.command {
         Command::Data(command @ data::DataCommand::Prepare(_)) => with_world(|world| data::run(world, command)),
         Command::Data(command) => alone(data::run(&World::Alone, command)),

@@ -11,6 +11,7 @@ use clap::builder::RangedU64ValueParser;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
+use crate::comm::launch::is_rank;
 use crate::{Error, Result};
 
 /// Why nothing more is written.
@@ -47,6 +48,9 @@ pub(crate) fn shown(path: &Path) -> String {
 /// Columns of the terminal that standard output is, if it is one.
 fn columns() -> Option<u16> {
     let terminal = console::Term::stdout();
+    if is_rank() {
+        return None;
+    }
     terminal.size_checked().map(|(_, columns)| columns).filter(|&columns| terminal.is_term() && columns > 0)
 }
 

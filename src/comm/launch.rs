@@ -50,6 +50,12 @@ pub(super) fn detect(get: impl Fn(&str) -> Option<String>) -> Result<Launch> {
     }
 }
 
+/// Whether a launcher started this process as a rank of a job, or tried to. Its standard output is then the launcher's: Open MPI's
+/// mpirun gives each rank a terminal of its own, and passes on what is written to wherever its own output goes.
+pub fn is_rank() -> bool {
+    !matches!(detect(|name| std::env::var(name).ok()), Ok(Launch::Alone))
+}
+
 /// Compares the ranks MPI found with those the launcher promised.
 pub(super) fn check_size(size: usize, expected: Option<usize>, by: &str) -> Result<()> {
     match expected {

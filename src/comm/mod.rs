@@ -28,7 +28,7 @@ pub mod all_reduce;
 pub mod clocks;
 mod ends;
 pub mod exchange;
-mod launch;
+pub mod launch;
 mod link;
 mod local;
 pub mod message;
