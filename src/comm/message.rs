@@ -45,9 +45,10 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Kind {
+    /// In a word.
+    pub fn name(self) -> &'static str {
+        match self {
             Kind::Activation => "activation",
             Kind::Cotangent => "cotangent",
             Kind::Target => "target",
@@ -55,7 +56,13 @@ impl fmt::Display for Kind {
             Kind::Gradient => "gradient",
             Kind::Report => "report",
             Kind::Control => "control",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

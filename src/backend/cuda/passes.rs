@@ -21,6 +21,8 @@ struct Noted {
     launched: Vec<(Work, Instant, [Clock; 2])>,
     /// Whether the last of them is being launched.
     open: bool,
+    /// Those there was no room for.
+    dropped: usize,
 }
 
 impl Passes {
@@ -36,7 +38,7 @@ impl Passes {
         let device = Clock::now(gpu)?;
         wait()?;
         let host = before + before.elapsed() / 2;
-        self.0 = Some(Noted { host, device, free, launched: Vec::with_capacity(room), open: false });
+        self.0 = Some(Noted { host, device, free, launched: Vec::with_capacity(room), open: false, dropped: 0 });
         Ok(())
     }
 
@@ -46,7 +48,10 @@ impl Passes {
     /// [`crate::Error::Run`] if the driver refuses.
     pub fn begin(&mut self, gpu: &Gpu, work: Work) -> Result<()> {
         let Some(noted) = &mut self.0 else { return Ok(()) };
-        let Some(clocks) = noted.free.pop() else { return Ok(()) };
+        let Some(clocks) = noted.free.pop() else {
+            noted.dropped += 1;
+            return Ok(());
+        };
         clocks[0].record(gpu)?;
         noted.launched.push((work, Instant::now(), clocks));
         noted.open = true;
@@ -71,6 +76,9 @@ impl Passes {
     /// [`crate::Error::Run`] if it failed.
     pub fn take(&mut self) -> Result<Vec<DevicePass>> {
         let Some(noted) = self.0.take() else { return Ok(Vec::new()) };
+        if noted.dropped > 0 {
+            log::warn!("{} passes of the GPU are not in the trace: record fewer batches", noted.dropped);
+        }
         let (mut last, mut at) = (&noted.device, 0.0);
         let mut passes = Vec::with_capacity(noted.launched.len());
         // From one to the next: the driver tells times as 32-bit floats.

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use super::{Clock, Recorded, Summary};
-use crate::comm::Kind;
 use crate::metrics::recording::{Message, Slice};
 use crate::metrics::{Phase, Recording};
 use crate::{Error, Result};
@@ -144,18 +143,6 @@ fn keyed(messages: &[Message], sent: bool) -> impl Iterator<Item = (Key, &Messag
         let number = seen.entry(alike).and_modify(|n| *n += 1).or_insert(0usize);
         ((alike.0, alike.1, alike.2, alike.3, *number), message)
     })
-}
-
-fn kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Activation => "activation",
-        Kind::Cotangent => "cotangent",
-        Kind::Target => "target",
-        Kind::Labels => "labels",
-        Kind::Gradient => "gradient",
-        Kind::Report => "report",
-        Kind::Control => "decision",
-    }
 }
 
 /// Nanoseconds in which a core that is free is had.
@@ -309,7 +296,7 @@ fn arrows(tracks: &[Track], zero: i128, events: &mut Vec<Event>) -> usize {
             let end = |ph, track: &Track, ts| Event {
                 ph,
                 cat: "message",
-                name: kind(message.kind),
+                name: message.kind.name(),
                 pid: track.part.rank,
                 tid: Some(track.tid),
                 ts: Some(ts),
