@@ -152,7 +152,7 @@ impl Summary {
             skipped: totals.skipped,
             videos_skipped: totals.videos_skipped,
             stopped,
-            limited_by: worked.then(|| limits::describe(setup, totals)),
+            limited_by: limits::describe(setup, totals),
         }
     }
 }
@@ -245,7 +245,9 @@ fn summarise(setup: &Setup, total: u64, totals: &Totals) {
     if totals.skipped > 0 {
         log::warn!("{} losses, cotangents or updates were left out because they were not finite", totals.skipped);
     }
-    log::info!("{}", limits::describe(setup, totals));
+    if let Some(limit) = limits::describe(setup, totals) {
+        log::info!("{limit}");
+    }
     log::info!(
         "time by module (% of wall): forward, wait, backward, wait, optimizer, data, send, wait for a core, other, validation, \
          all-reduce, checkpoint"

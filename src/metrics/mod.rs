@@ -1,6 +1,7 @@
-//! Where a worker's time goes, what it reports of every batch, and, where that is asked for, a record of every moment.
+//! Where a worker's time goes, what held it back, what it reports of every batch, and, where that is asked for, a record of every moment.
 
 pub mod attempt;
+pub mod limit;
 pub mod recording;
 pub mod report;
 

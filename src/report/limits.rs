@@ -1,44 +1,10 @@
 //! What held a run back, and since when.
 
-use crate::metrics::PHASES;
+use crate::metrics::TimeAccount;
+use crate::metrics::limit::{self, Cause};
 
-/// Places in a time account (the order of [`crate::metrics::TimeAccount`]).
-const WAITS: [usize; 2] = [1, 3];
-/// Waits of a sender for a receiver that is behind, in the main.
-const SEND: usize = 6;
 /// Stretches of a run that are told apart, at most.
 const STRETCHES: usize = 10;
-
-/// What a module's time went to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cause {
-    /// Its arithmetic.
-    Work,
-    /// Frames: reading and decoding them.
-    Data,
-    /// Other workers on its processor cores.
-    Cores,
-    /// Gradients of other replicas.
-    AllReduce,
-    /// Validation.
-    Validation,
-    /// Checkpoints, reports.
-    Other,
-    /// Messages: no module is busy for half of its time.
-    Messages,
-}
-
-impl Cause {
-    /// With the places in a time account that belong to it.
-    const OF_A_MODULE: [(Cause, &[usize]); 6] = [
-        (Cause::Work, &[0, 2, 4]),
-        (Cause::Data, &[5]),
-        (Cause::Cores, &[7]),
-        (Cause::AllReduce, &[10]),
-        (Cause::Validation, &[9]),
-        (Cause::Other, &[8, 11]),
-    ];
-}
 
 /// What held a batch back most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,34 +19,22 @@ impl std::fmt::Display for Limit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let module = self.module;
         match self.cause {
+            Cause::Straggler => write!(f, "the arithmetic of module {module}, far more than the others'"),
             Cause::Work => write!(f, "the arithmetic of module {module}"),
             Cause::Data => write!(f, "frames: module {module} waited for them to be read and decoded"),
             Cause::Cores => write!(f, "processor cores, which module {module} shares with others"),
             Cause::AllReduce => write!(f, "the all-reduce of module {module}'s gradients"),
             Cause::Validation => write!(f, "validation"),
             Cause::Other => write!(f, "checkpoints and reports of module {module}"),
-            Cause::Messages => f.write_str("messages: no module was busy for half of the time"),
+            Cause::Messages => f.write_str("messages, which even the busiest module waited for"),
         }
     }
 }
 
-/// Of a batch: `workers` are modules with their seconds in each phase.
-pub fn limit(workers: &[(usize, [f32; PHASES])]) -> Option<Limit> {
-    let own = |seconds: &[f32; PHASES]| {
-        let away: f32 = WAITS.iter().chain(&[SEND]).map(|&phase| seconds[phase]).sum();
-        seconds.iter().sum::<f32>() - away
-    };
-    let (module, seconds) = workers.iter().max_by(|a, b| own(&a.1).total_cmp(&own(&b.1)))?;
-    let all: f32 = seconds.iter().sum();
-    if all <= 0.0 {
-        return None;
-    }
-    if own(seconds) < 0.5 * all {
-        return Some(Limit { cause: Cause::Messages, module: *module });
-    }
-    let of = |phases: &[usize]| phases.iter().map(|&phase| seconds[phase]).sum::<f32>();
-    let most = Cause::OF_A_MODULE.iter().max_by(|a, b| of(a.1).total_cmp(&of(b.1)))?;
-    Some(Limit { cause: most.0, module: *module })
+/// Of a batch: `workers` are modules with their time.
+pub fn limit(workers: &[(usize, TimeAccount)]) -> Option<Limit> {
+    let times: Vec<TimeAccount> = workers.iter().map(|worker| worker.1).collect();
+    limit::limit(&times).map(|limit| Limit { cause: limit.cause, module: workers[limit.worker].0 })
 }
 
 /// What held a run back: each limit with the share of the batches, the largest first, and that of its last stretch with the batch from
@@ -129,24 +83,12 @@ fn counted(batches: &[(u64, Option<Limit>)]) -> Vec<(Limit, usize)> {
 mod tests {
     use super::*;
 
-    fn seconds(places: &[(usize, f32)]) -> [f32; PHASES] {
-        let mut seconds = [0.0; PHASES];
-        places.iter().for_each(|&(place, value)| seconds[place] = value);
-        seconds
-    }
-
     #[test]
-    fn the_busiest_module_says_why() {
-        let waits = (2, seconds(&[(0, 0.2), (1, 0.8)]));
-        let works = (1, seconds(&[(0, 0.4), (2, 0.5), (3, 0.1)]));
-        assert_eq!(limit(&[works, waits]), Some(Limit { cause: Cause::Work, module: 1 }));
-        let reads = (1, seconds(&[(0, 0.2), (5, 0.7), (3, 0.1)]));
-        assert_eq!(limit(&[reads, waits]), Some(Limit { cause: Cause::Data, module: 1 }));
-        // A sender that waits for its receiver holds nobody back.
-        let blocked = (1, seconds(&[(0, 0.1), (6, 0.9)]));
-        assert_eq!(limit(&[blocked, works]), Some(Limit { cause: Cause::Work, module: 1 }));
-        assert_eq!(limit(&[waits, waits]).map(|limit| limit.cause), Some(Cause::Messages));
-        assert_eq!((limit(&[]), limit(&[(1, [0.0; PHASES])])), (None, None));
+    fn a_batch_names_the_module() {
+        let time = |forward, wait_cotangents| TimeAccount { forward, wait_cotangents, ..TimeAccount::default() };
+        let found = limit(&[(4, time(0.8, 0.2)), (5, time(0.9, 0.1))]);
+        assert_eq!(found, Some(Limit { cause: Cause::Work, module: 5 }));
+        assert_eq!(limit(&[]), None);
     }
 
     #[test]

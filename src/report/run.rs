@@ -197,7 +197,7 @@ impl Run {
                 damaged += 1;
                 continue;
             };
-            let times: Vec<_> = batch.workers.iter().map(|worker| (worker.module, worker.time.to_array())).collect();
+            let times: Vec<_> = batch.workers.iter().map(|worker| (worker.module, worker.time)).collect();
             batch.limit = limit(&times);
             for worker in std::mem::take(&mut batch.workers) {
                 let Some(place) = worker.module.checked_sub(1) else { continue };
