@@ -6,7 +6,7 @@ use super::cores::CoreUser;
 use super::links::WorkerLinks;
 use super::orders::{By, Decider, Files, Requests};
 use super::pixels::{PixelError, Predictions};
-use super::record::{Launch, Recorder};
+use super::record::{Launch, Tracer};
 use super::role::{Role, Source, Truth};
 use super::run::{Origin, RunRange};
 use super::training::{Gradient, Saver, Training};
@@ -183,7 +183,7 @@ pub(super) fn build(
         non_finite: NonFinite::new(config.run.on_nonfinite),
         console: links.console,
         watch: Stopwatch::default(),
-        recorder: range.trace.clone().zip(launch).map(|(to, launch)| Recorder::new(setup, w, range, to, launch)),
+        tracer: range.trace.clone().zip(launch).map(|(to, launch)| Tracer::new(setup, w, range, to, launch)),
         cores,
     })
 }

@@ -72,7 +72,7 @@ impl Launch {
 }
 
 /// A worker's part in recording.
-pub struct Recorder {
+pub struct Tracer {
     to: Traced,
     /// Of this worker, without anything recorded.
     empty: Recording,
@@ -122,7 +122,7 @@ impl Room {
     }
 }
 
-impl Recorder {
+impl Tracer {
     /// Worker `w`'s, which has recorded nothing.
     pub(super) fn new(setup: &Setup, w: usize, range: &RunRange, to: Traced, launch: Launch) -> Self {
         let (grid, (i, r)) = (setup.grid, setup.grid.module_and_replica(w));
@@ -151,7 +151,7 @@ impl Recorder {
             .map_or(room, |validation| room.and(Room::of(setup, &validation.schedule, i), validation.batches as usize));
         let every = validation.map_or(0, |validation| validation.every);
         let (at_work, ordered, recorded) = (None, false, Vec::new());
-        Recorder { to, empty, room, with_validation, every, end: range.end, at_work, ordered, recorded }
+        Tracer { to, empty, room, with_validation, every, end: range.end, at_work, ordered, recorded }
     }
 
     /// The batches whose record begins with `batch`, if any.
@@ -182,12 +182,12 @@ impl Worker {
     /// # Errors
     /// As [`Stage::note_passes`](crate::backend::stage::Stage::note_passes).
     pub(super) fn record_from(&mut self, batch: u64, tick: u64) -> Result<()> {
-        let Some(recorder) = self.recorder.as_mut().filter(|recorder| recorder.at_work.is_none()) else {
+        let Some(tracer) = self.tracer.as_mut().filter(|tracer| tracer.at_work.is_none()) else {
             return Ok(());
         };
-        let Some(batches) = recorder.due(batch) else { return Ok(()) };
-        let room = recorder.room(&batches);
-        recorder.at_work = Some(batches);
+        let Some(batches) = tracer.due(batch) else { return Ok(()) };
+        let room = tracer.room(&batches);
+        tracer.at_work = Some(batches);
         self.stage.note_passes(room.passes)?;
         moments::begin(room.messages);
         self.watch.at(Place { batch: batch.into(), tick, ..Place::default() });
@@ -197,8 +197,8 @@ impl Worker {
 
     /// Remembers that the next batches are to be recorded, if that was decided on in this one.
     pub(super) fn record_as_ordered(&mut self) {
-        if let Some(recorder) = &mut self.recorder {
-            recorder.ordered |= self.decision.contains(Orders::TRACE);
+        if let Some(tracer) = &mut self.tracer {
+            tracer.ordered |= self.decision.contains(Orders::TRACE);
         }
     }
 
@@ -207,12 +207,12 @@ impl Worker {
     /// # Errors
     /// As [`Stage::noted_passes`](crate::backend::stage::Stage::noted_passes).
     pub(super) fn record_until(&mut self, done: u64, ends: bool) -> Result<()> {
-        let Some(recorder) = &mut self.recorder else { return Ok(()) };
-        let Some(batches) = recorder.at_work.take_if(|batches| ends || batches.end <= done) else { return Ok(()) };
-        let folder = recorder.folder(&(batches.start..done));
+        let Some(tracer) = &mut self.tracer else { return Ok(()) };
+        let Some(batches) = tracer.at_work.take_if(|batches| ends || batches.end <= done) else { return Ok(()) };
+        let folder = tracer.folder(&(batches.start..done));
         let (slices, messages) = (self.watch.recorded(), moments::end());
         let passes: Vec<DeviceTime> = self.stage.noted_passes()?.iter().map(device_time).collect();
-        let recording = recorder.empty.clone().holding(slices, &messages, &passes);
+        let recording = tracer.empty.clone().holding(slices, &messages, &passes);
         match recording.write(&folder) {
             Ok(()) if self.index == 1 && self.training.as_ref().is_some_and(|training| training.saver.is_some()) => {
                 log::info!("batches {}..{done} are recorded in {}", batches.start, folder.display());
@@ -220,13 +220,13 @@ impl Worker {
             Ok(()) => {}
             Err(e) => log::error!("the run goes on, and what module {} recorded is lost: {e}", self.index),
         }
-        recorder.recorded.push(folder);
+        tracer.recorded.push(folder);
         Ok(())
     }
 
     /// The folders of what was recorded.
     pub(super) fn recorded(&mut self) -> Vec<PathBuf> {
-        self.recorder.as_mut().map(|recorder| std::mem::take(&mut recorder.recorded)).unwrap_or_default()
+        self.tracer.as_mut().map(|tracer| std::mem::take(&mut tracer.recorded)).unwrap_or_default()
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::cores::CoreUser;
 use super::orders::Requests;
 use super::pixels::{PixelError, Predictions};
-use super::record::Recorder;
+use super::record::Tracer;
 use super::role::Role;
 use super::training::Training;
 use crate::backend::stage::{NotFinite, Stage};
@@ -177,7 +177,7 @@ pub struct Worker {
     /// Where its time goes.
     pub watch: Stopwatch,
     /// Training: what records its time moment by moment, where that is asked for.
-    pub recorder: Option<Recorder>,
+    pub tracer: Option<Tracer>,
     /// The cores it computes on.
     pub cores: CoreUser,
 }
