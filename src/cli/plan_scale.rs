@@ -190,7 +190,8 @@ fn points(config: &Config, options: &ScaleOptions, [min, max]: [usize; 2]) -> Re
         config.data.batch = batch / nodes[0];
     }
     let rules = options.rules.iter().map(|rule| Variant::parse(rule)).collect::<Result<_>>()?;
-    let request = Request { axis, nodes, ranks_per_node: Some(ranks), rules, repeat: 1, batches: 1, limit: 1 };
+    let request =
+        Request { axis, nodes, ranks_per_node: Some(ranks), rules, repeat: 1, batches: 1, limit: 1, cluster: None };
     Plan::new(&config, &request)
 }
 

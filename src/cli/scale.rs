@@ -13,6 +13,7 @@ use super::live::Live;
 use super::logging;
 use crate::cli::output::{json, shown, table};
 use crate::config::Config;
+use crate::plan::cluster::Cluster;
 use crate::study::conduct::{Choice, Conducted, Conductor};
 use crate::study::folder::{State, Study};
 use crate::study::forecast::{Forecast, Machine, check, prepare};
@@ -55,6 +56,9 @@ pub struct ScaleArgs {
     /// Seconds after which a run is given up as out of time.
     #[arg(long, value_name = "SECONDS", default_value_t = 900, requires = "config")]
     pub limit: u64,
+    /// The cluster as `plan --scale` takes it: predictions count what messages and the all-reduce need there [default: nothing].
+    #[arg(long, value_name = "FILE", requires = "config")]
+    pub cluster: Option<PathBuf>,
     /// Classes to tell apart [default: model.classes, or those of the data].
     #[arg(long, value_name = "K", requires = "config")]
     pub classes: Option<usize>,
@@ -163,6 +167,7 @@ fn planned(args: &ScaleArgs, path: &Path) -> Result<Plan> {
         repeat: args.repeat,
         batches: args.batches,
         limit: args.limit,
+        cluster: args.cluster.as_deref().map(Cluster::load).transpose()?,
     };
     let plan = Plan::new(&config, &request)?;
     plan.points.iter().try_for_each(|point| check(&plan, point))?;

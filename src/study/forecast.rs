@@ -1,12 +1,12 @@
 //! What a point will reach, before it runs; and where its network is cut.
 //!
-//! [`forecast`] is the one function that predicts a point. It plays the schedule with layers' times measured on this machine, without the
-//! links' latency and the all-reduce.
+//! [`forecast`] is the one function that predicts a point. It plays the schedule with layers' times measured on this machine, and with
+//! messages and the all-reduce as the study's cluster has them, or free where it has none.
 
 use serde::{Deserialize, Serialize};
 
 use super::fill::share_of_fill;
-use super::plan::{Plan, Point};
+use super::plan::{Plan, Point, Request};
 use crate::Result;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
@@ -20,13 +20,19 @@ use crate::sys::cpus::at_once;
 /// Where ranks run, as far as prediction needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
-    /// All on this machine, whatever the number of nodes.
+    /// All on this machine, whatever the number of nodes: each with its [`share`] of the processors, or, where there are
+    /// too few, all on all of them.
     One,
     /// On nodes like this one, so many ranks on each, each with processors of its own.
     Nodes {
         /// Ranks a node.
         ranks: usize,
     },
+}
+
+/// Processors that each of so many ranks has to itself on one machine; `None` where there are more ranks than processors.
+pub fn share(ranks: usize) -> Option<usize> {
+    Some(at_once(1) / ranks.max(1)).filter(|&share| share > 0)
 }
 
 /// What is predicted of a point.
@@ -57,7 +63,7 @@ const START: f64 = 5.0;
 pub fn prepare(plan: &Plan, point: &Point, machine: Machine) -> Result<(Config, Forecast)> {
     let prepare = || {
         let setup = cut(Setup::dry(&plan.config_of(point)?, point.ranks)?, machine)?;
-        let forecast = forecast(&setup, machine, plan.request.batches)?;
+        let forecast = forecast(&setup, machine, &plan.request)?;
         let mut config = setup.config.clone();
         (config.model.modules, config.model.cuts) = (None, Some(setup.cuts()));
         Ok((config, forecast))
@@ -93,21 +99,24 @@ fn at_work(setup: &Setup, machine: Machine) -> usize {
     setup.grid.workers().min(ranks * setup.grid.workers().div_ceil(setup.grid.ranks))
 }
 
-/// What `setup` will reach on `machine`, in runs of so many `batches` that count.
+/// What `setup` will reach on `machine`, in runs as `request` has them.
 ///
 /// # Errors
 /// [`crate::Error::Input`] if layers cannot be measured.
-pub fn forecast(setup: &Setup, machine: Machine, batches: u64) -> Result<Forecast> {
+pub fn forecast(setup: &Setup, machine: Machine, request: &Request) -> Result<Forecast> {
     let (grid, config) = (setup.grid, &setup.config);
     let threads = config.run.threads;
     let profile = times_of(setup, Parts::Modules, at_work(setup, machine), false)?;
     let on_gpu = profile.conditions.gpu.is_some();
     let processors = match machine {
         _ if on_gpu => Processors::of_ranks(grid.ranks, 1),
-        Machine::One => Processors { pool_of_rank: vec![0; grid.ranks], slots: vec![at_once(threads)] },
+        Machine::One => match share(grid.ranks) {
+            Some(share) => Processors::of_ranks(grid.ranks, share / threads.max(1)),
+            None => Processors { pool_of_rank: vec![0; grid.ranks], slots: vec![at_once(threads)] },
+        },
         Machine::Nodes { .. } => Processors::of_ranks(grid.ranks, 1),
     };
-    let prediction = predict(setup, &profile, &processors, None);
+    let prediction = predict(setup, &profile, &processors, request.cluster.as_ref());
     let mut of_rank = vec![0; grid.ranks];
     for w in 0..grid.workers() {
         of_rank[grid.rank_of(w)] += match &profile.conditions.gpu {
@@ -117,7 +126,7 @@ pub fn forecast(setup: &Setup, machine: Machine, batches: u64) -> Result<Forecas
     }
     let tick = prediction.outcome.tick;
     let fill = grid.modules.div_ceil(config.data.frames) as u64;
-    let all = (batches + 2 * fill + 1) * config.data.frames as u64;
+    let all = (request.batches + 2 * fill + 1) * config.data.frames as u64;
     Ok(Forecast {
         tick,
         frames_per_second: prediction.frames_per_second,

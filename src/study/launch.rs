@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::folder::State;
+use super::forecast::share;
 use super::plan::Point;
 use super::table::Measured;
 use crate::{Error, Result};
@@ -81,7 +82,12 @@ impl Launcher {
                 let mut command = Command::new("mpirun");
                 // Other MPI libraries have no such limit, and do not know these.
                 if open_mpi() {
-                    command.args(["--oversubscribe", "--bind-to", "none"]);
+                    command.args(["--oversubscribe", "--use-hwthread-cpus"]);
+                    match share(point.ranks) {
+                        // As on nodes of their own.
+                        Some(share) => command.args(["--map-by", &format!("slot:PE={share}"), "--bind-to", "hwthread"]),
+                        None => command.args(["--bind-to", "none"]),
+                    };
                 }
                 command.args(words("MPIRUN_OPTIONS"));
                 command.arg("-n").arg(point.ranks.to_string());
@@ -260,8 +266,17 @@ mod tests {
     fn ranks_are_placed_as_the_point_says() {
         let variant = super::super::plan::Variant::parse("sideways").unwrap();
         let point = Point { name: "p".into(), nodes: 2, ranks: 8, modules: 8, replicas: 1, batch: 1, variant };
-        let command = Launcher::Srun.command(&point, &["bench", "train"]).unwrap();
-        let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
+        let words = |launcher: Launcher, ranks: usize| -> Vec<String> {
+            let command = launcher.command(&Point { ranks, ..point.clone() }, &["bench", "train"]).unwrap();
+            command.get_args().map(|word| word.to_string_lossy().into_owned()).collect()
+        };
+        // On one machine a rank has its share of the processors, if there is one.
+        if open_mpi() {
+            let bound =
+                |ranks: usize, to: &str| words(Launcher::Mpirun, ranks).windows(2).any(|w| w == ["--bind-to", to]);
+            assert!(bound(1, "hwthread") && bound(1 << 20, "none"));
+        }
+        let words = words(Launcher::Srun, 8);
         for word in ["--mpi=pmix", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--kill-on-bad-exit=1"] {
             assert!(words.iter().any(|w| w == word), "{word} in {words:?}");
         }

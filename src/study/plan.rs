@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Globs, Rule, Stash, Task};
 use crate::data::Dataset;
+use crate::plan::cluster::Cluster;
 use crate::{Error, Result};
 
 /// What grows with the nodes.
@@ -103,6 +104,9 @@ pub struct Request {
     pub batches: u64,
     /// Seconds after which a run is out of time.
     pub limit: u64,
+    /// What predictions take messages and replicas' gradients to need; absent: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<Cluster>,
 }
 
 /// One point: a rule on a number of nodes.
@@ -255,6 +259,12 @@ impl Plan {
             ));
         }
         let base = Base::new(config, &request)?;
+        if let Some(cluster) = request.cluster.as_ref().filter(|c| c.ranks_per_node != base.ranks_per_node) {
+            return Err(Error::input(format!(
+                "--cluster: it has {} ranks a node, and the study {}: change one, or --ranks-per-node",
+                cluster.ranks_per_node, base.ranks_per_node
+            )));
+        }
         let mut points: Vec<Point> = Vec::new();
         for &variant in &request.rules {
             // One process is one point.
@@ -370,7 +380,16 @@ mod tests {
 
     fn request(axis: Axis, nodes: &[usize], rules: &[&str]) -> Request {
         let rules = rules.iter().map(|rule| Variant::parse(rule).unwrap()).collect();
-        Request { axis, nodes: nodes.to_vec(), ranks_per_node: None, rules, repeat: 2, batches: 3, limit: 60 }
+        Request {
+            axis,
+            nodes: nodes.to_vec(),
+            ranks_per_node: None,
+            rules,
+            repeat: 2,
+            batches: 3,
+            limit: 60,
+            cluster: None,
+        }
     }
 
     fn plan(sets: &[&str], request: &Request) -> Result<Plan> {

@@ -298,6 +298,7 @@ mod tests {
             repeat: 3,
             batches: 3,
             limit: 60,
+            cluster: None,
         };
         let study = Study::create(dir.path(), Plan::new(&config, &request).unwrap()).unwrap();
         let [first, second, third] = &study.plan.points[..] else { panic!("three points") };

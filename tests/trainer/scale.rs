@@ -155,6 +155,38 @@ fn a_study_goes_on_after_a_kill() {
     assert!(again.status.success() && modified(&first) == made, "{}", text(&again));
 }
 
+/// Predictions count what messages take on the cluster that is given.
+#[test]
+fn messages_take_what_the_cluster_says() {
+    let place = Place::new();
+    let file = place.dir.path().join("cluster.toml");
+    let slow = "{ latency = 0.1, bandwidth = 1e9 }";
+    let cluster = |ranks: usize| {
+        let text =
+            format!("ranks_per_node = {ranks}\nnodes_per_switch = 4\ncore = {slow}\nnode = {slow}\nswitch = {slow}\n");
+        std::fs::write(&file, text).unwrap();
+    };
+    let planned = |more: &[&str]| {
+        let args = [&[place.config.as_str(), "--nodes", "2", "--dry-run", "--json"], more].concat();
+        place.command(&args).output().unwrap()
+    };
+    let tick = |more: &[&str]| {
+        let output = planned(more);
+        assert!(output.status.success(), "{}", text(&output));
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        value["points"][0]["tick_ms"].as_f64().unwrap()
+    };
+    cluster(1);
+    let with = ["--cluster", file.to_str().unwrap()];
+    let (free, slow) = (tick(&[]), tick(&with));
+    // Buffers let several messages be under way.
+    assert!(free < 20.0 && (40.0..400.0).contains(&slow), "{free} and {slow} ms");
+    cluster(3);
+    let refused = planned(&with);
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+    assert!(text(&refused).contains("3 ranks a node, and the study 1"), "{}", text(&refused));
+}
+
 /// One point is short of memory: the others are measured, it is missing, and is run again when that is asked for.
 #[test]
 fn what_fails_is_missing_until_it_is_run_again() {
