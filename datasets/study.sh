@@ -30,8 +30,7 @@ export out
 
 printf '%-28s %5s %10s %8s %10s\n' run seeds mean +- worst
 for name in $(ls "$out"/*/eval.json 2>/dev/null | sed -E 's|.*/([^/]*)-[0-9]+/eval.json|\1|' | sort -u); do
-  cat "$out/$name"-[0-9]*/eval.json | awk -v name="$name" '
-    function field(key) { return match($0, "\"" key "\":[0-9.eE+-]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) : "" }
+  cat "$out/$name"-[0-9]*/eval.json | awk -v name="$name" "$(cat datasets/field.awk)"'
     { x = field("mse"); mse = x != ""; if (!mse) x = 100 * field("top1"); n++; s += x; q += x * x
       if (n == 1 || (mse ? x > worst : x < worst)) worst = x }
     END { d = n > 1 ? (q - s * s / n) / (n - 1) : 0; d = d > 0 ? sqrt(d) : 0

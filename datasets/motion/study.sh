@@ -40,27 +40,26 @@ until_learnt() {
   local prefix=$1 config=$2
   shift 2
   for seed in ${SEEDS:-1 2 3}; do
-    for rule in fresh stash 1f1b; do
+    for rule in fresh stash 1f1b gpipe; do
       case $rule in
         fresh) sets="" ;;
         stash) sets="train.stash=activations" ;;
-        1f1b) sets="train.rule=1f1b" ;;
+        *) sets="train.rule=$rule" ;;
       esac
       echo "$prefix-$rule $seed $config train.validate_every=16 train.until={top1=0.95} $*${sets:+ $sets}"
     done
   done
 }
 
-# A line a run of `time`: batches until the first validation of 95 %, and ticks: T a batch, by 1f1b T + D - 1.
+# A line a run of `time`: batches until the first validation of 95 %, and ticks: T a batch, by the exact pipelines T + D - 1.
 learnt() {
   printf '%-24s %8s %8s\n' run batches ticks
   for run in runs/study/time/*/metrics.jsonl; do
-    awk -v run="$(basename "$(dirname "$run")")" '
-      function field(key) { return match($0, "\"" key "\":[0-9.eE+-]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) : "" }
+    awk -v run="$(basename "$(dirname "$run")")" "$(cat datasets/field.awk)"'
       /"kind":"validation"/ && field("top1") >= 0.95 { found = field("batches"); exit }
       END {
         split(run, part, "-")  # DATA-T-D-RULE-SEED
-        frames = part[2] + (part[4] == "1f1b" ? part[3] - 1 : 0)
+        frames = part[2] + (part[4] == "1f1b" || part[4] == "gpipe" ? part[3] - 1 : 0)
         if (found) printf "%-24s %8d %8d\n", run, found, found * frames
         else printf "%-24s %8s %8s\n", run, "-", "-"
       }' "$run"
@@ -83,8 +82,9 @@ modules)
   ;;
 depth)
   synth data/motion-colour-long 32 1
+  synth data/motion-colour-longer 40 1
   rules 12 $here/study-12.toml '[1,2,3,4,5,6,7,8]' "$(on data/motion-colour-long)"
-  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11]' "$(on data/motion-colour-long)"
+  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11,12]' "$(on data/motion-colour-longer)"
   ;;
 rates)
   for speed in 0.5 0.25; do
@@ -93,11 +93,14 @@ rates)
   done
   ;;
 time)
-  COLOUR=$EASY synth data/motion 12 1
-  synth data/motion-colour-long 32 1
+  COLOUR=$EASY
+  synth data/motion 12 1
+  synth data/motion-long 32 1
+  eight=model.cuts=[3,6,9,12,15,18,21]
   until_learnt easy-12-6 $here/demo.toml "$(on data/motion)"
-  until_learnt colour-32-6 $here/study.toml "$(on data/motion-colour-long)" data.frames=32
-  until_learnt colour-32-8 $here/study.toml "$(on data/motion-colour-long)" data.frames=32 model.cuts=[3,6,9,12,15,18,27]
+  until_learnt easy-12-8 $here/demo.toml "$(on data/motion)" $eight
+  until_learnt easy-32-6 $here/demo.toml "$(on data/motion-long)" data.frames=32
+  until_learnt easy-32-8 $here/demo.toml "$(on data/motion-long)" data.frames=32 $eight
   ;;
 frames)
   COLOUR=$EASY synth data/motion 12 1
