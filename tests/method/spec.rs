@@ -82,6 +82,8 @@ fn presets_are_what_they_say() -> Result<()> {
         ("vgg8", 32, [1, 1, 10], None),
         ("resnet18", 64, [1, 1, 1000], Some(11_689_512)),
         ("resnet50", 32, [1, 1, 1000], Some(25_557_032)),
+        // torchvision's resnet152 without eight blocks of 1 117 184 parameters.
+        ("resnet128", 32, [1, 1, 1000], Some(60_192_808 - 8 * 1_117_184)),
         ("autoencoder", 32, [32, 32, 3], None),
     ] {
         let layers = preset(name, out[2])?;
