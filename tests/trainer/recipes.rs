@@ -80,7 +80,8 @@ fn trains(recipe: &Path, place: &Path, more: &[&str]) -> PathBuf {
         "run.precision=f32".into(),
         "data.crop=32".into(),
         "data.batch=2".into(),
-        "data.frames=18".into(),
+        // Long enough for a gradient to reach the first of the modules.
+        format!("data.frames={}", (2 * ranks_of(recipe)).max(18)),
         "data.decode_threads=1".into(),
         "train.batches=2".into(),
         "train.validate_every=2".into(),
