@@ -1,6 +1,6 @@
 """How much of a machine's decoding `sideways data prepare` uses, and what a long list costs: made-up videos (ffmpeg's testsrc2 with
-noise, H.264) are prepared, and decoded and scaled by the same ffmpeg processes alone, in turns; then a list of Kinetics' form of which
-one clip in a hundred is there is prepared until the first is decoded.
+noise, H.264) are prepared, and decoded and scaled by the same ffmpeg processes alone (to RGB, which raw shards hold, and to JPEG's
+YCbCr), in turns; then a list of Kinetics' form of which one clip in a hundred is there is prepared until the first is decoded.
 
     python3 benches/data/prepare.py [--rounds N] [--jobs N] [--size 340x256] [--program target/release/sideways]
 
@@ -18,11 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 128, 171
-# As src/data/prepare/ffmpeg.rs has them.
-FILTER = (
+# As src/data/prepare/ffmpeg.rs has them: for raw shards, and for JPEG.
+SCALE = (
     f"setpts=PTS-STARTPTS,fps=25,scale=w='max({WIDTH},round({HEIGHT}*iw*sar/ih))':h='max({HEIGHT},round({WIDTH}*ih/(iw*sar)))'"
-    f":flags=bicubic+accurate_rnd+bitexact,crop={WIDTH}:{HEIGHT}"
+    ":flags=bicubic+accurate_rnd+bitexact"
 )
+PIXELS = {"rgb24": "", "yuv444p": ":out_color_matrix=bt601:out_range=pc"}
 
 
 def film(path, size, seconds):
@@ -31,9 +32,9 @@ def film(path, size, seconds):
     subprocess.run(["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "veryfast", path], check=True)
 
 
-def alone(videos, jobs):
+def alone(videos, jobs, pixels):
     command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-filter_threads", "1", "-i", "@", "-map", "0:V:0", "-t", "30"]
-    command += ["-vf", FILTER, "-f", "rawvideo", "-pix_fmt", "rgb24", "-y", "/dev/null"]
+    command += ["-vf", f"{SCALE}{PIXELS[pixels]},crop={WIDTH}:{HEIGHT}", "-f", "rawvideo", "-pix_fmt", pixels, "-y", "/dev/null"]
     files = "\n".join(map(str, videos))
     subprocess.run(["xargs", "-P", str(jobs), "-I@", *command], input=files, text=True, check=True)
 
@@ -60,7 +61,8 @@ def decoding(args, folder):
         elif not path.exists():
             os.link(videos[n % 2], path)
     ways = {
-        "ffmpeg alone": lambda: alone(videos, args.jobs),
+        "ffmpeg to RGB": lambda: alone(videos, args.jobs, "rgb24"),
+        "ffmpeg to YCbCr": lambda: alone(videos, args.jobs, "yuv444p"),
         "prepare, raw": lambda: prepare(args.program, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs),
         "prepare, JPEG": lambda: prepare(args.program, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs),
     }
@@ -71,9 +73,10 @@ def decoding(args, folder):
             best[name] = [min(pair) for pair in zip(best.get(name, (clock, used)), (clock, used))]
     frames = 250 * len(videos)
     print(f"{len(videos)} videos of {args.size}, {args.jobs} at a time; the best of {args.rounds} rounds")
+    print("in brackets beside ffmpeg alone, to RGB and to YCbCr")
     for name, (clock, used) in best.items():
-        of = [best["ffmpeg alone"][k] / best[name][k] for k in (0, 1)]
-        print(f"{name:14} {frames / clock:6.0f} frames/s ({of[0]:.2f})  {used / frames * 1e3:.2f} ms of processors a frame ({of[1]:.2f})  {used / clock:.2f} cores")
+        of = ["{:.2f}, {:.2f}".format(*(best[f"ffmpeg to {to}"][k] / best[name][k] for to in ("RGB", "YCbCr"))) for k in (0, 1)]
+        print(f"{name:15} {frames / clock:6.0f} frames/s ({of[0]})  {used / frames * 1e3:.2f} ms of processors a frame ({of[1]})  {used / clock:.2f} cores")
 
 
 def listed(args, folder, clips):

@@ -53,6 +53,15 @@ impl Target {
     }
 }
 
+/// In what form ffmpeg hands a frame over: three bytes a pixel either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pixels {
+    /// RGB, `[height, width, 3]`.
+    Rgb,
+    /// Y, Cb and Cr of JPEG (BT.601, 0 to 255), `[3, height, width]`: of a video, which has them, half the work of RGB.
+    YCbCr,
+}
+
 /// Frames a second, at most.
 const MAX_FPS: f64 = 1000.0;
 /// Seconds of a video, and of its decoding, at most: some thirty years, which ffmpeg still counts right.
@@ -105,9 +114,9 @@ impl Ffmpeg {
         }
     }
 
-    /// Decodes `path` and hands each frame, `[height, width, 3]` bytes of RGB, to `store`. The picture is scaled to
-    /// cover the target, in the shape in which players show it, and cut to it around the centre. `stream` is the number of the video's
-    /// stream; else the first that is no cover picture. Of a video that cannot be decoded says why.
+    /// Decodes `path` and hands each frame, as `pixels` says, to `store`. The picture is scaled to cover the target, in the shape in
+    /// which players show it, and cut to it around the centre. `stream` is the number of the video's stream; else the first that is no
+    /// cover picture. Of a video that cannot be decoded says why.
     ///
     /// # Errors
     /// [`Error::Run`] when `ffmpeg` cannot be started: no video's fault.
@@ -115,11 +124,12 @@ impl Ffmpeg {
         &self,
         path: &Path,
         target: &Target,
+        pixels: Pixels,
         stream: Option<usize>,
         store: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<std::result::Result<Decoded, Failure>> {
-        let child =
-            command(path, target, stream).spawn().map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
+        let child = command(path, target, pixels, stream).spawn();
+        let child = child.map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
         let watched = self.watch(child, path, target, store);
         Ok(watched.map(|(complaint, messages)| {
             let streams = messages.streams();
@@ -183,12 +193,17 @@ impl Ffmpeg {
     }
 }
 
-fn command(path: &Path, target: &Target, stream: Option<usize>) -> Command {
+fn command(path: &Path, target: &Target, pixels: Pixels, stream: Option<usize>) -> Command {
     let (h, w) = (target.height, target.width);
     // As `force_original_aspect_ratio=increase`, which takes pixels for square.
     let cover = format!("w='max({w},round({h}*iw*sar/ih))':h='max({h},round({w}*ih/(iw*sar)))'");
+    let (format, colours) = match pixels {
+        Pixels::Rgb => ("rgb24", ""),
+        // As JFIF has them, whatever the video's own are.
+        Pixels::YCbCr => ("yuv444p", ":out_color_matrix=bt601:out_range=pc"),
+    };
     // From the first picture on: where sound begins before it, it would be repeated until then.
-    let filter = format!("setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING},crop={w}:{h}", target.fps);
+    let filter = format!("setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING}{colours},crop={w}:{h}", target.fps);
     let stream = stream.map_or("0:V:0".to_string(), |number| format!("0:{number}"));
     // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
     let mut input = std::ffi::OsString::from("file:");
@@ -202,7 +217,7 @@ fn command(path: &Path, target: &Target, stream: Option<usize>) -> Command {
         .args(["-threads", "1", "-filter_threads", "1", "-i"])
         .arg(input)
         .args(["-map", &stream, "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
-        .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"])
+        .args(["-f", "rawvideo", "-pix_fmt", format, "pipe:1"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::ffmpeg::{Decoded, Failure, Ffmpeg, Target};
+use super::ffmpeg::{Decoded, Failure, Ffmpeg, Pixels, Target};
 use super::record::{Entry, FileState, Outcome, RECIPE, Record, content};
 use crate::data::jpeg;
 use crate::data::shard::{Encoding, ShardHeader, ShardWriter};
@@ -175,10 +175,14 @@ impl Recipe<'_> {
     ) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
         let (h, w) = (self.target.height, self.target.width);
         let (mut frames, mut bytes) = (Vec::new(), 0);
-        let mut store = |rgb: &[u8]| -> Result<()> {
+        let pixels = match self.encoding {
+            Encoding::Raw => Pixels::Rgb,
+            Encoding::Jpeg => Pixels::YCbCr,
+        };
+        let mut store = |frame: &[u8]| -> Result<()> {
             let frame = match self.encoding {
-                Encoding::Raw => rgb.to_vec(),
-                Encoding::Jpeg => jpeg::encode(rgb, h, w, self.quality)?,
+                Encoding::Raw => frame.to_vec(),
+                Encoding::Jpeg => jpeg::encode_ycbcr(frame, h, w, self.quality)?,
             };
             bytes += frame.len();
             if bytes > MAX_BYTES {
@@ -190,7 +194,7 @@ impl Recipe<'_> {
             frames.push(frame);
             Ok(())
         };
-        let decoded = self.ffmpeg.decode(path, self.target, stream, &mut store)?;
+        let decoded = self.ffmpeg.decode(path, self.target, pixels, stream, &mut store)?;
         Ok((decoded, frames))
     }
 }
