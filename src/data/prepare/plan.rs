@@ -90,7 +90,7 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
     let others = others(options, &names, videos.as_deref())?;
     for (split, mut sources) in listing.splits {
         // Of two in one place the first by id.
-        sources.sort_by(|a, b| a.id.cmp(&b.id));
+        sources.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         sources.sort_by_cached_key(|source| place_of(options.seed, &split, &source.id));
         let (slots, mut account) = videos_of(options, &split, sources, &skip)?;
         let state = State::new(&options.out, &split);
@@ -172,6 +172,7 @@ fn videos_of(
     let listed = sources.len();
     let mut account = SplitLedger { name: split.into(), listed, expected, ..SplitLedger::default() };
     let mut slots = Slots::with_capacity(listed);
+    account.missing.reserve_exact(sources.iter().filter(|source| source.path.is_none()).count());
     for source in sources {
         let Some(path) = &source.path else {
             account.missing.push(source.id);
@@ -375,6 +376,9 @@ fn labels_in_shard(options: &PrepareOptions, shard: &ShardPlan, record: &Record)
 
 /// The ids to leave out.
 fn read_skips(options: &PrepareOptions, listing: &Listing) -> Result<HashSet<String>> {
+    if options.skip.is_empty() {
+        return Ok(HashSet::new());
+    }
     let listed: HashSet<&str> = listing.splits.iter().flat_map(|(_, sources)| sources).map(|s| s.id.as_str()).collect();
     let mut all = HashSet::new();
     for path in &options.skip {

@@ -144,9 +144,8 @@ pub(super) fn finish(
         let (got, wanted) = (all.len(), plan.shards.len());
         return Err(Error::Run(format!("{got} shards are done ({earlier} earlier), not each of {wanted} once")));
     }
-    let unused: Vec<[String; 2]> =
-        ledger.unused.iter().map(|unused| [unused.path.clone(), unused.why.to_string()]).collect();
-    write_list(&unused_list(&options.out), ["path", "why"], &unused)?;
+    let unused = ledger.unused.iter().map(|unused| [unused.path.as_str(), unused.why]);
+    write_list(&unused_list(&options.out), ["path", "why"], unused)?;
     let mut reports = Vec::new();
     for account in &ledger.splits {
         let of_split =
@@ -216,14 +215,15 @@ fn split<'a>(
         }
     }
     notes.sort_by(|a, b| (&a[1], &a[0]).cmp(&(&b[1], &b[0])));
-    let mut missing: Vec<[String; 4]> =
-        account.missing.iter().map(|id| [id.clone(), "missing".into(), "no such file".into(), String::new()]).collect();
-    missing.sort();
+    let mut missing: Vec<&str> = account.missing.iter().map(String::as_str).collect();
+    missing.sort_unstable();
+    let missing = missing.into_iter().map(|id| [id, "missing", "no such file", ""]);
+    let notes = notes.iter().map(|note| note.each_ref().map(String::as_str));
     let names = plan.class_names.iter().enumerate();
     report.without = names.filter(|(k, _)| !classes.contains(&(*k as i32))).map(|(_, name)| name.clone()).collect();
     let path = |what: &str| options.out.join(format!("{what}-{}.tsv", account.name));
-    report.quarantine = write_list(&path("quarantine"), ["id", "what", "why", "path"], &notes)?;
-    report.missing_list = write_list(&path("missing"), ["id", "what", "why", "path"], &missing)?;
+    report.quarantine = write_list(&path("quarantine"), ["id", "what", "why", "path"], notes)?;
+    report.missing_list = write_list(&path("missing"), ["id", "what", "why", "path"], missing)?;
     Ok(report)
 }
 
@@ -233,8 +233,12 @@ pub fn unused_list(out: &Path) -> PathBuf {
 }
 
 /// Writes a list; an empty one is not written, and one that an earlier run left is removed.
-fn write_list<const N: usize>(path: &Path, header: [&str; N], rows: &[[String; N]]) -> Result<Option<PathBuf>> {
-    if rows.is_empty() {
+fn write_list<'a, const N: usize>(
+    path: &Path,
+    header: [&str; N],
+    rows: impl ExactSizeIterator<Item = [&'a str; N]>,
+) -> Result<Option<PathBuf>> {
+    if rows.len() == 0 {
         return match std::fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
             _ => Ok(None),
@@ -242,7 +246,7 @@ fn write_list<const N: usize>(path: &Path, header: [&str; N], rows: &[[String; N
     }
     let mut text = header.join("\t") + "\n";
     for row in rows {
-        text.push_str(&row.each_ref().map(|s| s.replace(['\t', '\n', '\r'], " ")).join("\t"));
+        text.push_str(&row.map(|s| s.replace(['\t', '\n', '\r'], " ")).join("\t"));
         text.push('\n');
     }
     write_whole(path, text.as_bytes())?;

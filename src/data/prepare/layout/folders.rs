@@ -20,9 +20,9 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         let below = file.path[part.len()..].trim_start_matches('/');
         match below.split('/').collect::<Vec<_>>()[..] {
             [class, name] => {
-                let at = At::Place(place.videos.join(part).join(class).display().to_string());
-                let id = format!("{class}/{name}");
-                rows.push(Row { id, class: class.into(), path: Some(file.path.clone()), at });
+                let at = At::Place(place.videos.join(part).join(class).display().to_string().into());
+                let id = format!("{class}/{name}").into();
+                rows.push(Row { id, class: class.into(), path: Some(file.path.as_str().into()), at });
             }
             [_] => others.push(Unused { path: file.path, why: "beside the class folders, in none" }),
             _ => others.push(Unused { path: file.path, why: "in a folder below its class's" }),

@@ -54,7 +54,12 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
             }
             let id = format!("{class}/{name}");
             let path = named.find(class, name).map_err(|e| e.within(&at))?;
-            let row = Row { id: id.clone(), class: class.as_str().into(), path, at: At::Place(at.clone()) };
+            let row = Row {
+                id: id.as_str().into(),
+                class: class.as_str().into(),
+                path: path.map(Into::into),
+                at: At::Place(at.as_str().into()),
+            };
             if rows.insert(id, row).is_some() {
                 return Err(bad(format!("{name} is listed twice")));
             }

@@ -3,13 +3,12 @@
 //!
 //! | annotation file | read by |
 //! |---|---|
-//! | DeepMind's `train.csv`, the mirrors' CSV and header-carrying `.txt` | [`csv_rows`]: columns by name, in any order, more are allowed |
-//! | DeepMind's `train.json`: `{ID: {"annotations": {"label", "segment"}, "subset", …}}` | [`json_rows`] |
+//! | DeepMind's `train.csv`, the mirrors' CSV and header-carrying `.txt` | [`csv_list`]: columns by name, in any order, more are allowed |
+//! | DeepMind's `train.json`: `{ID: {"annotations": {"label", "segment"}, "subset", …}}` | [`json_list`] |
 //!
 //! A video of YouTube may be used twice, so a clip's key is id and times, never the id.
 
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -29,40 +28,58 @@ const ID: usize = 11;
 /// A clip's key: YouTube id, start and end in seconds.
 type Key = ([u8; ID], u32, u32);
 
-/// One line of an annotation file, of which there are up to a million: small.
+/// One line of an annotation file, of which there are up to a million: small. Its texts are numbers of a [`Texts`].
 struct Annotation {
     key: Key,
-    label: Arc<str>,
-    subset: Option<Arc<str>>,
-    /// Its line, counted from 1; `None` for a JSON entry.
-    line: Option<u64>,
+    label: u32,
+    subset: Option<u32>,
+    /// Its line, counted from 1; 0 for a JSON entry.
+    line: u32,
 }
 
-/// Texts that come again and again, each kept once.
+/// Texts that come again and again, each kept once and numbered.
 #[derive(Default)]
-struct Texts(HashSet<Arc<str>>);
+struct Texts {
+    all: Vec<Arc<str>>,
+    numbers: HashMap<Arc<str>, u32>,
+}
 
 impl Texts {
-    fn keep(&mut self, text: &str) -> Arc<str> {
-        self.0.get(text).cloned().unwrap_or_else(|| {
-            let kept: Arc<str> = text.into();
-            self.0.insert(kept.clone());
-            kept
+    fn keep(&mut self, text: &str) -> u32 {
+        self.numbers.get(text).copied().unwrap_or_else(|| {
+            let (kept, number): (Arc<str>, u32) = (text.into(), self.all.len() as u32);
+            self.all.push(kept.clone());
+            self.numbers.insert(kept, number);
+            number
         })
     }
+
+    fn get(&self, number: u32) -> &Arc<str> {
+        &self.all[number as usize]
+    }
+}
+
+/// An annotation file: its entries in their order.
+#[derive(Default)]
+struct List {
+    entries: Vec<Annotation>,
+    texts: Texts,
 }
 
 pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), place: &Place) -> Result<Rows> {
     let (name, split) = split;
     let file = annotation(place.annotations, &split.annotations)?;
-    let all = {
+    let mut list = {
         let content = text(&file)?;
         match content.trim_start().starts_with('{') {
-            true => json_rows(&file, &content)?,
-            false => csv_rows(&file, &content, description.columns.as_deref())?,
+            true => json_list(&file, &content)?,
+            false => csv_list(&file, &content, description.columns.as_deref())?,
         }
     };
-    let all = of_subset(&file, all, name, split.subset.as_deref())?;
+    keep_subset(&file, &mut list, name, split.subset.as_deref())?;
+    let List { entries: mut all, texts } = list;
+    // Those of one clip side by side, in the order of the list.
+    all.sort_by_key(|entry| entry.key);
     let found = found_videos(split, place)?;
     let mut clips: HashMap<Key, Vec<&VideoFile>> = HashMap::new();
     for video in &found.videos {
@@ -70,32 +87,30 @@ pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), 
             clips.entry(key).or_default().push(video);
         }
     }
-    // By key, the place among the rows.
-    let mut seen: HashMap<Key, usize> = HashMap::with_capacity(all.len());
     let mut rows: Vec<Row> = Vec::with_capacity(all.len());
     let mut repeated = 0u64;
     let name: Arc<str> = file.display().to_string().into();
-    for Annotation { key, label, line, .. } in all {
-        let at = match line {
-            Some(line) => At::Line(name.clone(), line),
-            None => At::Place(format!("{name}: entry {:?}", youtube_id(&key))),
+    let mut before: Option<Annotation> = None;
+    for entry in all {
+        let at = |entry: &Annotation| match entry.line {
+            0 => At::Place(format!("{name}: entry {:?}", youtube_id(&entry.key)).into()),
+            line => At::Line(name.clone(), line),
         };
-        match seen.entry(key) {
-            Entry::Occupied(first) if rows[*first.get()].class == label => {
+        let label = texts.get(entry.label);
+        if let Some(first) = before.as_ref().filter(|first| first.key == entry.key) {
+            if first.label == entry.label {
                 repeated += 1;
                 continue;
             }
-            Entry::Occupied(first) => {
-                let Row { id, class: other, at: before, .. } = &rows[*first.get()];
-                return Err(Error::input(format!("{at}: {id} is {label:?} here and {other:?} at {before}")));
-            }
-            Entry::Vacant(place) => drop(place.insert(rows.len())),
+            let (id, other) = (id_of(&entry.key), texts.get(first.label));
+            return Err(Error::input(format!("{}: {id} is {label:?} here and {other:?} at {}", at(&entry), at(first))));
         }
         // Of several copies the one in its class's folder, else the first by name.
-        let copies = clips.get(&key).map_or(&[][..], Vec::as_slice);
-        let own = copies.iter().find(|video| spelling(&video.folder) == spelling(&label));
-        let path = own.or(copies.first()).map(|video| video.path.clone());
-        rows.push(Row { id: id_of(&key), class: label, path, at });
+        let copies = clips.get(&entry.key).map_or(&[][..], Vec::as_slice);
+        let own = copies.iter().find(|video| spelling(&video.folder) == spelling(label));
+        let path = own.or(copies.first()).map(|video| video.path.as_str().into());
+        rows.push(Row { id: id_of(&entry.key).into(), class: label.clone(), path, at: at(&entry) });
+        before = Some(entry);
     }
     if repeated > 0 {
         log::warn!("{}: {repeated} clips are listed more than once and count once", file.display());
@@ -108,39 +123,40 @@ pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), 
             rows.len(),
             found.videos.len(),
             place.videos.display(),
-            rows.first().map_or("", |row| row.id.as_str())
+            rows.first().map_or("", |row| &*row.id)
         )));
     }
     Ok(Rows { rows, ..Rows::of(found) })
 }
 
-/// The entries of one subset: of the one that is asked for, else of the one that is called as the split is where a list is of several.
-fn of_subset(file: &Path, all: Vec<Annotation>, name: &str, subset: Option<&str>) -> Result<Vec<Annotation>> {
-    let total = all.len();
-    let values: BTreeSet<&str> = all.iter().filter_map(|a| a.subset.as_deref()).collect();
+/// Keeps the entries of one subset: of the one that is asked for, else of the one that is called as the split is where a list is of
+/// several.
+fn keep_subset(file: &Path, list: &mut List, name: &str, subset: Option<&str>) -> Result<()> {
+    let List { entries, texts } = list;
+    let total = entries.len();
+    let values: BTreeSet<u32> = entries.iter().filter_map(|entry| entry.subset).collect();
+    let values: BTreeSet<&str> = values.into_iter().map(|value| &**texts.get(value)).collect();
     let values: Vec<&str> = values.into_iter().collect();
-    let wanted: Vec<String> = match (subset, &values[..]) {
-        (Some(subset), _) => vec![subset.to_string()],
+    let wanted: Vec<&str> = match (subset, &values[..]) {
+        (Some(subset), _) => vec![subset],
         // A list of one split, whatever that is called there.
-        (None, []) => return Ok(all),
-        (None, [one]) if !is_of_another(one, name) => return Ok(all),
-        (None, values) => values.iter().filter(|value| means(value, name)).map(|value| value.to_string()).collect(),
+        (None, []) => return Ok(()),
+        (None, [one]) if !is_of_another(one, name) => return Ok(()),
+        (None, values) => values.iter().copied().filter(|value| means(value, name)).collect(),
     };
-    let values = format!("{values:?}");
-    let kept: Vec<Annotation> =
-        all.into_iter().filter(|a| a.subset.as_deref().is_some_and(|s| wanted.iter().any(|w| w == s))).collect();
-    if kept.is_empty() {
+    entries.retain(|entry| entry.subset.is_some_and(|subset| wanted.contains(&&**texts.get(subset))));
+    if entries.is_empty() {
         let wanted = subset.unwrap_or(name);
         return Err(Error::input(format!(
-            "{}: none of {total} entries is of the split {wanted:?}; there are {values}. Give --split one of these, or `subset` in a \
+            "{}: none of {total} entries is of the split {wanted:?}; there are {values:?}. Give --split one of these, or `subset` in a \
              description of the dataset (docs/data.md)",
             file.display()
         )));
     }
-    if kept.len() < total {
-        log::info!("{}: {} of {total} entries are of the split {name:?}", file.display(), kept.len());
+    if entries.len() < total {
+        log::info!("{}: {} of {total} entries are of the split {name:?}", file.display(), entries.len());
     }
-    Ok(kept)
+    Ok(())
 }
 
 /// Whether a list of the one split `value` is another's than `name`: both are common words, and differ.
@@ -189,7 +205,7 @@ fn key(id: &str, start: &str, end: &str) -> std::result::Result<Key, String> {
 }
 
 /// Reads a table with a header line, or with the `columns` a description gives.
-fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Vec<Annotation>> {
+fn csv_list(file: &Path, content: &str, columns: Option<&[String]>) -> Result<List> {
     let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
     let first = content.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
     let delimiter = if !first.contains(',') && first.contains('\t') { b'\t' } else { b',' };
@@ -224,7 +240,8 @@ fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Ve
     let (label, id) = (column("label")?, column("youtube_id")?);
     let (start, end, subset) =
         (column("time_start")?, column("time_end")?, find("split").or_else(|| header.iter().position(is_split)));
-    let (mut rows, mut texts) = (Vec::new(), Texts::default());
+    let lines = content.bytes().filter(|byte| *byte == b'\n').count();
+    let (mut entries, mut texts) = (Vec::with_capacity(lines + 1), Texts::default());
     for record in reader.records() {
         let record = record.map_err(|e| bad(table_error(&e, header.len())))?;
         let line = record.position().map_or(0, csv::Position::line);
@@ -234,9 +251,13 @@ fn csv_rows(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Ve
             return Err(bad(format!("line {line}: the label is empty")));
         }
         let subset = subset.map(|column| texts.keep(get(column)));
-        rows.push(Annotation { key, label: texts.keep(get(label)), subset, line: Some(line) });
+        let line = u32::try_from(line).unwrap_or(u32::MAX);
+        entries.push(Annotation { key, label: texts.keep(get(label)), subset, line });
     }
-    if rows.is_empty() { Err(bad("no clips in this file, only a header".into())) } else { Ok(rows) }
+    if entries.is_empty() {
+        return Err(bad("no clips in this file, only a header".into()));
+    }
+    Ok(List { entries, texts })
 }
 
 /// What is wrong with a table, with its line.
@@ -251,7 +272,7 @@ fn table_error(error: &csv::Error, columns: usize) -> String {
 }
 
 /// DeepMind's JSON, whose entries are read in order so that none replaces another.
-fn json_rows(file: &Path, content: &str) -> Result<Vec<Annotation>> {
+fn json_list(file: &Path, content: &str) -> Result<List> {
     #[derive(Deserialize)]
     struct Video {
         annotations: Option<Clip>,
@@ -283,9 +304,9 @@ fn json_rows(file: &Path, content: &str) -> Result<Vec<Annotation>> {
         }
     }
     let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
-    let entries: Entries = serde_json::from_str(content).map_err(|e| bad(format!("not Kinetics JSON: {e}")))?;
+    let all: Entries = serde_json::from_str(content).map_err(|e| bad(format!("not Kinetics JSON: {e}")))?;
     let mut texts = Texts::default();
-    entries
+    let entries = all
         .0
         .into_iter()
         .map(|(id, video)| {
@@ -296,9 +317,10 @@ fn json_rows(file: &Path, content: &str) -> Result<Vec<Annotation>> {
             let [start, end] = clip.segment.map(|s| s.to_string());
             let key = key(&id, &start, &end).map_err(|why| bad(format!("{at}: {why}")))?;
             let subset = video.subset.map(|subset| texts.keep(&subset));
-            Ok(Annotation { key, label: texts.keep(&label), subset, line: None })
+            Ok(Annotation { key, label: texts.keep(&label), subset, line: 0 })
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    Ok(List { entries, texts })
 }
 
 #[cfg(test)]

@@ -64,22 +64,22 @@ impl Place<'_> {
     }
 }
 
-/// A video as a layout finds it, its class by name.
+/// A video as a layout finds it, its class by name. Large datasets list hundreds of thousands, most of which may be missing: small.
 struct Row {
-    id: String,
+    id: Box<str>,
     class: Arc<str>,
-    path: Option<String>,
+    path: Option<Box<str>>,
     /// Where its class is said, for errors.
     at: At,
 }
 
-/// Where something is said. The lists of large datasets have hundreds of thousands of lines: what these have in common is kept once.
+/// Where something is said. What the lines of a list have in common is kept once.
 #[derive(Clone, Debug)]
 enum At {
     /// A line of a file, counted from 1.
-    Line(Arc<str>, u64),
+    Line(Arc<str>, u32),
     /// A file and line, an entry, or a folder, in words.
-    Place(String),
+    Place(Box<str>),
 }
 
 impl fmt::Display for At {
@@ -135,9 +135,9 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
             Layout::Ucf101 => ucf101::rows(description, &split, place)?,
             Layout::Hmdb51 => hmdb51::rows(&split, place)?,
         };
-        rows.rows.sort_by(|a, b| a.id.cmp(&b.id));
+        rows.rows.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         if let Some(pair) = rows.rows.windows(2).find(|pair| pair[0].id == pair[1].id) {
-            let path = |row: &Row| row.path.clone().unwrap_or_else(|| row.at.to_string());
+            let path = |row: &Row| row.path.as_deref().map_or_else(|| row.at.to_string(), str::to_string);
             let (id, [a, b]) = (&pair[0].id, [path(&pair[0]), path(&pair[1])]);
             return Err(Error::input(format!("{name}: two videos are called {id}, {a} and {b}: rename one of them")));
         }
@@ -152,7 +152,7 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
         .map(|(name, rows)| {
             let sources = rows.rows.into_iter().map(|row| {
                 let label = classes.label(&row)?;
-                Ok(Source { id: row.id, label, path: row.path })
+                Ok(Source { id: row.id.into(), label, path: row.path.map(String::from) })
             });
             Ok((name, sources.collect::<Result<Vec<_>>>()?))
         })

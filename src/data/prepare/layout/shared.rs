@@ -60,7 +60,7 @@ pub(super) fn refuse_shared(description: &Description, found: &[(String, Rows)])
     for (n, (split, rows)) in found.iter().enumerate() {
         for (other, others) in found[..n].iter().filter(|(other, _)| exclude(split, other)) {
             let theirs: HashMap<&str, &str> =
-                others.rows.iter().filter_map(|row| Some((row.path.as_deref()?, row.id.as_str()))).collect();
+                others.rows.iter().filter_map(|row| Some((row.path.as_deref()?, &*row.id))).collect();
             let mine: Vec<&str> = rows.rows.iter().filter_map(|row| row.path.as_deref()).collect();
             let shared: Vec<&str> = mine.iter().copied().filter(|path| theirs.contains_key(path)).collect();
             judge(

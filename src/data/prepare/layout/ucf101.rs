@@ -50,7 +50,12 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         }
         let id = format!("{class}/{name}");
         let path = named.find(class, name).map_err(|e| e.within(&at))?;
-        let row = Row { id: id.clone(), class: class.into(), path, at: At::Place(at.clone()) };
+        let row = Row {
+            id: id.as_str().into(),
+            class: class.into(),
+            path: path.map(Into::into),
+            at: At::Place(at.as_str().into()),
+        };
         if rows.insert(id, row).is_some() {
             return Err(bad(format!("{class}/{name} is listed twice")));
         }
