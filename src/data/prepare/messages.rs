@@ -44,7 +44,7 @@ impl Messages {
         let last = lines.next()?;
         // It goes on with advice on options of its own.
         if self.0.contains("matches no streams") {
-            return Some("no stream of pictures in it (sound alone, or with a cover)".into());
+            return Some("no stream of pictures in it (sound alone, a cover, or a damaged header)".into());
         }
         let Some(summary) = last.strip_prefix(&name) else { return Some(last.into()) };
         match lines.next().map(|line| line.strip_prefix(&name).unwrap_or(line)) {
