@@ -58,7 +58,7 @@ fn trains(recipe: &Path, place: &Path, more: &[&str]) -> PathBuf {
             "--videos",
             "12",
             "--test-videos",
-            "8",
+            "4",
             "--frames",
             "24",
             "--size",
