@@ -12,7 +12,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: help deps slurm-deps build demo cluster-demo test test-cuda lint doc bench-pytorch test-torch bench-data gpu-bundle bench-gpu fuzz drills test-mpich clean
+.PHONY: help deps slurm-deps build demo cluster-demo cluster-recipes test test-cuda lint doc bench-pytorch test-torch bench-data gpu-bundle bench-gpu fuzz drills test-mpich clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,9 @@ demo: build ## train on a motion dataset under mpirun, without skips, with them,
 
 cluster-demo: build slurm-deps ## the same on a Slurm cluster of five hosts made of this machine (root)
 	slurm/testbed/demo.sh
+
+cluster-recipes: build slurm-deps ## Kinetics-600's and UCF101's guides with made-up videos on such a cluster: shards, pretraining, fine-tuning, a score (root)
+	slurm/testbed/kinetics.sh
 
 # A Python environment for the comparison alone. TORCH says what pip installs (a wheel for the CPU alone is enough: for
 # instance TORCH="torch --index-url URL").
