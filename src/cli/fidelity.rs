@@ -10,6 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::output::{json, table, whole};
 use crate::comm::World;
 use crate::config::Config;
+use crate::plan::gpu;
 use crate::trainer::fidelity::{Compared, Comparison, Fidelity, fidelity};
 use crate::{Error, Result};
 
@@ -67,18 +68,19 @@ fn plan(world: &World, args: &FidelityArgs) -> Result<()> {
         (false, _) => args.rules.iter().map(|name| Compared::named(name)).collect::<Result<_>>()?,
     };
     let comparison = Comparison { rules, strides: args.strides.clone(), batches: args.batches };
+    let device = gpu::describe(gpu::chosen(&config)?.as_ref());
     let live = Live::counting(0, "batches");
     let rows = fidelity(&config, checkpoint.as_ref(), &comparison, &mut |done, all| live.at(done, all))?;
     drop(live);
     if args.json {
         return json(&serde_json::json!({
             "checkpoint": checkpoint.map(|c| c.path().display().to_string()),
-            "frames": config.data.frames, "batch": config.data.batch, "rows": rows,
+            "device": device, "frames": config.data.frames, "batch": config.data.batch, "rows": rows,
         }));
     }
     let weights = checkpoint.map_or("initial weights".into(), |c| format!("weights of {}", c.path().display()));
     outln!(
-        "{weights}; {} batches of {} clips, T = {}; on the CPU in 32-bit floats; mean and standard deviation of a batch",
+        "{weights}; {} batches of {} clips, T = {}; on {device} in 32-bit floats; mean and standard deviation of a batch",
         args.batches,
         config.data.batch,
         config.data.frames

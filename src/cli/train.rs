@@ -176,7 +176,6 @@ fn announce(world: &World, trainer: &Trainer) {
     if !cpu::has_onednn() {
         log::warn!("built without oneDNN: strided, 1x1 and narrow convolutions are slower (docs/install.md)");
     }
-    log::info!("convolutions: {}, {} thread(s) a module", cpu::back_end(), setup.config.run.threads);
     if let Some(from) = &trainer.range().from {
         log::info!("from {}", from.path().display());
     }

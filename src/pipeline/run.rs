@@ -91,6 +91,10 @@ pub fn run(
     let (grid, config) = (setup.grid, &setup.config.run);
     let launch = range.trace.as_ref().map(|_| Launch::new(world)).transpose()?;
     let site = site::choose(world, config.device)?;
+    // Who compares gradients runs it again and again, and says it once; a GPU's stages say it themselves.
+    if site == Site::Cpu && world.rank() == 0 && parts.gradients.is_none() {
+        log::info!("modules compute on the CPU: {}, {} thread(s) each", cpu::back_end(), config.threads);
+    }
     let (edges, links) = if site == Site::Cpu { Default::default() } else { edges(setup) };
     let gpus = match site {
         Site::Cpu => None,

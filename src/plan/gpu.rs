@@ -30,6 +30,11 @@ impl OnGpu {
     }
 }
 
+/// Where modules compute, for people.
+pub fn describe(gpu: Option<&OnGpu>) -> String {
+    gpu.map_or("the CPU".into(), |on| format!("GPU {} ({})", on.ordinal, on.name))
+}
+
 /// The GPU on which a run's modules would compute here; `None` on the processor.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 use crate::backend::cuda;
 use crate::comm::World;
 use crate::config::DeviceChoice;
-use crate::sys::host::hostname;
+use crate::sys::host::{hostname, nvidia_gpus};
 use crate::{Error, Result};
 
 /// Where a rank's modules compute.
@@ -21,7 +21,7 @@ pub enum Site {
 }
 
 /// This rank's site: the k-th rank of a host takes its k-th GPU, from the first again where there are fewer. `auto` takes
-/// GPUs where every rank has one. Collective.
+/// GPUs where every rank has one, and says so where some stay idle. Collective.
 ///
 /// # Errors
 /// [`Error::Input`] on all ranks, where GPUs are asked for and a rank has none.
@@ -30,18 +30,23 @@ pub fn choose(world: &World, choice: DeviceChoice) -> Result<Site> {
         return Ok(Site::Cpu);
     }
     let (count, trouble) = cuda::usable();
-    let mine = format!("{}\n{count}\n{trouble}", hostname());
+    let mine = format!("{}\n{count}\n{}\n{trouble}", hostname(), count.max(nvidia_gpus()));
     let gathered = world.gather(mine.as_bytes())?;
     let all: Vec<String> = gathered.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
     let host = |rank: usize| all[rank].lines().next().unwrap_or_default();
     let without = (0..all.len()).find(|&rank| all[rank].lines().nth(1) == Some("0"));
+    let why = |rank: usize| all[rank].lines().skip(3).collect::<Vec<_>>().join(" ");
     match (without, choice) {
         (Some(rank), DeviceChoice::Auto) => {
-            log::debug!("no GPU on rank {rank} ({}): all ranks compute on the CPU", host(rank));
+            let idle = all.iter().any(|place| place.lines().nth(2) != Some("0"));
+            if idle && world.rank() == 0 {
+                let (host, why) = (host(rank), why(rank));
+                log::warn!("GPUs stay idle, all ranks compute on the CPU: rank {rank} on {host} can use none: {why}");
+            }
             return Ok(Site::Cpu);
         }
         (Some(rank), _) => {
-            let why = all[rank].lines().skip(2).collect::<Vec<_>>().join(" ");
+            let why = why(rank);
             return Err(Error::input(format!(
                 "run.device = \"cuda\": rank {rank} on {} has no GPU: {why}. Ask for them (Slurm: --gpus-per-node), or set \
                  run.device = \"cpu\"",

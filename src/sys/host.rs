@@ -23,6 +23,15 @@ pub fn program_hash() -> u64 {
     hash.digest()
 }
 
+/// NVIDIA GPUs of this machine, whether the program can use them or not.
+pub fn nvidia_gpus() -> usize {
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().into_string().ok();
+    let gpu = |name: &String| {
+        name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    std::fs::read_dir("/dev").map_or(0, |entries| entries.filter_map(name).filter(gpu).count())
+}
+
 /// The version of NVIDIA's kernel driver, where it is loaded.
 pub fn nvidia_driver() -> Option<String> {
     let version = std::fs::read_to_string("/sys/module/nvidia/version").ok()?;

@@ -12,7 +12,7 @@ use super::console::Console;
 use crate::backend::stage::Fit;
 use crate::checkpoint::Checkpoint;
 use crate::comm::World;
-use crate::config::{Config, DeviceChoice, Exchange, NamedPeriod, Precision, Rule, Stash, UpdateEvery, Wire};
+use crate::config::{Config, Exchange, NamedPeriod, Precision, Rule, Stash, UpdateEvery, Wire};
 use crate::pipeline::orders::Requests;
 use crate::pipeline::{self, Gradient, Origin, Parts, RunRange, frames_of, stage_of};
 use crate::setup::{Purpose, Setup};
@@ -124,7 +124,7 @@ pub struct Comparison {
 pub type Progress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
 
 /// Compares the gradients of `config`'s network, at the weights of `from` or else its initial ones, on its training clips: a row a
-/// stride, rule and module. In this process, on the CPU, in 32-bit floats.
+/// stride, rule and module. In this process, on `run.device`, in 32-bit floats.
 ///
 /// # Errors
 /// [`Error::Input`] for whatever in configuration or data cannot work.
@@ -135,7 +135,6 @@ pub fn fidelity(
     progress: Progress,
 ) -> Result<Vec<Fidelity>> {
     let mut base = config.clone();
-    base.run.device = DeviceChoice::Cpu;
     (base.run.precision, base.run.exchange, base.run.wire) = (Precision::F32, Exchange::Auto, Wire::Auto);
     base.train.update_every = UpdateEvery::Named(NamedPeriod::Batch);
     (base.train.replicas, base.train.validate_every, base.train.until) = (1, 0, None);

@@ -41,6 +41,13 @@ pub fn environment(more: &[(&str, &str)]) -> Vec<(String, String)> {
     all
 }
 
+/// The emulator's counters, as it has written them to `file`; none where there is no such file.
+pub fn counters(file: &Path) -> HashMap<String, u64> {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let words = text.lines().filter_map(|line| line.split_once(' '));
+    words.map(|(name, value)| (name.to_string(), value.parse().unwrap())).collect()
+}
+
 /// A folder with shards and a configuration.
 pub struct Place {
     pub dir: tempfile::TempDir,
@@ -81,6 +88,23 @@ impl Place {
         }
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
+    }
+
+    /// As [`Place::run`], in one process: it must succeed. What it printed as JSON, and what it logged.
+    pub fn json(&self, args: &[&str], env: &[(&str, &str)]) -> (serde_json::Value, String) {
+        let output = self.run(0, args, env);
+        assert!(output.status.success(), "{args:?}: {}", text(&output));
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        (serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output))), log)
+    }
+
+    /// The same, and how often the emulator did what.
+    pub fn counted(&self, args: &[&str]) -> (serde_json::Value, String, HashMap<String, u64>) {
+        let file = self.at("counts");
+        // A program that never loads CUDA writes none.
+        let _ = std::fs::remove_file(&file);
+        let (said, log) = self.json(args, &[("SIDEWAYS_EMULATOR_COUNTERS", file.to_str().unwrap())]);
+        (said, log, counters(&file))
     }
 
     /// As [`Place::train`]: it must succeed; the parameters and the optimiser's memory after the last batch.

@@ -3,6 +3,7 @@
 mod bench;
 #[path = "../common/mod.rs"]
 mod common;
+mod everywhere;
 mod exchange;
 mod ops;
 mod trace;

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::process::Command;
 
-use crate::common::cuda::{Place, program, real};
+use crate::common::cuda::{Place, counters, program, real};
 use crate::common::mpirun::text;
 use crate::common::runs::{UNEVEN, assert_close, tensors};
 
@@ -59,6 +59,7 @@ fn twenty_clips_end_where_the_cpus_do() {
         let cpu = place.trained("cpu", 0, &[CPU], &[]);
         let gpu = place.trained("gpu", 0, &[CUDA], &[]);
         assert_close(&cpu, &gpu, 1e-3, &format!("{sets:?}"));
+        assert!(cpu != gpu, "{sets:?}: it did not compute on the GPU");
     }
 }
 
@@ -173,6 +174,7 @@ fn stash_agrees_with_the_cpu() {
         let cpu = place.trained("cpu", 0, &[CPU, "train.stash=activations"], &[]);
         let activations = place.trained("activations", 0, &[CUDA, "train.stash=activations"], &[]);
         assert_close(&cpu, &activations, 1e-3, &format!("{sets:?}"));
+        assert!(cpu != activations, "{sets:?}: it did not compute on the GPU");
         let inputs = place.trained("inputs", 0, &[CUDA, "train.stash=inputs"], &[]);
         assert!(inputs == activations, "{sets:?}: the forward pass once more gives other bits");
         let half = ["run.precision=bf16", CUDA];
@@ -279,24 +281,6 @@ fn an_update_is_the_same_in_every_precision() {
     }
 }
 
-/// Evaluation says what the CPU's does.
-#[test]
-fn evaluation_agrees() {
-    let place = Place::new(&["data.batch=5", CUDA]);
-    assert!(place.train("run", 0, &[], &[]).status.success());
-    let run = place.at("run").display().to_string();
-    let json = |device: &str| -> serde_json::Value {
-        let output = place.run(0, &["eval", &run, "--json", "--set", device], &[]);
-        assert!(output.status.success(), "{}", text(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    };
-    let (cpu, gpu) = (json(CPU), json(CUDA));
-    assert_eq!(gpu["clips"], 12);
-    for key in ["top1", "top5"] {
-        assert!(cpu[key].is_number() && cpu[key] == gpu[key], "{key}: {cpu} {gpu}");
-    }
-}
-
 /// Once under way, a clip allocates nothing on the device, and waits for the GPU a fixed number of times, whatever its length.
 #[test]
 fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
@@ -312,9 +296,7 @@ fn a_steady_tick_allocates_nothing_and_memory_is_flat_in_t() {
         let env = [("SIDEWAYS_EMULATOR_COUNTERS", file.to_str().unwrap())];
         let output = place.train(name, 0, &[&clips, &frames], &env);
         assert!(output.status.success(), "{}", text(&output));
-        let text = std::fs::read_to_string(&file).unwrap();
-        let words = text.lines().filter_map(|line| line.split_once(' '));
-        words.map(|(name, value)| (name.to_string(), value.parse().unwrap())).collect()
+        counters(&file)
     };
     let place = Place::new(&sets);
     let (short, long) = (counts(&place, "short", 4, 14), counts(&place, "long", 12, 14));

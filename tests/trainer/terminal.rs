@@ -115,7 +115,7 @@ fn results_are_one_json_object_and_nothing_else_is_said() {
         (&["eval", &run_dir], "clips loss protocol videos top1 top5 mean_class_accuracy"),
         (&["eval", &frames_dir], "clips loss protocol mse psnr copy_mse"),
         (&["predict", &frames_dir, "--out", &out], "checkpoint batches clips mse psnr copy_mse copy_psnr pictures out"),
-        (&["fidelity", &run, "--batches", "1"], "checkpoint frames batch rows"),
+        (&["fidelity", &run, "--batches", "1"], "checkpoint device frames batch rows"),
         (
             &["plan", &run],
             "cuts origin ranks replicas modules tick_seconds frames_per_second efficiency bubble warnings profile",

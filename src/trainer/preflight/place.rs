@@ -8,8 +8,7 @@ use crate::backend::cuda;
 use crate::comm::World;
 use crate::sys::cpus::{own_processors, parallelism};
 use crate::sys::files::free_space;
-use crate::sys::host::hostname;
-use crate::sys::host::program_hash;
+use crate::sys::host::{hostname, nvidia_gpus, program_hash};
 use crate::sys::memory::memory;
 use crate::{Error, Result};
 
@@ -50,13 +49,7 @@ impl Place {
             available,
             limit,
             shared: free_space(Path::new("/dev/shm")),
-            gpus: std::fs::read_dir("/dev").map_or(0, |entries| {
-                let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().into_string().ok();
-                let gpu = |name: &String| {
-                    name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-                };
-                entries.filter_map(name).filter(gpu).count()
-            }),
+            gpus: nvidia_gpus(),
             usable,
             unusable,
             program: program_hash(),
