@@ -20,7 +20,7 @@ static Operation copying(uint64_t to, uint64_t from, size_t bytes, Direction dir
                     return CUDA_ERROR_ILLEGAL_ADDRESS;
                 memmove((void*)to, staged ? (const void*)staged->data() : (const void*)from, bytes);
                 return CUDA_SUCCESS;
-            }};
+            }, bytes};
 }
 
 static CUresult copy(uint64_t to, uint64_t from, size_t bytes, Direction direction, CUstream handle, bool wait,

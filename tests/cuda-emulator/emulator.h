@@ -28,6 +28,8 @@ struct Knobs {
 };
 const Knobs& knobs();
 void count(const char* what, unsigned long long n = 1);
+// A line of the log: what became of work on a stream (0: none), and how many bytes it copies.
+void note(const char* what, unsigned long long stream, const std::string& name, size_t bytes);
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void complain(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -81,6 +83,7 @@ struct Operation {
     Work kind = Work::Other;
     std::string name;
     std::function<CUresult()> run;
+    size_t bytes = 0;  // of a copy
 };
 struct Capture;
 struct Stream : std::enable_shared_from_this<Stream> {

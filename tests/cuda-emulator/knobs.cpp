@@ -31,6 +31,15 @@ const Knobs& knobs() {
     return *value;
 }
 
+// The file that a variable names, with the process's id for %p; nothing where there is none.
+static std::string of_process(const char* variable) {
+    const char* pattern = getenv(variable);
+    std::string path = pattern ? pattern : "";
+    size_t at = path.find("%p");
+    if (at != std::string::npos) path.replace(at, 2, std::to_string(getpid()));
+    return path;
+}
+
 static std::mutex& counter_mutex() {
     static auto* mutex = new std::mutex;
     return *mutex;
@@ -40,7 +49,27 @@ static std::map<std::string, unsigned long long>& counters() {
     return *map;
 }
 
+// SIDEWAYS_EMULATOR_LOG=FILE (%p: process id): see README.md.
+static FILE* log_file() {
+    static FILE* file = [] {
+        std::string path = of_process("SIDEWAYS_EMULATOR_LOG");
+        FILE* opened = path.empty() ? nullptr : fopen(path.c_str(), "w");
+        if (!path.empty() && !opened) complain("cannot write %s", path.c_str());
+        return opened;
+    }();
+    return file;
+}
+void note(const char* what, unsigned long long stream, const std::string& name, size_t bytes) {
+    FILE* file = log_file();
+    if (!file) return;
+    static std::atomic<unsigned> threads{0};
+    thread_local unsigned thread = ++threads;
+    fprintf(file, "%s thread %u stream %llu bytes %zu %s\n", what, thread, stream, bytes, name.c_str());
+    fflush(file);
+}
+
 void count(const char* what, unsigned long long n) {
+    if (!strcmp(what, "sync") || !strcmp(what, "event_sync") || !strcmp(what, "blocking_copy")) note("waits", 0, what, 0);
     std::lock_guard<std::mutex> lock(counter_mutex());
     counters()[what] += n;
 }
@@ -55,11 +84,8 @@ EXPORT void sideways_emulator_add(const char* what, unsigned long long n) { coun
 
 // SIDEWAYS_EMULATOR_COUNTERS=FILE: the counters, one `name value` a line, when the process ends; %p is its id.
 static void write_counters() {
-    const char* pattern = getenv("SIDEWAYS_EMULATOR_COUNTERS");
-    if (!pattern || !*pattern) return;
-    std::string path = pattern;
-    size_t at = path.find("%p");
-    if (at != std::string::npos) path.replace(at, 2, std::to_string(getpid()));
+    std::string path = of_process("SIDEWAYS_EMULATOR_COUNTERS");
+    if (path.empty()) return;
     FILE* file = fopen(path.c_str(), "w");
     if (!file) {
         complain("cannot write %s", path.c_str());

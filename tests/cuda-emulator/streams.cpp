@@ -47,6 +47,7 @@ static void work(std::shared_ptr<Stream> stream) {
         stream->queue.pop_front();
         lock.unlock();
         run_operation(stream->context, operation);
+        note("done", stream->id, operation.name, operation.bytes);
         operation = {};
         lock.lock();
         stream->completed++;
@@ -56,6 +57,7 @@ static void work(std::shared_ptr<Stream> stream) {
 
 void Stream::submit(Operation operation) {
     std::lock_guard<std::mutex> lock(mutex);
+    note("issued", id, operation.name, operation.bytes);
     queue.push_back(std::move(operation));
     submitted++;
     work_ready.notify_one();
