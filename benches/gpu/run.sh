@@ -105,6 +105,12 @@ benches() {
     for ranks in 2 4; do
         step "train $ranks ranks" 200 'frames/s' mpirun -n $ranks "$sideways" bench train $vgg $on $small $mods --batches $batches
     done
+    for precision in f32 bf16; do
+        # What averaging the gradients of two replicas that share the GPU adds to a tick.
+        # shellcheck disable=SC2086
+        step "train $precision 2 replicas" 200 'not hidden' "$sideways" bench train $vgg $on $small $mods --batches $batches \
+            --set train.replicas=2 --set run.precision=$precision --no-prediction
+    done
     for frames in 8 64; do
         [ -n "$emulated" ] && [ $frames = 64 ] && frames=16
         step "memory T=$frames" 200 'of its memory' "$sideways" bench train $vgg $on $small --set model.modules=1 \
@@ -118,6 +124,11 @@ benches() {
                 --compute-ms $ms --ticks $ticks --bytes $size
         done
     done
+    for how in "--stash activations" "--rule skip-sideways --spans 2" "--rule 1f1b"; do
+        # shellcheck disable=SC2086
+        step "overlap 4 $how" 100 '^(exposed|slowest)' mpirun -n 4 "$sideways" bench overlap --device cuda \
+            --compute-ms $ms --ticks $ticks $how
+    done
     if "$python" -c 'import torch' 2>/dev/null; then
         local how="--seconds ${SIDEWAYS_SECONDS:-240}"
         [ -n "$emulated" ] && how="--device cpu --small"
@@ -130,7 +141,7 @@ benches() {
 }
 
 if [ "$what" = test ]; then
-    for name in ops training exchange bench; do suite $name; done
+    for name in ops training everywhere replicas exchange bench; do suite $name; done
 else
     benches
 fi

@@ -1,5 +1,7 @@
 //! What stands in for [`crate::backend::cuda`] in a program built without CUDA: the same names, of which none works.
 
+use std::ops::Range;
+
 use super::stage::{CpuStage, Stage, StageSpec};
 use super::{GpuPlacement, Peaks};
 use crate::backend::slots::{Done, Slot, SlotMut};
@@ -36,6 +38,21 @@ impl Clock {
     /// # Errors
     /// None: there is no such value.
     pub fn until(&self, _: &Clock) -> Result<f64> {
+        match *self {}
+    }
+}
+
+/// Host memory that a GPU copies from and to: there is none.
+pub enum Locked {}
+
+impl Locked {
+    /// As with CUDA.
+    pub fn length(&self) -> usize {
+        match *self {}
+    }
+
+    /// As with CUDA.
+    pub fn part(&mut self, _: Range<usize>) -> &mut [f32] {
         match *self {}
     }
 }

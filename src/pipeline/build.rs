@@ -118,6 +118,13 @@ pub(super) fn build(
             every: config.train.update_every,
             clip_norm: config.train.clip_norm.limit(),
             all_reduce,
+            last_backward: setup
+                .schedule
+                .window(i)
+                .iter()
+                .rev()
+                .find(|tick| tick.backward.is_some())
+                .map(|tick| tick.at),
             gradients: parts.gradients.clone(),
             saver: (r == 0 && range.record).then(|| saver(setup, i, range)).transpose()?,
             grad_norm: 0.0,

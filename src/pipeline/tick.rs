@@ -17,7 +17,8 @@ use crate::metrics::Phase;
 
 impl Worker {
     /// One tick: a forward pass with what is there; then one vector–Jacobian product with the cotangents that have come for
-    /// its step, at that step's activations and the present parameters. `next` is the tick that follows in the clip.
+    /// its step, at that step's activations and the present parameters; last, where that is due, the mean of gradients over replicas,
+    /// which begins while a GPU still computes them, and an update. `next` is the tick that follows in the clip.
     pub(super) fn tick(&mut self, tick: &Tick, next: Option<&Tick>, at: At) -> Result<()> {
         let mut core = None;
         if let Some(forward) = &tick.forward {
@@ -29,13 +30,17 @@ impl Worker {
             self.loss(at)?;
         }
         self.take_cotangents(tick, at)?;
+        let shares = self.shares_after(tick);
         if let Some(backward) = &tick.backward {
-            self.backward(backward, at)?;
+            self.backward(backward, shares, at)?;
         }
         drop(core);
         if let Some(backward) = &tick.backward {
             self.send_cotangents(backward, at)?;
-            self.update_between_steps(at.batch.number, at.step)?;
+            if shares {
+                self.average_gradients(at.batch.number, at.step)?;
+            }
+            self.update_between_steps(at.batch.number)?;
         }
         self.settle(next, at)
     }
@@ -157,11 +162,14 @@ impl Worker {
         not_finite.map_or(Ok(()), |what| self.non_finite.note(what))
     }
 
-    /// B(τ)
-    fn backward(&mut self, backward: &Backward, at: At) -> Result<()> {
+    /// B(τ), behind which gradients are averaged over the replicas if it `shares` them.
+    fn backward(&mut self, backward: &Backward, shares: bool, at: At) -> Result<()> {
         let _core = self.acquire_core(Phase::Backward);
         let pass = self.pass(at.batch, backward.step);
-        self.stage.backward(backward.step, &pass, &backward.send)
+        match shares {
+            true => self.stage.backward_lending(backward.step, &pass, &backward.send),
+            false => self.stage.backward(backward.step, &pass, &backward.send),
+        }
     }
 
     /// c_{i→j}(τ), along the edges whose senders use it.

@@ -1,12 +1,15 @@
 //! What training adds to a worker: when and how parameters change, and when the module is written.
 
+use std::ops::Range;
 use std::sync::mpsc;
 
-use super::worker::Worker;
+use super::worker::{Worker, progress};
+use crate::backend::stage::{Lent, Stage};
 use crate::checkpoint::writer::Writer;
 use crate::comm::Orders;
-use crate::comm::all_reduce::AllReduce;
+use crate::comm::all_reduce::{AllReduce, Buckets};
 use crate::config::UpdateEvery;
+use crate::method::schedule::Tick;
 use crate::metrics::Phase;
 use crate::nn::optim::LrSchedule;
 use crate::{Error, Result};
@@ -37,6 +40,8 @@ pub struct Training {
     pub clip_norm: Option<f64>,
     /// The mean with the module's replicas.
     pub all_reduce: Option<AllReduce>,
+    /// At which tick of its window the module has its last backward pass.
+    pub last_backward: Option<usize>,
     /// Where gradients go instead of into parameters.
     pub gradients: Option<mpsc::Sender<Gradient>>,
     /// Replica 0 only: writes the module.
@@ -64,44 +69,84 @@ impl Saver {
     }
 }
 
+/// Sums of gradients that are lent out.
+struct Sums<'a> {
+    stage: &'a mut dyn Stage,
+    lent: Lent,
+}
+
+impl Buckets for Sums<'_> {
+    fn words(&self) -> usize {
+        self.lent.words()
+    }
+
+    fn is_there(&self, bucket: &Range<usize>) -> Result<bool> {
+        self.lent.is_there(bucket)
+    }
+
+    fn at(&mut self, bucket: &Range<usize>) -> &mut [f32] {
+        self.lent.at(bucket)
+    }
+
+    fn done(&mut self, bucket: &Range<usize>) -> Result<()> {
+        self.stage.put(&mut self.lent, bucket)
+    }
+}
+
 impl Worker {
+    /// Whether gradients are averaged over the replicas behind this tick's backward pass: the last one before an update, or before the
+    /// end of the clips, where a checkpoint holds one sum, which must be every replica's.
+    pub(super) fn shares_after(&self, tick: &Tick) -> bool {
+        let Some(Training { all_reduce: Some(_), every, last_backward, .. }) = &self.training else { return false };
+        let updates = matches!(every, UpdateEvery::Steps(every) if self.stage.steps() + 1 >= *every);
+        tick.backward.is_some() && (updates || *last_backward == Some(tick.at))
+    }
+
     /// Updates the parameters if steps are what counts, and so many were made.
-    pub(super) fn update_between_steps(&mut self, batch: u64, step: usize) -> Result<()> {
+    pub(super) fn update_between_steps(&mut self, batch: u64) -> Result<()> {
         match &self.training {
             Some(Training { every: UpdateEvery::Steps(every), .. }) if self.stage.steps() >= *every => {
-                self.update(batch, step)
+                self.update(batch)
             }
             _ => Ok(()),
         }
     }
 
-    /// Updates the parameters at the end of the module's own window: no barrier, every module updates when it is through.
+    /// Updates the parameters at the end of the module's own window, if batches are what counts: no barrier, every module updates when
+    /// it is through.
     pub(super) fn update_after_window(&mut self, batch: u64) -> Result<()> {
         match &self.training {
-            Some(Training { every: UpdateEvery::Named(_), .. }) if self.stage.steps() > 0 => {
-                self.update(batch, self.schedule.steps(self.index))
-            }
-            // A checkpoint holds one sum, so it must be every replica's.
-            Some(Training { every: UpdateEvery::Steps(_), all_reduce: Some(_), .. }) if self.stage.steps() > 0 => {
-                self.average_gradients(batch, self.schedule.steps(self.index))
-            }
+            Some(Training { every: UpdateEvery::Named(_), .. }) if self.stage.steps() > 0 => self.update(batch),
             _ => Ok(()),
         }
     }
 
-    /// Replaces the sums of gradients by their means over the replicas.
-    fn average_gradients(&mut self, batch: u64, step: usize) -> Result<()> {
-        let all_reduce = self.training.as_mut().and_then(|training| training.all_reduce.as_mut());
-        let Some(all_reduce) = all_reduce else { return Ok(()) };
-        self.watch.enter(Phase::AllReduce);
-        let mut gradients = self.stage.gradients()?;
-        all_reduce.mean(&mut gradients, batch, step as u32)?;
-        self.stage.set_gradients(&gradients)
+    /// Replaces the sums of gradients by their means over the replicas, in buckets, each as soon as it is on the host. Meanwhile this
+    /// worker's messages go on.
+    pub(super) fn average_gradients(&mut self, batch: u64, step: usize) -> Result<()> {
+        let Worker { stage, training, inputs, outputs, watch, .. } = self;
+        let Some(training) = training else { return Ok(()) };
+        let Some(all_reduce) = &mut training.all_reduce else { return Ok(()) };
+        watch.enter(Phase::Backward);
+        let lent = stage.lend()?;
+        let (computed, mut computing) = (lent.computed(), true);
+        let mut beside = || {
+            // What a backward pass hides is no time of the all-reduce's.
+            if computing && computed.is_done()? {
+                watch.enter(Phase::AllReduce);
+                computing = false;
+            }
+            progress(inputs, outputs)
+        };
+        beside()?;
+        let mut sums = Sums { stage: stage.as_mut(), lent };
+        all_reduce.mean_of(&mut sums, &mut beside, batch, step as u32)?;
+        let Sums { stage, lent } = sums;
+        stage.take_back(lent)
     }
 
     /// Applies the optimiser to G, the mean of the steps' gradients since the last update (and over replicas).
-    fn update(&mut self, batch: u64, step: usize) -> Result<()> {
-        self.average_gradients(batch, step)?;
+    fn update(&mut self, batch: u64) -> Result<()> {
         self.watch.enter(Phase::Optimizer);
         let Some(training) = &mut self.training else { return Ok(()) };
         let divisor = self.schedule.mean_over().map_or(self.stage.steps() as f64, |losses| losses as f64);

@@ -200,20 +200,7 @@ impl Worker {
 
     /// Lets every message whose values are still being copied go on; whether none is left.
     pub(super) fn progress(&mut self) -> Result<bool> {
-        let mut settled = true;
-        for edge in &mut self.inputs {
-            settled &= edge.activations.progress()?;
-            if let Some((_, sender)) = &mut edge.cotangents {
-                settled &= sender.progress()?;
-            }
-        }
-        for edge in &mut self.outputs {
-            settled &= edge.activations.progress()?;
-            if let Some((_, receiver)) = &mut edge.cotangents {
-                settled &= receiver.progress()?;
-            }
-        }
-        Ok(settled)
+        progress(&mut self.inputs, &mut self.outputs)
     }
 
     /// The same until none is left, or what this worker waits for next is there.
@@ -251,6 +238,24 @@ impl Worker {
         self.watch.enter(then);
         core
     }
+}
+
+/// As [`Worker::progress`], of these edges' messages.
+pub(super) fn progress(inputs: &mut [InEdge], outputs: &mut [OutEdge]) -> Result<bool> {
+    let mut settled = true;
+    for edge in inputs {
+        settled &= edge.activations.progress()?;
+        if let Some((_, sender)) = &mut edge.cotangents {
+            settled &= sender.progress()?;
+        }
+    }
+    for edge in outputs {
+        settled &= edge.activations.progress()?;
+        if let Some((_, receiver)) = &mut edge.cotangents {
+            settled &= receiver.progress()?;
+        }
+    }
+    Ok(settled)
 }
 
 /// The header of a message of `clips` times `shape` (`[H, W, C]`) sent at step `step`.

@@ -155,6 +155,7 @@ impl Conditions {
             optimizer: Some(self.optimizer),
             ema: None,
             frozen: Default::default(),
+            lends: None,
             head: None,
             leave_out: false,
         })

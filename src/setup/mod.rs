@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::backend::stage::{OutputPort, StageSpec};
+use crate::comm::all_reduce::BUCKET;
 use crate::config::{Config, MOST_BATCHES, OnNonfinite, Task};
 use crate::data::{Dataset, Mixup, Sampler, StreamOptions, Views};
 use crate::method::{LossAt, Rule, Schedule};
@@ -274,6 +275,7 @@ impl Setup {
             optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
             ema: config.train.ema.filter(|_| self.purpose == Purpose::Train),
             frozen: self.frozen.names().clone(),
+            lends: self.wiring.averaging(i, |_| BUCKET),
             head: (i == self.grid.modules).then(|| self.head()),
             leave_out: config.run.on_nonfinite == OnNonfinite::Skip,
         }

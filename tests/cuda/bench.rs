@@ -115,6 +115,18 @@ fn training_on_made_up_frames() {
     assert!(succeeds(2, &["bench", "train", &config, "--batches", "1"]).contains("modules on "));
 }
 
+/// With replicas it says what of averaging gradients is not hidden.
+#[test]
+fn training_of_replicas() {
+    let (_dir, config) = configuration();
+    let args = ["bench", "train", &config, "--batches", "1", "--no-prediction", "--set", "train.replicas=2"];
+    let found = json(&[&args[..], &["--json"]].concat());
+    let exposed: Vec<f64> = found["all_reduce_ms"].as_array().unwrap().iter().map(|ms| ms.as_f64().unwrap()).collect();
+    assert!(exposed.len() == 6 && exposed.iter().all(|&ms| ms > 0.0), "{found}");
+    assert!(exposed.iter().all(|&ms| ms < found["tick_ms"].as_f64().unwrap()), "{found}");
+    assert!(succeeds(2, &args).contains("averaging gradients, not hidden: "));
+}
+
 /// Device arrays over links between threads and ranks; modules that wait on the GPU take as long as they wait.
 #[test]
 fn links_and_overlap() {
@@ -147,6 +159,34 @@ fn links_and_overlap() {
         // Two waits of 5 ms a tick, and no tick of the last module, which has both at every step, is shorter than them.
         assert!(rows.iter().all(|row| row[1] >= 10.0) && rows[1][0] > 9.9, "{overlap}");
     }
+    let ways = [
+        &["--stash", "activations"][..],
+        &["--rule", "skip-sideways", "--spans", "2", "--stash", "activations"],
+        &["--rule", "1f1b", "--spans", "2"],
+    ];
+    for way in ways {
+        let args = [
+            "bench",
+            "overlap",
+            "--device",
+            "cuda",
+            "--compute-ms",
+            "5",
+            "--ticks",
+            "10",
+            "--bytes",
+            "16KiB",
+            "--json",
+        ];
+        let found: Value = serde_json::from_str(&succeeds(0, &[&args[..], &["--workers", "3"], way].concat())).unwrap();
+        let ticks = numbers(&found["workers"], "tick_ms");
+        assert!(
+            ticks.len() == 3 && ticks.iter().all(|&ms| ms > 9.9) && found["simulated_tick_ms"].as_f64() > Some(9.9),
+            "{found}"
+        );
+    }
+    let inputs = run(0, &["bench", "overlap", "--device", "cuda", "--stash", "inputs", "--workers", "2"], &[]);
+    assert!(inputs.status.code() == Some(2) && text(&inputs).contains("--stash inputs"), "{}", text(&inputs));
     let busy = run(0, &["bench", "overlap", "--device", "cuda", "--busy", "--workers", "2"], &[]);
     assert_eq!(busy.status.code(), Some(2), "{}", text(&busy));
     assert!(text(&busy).contains("--busy"), "{}", text(&busy));

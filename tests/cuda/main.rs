@@ -6,5 +6,6 @@ mod common;
 mod everywhere;
 mod exchange;
 mod ops;
+mod replicas;
 mod trace;
 mod training;

@@ -127,7 +127,7 @@ impl Gpu {
         // Order between streams is ours to say, with events of our own.
         // SAFETY: no array of this program relies on cudarc's own events.
         unsafe { context.disable_event_tracking() };
-        let stream = || context.new_stream().map_err(|e| failed("making a stream", &e));
+        let stream = || new_stream(&context);
         let (compute, incoming, outgoing) = (stream()?, stream()?, stream()?);
         let functions = kernels::load(&context)?;
         let dnn = Dnn::new(&compute, tf32)?;
@@ -272,6 +272,14 @@ impl Gpu {
             .ok_or_else(|| Error::Run(format!("there is no kernel {name} for {element:?}")))
     }
 
+    /// A stream beside the others.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if the driver refuses.
+    pub fn stream(&self) -> Result<Arc<CudaStream>> {
+        new_stream(&self.context)
+    }
+
     /// An event that can be recorded and waited for, without a clock.
     ///
     /// # Errors
@@ -358,6 +366,10 @@ pub(super) fn capability(context: &CudaContext) -> Result<(i32, i32)> {
         ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
         ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
     ))
+}
+
+fn new_stream(context: &Arc<CudaContext>) -> Result<Arc<CudaStream>> {
+    context.new_stream().map_err(|e| failed("making a stream", &e))
 }
 
 fn same_length(array: &Array, values: usize) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Host memory that the GPU copies from and to by itself: locked into RAM, so that copies run beside computation.
 
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use cudarc::driver::{CudaContext, sys};
@@ -91,6 +92,22 @@ pub struct Locked {
 unsafe impl Send for Locked {}
 
 impl Locked {
+    /// How many words it has.
+    pub fn length(&self) -> usize {
+        self.words
+    }
+
+    /// Part of it, while others may be copied to.
+    ///
+    /// # Panics
+    /// If it ends before.
+    pub fn part(&mut self, words: Range<usize>) -> &mut [f32] {
+        assert!(words.start <= words.end && words.end <= self.words, "{words:?} of {} words", self.words);
+        // SAFETY: within what was allocated and zeroed; this borrow is the only one. Copies of these words are the owner's to wait
+        // for.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.add(words.start), words.end - words.start) }
+    }
+
     /// The whole of it.
     pub fn words(&mut self) -> &mut [f32] {
         // SAFETY: allocated with this many words, and zeroed; this borrow is the only one. Copies under way are the owner's to

@@ -6,13 +6,14 @@
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`host_memory`] (what it copies from and to), [`shared`] (memory that
 //! other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn` and `product` (convolutions), [`param`],
-//! `layers`, [`module`] (a module and its graphs), `capture` (what must not come beside a graph's making), [`optim`], `stage`, `passes` (when it was at work); [`peak`],
+//! `layers`, [`module`] (a module and its passes), `graphs` (passes captured and replayed), `capture` (what must not come beside a graph's making), [`optim`], `stage`, `passes` (when it was at work); [`peak`],
 //! [`probe`], [`timed`] (for benchmarks). What callers use of all this, `cuda_off.rs` stands in for in a program without CUDA.
 
 mod capture;
 mod dnn;
 mod event;
 pub mod gpu;
+mod graphs;
 pub mod host_memory;
 mod kernels;
 mod layers;
@@ -31,6 +32,7 @@ pub mod timed;
 
 pub use event::{Clock, Event};
 pub use gpu::{Array, Element, Gpu, describe, device_count};
+pub use host_memory::Locked;
 pub use libraries::check;
 pub use peak::peaks;
 pub use probe::Probe;

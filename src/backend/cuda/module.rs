@@ -3,11 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use cudarc::driver::CudaGraph;
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-
-use super::capture;
-use super::gpu::{Array, Element, Gpu, failed};
+use super::gpu::{Array, Element, Gpu};
+use super::graphs::{Captured, Cuts};
 use super::layers::{Backward, Builder, Conv2d, Kept, Launch, Layer, Needs, Scratch, Sequence, Use};
 use super::ops::{self, Accumulation};
 use super::param::{HostParams, Param};
@@ -48,6 +45,16 @@ struct Spread {
     narrow: Option<Array>,
 }
 
+/// Part of a backward pass.
+struct Part {
+    /// The layer whose parameters' gradients are its last; none: the rest.
+    layer: Option<usize>,
+    /// From which word on, of all sums of gradients in a row, it leaves them as they are to be.
+    from: usize,
+    /// Its part of `accumulation`.
+    accumulation: Option<Accumulation>,
+}
+
 /// What a module is made of.
 #[derive(Clone, Copy)]
 pub struct Plan<'a> {
@@ -76,6 +83,8 @@ pub struct Placing {
     pub kept: usize,
     /// Whether only these are: a backward pass begins with the forward pass once more.
     pub recompute: bool,
+    /// Words of the pieces in which sums of gradients are lent out, where they are.
+    pub lends: Option<usize>,
     /// Whether passes are captured into CUDA graphs at their second use, and replayed.
     pub graphs: bool,
 }
@@ -92,24 +101,16 @@ pub struct Module {
     gy: Option<Array>,
     scratch: Scratch,
     accumulation: Option<Accumulation>,
+    /// Where the last backward pass before gradients are lent out is cut, from the last layer's to the first's.
+    parts: Vec<Part>,
     /// By place; of training, and of evaluation: they are not the same kernels.
     forward: Vec<[Captured; 2]>,
     /// By place and the inputs whose cotangents are wanted.
     backward: HashMap<(usize, Vec<bool>), Captured>,
+    /// The same, in parts.
+    lending: HashMap<(usize, Vec<bool>), Captured>,
     /// Where the newest step is.
     newest: usize,
-}
-
-/// A pass, captured or on its way to it.
-#[derive(Default)]
-enum Captured {
-    /// Never run: the first run is launched kernel by kernel, since libraries may do something once.
-    #[default]
-    New,
-    /// Run once: the next is captured.
-    Warm,
-    /// To be replayed.
-    Ready(CudaGraph),
 }
 
 impl Module {
@@ -178,8 +179,10 @@ impl Module {
             sequence,
             scratch,
             accumulation: None,
+            parts: Vec::new(),
             forward: (0..kept).map(|_| Default::default()).collect(),
             backward: HashMap::new(),
+            lending: HashMap::new(),
             newest: 0,
         };
         let mut pairs = Vec::new();
@@ -187,8 +190,48 @@ impl Module {
             pairs.extend(p.fresh.clone().zip(p.grad.clone()));
             Ok(())
         })?;
-        module.accumulation = (!pairs.is_empty()).then(|| Accumulation::new(gpu, &pairs)).transpose()?;
+        module.accumulation = accumulation(gpu, &pairs)?;
+        if let Some(piece) = placing.lends.filter(|_| training) {
+            module.parts = module.parts_of(piece)?;
+        }
         Ok(module)
+    }
+
+    /// The parts of a backward pass: each leaves a piece of `piece` words, or more, of the sums of gradients as they are to be.
+    fn parts_of(&mut self, piece: usize) -> Result<Vec<Part>> {
+        // By gradient the word at which it begins, and the layer; none: an adapter's.
+        let (mut words, mut gradients) = (0, Vec::new());
+        let mut note = |layer: Option<usize>, p: &Param| {
+            if let Some(grad) = &p.grad {
+                gradients.push((words, layer, p.fresh.clone().zip(Some(grad.clone()))));
+                words += grad.len();
+            }
+        };
+        for adapter in self.inputs.iter_mut().filter_map(|input| input.adapter.as_mut()) {
+            adapter.conv.visit(&mut |p| {
+                note(None, p);
+                Ok(())
+            })?;
+        }
+        self.sequence.visit_layers(&mut |layer, p| {
+            note(Some(layer), p);
+            Ok(())
+        })?;
+        // Pieces from this one on are done with.
+        let mut done = words.div_ceil(piece);
+        let (mut parts, mut pairs) = (Vec::new(), Vec::new());
+        for n in (0..gradients.len()).rev() {
+            let (from, layer, pair) = &gradients[n];
+            pairs.extend(pair.clone());
+            let is_first = n == 0 || gradients[n - 1].1 != *layer;
+            if let (true, Some(layer)) = (is_first && from.div_ceil(piece) < done, layer) {
+                done = from.div_ceil(piece);
+                parts.push(Part { layer: Some(*layer), from: *from, accumulation: accumulation(&self.gpu, &pairs)? });
+                pairs.clear();
+            }
+        }
+        parts.push(Part { layer: None, from: 0, accumulation: accumulation(&self.gpu, &pairs)? });
+        Ok(parts)
     }
 
     /// Where input `k` is to be written: main, then skips in growing span.
@@ -232,7 +275,8 @@ impl Module {
         self.newest = place;
         let (gpu, kind) = (self.gpu.clone(), usize::from(!pass.training));
         let captured = std::mem::take(&mut self.forward[place][kind]);
-        self.forward[place][kind] = captured.run(&gpu, self.placing.graphs, || self.launch_forward(place))?;
+        let graphs = self.placing.graphs;
+        self.forward[place][kind] = captured.run(&gpu, graphs, |_| self.launch_forward(place), &mut |_| Ok(()))?;
         Ok(())
     }
 
@@ -243,18 +287,44 @@ impl Module {
     /// # Errors
     /// [`Error::Run`] if a launch fails.
     pub fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
+        let key = self.prepare_backward(step, pass, wanted)?;
+        let (gpu, graphs, captured) = (self.gpu.clone(), self.placing.graphs, self.backward.remove(&key));
+        let pass = |_: &mut Cuts| self.launch_backward(key.0, wanted, None);
+        let captured = captured.unwrap_or_default().run(&gpu, graphs, pass, &mut |_| Ok(()))?;
+        self.backward.insert(key, captured);
+        Ok(())
+    }
+
+    /// The same in parts. `behind` is called behind each: from the word that it is given on, of all sums of gradients in a row, they are
+    /// as this leaves them.
+    ///
+    /// # Errors
+    /// As [`Module::backward`]; those of `behind`.
+    pub fn backward_in_parts(
+        &mut self,
+        step: usize,
+        pass: &Pass,
+        wanted: &[bool],
+        behind: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<()> {
+        let key = self.prepare_backward(step, pass, wanted)?;
+        let (gpu, graphs, captured) = (self.gpu.clone(), self.placing.graphs, self.lending.remove(&key));
+        let pass = |cuts: &mut Cuts| self.launch_backward(key.0, wanted, Some(cuts));
+        let captured = captured.unwrap_or_default().run(&gpu, graphs, pass, behind)?;
+        self.lending.insert(key, captured);
+        behind(0)
+    }
+
+    /// By what the graphs of the backward pass of `step` are known.
+    fn prepare_backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<(usize, Vec<bool>)> {
         if wanted.len() != self.inputs.len() {
             return Err(Error::Run(format!("a module has {} inputs, not {}", self.inputs.len(), wanted.len())));
         }
-        let key = (step % self.placing.kept, wanted.to_vec());
         if self.placing.kept > 1 {
             // The newest forward pass was another step's.
             self.sequence.prepare(&self.gpu, pass)?;
         }
-        let (gpu, captured) = (self.gpu.clone(), self.backward.remove(&key).unwrap_or_default());
-        let captured = captured.run(&gpu, self.placing.graphs, || self.launch_backward(key.0, wanted))?;
-        self.backward.insert(key, captured);
-        Ok(())
+        Ok((step % self.placing.kept, wanted.to_vec()))
     }
 
     fn launch_forward(&mut self, place: usize) -> Result<()> {
@@ -291,7 +361,7 @@ impl Module {
         self.sequence.forward(&at, fused)
     }
 
-    fn launch_backward(&mut self, place: usize, wanted: &[bool]) -> Result<()> {
+    fn launch_backward(&mut self, place: usize, wanted: &[bool], mut cuts: Option<&mut Cuts>) -> Result<()> {
         let gpu = &self.gpu;
         let (at, fused) = (Launch { gpu, scratch: &self.scratch, place, again: true }, self.fused.at(place));
         if self.placing.recompute {
@@ -299,7 +369,13 @@ impl Module {
         }
         let (Some(gy), Some(gf)) = (&self.gy, &self.fused_cotangent) else { return Err(not_training()) };
         let needed = wanted.contains(&true) || self.inputs.iter().any(|input| input.adapter.is_some());
-        self.sequence.backward(&at, fused, gy, needed.then_some(gf))?;
+        let mut behind = |layer: usize| {
+            let part = self.parts.iter().find(|part| part.layer == Some(layer));
+            let (Some(part), Some(cuts)) = (part, cuts.as_deref_mut()) else { return Ok(()) };
+            part.accumulation.as_ref().map_or(Ok(()), |accumulation| accumulation.launch(gpu))?;
+            cuts.cut(part.from)
+        };
+        self.sequence.backward_telling(&at, fused, gy, needed.then_some(gf), &mut behind)?;
         let channels = fused_channels(&self.inputs, fused);
         let mut first = 0;
         for (input, &wanted) in self.inputs.iter_mut().zip(wanted) {
@@ -307,7 +383,9 @@ impl Module {
             match (&mut input.adapter, gx, &input.spread) {
                 (Some(Adapter { conv, x, y }), gx, spread) => {
                     let gy = spread.as_ref().map_or(Ok(gf), |spread| spread.narrowed(gpu, gf))?;
-                    conv.backward(&at, &Backward { x: x.at(place), y, gy, gx })?;
+                    let arrays = Backward { x: x.at(place), y, gy, gx };
+                    conv.backward(&at, &arrays)?;
+                    conv.backward_input(&at, &arrays)?;
                 }
                 (None, Some(gx), Some(Spread { shape, to, wide, .. })) => {
                     // In a sum the cotangent is the fused input's.
@@ -322,7 +400,8 @@ impl Module {
             }
             first += own;
         }
-        self.accumulation.as_ref().map_or(Ok(()), |accumulation| accumulation.launch(gpu))
+        let rest = self.parts.last().filter(|_| cuts.is_some()).map(|part| &part.accumulation);
+        rest.unwrap_or(&self.accumulation).as_ref().map_or(Ok(()), |accumulation| accumulation.launch(gpu))
     }
 
     /// Calls `f` on every parameter and buffer, in the order of the host's module.
@@ -352,30 +431,9 @@ fn fused_channels(inputs: &[Input], fused: &Array) -> usize {
     fused.len() / rows
 }
 
-impl Captured {
-    /// Launches what `launch` launches: itself, or as a graph of it.
-    fn run(self, gpu: &Gpu, graphs: bool, launch: impl FnOnce() -> Result<()>) -> Result<Self> {
-        match self {
-            Captured::New => launch().map(|()| if graphs { Captured::Warm } else { Captured::New }),
-            Captured::Warm => {
-                let _capturing = capture::capturing();
-                let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-                gpu.compute.begin_capture(mode).map_err(|e| failed("capturing a graph", &e))?;
-                let launched = launch();
-                // A value of the enumeration that stands for no flag does not exist.
-                let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
-                let graph = gpu.compute.end_capture(flags).map_err(|e| failed("making a graph", &e));
-                launched?;
-                let graph = graph?.ok_or_else(|| Error::Run("a captured graph is empty".into()))?;
-                graph.launch().map_err(|e| failed("launching a graph", &e))?;
-                Ok(Captured::Ready(graph))
-            }
-            Captured::Ready(graph) => {
-                graph.launch().map_err(|e| failed("launching a graph", &e))?;
-                Ok(Captured::Ready(graph))
-            }
-        }
-    }
+/// What adds gradients in the type of activations to their sums; none where there are none.
+fn accumulation(gpu: &Gpu, pairs: &[(Array, Array)]) -> Result<Option<Accumulation>> {
+    (!pairs.is_empty()).then(|| Accumulation::new(gpu, pairs)).transpose()
 }
 
 fn not_training() -> Error {

@@ -1,6 +1,7 @@
 //! A stage whose passes take a set time and next to nothing of the GPU, its messages copied as a module's are: for measuring.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::event::Clock;
 use super::gpu::{Array, Element, Gpu, capability, failed};
 use super::stage::{InPort, OutPort};
 use crate::backend::slots::{Done, Slot, SlotMut};
-use crate::backend::stage::{self, BatchEnd, NotFinite, Snapshot, Stage, StageSpec, TimedStage, Updated};
+use crate::backend::stage::{self, BatchEnd, Lent, NotFinite, Snapshot, Stage, StageSpec, TimedStage, Updated};
 use crate::method::Keep;
 use crate::nn::head::Labels;
 use crate::nn::layers::Pass;
@@ -183,8 +184,16 @@ impl Stage for CudaTimedStage {
         self.host.gradients()
     }
 
-    fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
-        self.host.set_gradients(values)
+    fn lend(&mut self) -> Result<Lent> {
+        self.host.lend()
+    }
+
+    fn put(&mut self, lent: &mut Lent, words: &Range<usize>) -> Result<()> {
+        self.host.put(lent, words)
+    }
+
+    fn take_back(&mut self, lent: Lent) -> Result<()> {
+        self.host.take_back(lent)
     }
 
     fn update(&mut self, lr_factor: f64, divisor: f64, clip_norm: Option<f64>) -> Result<Updated> {

@@ -4,9 +4,11 @@
 //! the calling thread; a GPU's ([`crate::backend::cuda`]) launches and returns.
 
 mod cpu;
+mod lent;
 mod timed;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -14,6 +16,7 @@ use candle_core::Tensor;
 #[cfg(feature = "cuda")]
 pub(in crate::backend) use cpu::unfinished_steps;
 pub use cpu::{CpuStage, EMA, Fit, with_values};
+pub use lent::Lent;
 pub use timed::TimedStage;
 
 use super::cuda;
@@ -65,6 +68,8 @@ pub struct StageSpec {
     pub ema: Option<f64>,
     /// Names of the parameters, in the whole network, that do not learn.
     pub frozen: BTreeSet<String>,
+    /// Training: words of the pieces in which sums of gradients are lent out, where they are.
+    pub lends: Option<usize>,
     /// Module D: the loss.
     pub head: Option<HeadSpec>,
     /// Whether values that are not finite are replaced by zeros (else they end the run).
@@ -179,6 +184,15 @@ pub trait Stage {
     /// As [`crate::nn::module::Module::vjp`].
     fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()>;
 
+    /// The same, the last one before [`Stage::lend`]: a GPU copies the last layers' sums of gradients to the host while it still computes
+    /// the first ones'.
+    ///
+    /// # Errors
+    /// As [`Stage::backward`].
+    fn backward_lending(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
+        self.backward(step, pass, wanted)
+    }
+
     /// Writes the cotangent of input `k` into a message.
     ///
     /// # Errors
@@ -197,11 +211,24 @@ pub trait Stage {
     /// [`crate::Error::Run`] if they cannot be copied.
     fn gradients(&mut self) -> Result<Vec<f32>>;
 
-    /// Replaces them.
+    /// Lends them out, on the host or on their way there, to be replaced by others. Nothing else is done with them until they are
+    /// taken back.
     ///
     /// # Errors
-    /// As [`Stage::gradients`].
-    fn set_gradients(&mut self, values: &[f32]) -> Result<()>;
+    /// As [`Stage::gradients`]; [`crate::Error::Run`] where they are lent out, or [`StageSpec::lends`] says that they never are.
+    fn lend(&mut self) -> Result<Lent>;
+
+    /// `words` of what is lent out are what they are to be: a GPU copies them back.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if they cannot be copied.
+    fn put(&mut self, lent: &mut Lent, words: &Range<usize>) -> Result<()>;
+
+    /// Takes back what was lent out, all of which was [`Stage::put`].
+    ///
+    /// # Errors
+    /// As [`Stage::put`].
+    fn take_back(&mut self, lent: Lent) -> Result<()>;
 
     /// Updates the parameters by the sum of gradients over `divisor`, with the learning rate times `lr_factor` and the norm of all
     /// gradients together clipped to `clip_norm`; the sums begin anew. What is not finite is not applied.

@@ -89,6 +89,8 @@ struct Outcome {
     balance: f64,
     /// Milliseconds a tick by module: forward, backward, optimiser, data, sending.
     module_ms: Vec<[f64; 5]>,
+    /// The same of averaging gradients over replicas, where a backward pass on a GPU does not hide it.
+    all_reduce_ms: Vec<f64>,
     /// The layers before which the network is cut.
     cuts: Vec<usize>,
     /// What `sideways plan` predicts for a tick, from measured layers.
@@ -244,6 +246,7 @@ fn outcome(setup: &Setup, world: &World, args: &TrainArgs, run: &Run, place: Pla
         rank_slots: (0..grid.ranks).map(slots).collect(),
         place,
         module_ms: accounts.iter().map(module).collect(),
+        all_reduce_ms: accounts.iter().map(|t| f64::from(t.all_reduce) * 1e3 / ticks).collect(),
         cuts: setup.cuts(),
         predicted_tick_ms: predicted.map(|p| p.outcome.tick * 1e3),
         predicted_balance: predicted.map(|p| p.balance),
@@ -287,6 +290,13 @@ fn print(setup: &Setup, o: &Outcome) {
     };
     let header = "module\treplica\trank\tforward\tbackward\toptimiser\tdata\tsend";
     table(0, header, o.module_ms.iter().enumerate().map(row));
+    if o.replicas > 1 {
+        let exposed = o.all_reduce_ms.iter().copied().fold(0.0, f64::max);
+        outln!(
+            "averaging gradients, not hidden: {exposed:.3} ms a tick at most, {:.2} % of it",
+            100.0 * exposed / o.tick_ms
+        );
+    }
     outln!("balance of the ranks' busy time, mean/max: {:.3}", o.balance);
     if let (Some(tick), Some(balance)) = (o.predicted_tick_ms, o.predicted_balance) {
         outln!(

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::comm::{Kind, LinkSpec};
 
 /// Words worked through at a time: 1 MiB. All of a replica's messages of one such bucket, that come as well as that go, have
-/// together less than four times as many words, with [`DEPTH`] buffers a link.
+/// together less than four times as many words, with two buffers a link.
 pub const BUCKET: usize = 1 << 18;
 /// Buffers of a link: a part of a bucket and its sum may be on their way at once.
 const DEPTH: usize = 2;

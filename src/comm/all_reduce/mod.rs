@@ -9,18 +9,64 @@
 //! prime factor of R) is a ring: a part goes from member to member, each adding its own, until it is where it belongs.
 //!
 //! The order of every sum is a matter of R alone, not of who came first or where replicas are, so that threads and ranks agree
-//! to the bit. Values are worked through in buckets, so that buffers stay small for large modules.
+//! to the bit. Values are worked through in buckets, so that buffers stay small for large modules, the last one first: the last
+//! layers' gradients are there before the first ones' ([`Buckets`]).
+
+use std::ops::Range;
 
 use super::{Endpoints, Header, Kind, Receiver, Sender};
 use crate::Result;
 
 mod group;
 
-use group::{BUCKET, LARGEST, part};
-pub use group::{Group, Level, levels, messages};
+pub use group::{BUCKET, Group, Level, levels, messages};
+use group::{LARGEST, part};
 
 /// Words of a sum made at a time, in the nearest cache.
 const BLOCK: usize = 2048;
+
+/// Values in buckets that come and go one by one.
+pub trait Buckets {
+    /// How many values there are.
+    fn words(&self) -> usize;
+
+    /// Whether `bucket`'s have come.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if what makes them failed.
+    fn is_there(&self, bucket: &Range<usize>) -> Result<bool>;
+
+    /// `bucket`'s, which have come.
+    fn at(&mut self, bucket: &Range<usize>) -> &mut [f32];
+
+    /// `bucket`'s are what they are to be.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if they cannot be taken.
+    fn done(&mut self, bucket: &Range<usize>) -> Result<()>;
+}
+
+/// Values that are there.
+impl Buckets for &mut [f32] {
+    fn words(&self) -> usize {
+        self.len()
+    }
+
+    fn is_there(&self, _: &Range<usize>) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn at(&mut self, bucket: &Range<usize>) -> &mut [f32] {
+        &mut self[bucket.clone()]
+    }
+
+    fn done(&mut self, _: &Range<usize>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What goes on while an all-reduce waits: called again and again until it says that nothing is left.
+pub type Beside<'a> = &'a mut dyn FnMut() -> Result<bool>;
 
 /// One replica's part in it.
 pub struct AllReduce {
@@ -84,43 +130,70 @@ impl AllReduce {
     ///
     /// # Errors
     /// [`crate::Error::Transport`] if a replica is gone or sends something else.
-    pub fn mean(&mut self, values: &mut [f32], batch: u64, step: u32) -> Result<()> {
-        let (stamp, scale) = (Stamp { batch, step }, 1.0 / self.replicas as f32);
-        let (Some((level, others)), false) = (self.levels.split_first_mut(), values.is_empty()) else { return Ok(()) };
-        let (length, last) = (values.len(), values.len().div_ceil(BUCKET) - 1);
+    pub fn mean(&mut self, mut values: &mut [f32], batch: u64, step: u32) -> Result<()> {
+        self.mean_of(&mut values, &mut || Ok(true), batch, step)
+    }
+
+    /// The same of `values` that come and go, while `beside` goes on.
+    ///
+    /// # Errors
+    /// As [`AllReduce::mean`]; those of `values` and `beside`.
+    pub fn mean_of(&mut self, values: &mut dyn Buckets, beside: Beside, batch: u64, step: u32) -> Result<()> {
+        let (stamp, scale, length) = (Stamp { batch, step }, 1.0 / self.replicas as f32, values.words());
+        let (Some((level, others)), true) = (self.levels.split_first_mut(), length > 0) else { return Ok(()) };
+        let last = length.div_ceil(BUCKET) - 1;
         let bucket = |n: usize| n * BUCKET..((n + 1) * BUCKET).min(length);
         // A bucket's parts are sent before the one before it is through, and sums come meanwhile: fewer waits.
-        level.send_parts(&values[bucket(0)], stamp)?;
-        for n in 0..=last {
-            level.reduce(&mut values[bucket(n)], others.is_empty().then_some(scale), stamp)?;
-            if n < last {
-                level.send_parts(&values[bucket(n + 1)], stamp)?;
-            }
-            mean(others, level.own_part(&mut values[bucket(n)]), scale, stamp)?;
+        level.send_parts(come(values, &bucket(last), beside)?, beside, stamp)?;
+        for n in (0..=last).rev() {
+            level.reduce(values.at(&bucket(n)), others.is_empty().then_some(scale), beside, stamp)?;
             if n > 0 {
-                level.take_sums(&mut values[bucket(n - 1)], stamp)?;
+                level.send_parts(come(values, &bucket(n - 1), beside)?, beside, stamp)?;
             }
-            level.send_sum(&values[bucket(n)], stamp)?;
+            mean(others, level.own_part(values.at(&bucket(n))), scale, beside, stamp)?;
+            if n < last {
+                level.take_sums(values.at(&bucket(n + 1)), beside, stamp)?;
+                values.done(&bucket(n + 1))?;
+            }
+            level.send_sum(values.at(&bucket(n)), beside, stamp)?;
         }
-        level.take_sums(&mut values[bucket(last)], stamp)
+        level.take_sums(values.at(&bucket(0)), beside, stamp)?;
+        values.done(&bucket(0))
     }
 }
 
+/// The values of `bucket`, once they have come.
+fn come<'a>(values: &'a mut dyn Buckets, bucket: &Range<usize>, beside: Beside) -> Result<&'a mut [f32]> {
+    while !values.is_there(bucket)? {
+        beside()?;
+        std::thread::yield_now();
+    }
+    Ok(values.at(bucket))
+}
+
+/// Lets `beside` go on until nothing is left of it, or `ready`: then whoever waits may do so in earnest.
+fn unless(mut ready: impl FnMut() -> Result<bool>, beside: Beside) -> Result<()> {
+    while !ready()? && !beside()? {
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
 /// The sums over `levels` of `values`, times `scale`.
-fn mean(levels: &mut [Members], values: &mut [f32], scale: f32, stamp: Stamp) -> Result<()> {
+fn mean(levels: &mut [Members], values: &mut [f32], scale: f32, beside: Beside, stamp: Stamp) -> Result<()> {
     let Some((level, others)) = levels.split_first_mut() else { return Ok(()) };
-    level.send_parts(values, stamp)?;
-    level.reduce(values, others.is_empty().then_some(scale), stamp)?;
-    mean(others, level.own_part(values), scale, stamp)?;
-    level.send_sum(values, stamp)?;
-    level.take_sums(values, stamp)
+    level.send_parts(values, beside, stamp)?;
+    level.reduce(values, others.is_empty().then_some(scale), beside, stamp)?;
+    mean(others, level.own_part(values), scale, beside, stamp)?;
+    level.send_sum(values, beside, stamp)?;
+    level.take_sums(values, beside, stamp)
 }
 
 // No waiting in a circle. All replicas do the same things in the same order, and what one waits for the other has sent at an earlier
 // place of it; so whoever is behind waits for no message. Nor for a buffer, of two a link: between two members there go parts 0,
 // parts 1, sum 0, parts 2, sum 1, ..., and before it sends one each has given back what came before the last (parts n before it
 // sends parts n + 1, sum n - 1 before sum n). In a ring, a member that waits for a buffer has two messages with the next one, which
-// therefore is behind it.
+// therefore is behind it. And what goes on beside never waits.
 impl Members {
     fn own_part<'a>(&self, values: &'a mut [f32]) -> &'a mut [f32] {
         let own = part(values.len(), self.size, self.own);
@@ -128,18 +201,18 @@ impl Members {
     }
 
     /// Sends the others their parts of `values`. (In a ring they are sent when they are due.)
-    fn send_parts(&mut self, values: &[f32], stamp: Stamp) -> Result<()> {
+    fn send_parts(&mut self, values: &[f32], beside: Beside, stamp: Stamp) -> Result<()> {
         let Others::All(peers) = &mut self.others else { return Ok(()) };
         for (member, peer) in peers.iter_mut().enumerate() {
             if let Some(peer) = peer {
-                peer.send(&values[part(values.len(), self.size, member)], stamp)?;
+                peer.send(&values[part(values.len(), self.size, member)], beside, stamp)?;
             }
         }
         Ok(())
     }
 
     /// Makes the own part of `values` the sum of all members', times `scale` at the last level.
-    fn reduce(&mut self, values: &mut [f32], scale: Option<f32>, stamp: Stamp) -> Result<()> {
+    fn reduce(&mut self, values: &mut [f32], scale: Option<f32>, beside: Beside, stamp: Stamp) -> Result<()> {
         let (size, own, length) = (self.size, self.own, values.len());
         let part = |member: usize| part(length, size, member);
         match &mut self.others {
@@ -148,7 +221,7 @@ impl Members {
                 let mut terms: [&[f32]; LARGEST] = [&[]; LARGEST];
                 for (term, peer) in terms.iter_mut().zip(peers.iter_mut()) {
                     if let Some(peer) = peer {
-                        *term = peer.wait(values.len(), stamp)?;
+                        *term = peer.wait(values.len(), beside, stamp)?;
                     }
                 }
                 sum(values, &terms[..size], own, scale.unwrap_or(1.0));
@@ -157,10 +230,10 @@ impl Members {
             Others::Ring(peer) => {
                 for hop in 1..size {
                     let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
-                    peer.send(&values[there], stamp)?;
+                    peer.send(&values[there], beside, stamp)?;
                     let scale = scale.filter(|_| hop == size - 1).unwrap_or(1.0);
                     let values = &mut values[here];
-                    let so_far = peer.wait(values.len(), stamp)?;
+                    let so_far = peer.wait(values.len(), beside, stamp)?;
                     values.iter_mut().zip(so_far).for_each(|(x, sum)| *x = (*x + sum) * scale);
                     peer.from.1.release()?;
                 }
@@ -170,29 +243,29 @@ impl Members {
     }
 
     /// Sends the others the own part of `values`.
-    fn send_sum(&mut self, values: &[f32], stamp: Stamp) -> Result<()> {
+    fn send_sum(&mut self, values: &[f32], beside: Beside, stamp: Stamp) -> Result<()> {
         let Others::All(peers) = &mut self.others else { return Ok(()) };
         let own = &values[part(values.len(), self.size, self.own)];
-        peers.iter_mut().flatten().try_for_each(|peer| peer.send(own, stamp))
+        peers.iter_mut().flatten().try_for_each(|peer| peer.send(own, beside, stamp))
     }
 
     /// Makes every other part of `values` that member's.
-    fn take_sums(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
+    fn take_sums(&mut self, values: &mut [f32], beside: Beside, stamp: Stamp) -> Result<()> {
         let (size, own, length) = (self.size, self.own, values.len());
         let part = |member: usize| part(length, size, member);
         match &mut self.others {
             Others::All(peers) => {
                 for (member, peer) in peers.iter_mut().enumerate() {
                     if let Some(peer) = peer {
-                        peer.receive(&mut values[part(member)], stamp)?;
+                        peer.receive(&mut values[part(member)], beside, stamp)?;
                     }
                 }
             }
             Others::Ring(peer) => {
                 for hop in 0..size - 1 {
                     let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
-                    peer.send(&values[there], stamp)?;
-                    peer.receive(&mut values[here], stamp)?;
+                    peer.send(&values[there], beside, stamp)?;
+                    peer.receive(&mut values[here], beside, stamp)?;
                 }
             }
         }
@@ -201,18 +274,20 @@ impl Members {
 }
 
 impl Peer {
-    fn send(&mut self, values: &[f32], stamp: Stamp) -> Result<()> {
+    fn send(&mut self, values: &[f32], beside: Beside, stamp: Stamp) -> Result<()> {
         let shape = [values.len() as u32, 1, 1, 1];
+        unless(|| self.to.1.ready(), beside)?;
         self.to.1.send(&Header::new(Kind::Gradient, self.to.0, stamp.batch, stamp.step, shape), values)
     }
 
-    fn wait(&mut self, words: usize, stamp: Stamp) -> Result<&[f32]> {
+    fn wait(&mut self, words: usize, beside: Beside, stamp: Stamp) -> Result<&[f32]> {
         let shape = [words as u32, 1, 1, 1];
+        unless(|| self.from.1.ready(), beside)?;
         self.from.1.wait(&Header::new(Kind::Gradient, self.from.0, stamp.batch, stamp.step, shape))
     }
 
-    fn receive(&mut self, values: &mut [f32], stamp: Stamp) -> Result<()> {
-        values.copy_from_slice(self.wait(values.len(), stamp)?);
+    fn receive(&mut self, values: &mut [f32], beside: Beside, stamp: Stamp) -> Result<()> {
+        values.copy_from_slice(self.wait(values.len(), beside, stamp)?);
         self.from.1.release()
     }
 }
@@ -240,6 +315,7 @@ fn sum(values: &mut [f32], terms: &[&[f32]], own: usize, scale: f32) {
 mod tests {
     use super::*;
     use crate::comm::{World, connect};
+    use std::cell::Cell;
     use std::time::Duration;
 
     fn value(r: usize, n: usize) -> f32 {
@@ -286,6 +362,75 @@ mod tests {
                     assert!((f64::from(got) - mean).abs() < 3e-7, "{replicas} replicas, value {n}: {got}, not {mean}");
                     assert!(results.iter().all(|r| r[n].to_bits() == got.to_bits()), "{replicas} replicas, value {n}");
                 }
+            }
+        }
+    }
+
+    /// Values that come when they have been asked for some times, the last ones first, and what is told of them.
+    struct Late {
+        values: Vec<f32>,
+        asked: Cell<usize>,
+        done: Vec<Range<usize>>,
+    }
+
+    impl Buckets for Late {
+        fn words(&self) -> usize {
+            self.values.len()
+        }
+
+        fn is_there(&self, bucket: &Range<usize>) -> Result<bool> {
+            self.asked.set(self.asked.get() + 1);
+            Ok(self.asked.get() > 3 * (self.words() - bucket.start) / BUCKET)
+        }
+
+        fn at(&mut self, bucket: &Range<usize>) -> &mut [f32] {
+            &mut self.values[bucket.clone()]
+        }
+
+        fn done(&mut self, bucket: &Range<usize>) -> Result<()> {
+            self.done.push(bucket.clone());
+            Ok(())
+        }
+    }
+
+    /// The mean of values that come late, bucket by bucket, has the bits of those that are there; each bucket is done once, the last
+    /// one first, and something else goes on meanwhile.
+    #[test]
+    fn buckets_may_come_one_by_one() {
+        let (replicas, words) = (3, 3 * BUCKET + 77);
+        let group = Group { first: 0, name: "module 1".into(), replicas, words, worker: &|r| r };
+        let mut links: Vec<_> = (0..replicas).flat_map(|r| group.links(r)).collect();
+        links.sort_by_key(|link| link.id);
+        links.dedup();
+        let mut ends = connect(&World::Alone, &vec![0; replicas], &links, Duration::from_secs(30)).unwrap();
+        let parts: Vec<_> = (0..replicas).map(|r| AllReduce::new(&mut ends, &group, r).unwrap()).collect();
+        let values = |r: usize| -> Vec<f32> { (0..words).map(|n| value(r, n)).collect() };
+        let results: Vec<(Late, usize)> = std::thread::scope(|scope| {
+            let work = |(r, mut part): (usize, AllReduce)| {
+                scope.spawn(move || {
+                    let mut late = Late { values: values(r), asked: Cell::new(0), done: Vec::new() };
+                    let mut beside = 0;
+                    let mut count = || {
+                        beside += 1;
+                        // Something is left for a while.
+                        Ok(beside > 20)
+                    };
+                    part.mean_of(&mut late, &mut count, 0, 0).unwrap();
+                    (late, beside)
+                })
+            };
+            let threads: Vec<_> = parts.into_iter().enumerate().map(work).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let scale = 1.0 / replicas as f32;
+        for (late, beside) in &results {
+            assert!(*beside >= 3, "{beside}");
+            let starts: Vec<usize> = late.done.iter().map(|bucket| bucket.start).collect();
+            assert_eq!(starts, [3 * BUCKET, 2 * BUCKET, BUCKET, 0]);
+            assert_eq!(late.done.iter().map(|bucket| bucket.len()).sum::<usize>(), words);
+            for n in (0..words).step_by(1009) {
+                let mean = (0..replicas).fold(0.0, |sum, r| sum + value(r, n)) * scale;
+                assert_eq!(late.values[n].to_bits(), mean.to_bits(), "value {n}");
             }
         }
     }

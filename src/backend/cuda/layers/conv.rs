@@ -68,8 +68,12 @@ impl Layer for Conv2d {
             (None, Some(grad)) => self.product.backward_filter(gpu, place, x, gy, grad, true)?,
             (None, None) => {}
         }
+        Ok(())
+    }
+
+    fn backward_input(&mut self, &Launch { gpu, .. }: &Launch, arrays: &Backward) -> Result<()> {
         match arrays.gx {
-            Some(gx) => self.product.backward_data(gpu, self.weight.operand(), gy, gx),
+            Some(gx) => self.product.backward_data(gpu, self.weight.operand(), arrays.gy, gx),
             None => Ok(()),
         }
     }

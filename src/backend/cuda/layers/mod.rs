@@ -83,11 +83,21 @@ pub trait Layer: Send {
     /// [`crate::Error::Run`] if a launch fails.
     fn forward(&mut self, at: &Launch, x: &Array, y: &Array) -> Result<()>;
 
-    /// Launches the vector–Jacobian product: adds the parameters' gradients, writes the input's cotangent if wanted.
+    /// Launches the vector–Jacobian product: adds the parameters' gradients, writes the input's cotangent if wanted, or leaves that to
+    /// [`Layer::backward_input`], which is called next.
     ///
     /// # Errors
     /// As [`Layer::forward`].
     fn backward(&mut self, at: &Launch, arrays: &Backward) -> Result<()>;
+
+    /// Launches what of it is left once the parameters' gradients are there.
+    ///
+    /// # Errors
+    /// As [`Layer::forward`].
+    fn backward_input(&mut self, at: &Launch, arrays: &Backward) -> Result<()> {
+        let _ = (at, arrays);
+        Ok(())
+    }
 
     /// What a pass needs that changes from one to the next, launched outside of graphs: before its forward pass, of which there
     /// is a graph for training and one for evaluation.

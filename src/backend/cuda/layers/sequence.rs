@@ -93,6 +93,21 @@ impl Sequence {
     /// # Errors
     /// As [`Layer::backward`].
     pub fn backward(&mut self, at: &Launch, x: &Array, gy: &Array, gx: Option<&Array>) -> Result<()> {
+        self.backward_telling(at, x, gy, gx, &mut |_| Ok(()))
+    }
+
+    /// The same; `behind` is called with a layer's number when its parameters' gradients are launched.
+    ///
+    /// # Errors
+    /// As [`Layer::backward`]; those of `behind`.
+    pub fn backward_telling(
+        &mut self,
+        at: &Launch,
+        x: &Array,
+        gy: &Array,
+        gx: Option<&Array>,
+        behind: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<()> {
         let mut g = gy.clone();
         if let (true, Some(gx)) = (self.steps.is_empty(), gx) {
             return at.gpu.copy(&g, gx);
@@ -109,7 +124,10 @@ impl Sequence {
                 _ if gx.is_some() || step.learned_before => Some(at.scratch.get((self.use_)(k), x.len())?),
                 _ => None,
             };
-            step.layer.backward(at, &Backward { x, y: step.y.at(at.place), gy: &g, gx: wanted.as_ref() })?;
+            let arrays = Backward { x, y: step.y.at(at.place), gy: &g, gx: wanted.as_ref() };
+            step.layer.backward(at, &arrays)?;
+            behind(k)?;
+            step.layer.backward_input(at, &arrays)?;
             match wanted {
                 Some(gx) => g = gx,
                 None => return Ok(()),
@@ -124,6 +142,14 @@ impl Sequence {
     /// The first error of a layer.
     pub fn prepare(&mut self, gpu: &Gpu, pass: &Pass) -> Result<()> {
         self.steps.iter_mut().try_for_each(|step| step.layer.prepare(gpu, pass))
+    }
+
+    /// As [`Sequence::visit`], with the number of the layer.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    pub fn visit_layers(&mut self, f: &mut dyn FnMut(usize, &mut Param) -> Result<()>) -> Result<()> {
+        self.steps.iter_mut().enumerate().try_for_each(|(k, step)| step.layer.visit(&mut |p| f(k, p)))
     }
 
     /// As [`Layer::visit`].

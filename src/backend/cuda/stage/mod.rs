@@ -6,15 +6,19 @@
 //! outgoing:              ─▶ y                    ─▶ cotangents
 //! ```
 //!
-//! Calls launch and return. `ports` gets values out of and into messages, `parameters` is what happens between batches.
+//! Calls launch and return. `ports` gets values out of and into messages, `lending` gradients to the host and back, `parameters` is
+//! what happens between batches.
 
+mod lending;
 mod parameters;
 mod ports;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
+use lending::Lending;
 use ports::cast;
 pub(crate) use ports::{InPort, OutPort};
 
@@ -25,7 +29,8 @@ use super::passes::Passes;
 use super::{Array, Element, Gpu, ops};
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{
-    self, BatchEnd, CpuStage, DevicePass, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, Work, with_values,
+    self, BatchEnd, CpuStage, DevicePass, Lent, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, Work,
+    with_values,
 };
 use crate::backend::{GpuPlacement, Precision};
 use crate::method::Keep;
@@ -109,6 +114,8 @@ pub struct CudaStage {
     sums: Sums,
     loss: Option<Loss>,
     optimizer: Option<Optimizer>,
+    /// Where sums of gradients are lent out.
+    lending: Option<Lending>,
     /// Whether the present batch is trained on.
     training: bool,
     /// Backward passes since the last update.
@@ -138,8 +145,16 @@ impl CudaStage {
         let wire = if placement.half_messages { Element::Bf16 } else { Element::F32 };
         let (batch, training) = (spec.batch, spec.optimizer.is_some());
         let recompute = spec.recompute && spec.kept > 1;
-        let placing = Placing { batch, element, training, kept: spec.kept, recompute, graphs: placement.graphs };
-        let StageSpec { index, main, fuse, .. } = spec;
+        let placing = Placing {
+            batch,
+            element,
+            training,
+            kept: spec.kept,
+            recompute,
+            lends: spec.lends,
+            graphs: placement.graphs,
+        };
+        let StageSpec { index, main, fuse, lends, .. } = spec;
         let plan = Plan { index, layers: &spec.layers, main, skips: &spec.skips, fuse };
         let mut module = Module::new(&gpu, &plan, host.module(), placing)?;
         parameters::restore_gradients(&gpu, host.module(), &mut module)?;
@@ -169,6 +184,7 @@ impl CudaStage {
         let scratch = ops::guard_scratch(largest).max(ops::loss_scratch(output, batch));
         let optimizer =
             host.optimizer().map(|own| Optimizer::new(&gpu, own, host.average(), &mut module)).transpose()?;
+        let lending = lends.map(|piece| Lending::new(&gpu, &mut module, piece)).transpose()?;
         let stage = CudaStage {
             inputs,
             outputs,
@@ -177,6 +193,7 @@ impl CudaStage {
             sums: Sums::new(&gpu, if training { spec.sums } else { 1 }, output, element)?,
             loss,
             optimizer,
+            lending,
             training: false,
             steps: host.unfinished(),
             flags: gpu.zeros(1, Element::F32)?,
@@ -199,6 +216,28 @@ impl CudaStage {
             mib(placement.needed)
         );
         Ok(stage)
+    }
+
+    /// B(step), behind which gradients are lent out where it `lends`.
+    fn launch_backward(&mut self, step: usize, pass: &Pass, wanted: &[bool], lends: bool) -> Result<()> {
+        if !self.sums.end(&self.gpu, step, self.module.output_cotangent()?)? {
+            return Err(Error::Run(format!("there is no cotangent of step {step}")));
+        }
+        if self.module.recomputes() {
+            // The newest output, which may be on its way, is written over.
+            self.outputs.iter().try_for_each(|out| out.port.wait(&self.gpu))?;
+        }
+        let wanted = if self.spec.frames { &[false][..] } else { wanted };
+        self.passes.begin(&self.gpu, Work::Backward)?;
+        match (&mut self.lending, lends) {
+            (Some(lending), true) => {
+                let gpu = &self.gpu;
+                self.module.backward_in_parts(step, pass, wanted, &mut |from| lending.begin(gpu, from))?;
+            }
+            _ => self.module.backward(step, pass, wanted)?,
+        }
+        self.steps += 1;
+        self.passes.end(&self.gpu)
     }
 
     fn y_shape(&self) -> [usize; 4] {
@@ -243,6 +282,10 @@ fn check_memory(gpu: &Gpu, spec: &StageSpec, placement: &GpuPlacement) -> Result
         gpu.name(),
         mib(free as u64)
     )))
+}
+
+fn no_lending() -> Error {
+    Error::Run("this stage was made to lend no gradients out".into())
 }
 
 fn mib(bytes: u64) -> String {
@@ -358,18 +401,11 @@ impl Stage for CudaStage {
     }
 
     fn backward(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
-        if !self.sums.end(&self.gpu, step, self.module.output_cotangent()?)? {
-            return Err(Error::Run(format!("there is no cotangent of step {step}")));
-        }
-        if self.module.recomputes() {
-            // The newest output, which may be on its way, is written over.
-            self.outputs.iter().try_for_each(|out| out.port.wait(&self.gpu))?;
-        }
-        let wanted = if self.spec.frames { &[false][..] } else { wanted };
-        self.passes.begin(&self.gpu, Work::Backward)?;
-        self.module.backward(step, pass, wanted)?;
-        self.steps += 1;
-        self.passes.end(&self.gpu)
+        self.launch_backward(step, pass, wanted, false)
+    }
+
+    fn backward_lending(&mut self, step: usize, pass: &Pass, wanted: &[bool]) -> Result<()> {
+        self.launch_backward(step, pass, wanted, true)
     }
 
     fn send_cotangent(&mut self, k: usize, message: SlotMut<'_>) -> Result<Done> {
@@ -387,8 +423,16 @@ impl Stage for CudaStage {
         self.download_gradients()
     }
 
-    fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
-        self.upload_gradients(values)
+    fn lend(&mut self) -> Result<Lent> {
+        self.lending.as_mut().ok_or_else(no_lending)?.lend(&self.gpu)
+    }
+
+    fn put(&mut self, lent: &mut Lent, words: &Range<usize>) -> Result<()> {
+        self.lending.as_mut().ok_or_else(no_lending)?.put(lent, words)
+    }
+
+    fn take_back(&mut self, lent: Lent) -> Result<()> {
+        self.lending.as_mut().ok_or_else(no_lending)?.take_back(&self.gpu, lent)
     }
 
     fn update(&mut self, lr_factor: f64, divisor: f64, clip_norm: Option<f64>) -> Result<Updated> {

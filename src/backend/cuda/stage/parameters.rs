@@ -35,17 +35,6 @@ impl CudaStage {
         Ok(all)
     }
 
-    pub(super) fn upload_gradients(&mut self, values: &[f32]) -> Result<()> {
-        let (gpu, mut rest) = (&self.gpu, values);
-        self.module.visit(&mut |p| {
-            let Some(grad) = &p.grad else { return Ok(()) };
-            let split = rest.split_at_checked(grad.len());
-            let (own, others) = split.ok_or_else(|| Error::Run("too few gradients".into()))?;
-            rest = others;
-            gpu.write(grad, own)
-        })
-    }
-
     /// Waits for the clip's last launch. All values that are not finite are named, each by what it is.
     pub(super) fn tally(&mut self) -> Result<BatchEnd> {
         let mut end = BatchEnd::default();

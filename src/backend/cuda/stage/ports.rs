@@ -163,10 +163,10 @@ pub(super) fn cast(gpu: &Gpu, from: &Array, to: &Array) -> Result<()> {
     }
 }
 
-fn record(event: &CudaEvent, stream: &CudaStream) -> Result<()> {
+pub(super) fn record(event: &CudaEvent, stream: &CudaStream) -> Result<()> {
     event.record(stream).map_err(|e| failed("recording an event", &e))
 }
 
-fn wait(stream: &CudaStream, event: &CudaEvent) -> Result<()> {
+pub(super) fn wait(stream: &CudaStream, event: &CudaEvent) -> Result<()> {
     stream.wait(event).map_err(|e| failed("ordering streams", &e))
 }

@@ -2,13 +2,15 @@
 
 mod saved;
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 #[cfg(feature = "cuda")]
 pub(in crate::backend) use saved::unfinished_steps;
 pub use saved::{EMA, Fit};
 
-use super::{BatchEnd, NotFinite, Snapshot, Stage, StageSpec, Updated};
+use super::{BatchEnd, Lent, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::backend::cpu::activation;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::method::Keep;
@@ -322,8 +324,17 @@ impl Stage for CpuStage {
         Ok(all)
     }
 
-    fn set_gradients(&mut self, values: &[f32]) -> Result<()> {
-        let mut rest = values;
+    fn lend(&mut self) -> Result<Lent> {
+        self.gradients().map(Lent::new)
+    }
+
+    fn put(&mut self, _: &mut Lent, _: &Range<usize>) -> Result<()> {
+        Ok(())
+    }
+
+    fn take_back(&mut self, lent: Lent) -> Result<()> {
+        let values = lent.into_values();
+        let mut rest = &values[..];
         self.module.visit(&mut |p| {
             if p.trainable {
                 let split = rest.split_at_checked(p.value.elem_count());
