@@ -3,13 +3,12 @@
 //! One weight a batch, out of Beta(alpha, alpha); every clip that counts gets a partner, and each of them is the partner of one: a
 //! permutation. Both are a pure function of the seed, the batch, the replica and which clips count.
 
-use candle_core::Tensor;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rand_distr::{Beta, Distribution};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::backend::cpu::{Host, overwritten, tensor, vectorized};
+use crate::backend::cpu::mix::Mixing;
 use crate::{Error, Result};
 
 /// How batches are mixed.
@@ -77,28 +76,8 @@ impl Mixup {
 }
 
 impl Mixture {
-    /// A frame of every clip, `[B, H, W, C]`, mixed.
-    ///
-    /// # Errors
-    /// [`Error::Run`] for a frame of another batch.
-    pub fn mix(&self, frame: &Tensor) -> Result<Tensor> {
-        let places = self.partners.len();
-        if frame.dims().first() != Some(&places) || places == 0 {
-            return Err(Error::Run(format!("a frame of {:?} where {places} clips are mixed", frame.dims())));
-        }
-        let (own, other) = (self.weight, 1.0 - self.weight);
-        let length = frame.elem_count() / places;
-        let mut mixed = overwritten::<f32>(frame.elem_count());
-        let frame = frame.contiguous()?;
-        let values = Host::of(&frame)?;
-        let values = values.slice::<f32>()?;
-        for ((place, out), &partner) in mixed.chunks_exact_mut(length).enumerate().zip(&self.partners) {
-            let [a, b] = [place, partner].map(|n| &values[n * length..][..length]);
-            vectorized(
-                #[inline(always)]
-                || out.iter_mut().zip(a).zip(b).for_each(|((out, a), b)| *out = own * a + other * b),
-            );
-        }
-        tensor(mixed, frame.dims())
+    /// For whoever mixes frames.
+    pub fn mixing(&self) -> Mixing<'_> {
+        Mixing { weight: self.weight, partners: &self.partners }
     }
 }

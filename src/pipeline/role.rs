@@ -182,12 +182,17 @@ impl Source {
         Labels { own, mixed }
     }
 
+    /// How this batch's clips are mixed, if they are.
+    pub(super) fn mixture(&self) -> Option<&Mixture> {
+        self.mixture.as_ref()
+    }
+
     /// Places of the batch that damaged videos leave empty.
     pub(super) fn skipped(&self) -> usize {
         self.present().skipped().len()
     }
 
-    /// The frame of `step`, and the target frame if module D has a loss there that needs one.
+    /// The frame of `step`, not mixed yet, and the target frame if module D has a loss there that needs one.
     pub(super) fn read(&mut self, step: usize) -> Result<Read> {
         let due = self.losses.get(step).copied().unwrap_or(false);
         let ahead = self.ahead.filter(|_| due);
@@ -201,7 +206,6 @@ impl Source {
             _ => self.frames.as_mut(),
         };
         let frame = frames.frame(step)?;
-        let frame = self.mixture.as_ref().map_or(Ok(frame.clone()), |mixture| mixture.mix(&frame))?;
         let target = ahead.map(|ahead| frames.frame(step + ahead)).transpose()?;
         if let (Some((pixels, horizon)), Some(ahead), Some(target)) = (&mut self.copy, ahead, &target)
             && (self.validates || self.evaluates)

@@ -12,6 +12,7 @@ use crate::Result;
 use crate::backend::slots::Slot;
 use crate::backend::stage::NotFinite;
 use crate::comm::{Header, Kind, Orders};
+use crate::data::Mixture;
 use crate::method::schedule::{Arrival, Backward, Forward, Tick};
 use crate::metrics::Phase;
 
@@ -234,7 +235,8 @@ impl Worker {
         if let Some(target) = read.target {
             self.role.pass_on_target(&target, at.batch, at.step, at.tick)?;
         }
-        self.stage.set_input(0, read.frame)
+        let mixture = self.role.source().and_then(|source| source.mixture());
+        self.stage.set_input(0, read.frame, mixture.map(Mixture::mixing))
     }
 
     /// Module 1, once a batch: what to do behind it (see [`super::orders`]).

@@ -324,7 +324,9 @@ impl Chain {
             match (&mut part.inputs[0], last.take(), y.take()) {
                 (Message::Host(words), Some(received), _) if received.len() == words.len() => *words = received,
                 // Without messages a part finds what the one before has made.
-                (Message::Host(words), _, Some(y)) if y.elem_count() == words.len() => part.stage.set_input(0, y)?,
+                (Message::Host(words), _, Some(y)) if y.elem_count() == words.len() => {
+                    part.stage.set_input(0, y, None)?
+                }
                 _ => {}
             }
             if self.messages {

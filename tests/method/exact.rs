@@ -121,7 +121,7 @@ fn follow(config: &Config) -> (Vec<usize>, Vec<CpuStage>) {
                 (graph.inputs(i).copied().collect(), graph.outputs(i).copied().collect());
             if let Some(forward) = &tick.forward {
                 if i == 1 {
-                    stage.set_input(0, stream.frame(forward.step).unwrap()).unwrap();
+                    stage.set_input(0, stream.frame(forward.step).unwrap(), None).unwrap();
                 }
                 for (k, step) in forward.receive.iter().enumerate().filter_map(|(k, step)| Some((k, (*step)?))) {
                     let (made, values) = mail.remove(&(inputs[k], true, step)).unwrap();

@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::common::numbers::close_each;
 use crate::common::runs::{config, shard, tensors, train, with_prefix};
 use candle_core::{Device, Tensor};
+use sideways::backend::cpu::mix::mix;
 use sideways::backend::stage::CpuStage;
 use sideways::checkpoint::Checkpoint;
 use sideways::comm::World;
@@ -302,7 +303,7 @@ fn mixtures_are_drawn_and_made() {
     partners.sort();
     assert_eq!(partners, [0, 1, 2, 3, 4, 5]);
     let frame = Tensor::arange(0f32, 24.0, &Device::Cpu).unwrap().reshape((6, 2, 1, 2)).unwrap();
-    let mixed = mixture.mix(&frame).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let mixed = mix(&frame, &mixture.mixing()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for (n, value) in mixed.into_iter().enumerate() {
         let other = (mixture.partners[n / 4] * 4 + n % 4) as f32;
         assert!((value - (mixture.weight * n as f32 + (1.0 - mixture.weight) * other)).abs() < 1e-5);

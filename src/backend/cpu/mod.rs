@@ -15,6 +15,7 @@ mod im2col;
 mod large_weights;
 mod matmul;
 mod memory;
+pub mod mix;
 pub mod norm;
 pub mod norm_pool;
 #[cfg(onednn)]

@@ -13,6 +13,7 @@ use candle_core::Tensor;
 use super::event::Clock;
 use super::gpu::{Array, Element, Gpu, capability, failed};
 use super::stage::{InPort, OutPort};
+use crate::backend::cpu::mix::Mixing;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{self, BatchEnd, Lent, NotFinite, Snapshot, Stage, StageSpec, TimedStage, Updated};
 use crate::method::Keep;
@@ -137,7 +138,7 @@ impl Stage for CudaTimedStage {
         Ok(())
     }
 
-    fn set_input(&mut self, _: usize, _: Tensor) -> Result<()> {
+    fn set_input(&mut self, _: usize, _: Tensor, _: Option<Mixing>) -> Result<()> {
         Ok(())
     }
 

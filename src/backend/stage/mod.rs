@@ -19,6 +19,7 @@ pub use cpu::{CpuStage, EMA, Fit, with_values};
 pub use lent::Lent;
 pub use timed::TimedStage;
 
+use super::cpu::mix::Mixing;
 use super::cuda;
 use super::slots::{Done, Slot, SlotMut};
 use crate::Result;
@@ -133,11 +134,11 @@ pub trait Stage {
     /// [`crate::Error::Run`] if they cannot be copied.
     fn begin(&mut self, labels: Option<&Labels>, training: bool) -> Result<()>;
 
-    /// Takes input `k`, `[B, H, W, C]`, from the host: module 1's frame.
+    /// Takes input `k`, `[B, H, W, C]`, from the host: module 1's frame; mixed, where a mixing is given.
     ///
     /// # Errors
-    /// [`crate::Error::Run`] if it cannot be copied.
-    fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()>;
+    /// [`crate::Error::Run`] if it cannot be copied, or is of another batch.
+    fn set_input(&mut self, k: usize, tensor: Tensor, mixing: Option<Mixing>) -> Result<()>;
 
     /// Takes input `k` out of a message.
     ///

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 
 use super::{BatchEnd, Lent, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::Result;
+use crate::backend::cpu::mix::Mixing;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::method::Keep;
 use crate::nn::head::Labels;
@@ -59,7 +60,7 @@ impl Stage for TimedStage {
         Ok(())
     }
 
-    fn set_input(&mut self, _: usize, _: Tensor) -> Result<()> {
+    fn set_input(&mut self, _: usize, _: Tensor, _: Option<Mixing>) -> Result<()> {
         Ok(())
     }
 

@@ -1,7 +1,9 @@
 //! Element by element: activations, sums, conversions, dropout, and the guard against what is not finite.
 
+use candle_core::DType;
 use sideways::Result;
 use sideways::backend::cpu::activation;
+use sideways::backend::cpu::mix::{Mixing, mix};
 use sideways::backend::cuda::{Element, ops};
 
 use super::{On, bits, list, random, tensor};
@@ -61,6 +63,24 @@ fn rounding_is_to_nearest_even_and_what_is_no_number_stays_none() -> Result<()> 
         ops::relu(gpu, &odd, &odd)?;
         let found = on.down(&odd)?;
         assert!(found[0].is_nan() && found[2].is_nan() && found[1] == 0.0 && found[3] == 0.0, "{found:?}");
+        Ok(())
+    })
+}
+
+/// Clips whose length is a multiple of what a thread takes, or not; partners that come in any order, one its own.
+#[test]
+fn clips_are_mixed_as_on_the_cpu() -> Result<()> {
+    On::each(|on| {
+        let partners = [2, 0, 1, 3, 5, 4];
+        for clip in [1, 3, 16, 147] {
+            let frames = random(6 * clip, 6);
+            let words: Vec<f32> = partners.iter().map(|&n| f32::from_bits(n as u32)).collect();
+            let (x, partners_there, y) = (on.gpu.upload(&frames)?, on.gpu.upload(&words)?, on.empty(6 * clip)?);
+            ops::mix(&on.gpu, &x, &partners_there, 0.3, &y)?;
+            let there = tensor(&frames, &[6, clip])?.to_dtype(DType::F32)?;
+            let expected = mix(&there, &Mixing { weight: 0.3, partners: &partners })?;
+            on.same("mixed", &y, &expected.to_dtype(DType::F64)?);
+        }
         Ok(())
     })
 }

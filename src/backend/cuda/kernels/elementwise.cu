@@ -33,6 +33,17 @@ extern "C" __global__ void add(const real *a, const real *b, real *y, count n, i
     put(y + i, w, v);
 }
 
+// Clips of `clip` values each: the weight is a clip's own part, the rest is its partner's.
+extern "C" __global__ void mix_clips(const float *x, const int *partners, real *y, count clip, count n, float weight) {
+    SOME(n);
+    for (int k = 0; k < PACK; k++) {
+        count at = k < w ? i + k : i;
+        count own = at / clip;
+        v[k] = weight * x[at] + (1.0f - weight) * x[at - own * clip + partners[own] * clip];
+    }
+    put(y + i, w, v);
+}
+
 static __device__ __forceinline__ float normal_cdf(float v) { return 0.5f * (1.0f + erff(v * 0.70710678118654752f)); }
 
 extern "C" __global__ void gelu(const real *x, real *y, count n) {

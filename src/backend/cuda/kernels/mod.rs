@@ -50,6 +50,7 @@ const NAMES: &[&str] = &[
     "max_pool",
     "max_pool_vjp",
     "max_pool_vjp_tiles",
+    "mix_clips",
     "narrow",
     "norm_apply",
     "norm_running",

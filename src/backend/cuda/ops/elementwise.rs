@@ -114,6 +114,16 @@ pub fn to_f32(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
     }
 }
 
+/// Clips of `x`, of 32-bit floats, mixed: clip n of `y`, of either type, is `weight` of clip n and the rest of clip `partners[n]` (i32).
+///
+/// # Errors
+/// As [`relu`].
+pub fn mix(gpu: &Gpu, x: &Array, partners: &Array, weight: f32, y: &Array) -> Result<()> {
+    require("what is mixed", x, y.len(), Element::F32)?;
+    let (clip, n) = ((x.len() / partners.len().max(1)) as u64, x.len() as u64);
+    launch(gpu, "mix_clips", y.element(), each(x.len(), pack(y.element())), arguments![x, partners, y, clip, n, weight])
+}
+
 /// `x = value` everywhere.
 ///
 /// # Errors

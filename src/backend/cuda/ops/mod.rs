@@ -17,8 +17,8 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 
 pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, bias_relu_vjp, get_channels, put_channels};
 pub use elementwise::{
-    add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, relu, relu_vjp, set_words,
-    to_f32,
+    add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, mix, relu, relu_vjp,
+    set_words, to_f32,
 };
 pub use loss::{Labels, cross_entropy, loss_scratch, pixel};
 pub use norm::{Norm, NormShape, Over, norm_scratch};

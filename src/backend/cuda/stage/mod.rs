@@ -27,6 +27,7 @@ use super::module::{Module, Placing, Plan};
 use super::optim::Optimizer;
 use super::passes::Passes;
 use super::{Array, Element, Gpu, ops};
+use crate::backend::cpu::mix::Mixing;
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{
     self, BatchEnd, CpuStage, DevicePass, Lent, NotFinite, OutputPort, Snapshot, Stage, StageSpec, Updated, Work,
@@ -106,6 +107,8 @@ pub struct CudaStage {
     spec: StageSpec,
     module: Module,
     inputs: Vec<InPort>,
+    /// i32, `[B]`: with which clip each is mixed, where frames are.
+    partners: InPort,
     outputs: Vec<Out>,
     /// Cotangents on their way to those who sent the inputs, one a wanted input.
     cotangents: Vec<Option<OutPort>>,
@@ -187,6 +190,7 @@ impl CudaStage {
         let lending = lends.map(|piece| Lending::new(&gpu, &mut module, piece)).transpose()?;
         let stage = CudaStage {
             inputs,
+            partners: InPort::new(&gpu, batch, Element::F32)?,
             outputs,
             cotangents,
             spread: (training && several).then(|| gpu.array(output, element)).transpose()?,
@@ -309,9 +313,19 @@ impl Stage for CudaStage {
         Ok(())
     }
 
-    fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()> {
-        let CudaStage { gpu, inputs, module, .. } = self;
-        with_values(&tensor, |values| inputs[k].read_passing(gpu, values, |values| cast(gpu, values, module.input(k))))
+    fn set_input(&mut self, k: usize, tensor: Tensor, mixing: Option<Mixing>) -> Result<()> {
+        let CudaStage { gpu, inputs, partners, module, .. } = self;
+        let to = module.input(k);
+        with_values(&tensor, |values| {
+            let Some(mixing) = mixing else {
+                return inputs[k].read_passing(gpu, values, |values| cast(gpu, values, to));
+            };
+            mixing.fits(tensor.dims())?;
+            let words: Vec<f32> = mixing.partners.iter().map(|&n| f32::from_bits(n as u32)).collect();
+            partners.read_passing(gpu, &words, |partners| {
+                inputs[k].read_passing(gpu, values, |values| ops::mix(gpu, values, partners, mixing.weight, to))
+            })
+        })
     }
 
     fn receive(&mut self, k: usize, message: Slot<'_>) -> Result<Done> {

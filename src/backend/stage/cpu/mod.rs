@@ -12,6 +12,7 @@ pub use saved::{EMA, Fit};
 
 use super::{BatchEnd, Lent, NotFinite, Snapshot, Stage, StageSpec, Updated};
 use crate::backend::cpu::activation;
+use crate::backend::cpu::mix::{Mixing, mix};
 use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::method::Keep;
 use crate::nn::head::{Head, Labels, Target};
@@ -195,8 +196,8 @@ impl Stage for CpuStage {
         Ok(())
     }
 
-    fn set_input(&mut self, k: usize, tensor: Tensor) -> Result<()> {
-        self.inputs[k] = Some(tensor);
+    fn set_input(&mut self, k: usize, tensor: Tensor, mixing: Option<Mixing>) -> Result<()> {
+        self.inputs[k] = Some(mixing.map_or(Ok(tensor.clone()), |mixing| mix(&tensor, &mixing))?);
         Ok(())
     }
 
