@@ -6,7 +6,7 @@
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`host_memory`] (what it copies from and to), [`shared`] (memory that
 //! other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn` and `product` (convolutions), [`param`],
-//! `layers`, [`module`] (a module and its passes), `graphs` (passes captured and replayed), `capture` (what must not come beside a graph's making), [`optim`], `stage`, `passes` (when it was at work); [`peak`],
+//! `layers`, [`module`] (a module and its passes), `graphs` (passes captured and replayed), `parts` (a backward pass cut up), `capture` (what must not come beside a graph's making), [`optim`], `stage`, `passes` (when it was at work); [`peak`],
 //! [`probe`], [`timed`] (for benchmarks). What callers use of all this, `cuda_off.rs` stands in for in a program without CUDA.
 
 mod capture;
@@ -22,6 +22,7 @@ pub mod module;
 pub mod ops;
 pub mod optim;
 pub mod param;
+mod parts;
 mod passes;
 pub mod peak;
 pub mod probe;

@@ -8,6 +8,7 @@ use super::graphs::{Captured, Cuts};
 use super::layers::{Backward, Builder, Conv2d, Kept, Launch, Layer, Needs, Scratch, Sequence, Use};
 use super::ops::{self, Accumulation};
 use super::param::{HostParams, Param};
+use super::parts::{Gradient, Part, accumulation, parts};
 use crate::backend::cpu::conv::Conv;
 use crate::nn::layers::Pass;
 use crate::nn::module::{self, Fuse, SkipInput, fused_shape};
@@ -43,16 +44,6 @@ struct Spread {
     wide: Array,
     /// The cotangent of the adapter's output.
     narrow: Option<Array>,
-}
-
-/// Part of a backward pass.
-struct Part {
-    /// The layer whose parameters' gradients are its last; none: the rest.
-    layer: Option<usize>,
-    /// From which word on, of all sums of gradients in a row, it leaves them as they are to be.
-    from: usize,
-    /// Its part of `accumulation`.
-    accumulation: Option<Accumulation>,
 }
 
 /// What a module is made of.
@@ -185,53 +176,28 @@ impl Module {
             lending: HashMap::new(),
             newest: 0,
         };
-        let mut pairs = Vec::new();
-        module.visit(&mut |p| {
-            pairs.extend(p.fresh.clone().zip(p.grad.clone()));
-            Ok(())
-        })?;
-        module.accumulation = accumulation(gpu, &pairs)?;
+        let gradients = module.gradients()?;
+        module.accumulation = accumulation(gpu, &gradients)?;
         if let Some(piece) = placing.lends.filter(|_| training) {
-            module.parts = module.parts_of(piece)?;
+            module.parts = parts(gpu, &gradients, piece)?;
         }
         Ok(module)
     }
 
-    /// The parts of a backward pass: each leaves a piece of `piece` words, or more, of the sums of gradients as they are to be.
-    fn parts_of(&mut self, piece: usize) -> Result<Vec<Part>> {
-        // By gradient the word at which it begins, and the layer; none: an adapter's.
-        let (mut words, mut gradients) = (0, Vec::new());
+    /// What there is a gradient of, in the order of [`Module::visit`].
+    fn gradients(&mut self) -> Result<Vec<Gradient>> {
+        let mut gradients = Vec::new();
         let mut note = |layer: Option<usize>, p: &Param| {
-            if let Some(grad) = &p.grad {
-                gradients.push((words, layer, p.fresh.clone().zip(Some(grad.clone()))));
-                words += grad.len();
-            }
+            let gradient =
+                |grad: &Array| Gradient { layer, words: grad.len(), fresh: p.fresh.clone().zip(Some(grad.clone())) };
+            gradients.extend(p.grad.as_ref().map(gradient));
+            Ok(())
         };
         for adapter in self.inputs.iter_mut().filter_map(|input| input.adapter.as_mut()) {
-            adapter.conv.visit(&mut |p| {
-                note(None, p);
-                Ok(())
-            })?;
+            adapter.conv.visit(&mut |p| note(None, p))?;
         }
-        self.sequence.visit_layers(&mut |layer, p| {
-            note(Some(layer), p);
-            Ok(())
-        })?;
-        // Pieces from this one on are done with.
-        let mut done = words.div_ceil(piece);
-        let (mut parts, mut pairs) = (Vec::new(), Vec::new());
-        for n in (0..gradients.len()).rev() {
-            let (from, layer, pair) = &gradients[n];
-            pairs.extend(pair.clone());
-            let is_first = n == 0 || gradients[n - 1].1 != *layer;
-            if let (true, Some(layer)) = (is_first && from.div_ceil(piece) < done, layer) {
-                done = from.div_ceil(piece);
-                parts.push(Part { layer: Some(*layer), from: *from, accumulation: accumulation(&self.gpu, &pairs)? });
-                pairs.clear();
-            }
-        }
-        parts.push(Part { layer: None, from: 0, accumulation: accumulation(&self.gpu, &pairs)? });
-        Ok(parts)
+        self.sequence.visit_layers(&mut |layer, p| note(Some(layer), p))?;
+        Ok(gradients)
     }
 
     /// Where input `k` is to be written: main, then skips in growing span.
@@ -429,11 +395,6 @@ impl Spread {
 fn fused_channels(inputs: &[Input], fused: &Array) -> usize {
     let rows = inputs[0].x.len() / inputs[0].shape[2];
     fused.len() / rows
-}
-
-/// What adds gradients in the type of activations to their sums; none where there are none.
-fn accumulation(gpu: &Gpu, pairs: &[(Array, Array)]) -> Result<Option<Accumulation>> {
-    (!pairs.is_empty()).then(|| Accumulation::new(gpu, pairs)).transpose()
 }
 
 fn not_training() -> Error {

@@ -6,12 +6,14 @@
 //! outgoing:              ─▶ y                    ─▶ cotangents
 //! ```
 //!
-//! Calls launch and return. `ports` gets values out of and into messages, `lending` gradients to the host and back, `parameters` is
-//! what happens between batches.
+//! Calls launch and return. `ports` gets values out of and into messages, `lending` gradients to the host and back, `sums` holds cotangents,
+//! `loss` is the last module's, `parameters` is what happens between batches.
 
 mod lending;
+mod loss;
 mod parameters;
 mod ports;
+mod sums;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,8 +21,10 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use lending::Lending;
+use loss::Loss;
 use ports::cast;
 pub(crate) use ports::{InPort, OutPort};
+use sums::Sums;
 
 use super::event::Clock;
 use super::module::{Module, Placing, Plan};
@@ -46,59 +50,6 @@ struct Out {
     pooled: Option<[Array; 2]>,
     port: OutPort,
     cotangent: Option<InPort>,
-}
-
-/// Sums of cotangents `[B, H, W, C]`, each begun with its first part: that of step t has place t, counted round.
-struct Sums {
-    /// Where there are several; else the one is the module's own output cotangent.
-    arrays: Vec<Array>,
-    /// The step whose sum each place holds.
-    of: Vec<Option<usize>>,
-}
-
-impl Sums {
-    /// Sums of `steps` steps in a row.
-    fn new(gpu: &Gpu, steps: usize, elements: usize, element: Element) -> Result<Self> {
-        let several = if steps > 1 { steps } else { 0 };
-        let arrays = (0..several).map(|_| gpu.array(elements, element)).collect::<Result<_>>()?;
-        Ok(Sums { arrays, of: vec![None; steps] })
-    }
-
-    fn clear(&mut self) {
-        self.of.fill(None);
-    }
-
-    /// Where the sum of `step` is, with the module's output cotangent `gy`, and whether it has begun; it has now.
-    fn begin(&mut self, step: usize, gy: &Array) -> (Array, bool) {
-        let place = step % self.of.len();
-        let begun = self.of[place].replace(step) == Some(step);
-        (self.arrays.get(place).unwrap_or(gy).clone(), begun)
-    }
-
-    /// Makes the sum of `step` the module's output cotangent `gy`; whether there was one.
-    fn end(&mut self, gpu: &Gpu, step: usize, gy: &Array) -> Result<bool> {
-        let place = step % self.of.len();
-        if self.of[place].take() != Some(step) {
-            return Ok(false);
-        }
-        self.arrays.get(place).map_or(Ok(()), |sum| gpu.copy(sum, gy))?;
-        Ok(true)
-    }
-}
-
-/// What the loss works on.
-struct Loss {
-    head: Head,
-    /// i32, `[B]`.
-    labels: Array,
-    /// The same of the clips' partners, where clips are mixtures.
-    partners: Option<Array>,
-    /// Sums over the clip's steps: logits `[B, K]` in recognition, else empty.
-    logits: Array,
-    /// Sum of losses weighted by clips, and the weights.
-    sums: Array,
-    target: Option<InPort>,
-    steps: usize,
 }
 
 /// A stage on a GPU.
@@ -247,27 +198,6 @@ impl CudaStage {
     fn y_shape(&self) -> [usize; 4] {
         let [h, w, c] = self.spec.output;
         [self.spec.batch, h, w, c]
-    }
-}
-
-impl Loss {
-    fn new(gpu: &Gpu, head: Head, batch: usize, output: usize) -> Result<Self> {
-        let frames = head.spec().task == Task::FutureFrames;
-        let mixed = head.spec().mixed;
-        Ok(Loss {
-            head,
-            partners: mixed.then(|| gpu.zeros(batch, Element::F32)).transpose()?,
-            labels: gpu.zeros(batch, Element::F32)?,
-            logits: gpu.zeros(if frames { 0 } else { output }, Element::F32)?,
-            sums: gpu.zeros(2, Element::F32)?,
-            target: frames.then(|| InPort::new(gpu, output, Element::F32)).transpose()?,
-            steps: 0,
-        })
-    }
-
-    fn set_labels(&mut self, gpu: &Gpu, labels: &[i32]) -> Result<()> {
-        self.head.set_labels(labels);
-        gpu.write(&self.labels, bytemuck::cast_slice(labels))
     }
 }
 
