@@ -4,7 +4,7 @@
 #   datasets/motion/study.sh defaults   demo.toml with default settings, 8 seeds, and with twice the batches
 #   datasets/motion/study.sh modules    study.toml: coloured shapes, twelve units in 6 modules, all rules
 #   datasets/motion/study.sh depth      12 modules of one unit, and 16, on longer clips
-#   datasets/motion/study.sh rates      6 modules at half and a quarter of the motion from frame to frame
+#   datasets/motion/study.sh rates      6 modules at half of the motion from frame to frame, 12 at a quarter of it
 #   datasets/motion/study.sh time       batches, and ticks of a pipeline, until 95 % of the test clips are told, by rule
 #   datasets/motion/study.sh frames     frames.toml: future frames; the copy's MSE is `copy_mse` in runs/study/frames/*/eval.json
 #
@@ -31,7 +31,7 @@ rules() { # PREFIX CONFIG FROZEN SETS...
     echo "$prefix-frozen $seed $config train.stash=activations train.freeze=$frozen $*"
     echo "$prefix-fresh $seed $config $*"
     echo "$prefix-stash-aligned $seed $config train.stash=activations model.skip.delay=aligned $*"
-    echo "$prefix-sideways $seed $config train.rule=sideways model.skip={} $*"
+    echo "$prefix-sideways $seed $config $* train.rule=sideways model.skip={}"
   done
 }
 
@@ -84,13 +84,14 @@ depth)
   synth data/motion-colour-long 32 1
   synth data/motion-colour-longer 40 1
   rules 12 $here/study-12.toml '[1,2,3,4,5,6,7,8]' "$(on data/motion-colour-long)"
-  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11,12]' "$(on data/motion-colour-longer)"
+  rules 16 $here/study-16.toml '[1,2,3,4,5,6,7,8,9,10,11,12,13]' "$(on data/motion-colour-longer)"
   ;;
 rates)
-  for speed in 0.5 0.25; do
-    synth data/motion-colour-$speed 16 $speed
-    rules 6-speed-$speed $here/study.toml '[1,2,3,4]' "$(on data/motion-colour-$speed)"
-  done
+  # Skips that reach about as many pixels ahead as spans 2 and 3 do at a pixel a frame.
+  synth data/motion-colour-0.5 16 0.5
+  rules 6-speed-0.5 $here/study.toml '[1,2,3,4]' "$(on data/motion-colour-0.5)" model.skip.spans=[3,5]
+  synth data/motion-colour-long-0.25 32 0.25
+  rules 12-speed-0.25 $here/study-12.toml '[1,2,3,4,5,6,7,8]' "$(on data/motion-colour-long-0.25)" model.skip.spans=[5,9]
   ;;
 time)
   COLOUR=$EASY
