@@ -15,7 +15,7 @@ use crate::plan::predict::{Parts, best_cuts, predict};
 use crate::plan::simulate::Processors;
 use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory};
-use crate::sys::cpus::at_once;
+use crate::sys::cpus::{at_once, parallelism};
 
 /// Where ranks run, as far as prediction needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub enum Machine {
 
 /// Processors that each of so many ranks has to itself on one machine; `None` where there are more ranks than processors.
 pub fn share(ranks: usize) -> Option<usize> {
-    Some(at_once(1) / ranks.max(1)).filter(|&share| share > 0)
+    Some(parallelism() / ranks.max(1)).filter(|&share| share > 0)
 }
 
 /// What is predicted of a point.

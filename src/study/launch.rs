@@ -80,16 +80,19 @@ impl Launcher {
             }
             Launcher::Mpirun => {
                 let mut command = Command::new("mpirun");
+                let own = words("MPIRUN_OPTIONS");
+                let placed = own.iter().any(|word| word.contains("bind-to") || word.contains("map-by"));
                 // Other MPI libraries have no such limit, and do not know these.
                 if open_mpi() {
                     command.args(["--oversubscribe", "--use-hwthread-cpus"]);
                     match share(point.ranks) {
+                        _ if placed => &mut command,
                         // As on nodes of their own.
                         Some(share) => command.args(["--map-by", &format!("slot:PE={share}"), "--bind-to", "hwthread"]),
                         None => command.args(["--bind-to", "none"]),
                     };
                 }
-                command.args(words("MPIRUN_OPTIONS"));
+                command.args(own);
                 command.arg("-n").arg(point.ranks.to_string());
                 command
             }

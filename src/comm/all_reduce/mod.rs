@@ -322,14 +322,19 @@ mod tests {
         ((n * 7 + r * 13) as f32).sin() / 3.0
     }
 
-    /// Every replica's values after two all-reduces.
-    fn twice(replicas: usize, words: usize) -> Vec<Vec<f32>> {
+    /// Every replica's part, in this process.
+    fn parts(replicas: usize, words: usize) -> Vec<AllReduce> {
         let group = Group { first: 0, name: "module 1".into(), replicas, words, worker: &|r| r };
         let mut links: Vec<_> = (0..replicas).flat_map(|r| group.links(r)).collect();
         links.sort_by_key(|link| link.id);
         links.dedup();
         let mut ends = connect(&World::Alone, &vec![0; replicas], &links, Duration::from_secs(30)).unwrap();
-        let parts: Vec<_> = (0..replicas).map(|r| AllReduce::new(&mut ends, &group, r).unwrap()).collect();
+        (0..replicas).map(|r| AllReduce::new(&mut ends, &group, r).unwrap()).collect()
+    }
+
+    /// Every replica's values after two all-reduces.
+    fn twice(replicas: usize, words: usize) -> Vec<Vec<f32>> {
+        let parts = parts(replicas, words);
         std::thread::scope(|scope| {
             let work = |(r, mut part): (usize, AllReduce)| {
                 scope.spawn(move || {
@@ -398,12 +403,7 @@ mod tests {
     #[test]
     fn buckets_may_come_one_by_one() {
         let (replicas, words) = (3, 3 * BUCKET + 77);
-        let group = Group { first: 0, name: "module 1".into(), replicas, words, worker: &|r| r };
-        let mut links: Vec<_> = (0..replicas).flat_map(|r| group.links(r)).collect();
-        links.sort_by_key(|link| link.id);
-        links.dedup();
-        let mut ends = connect(&World::Alone, &vec![0; replicas], &links, Duration::from_secs(30)).unwrap();
-        let parts: Vec<_> = (0..replicas).map(|r| AllReduce::new(&mut ends, &group, r).unwrap()).collect();
+        let parts = parts(replicas, words);
         let values = |r: usize| -> Vec<f32> { (0..words).map(|n| value(r, n)).collect() };
         let results: Vec<(Late, usize)> = std::thread::scope(|scope| {
             let work = |(r, mut part): (usize, AllReduce)| {
