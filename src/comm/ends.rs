@@ -20,6 +20,8 @@ pub(super) enum SenderEnd {
     Local(local::Sender),
     /// To a worker of another rank.
     Mpi(mpi::Sender),
+    /// To a worker of another rank of this node, through memory that both see.
+    Shared(mpi::SharedSender),
 }
 
 /// Calls the same method on whichever variant there is.
@@ -28,6 +30,7 @@ macro_rules! each {
         match $end {
             $kind::Local($x) => $body,
             $kind::Mpi($x) => $body,
+            $kind::Shared($x) => $body,
         }
     };
 }
@@ -156,6 +159,8 @@ pub(super) enum ReceiverEnd {
     Local(local::Receiver),
     /// From a worker of another rank.
     Mpi(mpi::Receiver),
+    /// From a worker of another rank of this node, likewise.
+    Shared(mpi::SharedReceiver),
 }
 
 impl Receiver {

@@ -194,7 +194,7 @@ fn open(
         World::Mpi(ranks) if ranks.session.size > 1 => {
             let at_work = links.iter().filter(|l| l.kind != Kind::Report).flat_map(|l| [l.from, l.to]);
             let here: HashSet<usize> = at_work.filter(|&w| rank_of_worker[w] == world.rank()).collect();
-            Some(ranks.session.open(here.len())?)
+            Some(ranks.session.open(here.len(), links, rank_of_worker)?)
         }
         _ => None,
     };
@@ -215,10 +215,10 @@ fn open(
                 endpoints.values.insert(spec.id, opening.values(&link, from_rank == here, &outside[&spec.id])?);
             }
             Some(opening) if from_rank == here => {
-                endpoints.senders.insert(spec.id, Sender::new(SenderEnd::Mpi(opening.sender(&link)?)));
+                endpoints.senders.insert(spec.id, Sender::new(opening.sender(&link)?));
             }
             Some(opening) if to_rank == here => {
-                endpoints.receivers.insert(spec.id, Receiver::new(ReceiverEnd::Mpi(opening.receiver(&link)?)));
+                endpoints.receivers.insert(spec.id, Receiver::new(opening.receiver(&link)?));
             }
             _ => {}
         }

@@ -97,10 +97,10 @@ fn a_panicking_worker_stops_the_others() {
 }
 
 /// A chain in which rank 1 does as `fault` says at tick 3, while the others would wait for a minute.
-fn faulty_chain(world: &World, fault: impl Fn(&mut Sender, &LinkSpec) -> Result<()>) -> Result<()> {
+fn faulty_chain(world: &World, kind: Kind, fault: impl Fn(&mut Sender, &LinkSpec) -> Result<()>) -> Result<()> {
     let size = world.size();
     let ranks: Vec<usize> = (0..size).collect();
-    let links: Vec<LinkSpec> = (0..size).map(|from| link(Kind::Activation, from, (from + 1) % size)).collect();
+    let links: Vec<LinkSpec> = (0..size).map(|from| link(kind, from, (from + 1) % size)).collect();
     let mut endpoints = connect(world, &ranks, &links, MINUTE)?;
     let (out, inward) = (&links[world.rank()], &links[(world.rank() + size - 1) % size]);
     let (mut sender, mut receiver) = (endpoints.sender(out.id).unwrap(), endpoints.receiver(inward.id).unwrap());
@@ -118,18 +118,28 @@ fn faulty_chain(world: &World, fault: impl Fn(&mut Sender, &LinkSpec) -> Result<
 #[test]
 #[ignore = "one rank of an MPI test"]
 fn rank_out_of_place() {
-    rank(|world| faulty_chain(world, |sender, out| sender.send(&out.header(0, 99, [1; 4]), &[0.0])));
+    rank(|world| faulty_chain(world, Kind::Activation, |sender, out| sender.send(&out.header(0, 99, [1; 4]), &[0.0])));
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_out_of_place_in_shared_memory() {
+    rank(|world| faulty_chain(world, Kind::Gradient, |sender, out| sender.send(&out.header(0, 99, [1; 4]), &[0.0])));
 }
 
 #[test]
 fn out_of_place_between_ranks() {
-    fails(3, "failures::rank_out_of_place", 1, &["rank 2 on", "batch 0 step 3", "batch 0 step 99", "step differ"]);
+    for function in ["failures::rank_out_of_place", "failures::rank_out_of_place_in_shared_memory"] {
+        fails(3, function, 1, &["rank 2 on", "batch 0 step 3", "batch 0 step 99", "step differ"]);
+    }
 }
 
 #[test]
 #[ignore = "one rank of an MPI test"]
 fn rank_error() {
-    rank(|world| faulty_chain(world, |_, _| Err(Error::input("edge 3 tick 17: there is no frame 9"))));
+    rank(|world| {
+        faulty_chain(world, Kind::Activation, |_, _| Err(Error::input("edge 3 tick 17: there is no frame 9")))
+    });
 }
 
 #[test]
@@ -140,7 +150,7 @@ fn a_failing_rank_ends_the_job() {
 #[test]
 #[ignore = "one rank of an MPI test"]
 fn rank_panic() {
-    rank(|world| faulty_chain(world, |_, _| panic!("on purpose")));
+    rank(|world| faulty_chain(world, Kind::Activation, |_, _| panic!("on purpose")));
 }
 
 #[test]
@@ -152,7 +162,7 @@ fn a_panicking_rank_ends_the_job() {
 #[ignore = "one rank of an MPI test"]
 fn rank_killed() {
     rank(|world| {
-        faulty_chain(world, |_, _| {
+        faulty_chain(world, Kind::Gradient, |_, _| {
             // SAFETY: ends this process, as the out-of-memory killer would.
             unsafe { libc::raise(libc::SIGKILL) };
             Ok(())
@@ -170,22 +180,69 @@ fn a_killed_rank_ends_the_job() {
 #[test]
 #[ignore = "one rank of an MPI test"]
 fn rank_timeout() {
-    rank(|world| {
-        let link = link(Kind::Cotangent, 1, 0);
-        let mut endpoints = connect(world, &[0, 1], std::slice::from_ref(&link), Duration::from_millis(200))?;
-        match endpoints.receiver(link.id) {
-            Ok(mut receiver) => receiver.wait(&link.header(12, 5, [4, 4, 2, 2])).map(|_| ()),
-            Err(_) => loop {
-                std::thread::sleep(Duration::from_secs(1));
-            },
-        }
-    });
+    rank(|world| silence(world, Kind::Cotangent));
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_timeout_in_shared_memory() {
+    rank(|world| silence(world, Kind::Gradient));
+}
+
+/// Rank 0 waits for a message that does not come.
+fn silence(world: &World, kind: Kind) -> Result<()> {
+    let link = link(kind, 1, 0);
+    let mut endpoints = connect(world, &[0, 1], std::slice::from_ref(&link), Duration::from_millis(200))?;
+    match endpoints.receiver(link.id) {
+        Ok(mut receiver) => receiver.wait(&link.header(12, 5, [4, 4, 2, 2])).map(|_| ()),
+        Err(_) => loop {
+            std::thread::sleep(Duration::from_secs(1));
+        },
+    }
 }
 
 #[test]
 fn a_wait_between_ranks_is_bounded() {
     let parts = ["rank 0, link 10 \"module 2 -> 1\"", "batch 12 step 5", "waited 0.2 s", "worker 1 on rank 1"];
     fails(2, "failures::rank_timeout", 1, &parts);
+    fails(2, "failures::rank_timeout_in_shared_memory", 1, &parts);
+}
+
+#[test]
+#[ignore = "one rank of an MPI test"]
+fn rank_fills_shared_memory() {
+    rank(|world| {
+        let link = link(Kind::Gradient, 0, 1);
+        let mut endpoints = connect(world, &[0, 1], std::slice::from_ref(&link), Duration::from_millis(200))?;
+        if let Ok(mut sender) = endpoints.sender(link.id) {
+            contains(&sender.send(&link.header(0, 0, [65, 1, 1, 1]), &[0.0; 65]).unwrap_err(), &["64 words"]);
+            for step in 0..2 {
+                assert!(sender.ready()?);
+                sender.send(&link.header(1, step, [1; 4]), &[step as f32])?;
+            }
+            assert!(!sender.ready()?);
+            let late = sender.send(&link.header(1, 2, [1; 4]), &[2.0]).unwrap_err();
+            contains(&late, &["depth 2", "after sending", "batch 1 step 1"]);
+            sender.flush()?;
+        }
+        // The sender's end is gone, and what it sent is there.
+        world.gather(&[])?;
+        if let Ok(mut receiver) = endpoints.receiver(link.id) {
+            contains(&receiver.release().unwrap_err(), &["not held"]);
+            for step in 0..2 {
+                assert!(receiver.ready()?);
+                assert_eq!(receiver.wait(&link.header(1, step, [1; 4]))?, [step as f32]);
+                receiver.release()?;
+            }
+            assert!(!receiver.ready()?);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn shared_memory_holds_what_a_link_is_deep() {
+    passes(2, "failures::rank_fills_shared_memory");
 }
 
 #[test]

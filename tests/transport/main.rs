@@ -28,6 +28,8 @@ struct Workload {
     hold: bool,
     /// Every other message is shorter than the link allows.
     shorter: bool,
+    /// Links are of replicas' gradients, for which the ranks of a node share memory.
+    gradients: bool,
 }
 
 impl Workload {
@@ -37,6 +39,7 @@ impl Workload {
             for from in 0..self.workers.saturating_sub(*span) {
                 let to = from + span;
                 for (kind, from, to) in [(Kind::Activation, from, to), (Kind::Cotangent, to, from)] {
+                    let kind = if self.gradients { Kind::Gradient } else { kind };
                     let id = links.len() as u32;
                     let name = format!("module {} -> {}", from + 1, to + 1);
                     links.push(LinkSpec { id, kind, from, to, words: self.words, depth: self.depth, name });
@@ -122,16 +125,18 @@ fn check(payload: &[f32], link: u32, tick: u64) -> Result<()> {
 }
 
 const CHAIN: Workload =
-    Workload { workers: 2, spans: &[], words: 16, depth: 1, ticks: 40, hold: false, shorter: false };
+    Workload { workers: 2, spans: &[], words: 16, depth: 1, ticks: 40, hold: false, shorter: false, gradients: false };
 
 /// From 64 bytes to 16 MiB, spans up to 5, queues of 1 to 8.
-const WORKLOADS: [Workload; 6] = [
+const WORKLOADS: [Workload; 8] = [
     CHAIN,
     Workload { workers: 6, spans: &[2, 3, 5], words: 1 << 10, ticks: 60, ..CHAIN },
     Workload { workers: 5, spans: &[2], words: 1 << 14, depth: 2, ticks: 30, hold: true, ..CHAIN },
-    Workload { workers: 4, spans: &[3], words: 1 << 18, depth: 3, ticks: 12, hold: true, shorter: true },
+    Workload { workers: 4, spans: &[3], words: 1 << 18, depth: 3, ticks: 12, hold: true, shorter: true, ..CHAIN },
     Workload { workers: 9, spans: &[4], words: 100, depth: 8, ticks: 50, shorter: true, ..CHAIN },
     Workload { workers: 3, spans: &[2], words: 1 << 22, depth: 1, ticks: 4, ..CHAIN },
+    Workload { workers: 5, spans: &[2], words: 1001, depth: 2, ticks: 30, hold: true, gradients: true, ..CHAIN },
+    Workload { workers: 4, spans: &[3], words: 1 << 18, ticks: 12, shorter: true, gradients: true, ..CHAIN },
 ];
 
 #[test]
@@ -268,9 +273,25 @@ fn rank_all_reduce() {
     });
 }
 
+/// What a rank says that could not have memory together with others of its node.
+const NOT_SHARED: &str = "gradients go through MPI within this node";
+
 #[test]
 fn all_reduce_on_3_ranks() {
-    passes(3, "rank_all_reduce");
+    let said = passes(3, "rank_all_reduce");
+    assert!(!said.contains(NOT_SHARED), "{said}");
+}
+
+/// The same by MPI's own messages, as between nodes: when told so, and, with a warning, where MPI has no memory that ranks share.
+#[test]
+fn all_reduce_through_messages() {
+    let said = passes_with(3, "rank_all_reduce", &[("SIDEWAYS_SHARED", "off")]);
+    assert!(!said.contains(NOT_SHARED), "{said}");
+    // A setting of Open MPI's.
+    if std::env::var_os(LAUNCHER).is_none() {
+        let said = passes_with(3, "rank_all_reduce", &[("OMPI_MCA_osc", "^sm")]);
+        assert!(said.contains(NOT_SHARED) && said.contains("MPI_Win_allocate_shared"), "{said}");
+    }
 }
 
 #[test]
@@ -296,19 +317,24 @@ fn rank(work: impl FnOnce(&World) -> Result<()>) {
 /// What a rank says when it has done its work, with the number of ranks behind it.
 const CONCLUDED: &str = "rank concluded, one of ";
 
-fn job(n: usize, function: &str) -> (std::process::Output, Duration) {
+fn job(n: usize, function: &str, env: &[(&str, &str)]) -> (std::process::Output, Duration) {
     let program: PathBuf = std::env::current_exe().unwrap();
     let start = Instant::now();
-    let output = mpirun(n, &program, &["--exact", "--ignored", "--nocapture", function], &[], MINUTE);
+    let output = mpirun(n, &program, &["--exact", "--ignored", "--nocapture", function], env, MINUTE);
     (output, start.elapsed())
 }
 
-/// All ranks must have run the function to its end: the test harness calls it success if there is none of that name.
-fn passes(n: usize, function: &str) {
-    let (output, _) = job(n, function);
+fn passes(n: usize, function: &str) -> String {
+    passes_with(n, function, &[])
+}
+
+/// What was written. All ranks must have run the function to its end: the test harness calls it success if there is none of that name.
+fn passes_with(n: usize, function: &str, env: &[(&str, &str)]) -> String {
+    let (output, _) = job(n, function, env);
     let all = text(&output);
     assert!(output.status.success(), "{all}");
     assert_eq!(all.matches(&format!("{CONCLUDED}{n}\n")).count(), n, "not all of {n} ranks ran {function}: {all}");
+    all
 }
 
 #[test]
@@ -320,7 +346,7 @@ fn a_function_that_is_not_there_does_not_pass() {
 
 /// Runs a job that must end by itself, well before its ranks' timeouts, with this exit code and these words.
 fn fails(n: usize, function: &str, code: i32, parts: &[&str]) -> String {
-    let (output, took) = job(n, function);
+    let (output, took) = job(n, function, &[]);
     let all = text(&output);
     assert_eq!(output.status.code(), Some(code), "{all}");
     assert!(took < Duration::from_secs(20), "took {took:?}: {all}");

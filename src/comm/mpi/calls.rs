@@ -1,4 +1,4 @@
-//! The MPI functions used, each with its return code checked. The only file that names the MPI library.
+//! The MPI functions used, each with its return code checked. Only this file and `window.rs` name the MPI library.
 //!
 //! The `mpi` crate has no persistent requests and drops return codes, so these call its C bindings
 //! (`mpi::ffi`). Nothing here locks: callers hold the rank's one lock (see [`super::Core`]), as
@@ -44,7 +44,7 @@ pub(in crate::comm) struct Place {
 }
 
 /// Turns a return code into a result.
-fn check(code: c_int, call: &str) -> Result<()> {
+pub(super) fn check(code: c_int, call: &str) -> Result<()> {
     if code == ffi::MPI_SUCCESS as c_int { Ok(()) } else { Err(Error::Transport(format!("{call}: {}", text(code)))) }
 }
 
@@ -126,6 +126,11 @@ pub(in crate::comm) fn takes_gpu_memory() -> bool {
 }
 
 impl Comm {
+    /// The library's name for it.
+    pub(super) fn handle(self) -> ffi::MPI_Comm {
+        self.0
+    }
+
     /// A communicator of all ranks that shares no messages with any other. Collective.
     pub(super) fn duplicate_world() -> Result<Comm> {
         // SAFETY: handles are filled in by MPI.

@@ -12,9 +12,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::Outside;
+use super::ends::{ReceiverEnd, SenderEnd};
 use super::link::{Link, Waited};
 use super::message::HEADER_WORDS;
+use super::{LinkSpec, Outside};
 use crate::{Error, Result};
 
 mod calls;
@@ -22,12 +23,16 @@ mod clocks;
 mod endpoint;
 mod progress;
 mod raw;
+mod shared;
 mod table;
+mod window;
 
 use calls::{Comm, Place};
 pub(super) use calls::{library, takes_gpu_memory};
 pub use endpoint::{Receiver, Sender, Values};
 pub(crate) use raw::{Baseline, Sums};
+use shared::Shared;
+pub use shared::{SharedReceiver, SharedSender};
 use table::{Entry, Index, Slot, Table};
 
 /// How long a dropped end waits for its messages still in flight before it leaves them behind.
@@ -88,7 +93,12 @@ impl Core {
 
     /// Polls until `slot` is ours; `late` is the error when the link's timeout has passed.
     fn wait_for(&self, slot: &Slot, link: &Link, late: impl Fn() -> Error) -> Result<()> {
-        if slot.is_mine() {
+        self.wait_until(|| slot.is_mine(), link, late)
+    }
+
+    /// The same until something else is `ready`.
+    fn wait_until(&self, ready: impl Fn() -> bool, link: &Link, late: impl Fn() -> Error) -> Result<()> {
+        if ready() {
             return link.breaker.check();
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
@@ -98,7 +108,7 @@ impl Core {
             if let Err(error) = link.breaker.check().and_then(|()| self.try_drive().map(|_| ())) {
                 break Err(error);
             }
-            if slot.is_mine() {
+            if ready() {
                 break Ok(());
             }
             if waited.look() >= link.timeout {
@@ -141,6 +151,8 @@ pub(super) struct Session {
     comm: Comm,
     /// The ranks of this one's node.
     node: Comm,
+    /// Which they are, in the order of their numbers on the node.
+    ranks_on_node: Vec<usize>,
     pub(super) rank: usize,
     pub(super) size: usize,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -153,6 +165,8 @@ impl Session {
         let comm = Comm::duplicate_world()?;
         let (rank, size) = comm.rank_and_size()?;
         let (node, place) = comm.place_on_node(&progress::processors())?;
+        let ranks = node.gather(&(rank as u64).to_le_bytes(), false)?;
+        let ranks_on_node = ranks.iter().map(|rank| bytemuck::pod_read_unaligned::<u64>(rank) as usize).collect();
         log::debug!("rank {rank} of {size}, {place:?} on its node: {}", library());
         let core = Core {
             table: Mutex::default(),
@@ -165,7 +179,7 @@ impl Session {
             progress: OnceLock::new(),
             prepare: OnceLock::new(),
         };
-        Ok(Session { core: Arc::new(core), comm, node, rank, size, thread: Mutex::new(None) })
+        Ok(Session { core: Arc::new(core), comm, node, ranks_on_node, rank, size, thread: Mutex::new(None) })
     }
 
     /// Every rank's bytes, in rank order; on rank 0 alone if it is `at_first`, else on all. Collective.
@@ -206,7 +220,7 @@ impl Session {
     }
 
     /// Checks what only MPI knows about a list of links.
-    pub(super) fn check_tags(&self, links: &[super::LinkSpec]) -> Result<()> {
+    pub(super) fn check_tags(&self, links: &[LinkSpec]) -> Result<()> {
         let largest = {
             let _calls = self.core.lock();
             self.comm.largest_tag()?
@@ -220,16 +234,16 @@ impl Session {
         }
     }
 
-    /// A communicator for one set of links, between `workers` workers of this rank and others. Collective, and never
-    /// freed: a run makes one or two.
-    pub(super) fn open(self: &Arc<Self>, workers: usize) -> Result<Opening> {
+    /// A communicator for `links`, between `workers` workers of this rank and others, and the memory that those on one node share;
+    /// `rank_of` names a worker's rank. Collective, and never freed: a run makes one or two.
+    pub(super) fn open(self: &Arc<Self>, workers: usize, links: &[LinkSpec], rank_of: &[usize]) -> Result<Opening> {
         self.core.workers.store(workers, Ordering::Relaxed);
         // The progress thread may be at work for links of before.
         let mut table = self.core.lock();
         let comm = Comm::duplicate_world()?;
         table.comm = Some(comm);
         drop(table);
-        Ok(Opening { session: self.clone(), comm })
+        Ok(Opening { session: self.clone(), comm, shared: Shared::make(self, links, rank_of)? })
     }
 
     /// Starts the thread that drives MPI while workers compute, if it does not run yet.
@@ -264,23 +278,31 @@ impl Drop for Session {
 pub(super) struct Opening {
     session: Arc<Session>,
     comm: Comm,
+    /// The buffers of links within the node.
+    shared: Option<Shared>,
 }
 
 impl Opening {
     /// The sending end of a link to another rank.
-    pub(super) fn sender(&self, link: &Arc<Link>) -> Result<Sender> {
-        Ok(Sender::new(self.session.clone(), link.clone(), self.ring(link, true, None)?))
+    pub(super) fn sender(&self, link: &Arc<Link>) -> Result<SenderEnd> {
+        if let Some(shared) = self.shared.as_ref().filter(|shared| shared.has(&link.spec)) {
+            return shared.sender(&self.session, link).map(SenderEnd::Shared);
+        }
+        Ok(SenderEnd::Mpi(Sender::new(self.session.clone(), link.clone(), self.ring(link, true, None)?)))
     }
 
     /// The receiving end of a link from another rank; its receives are posted.
-    pub(super) fn receiver(&self, link: &Arc<Link>) -> Result<Receiver> {
+    pub(super) fn receiver(&self, link: &Arc<Link>) -> Result<ReceiverEnd> {
+        if let Some(shared) = self.shared.as_ref().filter(|shared| shared.has(&link.spec)) {
+            return shared.receiver(&self.session, link).map(ReceiverEnd::Shared);
+        }
         let ring = self.ring(link, false, None)?;
         let mut table = self.session.core.lock();
         for (index, _) in &ring {
             table.start(*index, HEADER_WORDS + link.spec.words)?;
         }
         drop(table);
-        Ok(Receiver::new(self.session.clone(), link.clone(), ring))
+        Ok(ReceiverEnd::Mpi(Receiver::new(self.session.clone(), link.clone(), ring)))
     }
 
     /// One end of a link whose messages are values alone, in `outside`; its receives are posted.
