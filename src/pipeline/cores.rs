@@ -112,7 +112,7 @@ impl CoreUser {
             && state.kept[worker].replace(processor) != Some(processor)
         {
             drop(state);
-            keep_to(processor);
+            keep_to(&[processor]);
         }
         held
     }

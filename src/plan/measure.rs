@@ -16,6 +16,7 @@ use crate::backend::{GpuPlacement, Precision, cpu, cuda};
 use crate::method::Keep;
 use crate::nn::layers::Pass;
 use crate::nn::spec::Shape;
+use crate::sys::cpus::{keep_to, own_processors};
 use crate::{Error, Result};
 
 /// Seconds that rounds are repeated for at least, and at most.
@@ -28,23 +29,29 @@ const REPEAT: usize = 5;
 const PASS: Pass = Pass { training: true, key: 1, again: false };
 
 /// Times all parts in turn, as a pipeline of them in one process would work: each finds the caches as its neighbours left
-/// them. With more than one of `copies`, the others run beside and are not timed. The second value is the bytes a second at
-/// which one thread copies, or a GPU from and to the host.
+/// them. With more than one of `copies`, the others run beside and are not timed; each keeps to its share of the processors, as
+/// ranks do. The second value is the bytes a second at which one thread copies, or a GPU from and to the host.
 ///
 /// # Errors
 /// [`Error::Input`] where a part's shapes do not fit.
 pub fn measure(conditions: &Conditions, copies: usize) -> Result<(Vec<Times>, f64)> {
     let stop = AtomicBool::new(false);
+    let own = own_processors();
+    let shares: Vec<&[usize]> = match own.len() / copies.max(1) {
+        each if copies > 1 && each > 0 => own.chunks(each).collect(),
+        _ => vec![&[]; copies.max(1)],
+    };
+    let shares = &shares;
     std::thread::scope(|scope| {
-        let beside = || {
-            let mut pipeline = Pipeline::new(conditions)?;
+        let beside = |copy: usize| {
+            let mut pipeline = Pipeline::new(conditions, shares[copy])?;
             while !stop.load(Ordering::Relaxed) {
                 pipeline.tick(true)?;
             }
             Ok::<_, Error>(())
         };
-        let others: Vec<_> = (1..copies).map(|_| scope.spawn(beside)).collect();
-        let times = Pipeline::new(conditions).and_then(|mut pipeline| pipeline.measure());
+        let others: Vec<_> = (1..copies).map(|copy| scope.spawn(move || beside(copy))).collect();
+        let times = Pipeline::new(conditions, shares[0]).and_then(|mut pipeline| pipeline.measure());
         let times = match (&conditions.gpu, times) {
             (Some(on), Ok((times, _))) => gpu_copy_rate(on).map(|copy| (times, copy)),
             (_, times) => times,
@@ -67,12 +74,13 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn new(conditions: &Conditions) -> Result<Self> {
+    /// On `processors`; on any where there are none.
+    fn new(conditions: &Conditions, processors: &[usize]) -> Result<Self> {
         let stations = match conditions.messages {
             true => conditions.parts.iter().map(|part| conditions.with(vec![part.clone()])).collect(),
             false => vec![conditions.clone()],
         };
-        let stations = stations.into_iter().map(Station::new).collect::<Result<_>>()?;
+        let stations = stations.into_iter().map(|s| Station::new(s, processors.to_vec())).collect::<Result<_>>()?;
         Ok(Pipeline { stations, copied: (0.0, 0.0) })
     }
 
@@ -160,10 +168,13 @@ struct Station {
 }
 
 impl Station {
-    fn new(conditions: Conditions) -> Result<Self> {
+    fn new(conditions: Conditions, processors: Vec<usize>) -> Result<Self> {
         let (work, to_do) = channel();
         let (answer, done) = channel();
         let thread = std::thread::Builder::new().name("measure".into()).spawn(move || {
+            if !processors.is_empty() {
+                keep_to(&processors);
+            }
             let outcome = cpu::with_threads(conditions.threads, || {
                 let mut chain = Chain::new(&conditions)?;
                 for work in to_do {

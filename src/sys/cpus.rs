@@ -21,10 +21,11 @@ pub fn parallelism() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Keeps the calling thread to one of them. Where the system refuses it stays free to move.
-pub fn keep_to(processor: usize) {
+/// Keeps the calling thread, and those it starts, to some of them. Where the system refuses it stays free to move.
+pub fn keep_to(processors: &[usize]) {
     let mut set = CpuSet::new();
-    let _ = set.set(processor).and_then(|()| sched_setaffinity(THIS, &set));
+    let all = processors.iter().try_for_each(|&processor| set.set(processor));
+    let _ = all.and_then(|()| sched_setaffinity(THIS, &set));
 }
 
 /// How many modules of `threads` threads can compute at once on them.
