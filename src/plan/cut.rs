@@ -1,7 +1,7 @@
 //! Cutting a network whose configuration leaves it open, alike on every rank.
 
 use super::predict::{Parts, best_cuts, conditions};
-use super::profile::Profile;
+use super::profile::{Conditions, Profile};
 use crate::checkpoint;
 use crate::comm::World;
 use crate::config::Config;
@@ -74,8 +74,15 @@ fn measured_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<Ve
 /// # Errors
 /// As [`Profile::get`].
 pub fn times_of(setup: &Setup, parts: Parts, modules: usize, fresh: bool) -> Result<Profile> {
-    let busy = modules.clamp(1, at_once(setup.config.run.threads));
-    Profile::get(conditions(setup, busy, parts)?, fresh)
+    Profile::get(conditions_of(setup, parts, modules)?, fresh)
+}
+
+/// What those times depend on.
+///
+/// # Errors
+/// [`crate::Error::Input`] where a part's shapes do not fit.
+pub fn conditions_of(setup: &Setup, parts: Parts, modules: usize) -> Result<Conditions> {
+    conditions(setup, modules.clamp(1, at_once(setup.config.run.threads)), parts)
 }
 
 /// Times of `parts` as all ranks of rank 0's node together find them, on rank 0: from its cache, else measured by all of them

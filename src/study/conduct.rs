@@ -1,14 +1,19 @@
 //! Goes through a study's points until all are through.
 
+use std::collections::HashMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::folder::{Run, State, Status, Study};
-use super::forecast::{Machine, prepare};
+use super::forecast::{Again, Machine, prepare};
 use super::launch::{End, Launcher};
 use super::plan::Point;
+use crate::config::Config;
 use crate::{Error, Result};
+
+/// So much of the time of runs may be spent on measuring layers again between them.
+const MEASURING: f64 = 0.03;
 
 /// Which points a call is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,10 +88,18 @@ impl Conductor<'_> {
         let mut sum = Conducted::default();
         let mut failed = self.prepare(study, &chosen)?;
         sum.planning = begun.elapsed().as_secs_f64();
+        let prepared = sum.planning;
         let repeat = study.plan.request.repeat;
         let missing = |point: &&Point| (1..=repeat).filter(|&k| !study.has_run(point, k)).count();
         let all: usize = chosen.iter().map(&missing).sum();
+        let mut predicted = HashMap::new();
         'all: for k in 1..=repeat {
+            if k > 1 && sum.planning - prepared <= MEASURING * sum.in_runs {
+                let measuring = Instant::now();
+                let left = |point: &&&Point| !study.has_run(point, k) && !failed.contains(&point.name);
+                predicted = self.predict_again(study, chosen.iter().filter(left).copied());
+                sum.planning += measuring.elapsed().as_secs_f64();
+            }
             for point in &chosen {
                 if self.stop.load(Ordering::Relaxed) {
                     break 'all;
@@ -95,7 +108,8 @@ impl Conductor<'_> {
                     continue;
                 }
                 (self.progress)(sum.runs as u64, all as u64);
-                let (seconds, end) = self.run(study, point, k, (sum.runs + 1, all))?;
+                let (seconds, end) =
+                    self.run(study, point, k, (sum.runs + 1, all), predicted.get(&point.name).copied())?;
                 sum.in_runs += seconds;
                 sum.runs += 1;
                 match end {
@@ -149,9 +163,29 @@ impl Conductor<'_> {
         Ok(failed)
     }
 
+    /// Seconds a tick of each of the points by layers' times measured now, by name. Without those of points for which it fails, whose
+    /// runs will say why.
+    fn predict_again<'a>(&self, study: &Study, points: impl Iterator<Item = &'a Point>) -> HashMap<String, f64> {
+        let mut again = Again::default();
+        let predict = |point: &Point| {
+            let config = Config::load(&study.config_file(point), &[]);
+            let tick = config.and_then(|config| again.tick(&study.plan, point, &config, self.machine));
+            let tick = tick.inspect_err(|e| log::debug!("{}: layers were not measured again: {e}", point.name)).ok()?;
+            Some((point.name.clone(), tick))
+        };
+        points.take_while(|_| !self.stop.load(Ordering::Relaxed)).filter_map(predict).collect()
+    }
+
     /// Makes run `k` of a point, the `place`-th of all; the seconds that it took, and the point's state: `None` where it was ended
     /// because the study is to stop.
-    fn run(&self, study: &Study, point: &Point, k: usize, place: (usize, usize)) -> Result<(f64, Option<State>)> {
+    fn run(
+        &self,
+        study: &Study,
+        point: &Point,
+        k: usize,
+        place: (usize, usize),
+        predicted_tick: Option<f64>,
+    ) -> Result<(f64, Option<State>)> {
         let before = study.status(point)?;
         study.set_status(point, &Status::now(State::Running, ""))?;
         let request = &study.plan.request;
@@ -167,7 +201,11 @@ impl Conductor<'_> {
             End::Done(measured) => {
                 log::info!("{what}: {:.1} frames/s ({seconds:.0} s)", measured.frames_per_second);
                 let job = std::env::var("SLURM_JOB_ID").ok().filter(|_| self.launcher == Launcher::Srun);
-                study.keep_run(point, k, &Run { measured: *measured, job, commit: commit(), seconds })?;
+                study.keep_run(
+                    point,
+                    k,
+                    &Run { measured: *measured, job, commit: commit(), seconds, predicted_tick },
+                )?;
                 let through = (1..=request.repeat).all(|k| study.has_run(point, k));
                 // What failed before counts as failed until it is through, so that `--only failed` finds it again.
                 match (through, before.state.is_failure()) {

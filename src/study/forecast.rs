@@ -10,8 +10,9 @@ use super::plan::{Plan, Point, Request};
 use crate::Result;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
-use crate::plan::cut::times_of;
+use crate::plan::cut::{conditions_of, times_of};
 use crate::plan::predict::{Parts, best_cuts, predict};
+use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
 use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory};
@@ -104,9 +105,37 @@ fn at_work(setup: &Setup, machine: Machine) -> usize {
 /// # Errors
 /// [`crate::Error::Input`] if layers cannot be measured.
 pub fn forecast(setup: &Setup, machine: Machine, request: &Request) -> Result<Forecast> {
+    let profile = times_of(setup, Parts::Modules, at_work(setup, machine), false)?;
+    Ok(with_times(setup, machine, request, profile))
+}
+
+/// Layers' times, measured again while a study runs: a machine may be slower then than it was before.
+#[derive(Default)]
+pub struct Again(Vec<Profile>);
+
+impl Again {
+    /// Seconds a tick of a point of `plan` that has been prepared as `config`, by times measured now, or for another point since this
+    /// was made.
+    ///
+    /// # Errors
+    /// As [`forecast`].
+    pub fn tick(&mut self, plan: &Plan, point: &Point, config: &Config, machine: Machine) -> Result<f64> {
+        let setup = Setup::dry(config, point.ranks)?;
+        let wanted = conditions_of(&setup, Parts::Modules, at_work(&setup, machine))?;
+        let profile = match self.0.iter().find(|known| known.conditions == wanted) {
+            Some(known) => known.clone(),
+            None => {
+                self.0.push(Profile::get(wanted, true)?);
+                self.0[self.0.len() - 1].clone()
+            }
+        };
+        Ok(with_times(&setup, machine, &plan.request, profile).tick)
+    }
+}
+
+fn with_times(setup: &Setup, machine: Machine, request: &Request, profile: Profile) -> Forecast {
     let (grid, config) = (setup.grid, &setup.config);
     let threads = config.run.threads;
-    let profile = times_of(setup, Parts::Modules, at_work(setup, machine), false)?;
     let on_gpu = profile.conditions.gpu.is_some();
     let processors = match machine {
         _ if on_gpu => Processors::of_ranks(grid.ranks, 1),
@@ -127,12 +156,12 @@ pub fn forecast(setup: &Setup, machine: Machine, request: &Request) -> Result<Fo
     let tick = prediction.outcome.tick;
     let fill = grid.modules.div_ceil(config.data.frames) as u64;
     let all = (request.batches + 2 * fill + 1) * config.data.frames as u64;
-    Ok(Forecast {
+    Forecast {
         tick,
         frames_per_second: prediction.frames_per_second,
         memory: of_rank.into_iter().max().unwrap_or(0),
         fill: share_of_fill(setup),
         seconds: START + tick * all as f64,
         processor: profile.conditions.gpu.map_or(profile.conditions.cpu, |on| on.name),
-    })
+    }
 }

@@ -86,9 +86,9 @@ pub struct Row {
     pub runs: usize,
     /// Milliseconds of a tick, the median.
     pub tick_ms: Option<f64>,
-    /// What was predicted for it.
+    /// What was predicted for it: by layers' times measured again before its runs where they were, else before the first.
     pub predicted_tick_ms: Option<f64>,
-    /// Measured over predicted tick.
+    /// Measured over predicted tick, the middle of its runs'.
     pub measured_over_predicted: Option<f64>,
     /// Frames a second over those of the same rule's first point,
     pub speed_up: Option<f64>,
@@ -206,7 +206,12 @@ fn row(study: &Study, point: &Point, frames: usize) -> Result<(Row, Option<f64>)
     let shares: Vec<Shares> = all.iter().map(|run| Shares::of(run, point.global_batch())).collect();
     let speed = |run: &&Measured| run.frames_per_second;
     let tick_ms = middle(&all, |run| run.tick_ms);
-    let predicted = forecast.as_ref().map(|forecast| 1e3 * forecast.tick);
+    let planned = forecast.as_ref().map(|forecast| 1e3 * forecast.tick);
+    // Run by run: what a machine's speed does from one to the next is then in both.
+    let predictions: Vec<Option<f64>> =
+        runs.iter().map(|run| run.predicted_tick.map(|s| 1e3 * s).or(planned)).collect();
+    let known: Vec<f64> = predictions.iter().flatten().copied().collect();
+    let ratios = || all.iter().zip(&predictions).filter_map(|(run, predicted)| Some(ratio(run.tick_ms, (*predicted)?)));
     let last = all.last();
     let row = Row {
         point: point.name.clone(),
@@ -225,8 +230,8 @@ fn row(study: &Study, point: &Point, frames: usize) -> Result<(Row, Option<f64>)
         frames_per_second_max: all.iter().map(speed).max_by(f64::total_cmp),
         runs: all.len(),
         tick_ms,
-        predicted_tick_ms: predicted,
-        measured_over_predicted: tick_ms.zip(predicted).map(|(tick, predicted)| ratio(tick, predicted)),
+        predicted_tick_ms: middle(&known, |&ms| ms).or(planned),
+        measured_over_predicted: middle(&ratios().collect::<Vec<_>>(), |&ratio| ratio),
         speed_up: None,
         efficiency: None,
         first_point: None,
@@ -281,7 +286,7 @@ mod tests {
             wire: "f32".into(),
             ..Measured::default()
         };
-        Run { measured, job: Some("7".into()), commit: None, seconds: 1.0 }
+        Run { measured, job: Some("7".into()), commit: None, seconds: 1.0, predicted_tick: None }
     }
 
     /// Two points of one rule and one that ran out of memory: every figure by hand.
@@ -308,6 +313,9 @@ mod tests {
         }
         study.set_status(first, &Status::now(State::Done, "")).unwrap();
         study.keep_run(second, 2, &run(500.0, 8.0, &[6.0, 3.0])).unwrap();
+        // Before this one layers had become twice as slow.
+        let late = Run { predicted_tick: Some(0.02), ..run(500.0, 8.0, &[6.0, 3.0]) };
+        study.keep_run(second, 3, &late).unwrap();
         let forecast = Forecast {
             tick: 0.01,
             frames_per_second: 400.0,
@@ -327,9 +335,11 @@ mod tests {
         assert_eq!((row.runs, row.tick_ms, row.speed_up, row.efficiency), (3, Some(12.5), Some(1.0), Some(1.0)));
         let row = &rows[1];
         assert_eq!(
-            (row.status.as_str(), row.runs, row.tick_ms, row.measured_over_predicted),
-            ("pending", 1, Some(8.0), Some(0.8))
+            (row.status.as_str(), row.runs, row.tick_ms, row.predicted_tick_ms),
+            ("pending", 2, Some(8.0), Some(15.0))
         );
+        let ratio = row.measured_over_predicted.unwrap();
+        assert!((ratio - 0.6).abs() < 1e-12, "{ratio}, not the middle of 0.8 and 0.4");
         assert_eq!((row.speed_up, row.efficiency), (Some(500.0 / 320.0), Some(500.0 / 640.0)));
         assert_eq!((row.load_balance, row.communication_efficiency), (Some(0.75), Some(0.75)));
         let scaling = row.computation_scaling.unwrap();

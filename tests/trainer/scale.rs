@@ -137,6 +137,11 @@ fn a_study_goes_on_after_a_kill() {
         let values = of(column).into_iter().map(|text| text.parse::<f64>().unwrap());
         assert!(values.clone().all(|x| x.is_finite() && x > 0.0), "{column}: {:?}", of(column));
     }
+    // Layers are measured again before a later round of runs.
+    let run = |k: usize| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(place.run_file("skip-sideways-n2", k)).unwrap()).unwrap()
+    };
+    assert!(run(1)["predicted_tick"].is_null() && run(2)["predicted_tick"].as_f64().unwrap() > 0.0, "{}", run(2));
     assert!(of("mpi").iter().all(|mpi| mpi.contains("MPI")) && of("exchange") == ["host"; 2], "{rows:?}");
     let page = std::fs::read_to_string(place.study().join("index.html")).unwrap();
     assert!(page.matches("<svg").count() == 2 && !page.contains("<script") && !page.contains("href="), "{page}");
