@@ -68,7 +68,15 @@ impl Sender {
     /// # Errors
     /// [`crate::Error::Transport`] when the header is not one for this link, else as [`Sender::slot`].
     pub fn start_when(&mut self, header: &Header, done: Done) -> Result<()> {
-        let words = if self.places.is_some() { 0 } else { self.link().spec.words as u32 };
+        self.start_part_when(&header.carrying(self.link().spec.words as u32), done)
+    }
+
+    /// As [`Sender::start_when`], where messages need not fill the link: `header.words` are sent.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_part_when(&mut self, header: &Header, done: Done) -> Result<()> {
+        let words = if self.places.is_some() { 0 } else { header.words };
         self.writing = Some((header.carrying(words), done));
         self.progress().map(|_| ())
     }
@@ -131,6 +139,11 @@ impl Sender {
         self.start(header)
     }
 
+    /// Whether messages leave from host memory.
+    pub fn is_in_host_memory(&self) -> bool {
+        self.places.is_none()
+    }
+
     /// Waits until all started messages have left: their buffers could be freed.
     ///
     /// # Errors
@@ -177,17 +190,35 @@ impl Receiver {
     /// # Errors
     /// As [`Receiver::wait`].
     pub fn wait_slot(&mut self, expected: &Header) -> Result<(Orders, Slot<'_>)> {
+        let expected = expected.carrying(self.link().spec.words as u32);
+        let orders = self.hold_next(&expected)?.orders;
+        Ok((orders, self.held_slot(&expected)?))
+    }
+
+    /// As [`Receiver::wait_slot`], where messages need not fill the link: `expected.words` are due. Its values.
+    ///
+    /// # Errors
+    /// As [`Receiver::wait`].
+    pub fn wait_part(&mut self, expected: &Header) -> Result<Slot<'_>> {
+        self.hold_next(expected)?;
+        self.held_slot(expected)
+    }
+
+    /// Waits until the message before is given back, and for the next one, which must be `expected`.
+    fn hold_next(&mut self, expected: &Header) -> Result<Header> {
         while !self.progress()? {
             std::thread::yield_now();
         }
-        let words = if self.places.is_some() { 0 } else { self.link().spec.words as u32 };
-        let expected = expected.carrying(words);
-        let header = self.hold(&expected)?;
-        let slot = match &mut self.places {
-            Some(places) => Slot::Device(places.wait()?),
-            None => Slot::Host(each!(&mut self.end, ReceiverEnd, end => end.hold(Some(&expected)))?.1),
-        };
-        Ok((header.orders, slot))
+        let words = if self.places.is_some() { 0 } else { expected.words };
+        self.hold(&expected.carrying(words))
+    }
+
+    /// Where the values of the message are that is held.
+    fn held_slot(&mut self, expected: &Header) -> Result<Slot<'_>> {
+        match &mut self.places {
+            Some(places) => places.wait().map(Slot::Device),
+            None => Ok(Slot::Host(each!(&mut self.end, ReceiverEnd, end => end.hold(Some(expected)))?.1)),
+        }
     }
 
     /// Gives the message back when its values are `done` being read: at once, or in a later [`Receiver::progress`].

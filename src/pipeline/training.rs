@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::mpsc;
 
 use super::worker::{Worker, progress};
+use crate::backend::slots::{Done, Slot, SlotMut};
 use crate::backend::stage::{Lent, Stage};
 use crate::checkpoint::writer::Writer;
 use crate::comm::Orders;
@@ -84,8 +85,16 @@ impl Buckets for Sums<'_> {
         self.lent.is_there(bucket)
     }
 
-    fn at(&mut self, bucket: &Range<usize>) -> &mut [f32] {
-        self.lent.at(bucket)
+    fn write(&mut self, words: Range<usize>, to: SlotMut<'_>) -> Result<Done> {
+        self.lent.at(&words).write(0..words.len(), to)
+    }
+
+    fn sum(&mut self, words: Range<usize>, terms: &[Option<Slot<'_>>], scale: f32) -> Result<Done> {
+        self.lent.at(&words).sum(0..words.len(), terms, scale)
+    }
+
+    fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done> {
+        self.lent.at(&words).read(0..words.len(), from)
     }
 
     fn done(&mut self, bucket: &Range<usize>) -> Result<()> {

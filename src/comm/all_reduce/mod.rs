@@ -15,29 +15,47 @@
 use std::ops::Range;
 
 use super::{Endpoints, Header, Kind, Receiver, Sender};
-use crate::Result;
+use crate::backend::slots::{Done, Slot, SlotMut};
+use crate::{Error, Result};
 
 mod group;
 
-pub use group::{BUCKET, Group, Level, levels, messages};
-use group::{LARGEST, part};
+use group::part;
+pub use group::{BUCKET, Group, LARGEST, Level, levels, messages};
 
 /// Words of a sum made at a time, in the nearest cache.
 const BLOCK: usize = 2048;
 
-/// Values in buckets that come and go one by one.
+/// Values in buckets that come and go one by one, wherever they are. What is asked for takes place in that order, and is done
+/// when it says.
 pub trait Buckets {
     /// How many values there are.
     fn words(&self) -> usize;
 
-    /// Whether `bucket`'s have come.
+    /// Whether `bucket`'s have come, or what makes them come first.
     ///
     /// # Errors
     /// [`crate::Error::Run`] if what makes them failed.
     fn is_there(&self, bucket: &Range<usize>) -> Result<bool>;
 
-    /// `bucket`'s, which have come.
-    fn at(&mut self, bucket: &Range<usize>) -> &mut [f32];
+    /// Copies `words` of them, which have come, into a message.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if they cannot be copied.
+    fn write(&mut self, words: Range<usize>, to: SlotMut<'_>) -> Result<Done>;
+
+    /// Makes `words` of them the sum of `terms` in their order, times `scale`: what is in messages, and, where there is none, what
+    /// these words are.
+    ///
+    /// # Errors
+    /// As [`Buckets::write`].
+    fn sum(&mut self, words: Range<usize>, terms: &[Option<Slot<'_>>], scale: f32) -> Result<Done>;
+
+    /// Makes `words` of them what is in a message.
+    ///
+    /// # Errors
+    /// As [`Buckets::write`].
+    fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done>;
 
     /// `bucket`'s are what they are to be.
     ///
@@ -46,7 +64,7 @@ pub trait Buckets {
     fn done(&mut self, bucket: &Range<usize>) -> Result<()>;
 }
 
-/// Values that are there.
+/// Values that are there, in host memory.
 impl Buckets for &mut [f32] {
     fn words(&self) -> usize {
         self.len()
@@ -56,13 +74,38 @@ impl Buckets for &mut [f32] {
         Ok(true)
     }
 
-    fn at(&mut self, bucket: &Range<usize>) -> &mut [f32] {
-        &mut self[bucket.clone()]
+    fn write(&mut self, words: Range<usize>, to: SlotMut<'_>) -> Result<Done> {
+        let SlotMut::Host(to) = to else { return Err(elsewhere()) };
+        to[..words.len()].copy_from_slice(&self[words]);
+        Ok(Done::Now)
+    }
+
+    fn sum(&mut self, words: Range<usize>, terms: &[Option<Slot<'_>>], scale: f32) -> Result<Done> {
+        let mut values = [None; LARGEST];
+        for (value, term) in values.iter_mut().zip(terms) {
+            *value = match term {
+                Some(Slot::Host(term)) => Some(*term),
+                Some(Slot::Device(_)) => return Err(elsewhere()),
+                None => None,
+            };
+        }
+        sum(&mut self[words], &values[..terms.len()], scale);
+        Ok(Done::Now)
+    }
+
+    fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done> {
+        let Slot::Host(from) = from else { return Err(elsewhere()) };
+        self[words].copy_from_slice(from);
+        Ok(Done::Now)
     }
 
     fn done(&mut self, _: &Range<usize>) -> Result<()> {
         Ok(())
     }
+}
+
+fn elsewhere() -> Error {
+    Error::Run("gradients in host memory meet a message in a GPU's".into())
 }
 
 /// What goes on while an all-reduce waits: called again and again until it says that nothing is left.
@@ -78,14 +121,10 @@ pub struct AllReduce {
 struct Members {
     size: usize,
     own: usize,
-    others: Others,
-}
-
-enum Others {
-    /// To and from every other member; `None` at the own place.
-    All(Vec<Option<Peer>>),
-    /// To the next member, from the one before.
-    Ring(Box<Peer>),
+    /// Whether there is one peer alone, the member behind, that is sent to, and the one before, that is heard from; else every other
+    /// member is one, in their order.
+    ring: bool,
+    peers: Vec<Peer>,
 }
 
 struct Peer {
@@ -108,21 +147,34 @@ impl AllReduce {
     pub fn new(endpoints: &mut Endpoints, group: &Group, replica: usize) -> Result<Self> {
         let mut members = Vec::new();
         for level in levels(group.replicas, group.words) {
-            let own = level.member(replica);
+            let (size, own, ring) = (level.size, level.member(replica), level.ring);
             let mut peer = |to: usize, from: usize| {
                 let (to, from) = (level.replica(replica, to), level.replica(replica, from));
                 let (out, back) = (group.number(&level, replica, to), group.number(&level, from, replica));
                 Ok(Peer { to: (out, endpoints.sender(out)?), from: (back, endpoints.receiver(back)?) })
             };
-            let others = if level.ring {
-                Others::Ring(Box::new(peer(level.next(own), (own + level.size - 1) % level.size)?))
-            } else {
-                let peers = (0..level.size).map(|other| (other != own).then(|| peer(other, other)).transpose());
-                Others::All(peers.collect::<Result<_>>()?)
+            let peers = match ring {
+                true => vec![peer(level.next(own), (own + size - 1) % size)?],
+                false => (0..size).filter(|&m| m != own).map(|m| peer(m, m)).collect::<Result<_>>()?,
             };
-            members.push(Members { size: level.size, own, others });
+            members.push(Members { size, own, ring, peers });
         }
         Ok(AllReduce { replicas: group.replicas, levels: members })
+    }
+
+    /// The links to and from other members.
+    fn peers(&self) -> impl Iterator<Item = &Peer> {
+        self.levels.iter().flat_map(|level| &level.peers)
+    }
+
+    /// Whether a message is put into another GPU's memory: then values have to be in a GPU's.
+    pub fn is_between_gpus(&self) -> bool {
+        self.peers().any(|peer| !peer.to.1.is_in_host_memory() || !peer.from.1.is_in_host_memory())
+    }
+
+    /// How many messages are being written or read at once, at most.
+    pub fn at_once(&self) -> usize {
+        2 * self.peers().count()
     }
 
     /// Replaces `values` by their mean over the replicas, which all call it with as many values. `batch` and `step` say
@@ -139,172 +191,240 @@ impl AllReduce {
     /// # Errors
     /// As [`AllReduce::mean`]; those of `values` and `beside`.
     pub fn mean_of(&mut self, values: &mut dyn Buckets, beside: Beside, batch: u64, step: u32) -> Result<()> {
-        let (stamp, scale, length) = (Stamp { batch, step }, 1.0 / self.replicas as f32, values.words());
-        let (Some((level, others)), true) = (self.levels.split_first_mut(), length > 0) else { return Ok(()) };
-        let last = length.div_ceil(BUCKET) - 1;
-        let bucket = |n: usize| n * BUCKET..((n + 1) * BUCKET).min(length);
-        // A bucket's parts are sent before the one before it is through, and sums come meanwhile: fewer waits.
-        level.send_parts(come(values, &bucket(last), beside)?, beside, stamp)?;
-        for n in (0..=last).rev() {
-            level.reduce(values.at(&bucket(n)), others.is_empty().then_some(scale), beside, stamp)?;
-            if n > 0 {
-                level.send_parts(come(values, &bucket(n - 1), beside)?, beside, stamp)?;
-            }
-            mean(others, level.own_part(values.at(&bucket(n))), scale, beside, stamp)?;
-            if n < last {
-                level.take_sums(values.at(&bucket(n + 1)), beside, stamp)?;
-                values.done(&bucket(n + 1))?;
-            }
-            level.send_sum(values.at(&bucket(n)), beside, stamp)?;
+        if self.levels.is_empty() || values.words() == 0 {
+            return Ok(());
         }
-        level.take_sums(values.at(&bucket(0)), beside, stamp)?;
-        values.done(&bucket(0))
+        let (stamp, scale) = (Stamp { batch, step }, 1.0 / self.replicas as f32);
+        Mean { levels: &mut self.levels, values, beside, stamp, scale }.make()
     }
 }
 
-/// The values of `bucket`, once they have come.
-fn come<'a>(values: &'a mut dyn Buckets, bucket: &Range<usize>, beside: Beside) -> Result<&'a mut [f32]> {
-    while !values.is_there(bucket)? {
-        beside()?;
-        std::thread::yield_now();
-    }
-    Ok(values.at(bucket))
-}
-
-/// Lets `beside` go on until nothing is left of it, or `ready`: then whoever waits may do so in earnest.
-fn unless(mut ready: impl FnMut() -> Result<bool>, beside: Beside) -> Result<()> {
-    while !ready()? && !beside()? {
-        std::thread::yield_now();
-    }
-    Ok(())
-}
-
-/// The sums over `levels` of `values`, times `scale`.
-fn mean(levels: &mut [Members], values: &mut [f32], scale: f32, beside: Beside, stamp: Stamp) -> Result<()> {
-    let Some((level, others)) = levels.split_first_mut() else { return Ok(()) };
-    level.send_parts(values, beside, stamp)?;
-    level.reduce(values, others.is_empty().then_some(scale), beside, stamp)?;
-    mean(others, level.own_part(values), scale, beside, stamp)?;
-    level.send_sum(values, beside, stamp)?;
-    level.take_sums(values, beside, stamp)
+/// An all-reduce under way. Levels are meant by their numbers, values by where they are among all.
+struct Mean<'a> {
+    levels: &'a mut [Members],
+    values: &'a mut dyn Buckets,
+    beside: Beside<'a>,
+    stamp: Stamp,
+    /// Of the sum over all replicas.
+    scale: f32,
 }
 
 // No waiting in a circle. All replicas do the same things in the same order, and what one waits for the other has sent at an earlier
 // place of it; so whoever is behind waits for no message. Nor for a buffer, of two a link: between two members there go parts 0,
 // parts 1, sum 0, parts 2, sum 1, ..., and before it sends one each has given back what came before the last (parts n before it
 // sends parts n + 1, sum n - 1 before sum n). In a ring, a member that waits for a buffer has two messages with the next one, which
-// therefore is behind it. And what goes on beside never waits.
+// therefore is behind it. And what goes on beside never waits. Where a GPU writes and reads messages, what it does waits for no
+// other GPU, and whoever waits here sends and gives back what it has done meanwhile.
+impl Mean<'_> {
+    fn make(&mut self) -> Result<()> {
+        let length = self.values.words();
+        let last = length.div_ceil(BUCKET) - 1;
+        let bucket = |n: usize| n * BUCKET..((n + 1) * BUCKET).min(length);
+        // A bucket's parts are sent before the one before it is through, and sums come meanwhile: fewer waits.
+        self.come(&bucket(last))?;
+        self.send_parts(0, bucket(last))?;
+        for n in (0..=last).rev() {
+            self.reduce(0, bucket(n))?;
+            if n > 0 {
+                self.come(&bucket(n - 1))?;
+                self.send_parts(0, bucket(n - 1))?;
+            }
+            self.levels_from(1, self.levels[0].own_part(&bucket(n)))?;
+            if n < last {
+                self.take_sums(0, bucket(n + 1))?;
+                self.values.done(&bucket(n + 1))?;
+            }
+            self.send_sum(0, bucket(n))?;
+        }
+        self.take_sums(0, bucket(0))?;
+        self.values.done(&bucket(0))?;
+        while !self.progress()? {
+            (self.beside)()?;
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Makes `words`, which the members of level `k` share, the sums over it and those behind.
+    fn levels_from(&mut self, k: usize, words: Range<usize>) -> Result<()> {
+        if k == self.levels.len() {
+            return Ok(());
+        }
+        self.send_parts(k, words.clone())?;
+        self.reduce(k, words.clone())?;
+        self.levels_from(k + 1, self.levels[k].own_part(&words))?;
+        self.send_sum(k, words.clone())?;
+        self.take_sums(k, words)
+    }
+
+    /// Waits for the values of `bucket`.
+    fn come(&mut self, bucket: &Range<usize>) -> Result<()> {
+        while !self.values.is_there(bucket)? {
+            self.progress()?;
+            (self.beside)()?;
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Sends the others their parts of `words`. (In a ring they are sent when they are due.)
+    fn send_parts(&mut self, k: usize, words: Range<usize>) -> Result<()> {
+        if self.levels[k].ring {
+            return Ok(());
+        }
+        (0..self.levels[k].peers.len()).try_for_each(|p| self.send(k, p, self.levels[k].part_of(p, &words)))
+    }
+
+    /// Makes the own part of `words` the sum of all members', times the scale at the last level.
+    fn reduce(&mut self, k: usize, words: Range<usize>) -> Result<()> {
+        let Members { size, own, ring, ref peers } = self.levels[k];
+        let scale = if k + 1 == self.levels.len() { self.scale } else { 1.0 };
+        if ring {
+            for hop in 1..size {
+                let (there, here) = ((own + size - hop) % size, (own + 2 * size - hop - 1) % size);
+                self.send(k, 0, within(&words, size, there))?;
+                let here = within(&words, size, here);
+                self.arrived(k, 0)?;
+                let scale = if hop == size - 1 { scale } else { 1.0 };
+                let from = &mut self.levels[k].peers[0].from;
+                let so_far = from.take(here.len(), self.stamp)?;
+                let done = self.values.sum(here, &[Some(so_far), None], scale)?;
+                from.1.release_when(done)?;
+            }
+            return Ok(());
+        }
+        (0..peers.len()).try_for_each(|p| self.arrived(k, p))?;
+        let mine = within(&words, size, own);
+        let mut terms = [None; LARGEST];
+        for (p, peer) in self.levels[k].peers.iter_mut().enumerate() {
+            terms[p + usize::from(p >= own)] = Some(peer.from.take(mine.len(), self.stamp)?);
+        }
+        let done = self.values.sum(mine, &terms[..size], scale)?;
+        self.levels[k].peers.iter_mut().try_for_each(|peer| peer.from.1.release_when(done.clone()))
+    }
+
+    /// Sends the others the own part of `words`.
+    fn send_sum(&mut self, k: usize, words: Range<usize>) -> Result<()> {
+        if self.levels[k].ring {
+            return Ok(());
+        }
+        (0..self.levels[k].peers.len()).try_for_each(|p| self.send(k, p, self.levels[k].own_part(&words)))
+    }
+
+    /// Makes every other part of `words` that member's.
+    fn take_sums(&mut self, k: usize, words: Range<usize>) -> Result<()> {
+        let Members { size, own, ring, ref peers } = self.levels[k];
+        if ring {
+            for hop in 0..size - 1 {
+                let (there, here) = ((own + size - hop) % size, (own + 2 * size - hop - 1) % size);
+                self.send(k, 0, within(&words, size, there))?;
+                self.receive(k, 0, within(&words, size, here))?;
+            }
+            return Ok(());
+        }
+        (0..peers.len()).try_for_each(|p| self.receive(k, p, self.levels[k].part_of(p, &words)))
+    }
+
+    fn send(&mut self, k: usize, p: usize, words: Range<usize>) -> Result<()> {
+        self.until(|levels| {
+            let sender = &mut levels[k].peers[p].to.1;
+            Ok(sender.progress()? && sender.ready()?)
+        })?;
+        let (link, sender) = &mut self.levels[k].peers[p].to;
+        let header = self.stamp.header(*link, words.len());
+        let done = self.values.write(words, sender.slot()?)?;
+        sender.start_part_when(&header, done)
+    }
+
+    fn receive(&mut self, k: usize, p: usize, words: Range<usize>) -> Result<()> {
+        self.arrived(k, p)?;
+        let from = &mut self.levels[k].peers[p].from;
+        let message = from.take(words.len(), self.stamp)?;
+        let done = self.values.read(words, message)?;
+        from.1.release_when(done)
+    }
+
+    /// Waits for a message, until it is there or may be waited for in earnest.
+    fn arrived(&mut self, k: usize, p: usize) -> Result<()> {
+        self.until(|levels| {
+            let receiver = &mut levels[k].peers[p].from.1;
+            Ok(receiver.progress()? && receiver.ready()?)
+        })
+    }
+
+    /// Lets messages go on, and what goes on beside, until nothing is left of either, or `ready`: then whoever waits may do so in
+    /// earnest.
+    fn until(&mut self, mut ready: impl FnMut(&mut [Members]) -> Result<bool>) -> Result<()> {
+        while !ready(self.levels)? {
+            // Both, in any case.
+            let (through, nothing) = (self.progress()?, (self.beside)()?);
+            if through && nothing {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Sends what has been written meanwhile, and gives back what has been read; whether nothing is left.
+    fn progress(&mut self) -> Result<bool> {
+        let mut through = true;
+        for peer in self.levels.iter_mut().flat_map(|level| &mut level.peers) {
+            through &= peer.to.1.progress()?;
+            through &= peer.from.1.progress()?;
+        }
+        Ok(through)
+    }
+}
+
 impl Members {
-    fn own_part<'a>(&self, values: &'a mut [f32]) -> &'a mut [f32] {
-        let own = part(values.len(), self.size, self.own);
-        &mut values[own]
+    /// The own part of `words`.
+    fn own_part(&self, words: &Range<usize>) -> Range<usize> {
+        within(words, self.size, self.own)
     }
 
-    /// Sends the others their parts of `values`. (In a ring they are sent when they are due.)
-    fn send_parts(&mut self, values: &[f32], beside: Beside, stamp: Stamp) -> Result<()> {
-        let Others::All(peers) = &mut self.others else { return Ok(()) };
-        for (member, peer) in peers.iter_mut().enumerate() {
-            if let Some(peer) = peer {
-                peer.send(&values[part(values.len(), self.size, member)], beside, stamp)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes the own part of `values` the sum of all members', times `scale` at the last level.
-    fn reduce(&mut self, values: &mut [f32], scale: Option<f32>, beside: Beside, stamp: Stamp) -> Result<()> {
-        let (size, own, length) = (self.size, self.own, values.len());
-        let part = |member: usize| part(length, size, member);
-        match &mut self.others {
-            Others::All(peers) => {
-                let values = &mut values[part(own)];
-                let mut terms: [&[f32]; LARGEST] = [&[]; LARGEST];
-                for (term, peer) in terms.iter_mut().zip(peers.iter_mut()) {
-                    if let Some(peer) = peer {
-                        *term = peer.wait(values.len(), beside, stamp)?;
-                    }
-                }
-                sum(values, &terms[..size], own, scale.unwrap_or(1.0));
-                peers.iter_mut().flatten().try_for_each(|peer| peer.from.1.release())
-            }
-            Others::Ring(peer) => {
-                for hop in 1..size {
-                    let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
-                    peer.send(&values[there], beside, stamp)?;
-                    let scale = scale.filter(|_| hop == size - 1).unwrap_or(1.0);
-                    let values = &mut values[here];
-                    let so_far = peer.wait(values.len(), beside, stamp)?;
-                    values.iter_mut().zip(so_far).for_each(|(x, sum)| *x = (*x + sum) * scale);
-                    peer.from.1.release()?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Sends the others the own part of `values`.
-    fn send_sum(&mut self, values: &[f32], beside: Beside, stamp: Stamp) -> Result<()> {
-        let Others::All(peers) = &mut self.others else { return Ok(()) };
-        let own = &values[part(values.len(), self.size, self.own)];
-        peers.iter_mut().flatten().try_for_each(|peer| peer.send(own, beside, stamp))
-    }
-
-    /// Makes every other part of `values` that member's.
-    fn take_sums(&mut self, values: &mut [f32], beside: Beside, stamp: Stamp) -> Result<()> {
-        let (size, own, length) = (self.size, self.own, values.len());
-        let part = |member: usize| part(length, size, member);
-        match &mut self.others {
-            Others::All(peers) => {
-                for (member, peer) in peers.iter_mut().enumerate() {
-                    if let Some(peer) = peer {
-                        peer.receive(&mut values[part(member)], beside, stamp)?;
-                    }
-                }
-            }
-            Others::Ring(peer) => {
-                for hop in 0..size - 1 {
-                    let (there, here) = (part((own + size - hop) % size), part((own + 2 * size - hop - 1) % size));
-                    peer.send(&values[there], beside, stamp)?;
-                    peer.receive(&mut values[here], beside, stamp)?;
-                }
-            }
-        }
-        Ok(())
+    /// Peer `p`'s, where every other member is one.
+    fn part_of(&self, p: usize, words: &Range<usize>) -> Range<usize> {
+        within(words, self.size, p + usize::from(p >= self.own))
     }
 }
 
-impl Peer {
-    fn send(&mut self, values: &[f32], beside: Beside, stamp: Stamp) -> Result<()> {
-        let shape = [values.len() as u32, 1, 1, 1];
-        unless(|| self.to.1.ready(), beside)?;
-        self.to.1.send(&Header::new(Kind::Gradient, self.to.0, stamp.batch, stamp.step, shape), values)
-    }
+/// Member `member`'s part of `words` that `size` members share.
+fn within(words: &Range<usize>, size: usize, member: usize) -> Range<usize> {
+    let part = part(words.len(), size, member);
+    words.start + part.start..words.start + part.end
+}
 
-    fn wait(&mut self, words: usize, beside: Beside, stamp: Stamp) -> Result<&[f32]> {
-        let shape = [words as u32, 1, 1, 1];
-        unless(|| self.from.1.ready(), beside)?;
-        self.from.1.wait(&Header::new(Kind::Gradient, self.from.0, stamp.batch, stamp.step, shape))
-    }
-
-    fn receive(&mut self, values: &mut [f32], beside: Beside, stamp: Stamp) -> Result<()> {
-        values.copy_from_slice(self.wait(values.len(), beside, stamp)?);
-        self.from.1.release()
+impl Stamp {
+    fn header(self, link: u32, words: usize) -> Header {
+        Header::new(Kind::Gradient, link, self.batch, self.step, [words as u32, 1, 1, 1])
     }
 }
 
-/// Replaces `values`, which are term `own`, by the sum of all terms in their order, beginning with 0, times `scale`.
-fn sum(values: &mut [f32], terms: &[&[f32]], own: usize, scale: f32) {
-    if let [a, b] = terms {
+/// A link's receiving end, with its number.
+trait Take {
+    /// The message that is due, of `words`.
+    fn take(&mut self, words: usize, stamp: Stamp) -> Result<Slot<'_>>;
+}
+
+impl Take for (u32, Receiver) {
+    fn take(&mut self, words: usize, stamp: Stamp) -> Result<Slot<'_>> {
+        self.1.wait_part(&stamp.header(self.0, words))
+    }
+}
+
+/// Replaces `values`, which are the term that is none, by the sum of all `terms` in their order, times `scale`.
+fn sum(values: &mut [f32], terms: &[Option<&[f32]>], scale: f32) {
+    if let [Some(other), None] | [None, Some(other)] = terms {
         // Two terms may change places, and the sum is the same.
-        let other = if own == 0 { b } else { a };
         return values.iter_mut().zip(*other).for_each(|(x, y)| *x = (*x + y + 0.0) * scale);
     }
     let mut block = [0.0; BLOCK];
     for (n, values) in values.chunks_mut(BLOCK).enumerate() {
         let sum = &mut block[..values.len()];
         sum.fill(0.0);
-        for (member, term) in terms.iter().enumerate() {
-            let term = if member == own { &*values } else { &term[n * BLOCK..][..values.len()] };
+        for term in terms {
+            let term = term.map_or(&*values, |term| &term[n * BLOCK..][..values.len()]);
             sum.iter_mut().zip(term).for_each(|(sum, x)| *sum += x);
         }
         values.iter_mut().zip(sum).for_each(|(x, sum)| *x = *sum * scale);
@@ -388,8 +508,16 @@ mod tests {
             Ok(self.asked.get() > 3 * (self.words() - bucket.start) / BUCKET)
         }
 
-        fn at(&mut self, bucket: &Range<usize>) -> &mut [f32] {
-            &mut self.values[bucket.clone()]
+        fn write(&mut self, words: Range<usize>, to: SlotMut<'_>) -> Result<Done> {
+            self.values.as_mut_slice().write(words, to)
+        }
+
+        fn sum(&mut self, words: Range<usize>, terms: &[Option<Slot<'_>>], scale: f32) -> Result<Done> {
+            self.values.as_mut_slice().sum(words, terms, scale)
+        }
+
+        fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done> {
+            self.values.as_mut_slice().read(words, from)
         }
 
         fn done(&mut self, bucket: &Range<usize>) -> Result<()> {
