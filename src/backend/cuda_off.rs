@@ -57,6 +57,40 @@ impl Locked {
     }
 }
 
+/// Sums of gradients in GPU memory: there are none.
+pub enum Flat {}
+
+impl Flat {
+    /// As with CUDA.
+    pub fn words(&self) -> usize {
+        match *self {}
+    }
+
+    /// As with CUDA.
+    ///
+    /// # Errors
+    /// None: there is no such value.
+    pub fn write(&mut self, _: Range<usize>, _: SlotMut<'_>) -> Result<Done> {
+        match *self {}
+    }
+
+    /// As with CUDA.
+    ///
+    /// # Errors
+    /// None: there is no such value.
+    pub fn sum(&mut self, _: Range<usize>, _: &[Option<Slot<'_>>], _: f32) -> Result<Done> {
+        match *self {}
+    }
+
+    /// As with CUDA.
+    ///
+    /// # Errors
+    /// None: there is no such value.
+    pub fn read(&mut self, _: Range<usize>, _: Slot<'_>) -> Result<Done> {
+        match *self {}
+    }
+}
+
 /// A message's place in device memory: there is none.
 #[derive(Clone, Debug)]
 pub enum Place {}

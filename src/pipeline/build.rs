@@ -99,7 +99,11 @@ pub(super) fn build(
 ) -> Result<Worker> {
     let (i, r) = setup.grid.module_and_replica(w);
     let (config, network, d) = (&setup.config, &setup.network, setup.grid.modules);
-    let stage = (parts.stage)(setup.stage_spec(i), w, site)?;
+    let mut spec = setup.stage_spec(i);
+    if let (Some(lends), Some(all_reduce)) = (&mut spec.lends, &links.all_reduce) {
+        lends.on_gpu = all_reduce.is_between_gpus().then(|| all_reduce.at_once());
+    }
+    let stage = (parts.stage)(spec, w, site)?;
     let training = setup.purpose == Purpose::Train;
     let decider = (training && i == 1 && range.record).then(|| {
         let from = links

@@ -24,12 +24,23 @@ pub(super) struct WorkerLinks {
     pub decisions_out: Vec<(u32, Sender)>,
 }
 
-/// The two links of every edge of the network, for all replicas: for GPUs, which settle together how messages travel.
+/// The two links of every edge of the network, for all replicas, and those between replicas: for GPUs, which settle together how
+/// messages travel.
 pub(super) fn edges(setup: &Setup) -> (Vec<Edge>, Vec<LinkSpec>) {
     let (wiring, edges) = (&setup.wiring, setup.network.edges.len());
     let all = || (0..setup.grid.replicas).flat_map(|r| (0..edges).map(move |k| (r, k)));
     let edge = |(r, k)| Edge { there: wiring.activations(r, k), back: wiring.cotangents(r, k) };
-    (all().map(edge).collect(), all().flat_map(|(r, k)| wiring.of_edge(r, k)).collect())
+    let (mut pairs, mut links): (Vec<Edge>, Vec<LinkSpec>) =
+        (all().map(edge).collect(), all().flat_map(|(r, k)| wiring.of_edge(r, k)).collect());
+    for i in 1..=setup.grid.modules {
+        wiring.averaging(i, |group| {
+            for (there, back) in (0..setup.grid.replicas).flat_map(|r| group.pairs(r)) {
+                pairs.push(Edge { there: there.id, back: back.as_ref().map(|back| back.id) });
+                links.extend([Some(there), back].into_iter().flatten());
+            }
+        });
+    }
+    (pairs, links)
 }
 
 impl WorkerLinks {

@@ -86,15 +86,24 @@ impl Buckets for Sums<'_> {
     }
 
     fn write(&mut self, words: Range<usize>, to: SlotMut<'_>) -> Result<Done> {
-        self.lent.at(&words).write(0..words.len(), to)
+        match self.lent.flat() {
+            Some(flat) => flat.write(words, to),
+            None => self.lent.at(&words).write(0..words.len(), to),
+        }
     }
 
     fn sum(&mut self, words: Range<usize>, terms: &[Option<Slot<'_>>], scale: f32) -> Result<Done> {
-        self.lent.at(&words).sum(0..words.len(), terms, scale)
+        match self.lent.flat() {
+            Some(flat) => flat.sum(words, terms, scale),
+            None => self.lent.at(&words).sum(0..words.len(), terms, scale),
+        }
     }
 
     fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done> {
-        self.lent.at(&words).read(0..words.len(), from)
+        match self.lent.flat() {
+            Some(flat) => flat.read(words, from),
+            None => self.lent.at(&words).read(0..words.len(), from),
+        }
     }
 
     fn done(&mut self, bucket: &Range<usize>) -> Result<()> {

@@ -1,5 +1,6 @@
 //! What a worker takes: memory, and bytes sent at a tick.
 
+use crate::comm::all_reduce::BUCKET;
 use crate::comm::exchange::Exchange;
 use crate::comm::{HEADER_WORDS, Kind, LinkSpec};
 use crate::config::{DeviceChoice, Precision};
@@ -101,6 +102,12 @@ pub fn gpu_memory(setup: &Setup, w: usize, element: u64) -> u64 {
     let passing = if training { 4 * largest } else { largest };
     let activations = elements(module.main).saturating_add(kept).saturating_add(skips).saturating_add(passing);
     let messages: u64 = setup.wiring.of_worker(w).iter().map(|l| l.words as u64 * places(setup, l, w)).sum();
+    // Where replicas' gradients are averaged on GPUs, they are there once more, with a bucket of others'.
+    let averaged = match setup.config.run.exchange {
+        Exchange::Staged => None,
+        _ => setup.wiring.averaging(i, |group| (group.words + BUCKET) as u64),
+    };
+    let messages = messages + averaged.unwrap_or(0);
     let all = [4 * parameters, rounded * module.params, element.saturating_mul(activations), 4 * messages];
     all.into_iter().fold(0, u64::saturating_add)
 }
@@ -125,9 +132,9 @@ fn skip_elements(setup: &Setup, i: usize, training: bool) -> u64 {
 
 /// How many messages of a link worker `w` has room for in its GPU's memory, at most.
 fn places(setup: &Setup, link: &LinkSpec, w: usize) -> u64 {
-    let neighbours = matches!(link.kind, Kind::Activation | Kind::Cotangent);
+    let travels = matches!(link.kind, Kind::Activation | Kind::Cotangent | Kind::Gradient);
     match (link.from == w, link.to == w) {
-        (_, true) if neighbours && setup.config.run.exchange != Exchange::Staged => 2 * link.depth as u64,
+        (_, true) if travels && setup.config.run.exchange != Exchange::Staged => 2 * link.depth as u64,
         _ => 1,
     }
 }

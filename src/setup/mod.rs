@@ -12,7 +12,7 @@ pub mod wiring;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::stage::{OutputPort, StageSpec};
+use crate::backend::stage::{Lends, OutputPort, StageSpec};
 use crate::comm::all_reduce::BUCKET;
 use crate::config::{Config, MOST_BATCHES, OnNonfinite, Task};
 use crate::data::{Dataset, Mixup, Sampler, StreamOptions, Views};
@@ -275,7 +275,7 @@ impl Setup {
             optimizer: (self.purpose == Purpose::Train).then_some(config.train.optimizer),
             ema: config.train.ema.filter(|_| self.purpose == Purpose::Train),
             frozen: self.frozen.names().clone(),
-            lends: self.wiring.averaging(i, |_| BUCKET),
+            lends: self.wiring.averaging(i, |_| Lends { piece: BUCKET, on_gpu: None }),
             head: (i == self.grid.modules).then(|| self.head()),
             leave_out: config.run.on_nonfinite == OnNonfinite::Skip,
         }

@@ -1,12 +1,15 @@
-//! Replicas on GPUs: gradients go to the host, are averaged and go back while the backward pass computes, and nothing waits for a
+//! Replicas on GPUs: gradients are averaged, on the host or from GPU to GPU, while the backward pass computes, and nothing waits for a
 //! GPU in between.
 
 use std::collections::HashMap;
 
 use crate::common::cuda::{Place, counters, real};
 use crate::common::mpirun::text;
+use crate::common::runs::tensors;
 
 const CUDA: &str = "run.device=cuda";
+const STAGED: &str = "run.exchange=staged";
+const PEER: &str = "run.exchange=peer";
 /// Words of a bucket.
 const BUCKET: usize = 1 << 18;
 /// A module of which one layer alone has nine buckets of parameters, the one before it three, and a first one next to none.
@@ -63,6 +66,42 @@ fn replicas_end_alike_wherever_they_are() {
     }
 }
 
+/// From GPU to GPU the same bits as by way of the host, by levels of all kinds and a ring, several buckets, ranks and threads; and so
+/// where some pairs are joined by the one and some by the other.
+#[test]
+fn replicas_average_from_gpu_to_gpu() {
+    let late = [("SIDEWAYS_EMULATOR_COPY_DELAY_US", "300"), ("SIDEWAYS_EMULATOR_JITTER_US", "300")];
+    let some = ["data.frames=3", "data.batch=1", "train.batches=2", CUDA];
+    for (replicas, layers) in [(2, &LARGE[..]), (3, &LARGE), (8, &LARGE[1..]), (11, &LARGE[1..])] {
+        let place = Place::new(&[layers, &some, &[&format!("train.replicas={replicas}")]].concat());
+        let staged = place.trained("staged", 0, &[STAGED], &[]);
+        assert!(place.trained("threads", 0, &[PEER], &[]) == staged, "{replicas} replicas in one process");
+        assert!(place.trained("ranks", 2, &[PEER], &late) == staged, "{replicas} replicas on two ranks");
+    }
+    if real() {
+        eprintln!("not on a real GPU: the emulator is told what to refuse");
+        return;
+    }
+    let place = Place::new(&[&LARGE[..], &some, &["train.replicas=4"]].concat());
+    let staged = place.trained("staged", 0, &[STAGED], &[]);
+    // Slow copies: the two of a way by the host take longer in a test than the one from GPU to GPU.
+    let apart = [
+        ("SIDEWAYS_EMULATOR_PEER", "0"),
+        ("SIDEWAYS_EMULATOR_DEVICES", "2"),
+        ("SIDEWAYS_EMULATOR_COPY_DELAY_US", "3000"),
+    ];
+    let output = place.train("apart", 2, &[], &apart);
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    for (pair, way) in
+        [("0 -> 1", "from GPU to GPU ("), ("2 -> 3", "from GPU to GPU ("), ("1 -> 2", "by way of host memory (")]
+    {
+        assert!(said.contains(&format!("gradients of module 1, replica {pair}: {way}")), "{pair}: {said}");
+    }
+    let last = sideways::checkpoint::newest_manifest(&place.at("apart").join("checkpoints")).unwrap().unwrap().batches;
+    assert!(tensors(&place.at("apart"), last) == staged, "some pairs by the host, some not: {said}");
+}
+
 /// In the last backward pass of clips, copies of the last layers' gradients are asked for before the kernels of the first layers are,
 /// and done before these are; the first of them are averaged and on their way back meanwhile; nothing waits for the GPU in between.
 #[test]
@@ -72,7 +111,7 @@ fn gradients_are_averaged_while_the_backward_pass_computes() {
         return;
     }
     for graphs in ["run.graphs=true", "run.graphs=false"] {
-        let sets = ["data.frames=2", "data.batch=1", "train.batches=3", "run.checkpoint_every=3", graphs, CUDA];
+        let sets = ["data.frames=2", "data.batch=1", "train.batches=3", "run.checkpoint_every=3", graphs, STAGED, CUDA];
         let place = Place::new(&[&LARGE[..], &sets].concat());
         let log = place.at("log");
         let env = [("SIDEWAYS_EMULATOR_LOG", log.to_str().unwrap()), ("SIDEWAYS_EMULATOR_LAUNCH_DELAY_US", "40000")];
@@ -187,7 +226,13 @@ fn averaging_waits_for_nothing_and_allocates_nothing() {
         eprintln!("not on a real GPU: the emulator counts");
         return;
     }
-    let sets = ["data.frames=3", "data.batch=1", "run.checkpoint_every=100", CUDA];
+    for exchange in [STAGED, PEER] {
+        waits_for_nothing(exchange);
+    }
+}
+
+fn waits_for_nothing(exchange: &str) {
+    let sets = ["data.frames=3", "data.batch=1", "run.checkpoint_every=100", CUDA, exchange];
     let place = Place::new(&[&LARGE[..], &sets].concat());
     let counts = |name: &str, replicas: usize, batches: usize| -> HashMap<String, u64> {
         let file = place.at(name).with_extension("counts");
@@ -205,10 +250,11 @@ fn averaging_waits_for_nothing_and_allocates_nothing() {
         of(many) - of(few)
     };
     for what in ["alloc", "host_alloc", "host_register", "event_create", "graph_instantiate"] {
-        assert_eq!(more(&two, what), 0, "{what} grows with batches");
+        assert_eq!(more(&two, what), 0, "{exchange}: {what} grows with batches");
     }
     for what in ["sync", "blocking_copy", "event_sync"] {
-        assert_eq!(more(&two, what), 2 * more(&one, what), "replicas wait for the GPU: {what}");
+        assert_eq!(more(&two, what), 2 * more(&one, what), "{exchange}: replicas wait for the GPU: {what}");
     }
-    assert!(more(&two, "copy_dtoh") > 2 * more(&one, "copy_dtoh"), "nothing is averaged");
+    let averaged = |what: &str| more(&two, what) > 2 * more(&one, what);
+    assert_eq!([averaged("copy_dtoh"), averaged("copy_dtod")], [exchange == STAGED, exchange == PEER], "{exchange}");
 }

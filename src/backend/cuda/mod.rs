@@ -6,12 +6,13 @@
 //!
 //! Read in this order: [`gpu`] (context, streams, memory), [`host_memory`] (what it copies from and to), [`shared`] (memory that
 //! other processes write into), `kernels` and [`ops`] (one function a kernel), `dnn` and `product` (convolutions), [`param`],
-//! `layers`, [`module`] (a module and its passes), `graphs` (passes captured and replayed), `parts` (a backward pass cut up), `capture` (what must not come beside a graph's making), [`optim`], `stage`, `passes` (when it was at work); [`peak`],
+//! `layers`, [`module`] (a module and its passes), `graphs` (passes captured and replayed), `parts` (a backward pass cut up), `capture` (what must not come beside a graph's making), [`optim`], `stage`, [`flat`] (gradients averaged over replicas), `passes` (when it was at work); [`peak`],
 //! [`probe`], [`timed`] (for benchmarks). What callers use of all this, `cuda_off.rs` stands in for in a program without CUDA.
 
 mod capture;
 mod dnn;
 mod event;
+pub mod flat;
 pub mod gpu;
 mod graphs;
 pub mod host_memory;
@@ -32,6 +33,7 @@ mod stage;
 pub mod timed;
 
 pub use event::{Clock, Event};
+pub use flat::Flat;
 pub use gpu::{Array, Element, Gpu, describe, device_count};
 pub use host_memory::Locked;
 pub use libraries::check;

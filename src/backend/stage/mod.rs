@@ -16,7 +16,7 @@ use candle_core::Tensor;
 #[cfg(feature = "cuda")]
 pub(in crate::backend) use cpu::unfinished_steps;
 pub use cpu::{CpuStage, EMA, Fit, with_values};
-pub use lent::Lent;
+pub use lent::{Lends, Lent};
 pub use timed::TimedStage;
 
 use super::cpu::mix::Mixing;
@@ -69,8 +69,8 @@ pub struct StageSpec {
     pub ema: Option<f64>,
     /// Names of the parameters, in the whole network, that do not learn.
     pub frozen: BTreeSet<String>,
-    /// Training: words of the pieces in which sums of gradients are lent out, where they are.
-    pub lends: Option<usize>,
+    /// Training: how sums of gradients are lent out, where they are.
+    pub lends: Option<Lends>,
     /// Module D: the loss.
     pub head: Option<HeadSpec>,
     /// Whether values that are not finite are replaced by zeros (else they end the run).

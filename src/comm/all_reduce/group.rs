@@ -122,6 +122,21 @@ impl Group<'_> {
         links
     }
 
+    /// The links that replica `r` sends on, each with the one back; of two replicas that exchange with each other, only as the first
+    /// one's.
+    pub fn pairs(&self, r: usize) -> Vec<(LinkSpec, Option<LinkSpec>)> {
+        let mut pairs = Vec::new();
+        for level in levels(self.replicas, self.words) {
+            let own = level.member(r);
+            let link = |from: usize, to: usize| self.link(&level, level.replica(r, from), level.replica(r, to));
+            match level.ring {
+                true => pairs.push((link(own, level.next(own)), None)),
+                false => pairs.extend((own + 1..level.size).map(|other| (link(own, other), Some(link(other, own))))),
+            }
+        }
+        pairs
+    }
+
     /// The number of the link from replica `from` to replica `to` at `level`.
     pub(super) fn number(&self, level: &Level, from: usize, to: usize) -> u32 {
         let (own, other) = (level.member(from), level.member(to));
@@ -184,6 +199,27 @@ mod tests {
             assert!(seen.values().all(|ends| ends.len() == 2 && ends[0] == ends[1]), "{seen:?}");
             assert_eq!(seen.len(), replicas * Group::numbers(replicas));
             assert_eq!(seen.keys().last(), Some(&(100 + seen.len() as u32 - 1)));
+        }
+    }
+
+    /// Pairs are all links, each once.
+    #[test]
+    fn every_link_is_in_one_pair() {
+        for replicas in [1, 2, 3, 8, 22, 44] {
+            let worker = |r| r;
+            let group = group(replicas, &worker);
+            let mut paired: Vec<LinkSpec> = (0..replicas)
+                .flat_map(|r| group.pairs(r))
+                .flat_map(|(there, back)| {
+                    assert!(back.iter().all(|back| (back.from, back.to) == (there.to, there.from)));
+                    [Some(there), back].into_iter().flatten()
+                })
+                .collect();
+            paired.sort_by_key(|link| link.id);
+            let mut all: Vec<LinkSpec> = (0..replicas).flat_map(|r| group.links(r)).collect();
+            all.sort_by_key(|link| link.id);
+            all.dedup();
+            assert_eq!(paired, all, "{replicas} replicas");
         }
     }
 

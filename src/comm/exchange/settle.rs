@@ -7,7 +7,7 @@ use super::arena::Arena;
 use super::carried::Carried;
 use super::{Edge, Exchange, Gpus, trial};
 use crate::backend::cuda::shared::{Port, Ring};
-use crate::comm::{LinkSpec, Outside, World};
+use crate::comm::{Kind, LinkSpec, Outside, World};
 use crate::sys::host::hostname;
 use crate::{Error, Result};
 
@@ -90,6 +90,10 @@ pub fn settle(
     let by_mpi = mpi_works(world, choice)?;
     for edge in edges {
         let (a, b) = ranks(edge);
+        // Between nodes gradients go by way of host memory, in any case.
+        if hosts[a] != hosts[b] && link(edge.there).is_some_and(|link| link.kind == Kind::Gradient) {
+            continue;
+        }
         let apart = if choice == Exchange::CudaAware { a != b } else { hosts[a] != hosts[b] };
         if apart && by_mpi {
             between.push(*edge);

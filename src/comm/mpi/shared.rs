@@ -35,9 +35,14 @@ struct Front {
 #[repr(C, align(64))]
 struct Lines([u32; HEADER_WORDS]);
 
-/// Bytes of a link's buffer.
-fn buffer_bytes(spec: &LinkSpec) -> usize {
-    size_of::<Front>() + (4 * spec.words).next_multiple_of(align_of::<Front>())
+/// What a GPU may copy is locked by the page: the values of larger buffers have pages of their own.
+const PAGE: usize = 4096;
+
+/// Bytes of a link's buffer, and before the values in it.
+fn buffer_bytes(spec: &LinkSpec) -> (usize, usize) {
+    let unit = if 4 * spec.words < PAGE { align_of::<Front>() } else { PAGE };
+    let before = size_of::<Front>().next_multiple_of(unit);
+    (before + (4 * spec.words).next_multiple_of(unit), before)
 }
 
 /// Where Linux keeps what processes share, in the MPI libraries that are known.
@@ -65,12 +70,16 @@ impl Shared {
         let node = &session.ranks_on_node;
         let is_here = |rank: usize| rank != session.rank && node.contains(&rank);
         let sent = |link: &&LinkSpec| rank_of[link.from] == session.rank && is_here(rank_of[link.to]);
-        let mut bytes = 0;
+        let mut bytes = 0usize;
         // What other ranks of the node have to know: how much there will be, how much there could be, and then where each link's is.
         let mut list = Vec::new();
         for link in links.iter().filter(|link| link.kind == Kind::Gradient && !disabled()).filter(sent) {
+            let (each, before) = buffer_bytes(link);
+            if before > size_of::<Front>() {
+                bytes = bytes.next_multiple_of(PAGE);
+            }
             list.extend([u64::from(link.id), bytes as u64]);
-            bytes += link.depth * buffer_bytes(link);
+            bytes += link.depth * each;
         }
         let free = free_space(Path::new(SHARED_FILES)).unwrap_or(u64::MAX);
         let said = [&[bytes as u64, free][..], &list].concat();
@@ -162,7 +171,7 @@ unsafe impl Send for Ring {}
 impl Ring {
     fn front(&self) -> *mut Front {
         // SAFETY: within the link's `depth` buffers.
-        unsafe { self.first.add(self.next * buffer_bytes(&self.link.spec)).cast() }
+        unsafe { self.first.add(self.next * buffer_bytes(&self.link.spec).0).cast() }
     }
 
     /// Whether the buffer whose turn it is is in `state`.
@@ -182,7 +191,10 @@ impl Ring {
     /// Its values; the caller has seen that it is this end's.
     fn payload(&mut self) -> &mut [f32] {
         // SAFETY: in the window, aligned, and this end's until it hands the buffer over; `&mut self` makes it the only view here.
-        unsafe { std::slice::from_raw_parts_mut(self.front().add(1).cast(), self.link.spec.words) }
+        unsafe {
+            let values = self.front().cast::<u8>().add(buffer_bytes(&self.link.spec).1);
+            std::slice::from_raw_parts_mut(values.cast(), self.link.spec.words)
+        }
     }
 
     /// Its message's header; as [`Ring::payload`].

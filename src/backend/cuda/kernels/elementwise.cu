@@ -33,6 +33,18 @@ extern "C" __global__ void add(const real *a, const real *b, real *y, count n, i
     put(y + i, w, v);
 }
 
+// sum = (a + b + ...) * scale of the first `terms` arrays, in that order beginning with 0; `sum` may be one of them. A thread takes one
+// element: parts of gradients begin anywhere.
+extern "C" __global__ void sum_in_order(float *sum, const float *a, const float *b, const float *c, const float *d, const float *e,
+                                        const float *f, const float *g, int terms, float scale, count n) {
+    count i = INDEX;
+    if (i >= n) return;
+    const float *all[7] = {a, b, c, d, e, f, g};
+    float s = 0.0f;
+    for (int k = 0; k < 7; k++) if (k < terms) s += all[k][i];
+    sum[i] = s * scale;
+}
+
 // Clips of `clip` values each: the weight is a clip's own part, the rest is its partner's.
 extern "C" __global__ void mix_clips(const float *x, const int *partners, real *y, count clip, count n, float weight) {
     SOME(n);

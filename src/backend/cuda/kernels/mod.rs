@@ -70,6 +70,7 @@ const NAMES: &[&str] = &[
     "sgd",
     "spread",
     "spread_vjp",
+    "sum_in_order",
     "upsample",
     "upsample_vjp",
     "widen",

@@ -1,6 +1,10 @@
 //! Element by element: activations, sums, dropout, types; and the guard against what is not finite.
 
-use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, each, launch, pack, require, require_scratch};
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::{Array, BLOCK, BUSY, Element, Gpu, arguments, each, launch, launch_into, pack, require, require_scratch};
 use crate::{Error, Result};
 
 /// `y = max(x, 0)`; `y` may be `x`. What is not a number stays one.
@@ -57,6 +61,23 @@ pub fn add_to(gpu: &Gpu, x: &Array, y: &Array) -> Result<()> {
 /// As [`relu`].
 pub fn add_relu(gpu: &Gpu, a: &Array, b: &Array, y: &Array) -> Result<()> {
     sum(gpu, a, b, y, true)
+}
+
+/// So many terms [`sum_in_order`] adds up at most, as many as replicas that exchange gradients with each other directly.
+pub(in crate::backend::cuda) const SUMMANDS: usize = 7;
+
+/// `n` words at address `sum` are the sum of those at each of `terms`, in that order beginning with 0, times `scale`, all 32-bit floats;
+/// `sum` may be one of the terms. Launched into `stream`.
+///
+/// # Errors
+/// [`Error::Run`] if there are more than seven terms, or the launch fails.
+pub fn sum_in_order(gpu: &Gpu, stream: &Arc<CudaStream>, sum: u64, terms: &[u64], scale: f32, n: usize) -> Result<()> {
+    if terms.len() > SUMMANDS {
+        return Err(Error::Run(format!("{} terms of a sum of up to {SUMMANDS}", terms.len())));
+    }
+    let [a, b, c, d, e, f, g] = std::array::from_fn(|k| terms.get(k).copied().unwrap_or(0));
+    let arguments = arguments![sum, a, b, c, d, e, f, g, terms.len() as i32, scale, n as u64];
+    launch_into(gpu, stream, "sum_in_order", Element::F32, each(n, 1), arguments)
 }
 
 /// Inverted dropout with the mask of [`crate::backend::cpu::activation::dropout`] for the key in word `index` of `keys`, an

@@ -13,12 +13,15 @@ mod norm;
 mod optimizer;
 mod pool;
 
-use cudarc::driver::{LaunchConfig, PushKernelArg};
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, LaunchConfig, PushKernelArg};
 
 pub use bias::{bias, bias_gradient, bias_gradient_scratch, bias_relu, bias_relu_vjp, get_channels, put_channels};
+pub(super) use elementwise::SUMMANDS;
 pub use elementwise::{
     add, add_relu, add_to, dropout, fill, from_f32, gelu, gelu_vjp, guard, guard_scratch, mix, relu, relu_vjp,
-    set_words, to_f32,
+    set_words, sum_in_order, to_f32,
 };
 pub use loss::{Labels, cross_entropy, loss_scratch, pixel};
 pub use norm::{Norm, NormShape, Over, norm_scratch};
@@ -103,6 +106,18 @@ use arguments;
 
 /// Launches kernel `name` for activations of `element` on a grid of blocks of [`BLOCK`] threads.
 fn launch(gpu: &Gpu, name: &'static str, element: Element, grid: [usize; 3], arguments: &[Argument]) -> Result<()> {
+    launch_into(gpu, &gpu.compute, name, element, grid, arguments)
+}
+
+/// The same into another stream.
+fn launch_into(
+    gpu: &Gpu,
+    stream: &Arc<CudaStream>,
+    name: &'static str,
+    element: Element,
+    grid: [usize; 3],
+    arguments: &[Argument],
+) -> Result<()> {
     let function = gpu.function(name, element)?;
     let [x, y, z] = grid;
     if x == 0 || y == 0 || z == 0 {
@@ -113,7 +128,7 @@ fn launch(gpu: &Gpu, name: &'static str, element: Element, grid: [usize; 3], arg
     }
     let config =
         LaunchConfig { grid_dim: (x as u32, y as u32, z as u32), block_dim: (BLOCK as u32, 1, 1), shared_mem_bytes: 0 };
-    let mut launch = gpu.compute.launch_builder(function);
+    let mut launch = stream.launch_builder(function);
     for argument in arguments {
         match argument {
             Argument::Address(value) => launch.arg(value),

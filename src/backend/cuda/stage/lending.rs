@@ -1,10 +1,12 @@
-//! Sums of gradients on their way to the host and back, piece by piece: copies on streams of their own, beside the passes.
+//! Sums of gradients on their way to where they are averaged and back, piece by piece: copies on streams of their own, beside the passes.
 //!
 //! ```text
 //! compute:  backward, last layers │ … │ first layers ─────────────────────── update
 //! down:                           └▶ last piece ─▶ … ─▶ first piece
 //! up:                                          (averaged) last piece ─▶ … ─▶ first piece
 //! ```
+//!
+//! They are averaged in host memory; or, where a replica's GPU writes into this one's memory, on this one, by the stream *up*.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,13 +15,20 @@ use cudarc::driver::{CudaEvent, CudaStream, result};
 
 use super::ports::{record, wait};
 use crate::backend::cuda::event::Event;
+use crate::backend::cuda::flat::Flat;
 use crate::backend::cuda::gpu::failed;
 use crate::backend::cuda::host_memory::Locked;
 use crate::backend::cuda::module::Module;
 use crate::backend::cuda::{Array, Gpu};
 use crate::backend::slots::Done;
-use crate::backend::stage::Lent;
+use crate::backend::stage::{Lends, Lent};
 use crate::{Error, Result};
+
+/// Where sums of gradients are averaged.
+enum Memory {
+    Host(Locked),
+    Gpu(Flat),
+}
 
 /// What sums of gradients are lent out with.
 pub(super) struct Lending {
@@ -29,7 +38,7 @@ pub(super) struct Lending {
     sums: Vec<(usize, Array)>,
     words: usize,
     /// Absent while it is lent out.
-    memory: Option<Locked>,
+    memory: Option<Memory>,
     down: Arc<CudaStream>,
     up: Arc<CudaStream>,
     /// What is copied next is computed; the backward pass is through.
@@ -43,8 +52,8 @@ pub(super) struct Lending {
 }
 
 impl Lending {
-    /// For the sums of gradients of `module`, in pieces of `piece` words. Not for use in a tick.
-    pub(super) fn new(gpu: &Gpu, module: &mut Module, piece: usize) -> Result<Self> {
+    /// For the sums of gradients of `module`. Not for use in a tick.
+    pub(super) fn new(gpu: &Arc<Gpu>, module: &mut Module, Lends { piece, on_gpu }: Lends) -> Result<Self> {
         let (mut sums, mut words) = (Vec::new(), 0);
         module.visit(&mut |p| {
             if let Some(grad) = &p.grad {
@@ -55,16 +64,22 @@ impl Lending {
         })?;
         let pieces = words.div_ceil(piece);
         let event = || gpu.event().map(Arc::new);
+        let (down, up) = (gpu.stream()?, gpu.stream()?);
+        let arrived: Vec<Arc<CudaEvent>> = (0..pieces).map(|_| event()).collect::<Result<_>>()?;
+        let memory = match on_gpu {
+            None => Memory::Host(gpu.locked(words)?),
+            Some(at_once) => Memory::Gpu(Flat::new(gpu, &up, (words, piece), &arrived, at_once)?),
+        };
         Ok(Lending {
             piece,
             sums,
             words,
-            memory: Some(gpu.locked(words)?),
-            down: gpu.stream()?,
-            up: gpu.stream()?,
+            memory: Some(memory),
+            down,
+            up,
             computed: gpu.event()?,
             through: event()?,
-            arrived: (0..pieces).map(|_| event()).collect::<Result<_>>()?,
+            arrived,
             back: gpu.event()?,
             begun: pieces,
         })
@@ -83,10 +98,15 @@ impl Lending {
             for (array, place, words) in
                 parts(&self.sums, piece * self.piece..((piece + 1) * self.piece).min(self.words))
             {
-                let values = memory.part(words);
-                // SAFETY: these are words of the array, and as many of locked memory, which nobody looks at before `arrived`.
-                unsafe { result::memcpy_dtoh_async(values, array.pointer() + 4 * place as u64, self.down.cu_stream()) }
-                    .map_err(|e| failed("copying gradients from the GPU", &e))?;
+                let (from, stream) = (array.pointer() + 4 * place as u64, self.down.cu_stream());
+                // SAFETY: these are words of the array, and as many of the memory, which nobody looks at before `arrived`.
+                match memory {
+                    Memory::Host(locked) => unsafe { result::memcpy_dtoh_async(locked.part(words), from, stream) },
+                    Memory::Gpu(flat) => unsafe {
+                        result::memcpy_dtod_async(flat.at(words.start), from, 4 * words.len(), stream)
+                    },
+                }
+                .map_err(|e| failed("copying gradients to where they are averaged", &e))?;
             }
             record(&self.arrived[piece], &self.down)?;
         }
@@ -100,23 +120,37 @@ impl Lending {
         record(&self.through, &gpu.compute)?;
         let Some(memory) = self.memory.take() else { return Err(Error::Run("gradients are lent out already".into())) };
         let at = |event: &Arc<CudaEvent>| Done::At(Event::new(event));
-        Ok(Lent::arriving(memory, self.piece, self.arrived.iter().map(at).collect(), at(&self.through)))
+        Ok(match memory {
+            Memory::Host(locked) => {
+                Lent::arriving(locked, self.piece, self.arrived.iter().map(at).collect(), at(&self.through))
+            }
+            Memory::Gpu(mut flat) => {
+                flat.begin_anew();
+                Lent::staying(flat, at(&self.through))
+            }
+        })
     }
 
     /// Begins to copy `words` of what is lent out back.
     pub(super) fn put(&mut self, lent: &mut Lent, words: &Range<usize>) -> Result<()> {
         for (array, place, words) in parts(&self.sums, words.clone()) {
-            let values = lent.at(&words);
-            // SAFETY: as many words of locked memory, which stays what it is until `back`, and of the array, which was read.
-            unsafe { result::memcpy_htod_async(array.pointer() + 4 * place as u64, values, self.up.cu_stream()) }
-                .map_err(|e| failed("copying gradients to the GPU", &e))?;
+            let (to, stream) = (array.pointer() + 4 * place as u64, self.up.cu_stream());
+            // SAFETY: as many words of the memory, which stays what it is until `back`, and of the array, which was read.
+            match lent.flat() {
+                Some(flat) => unsafe { result::memcpy_dtod_async(to, flat.at(words.start), 4 * words.len(), stream) },
+                None => unsafe { result::memcpy_htod_async(to, lent.at(&words), stream) },
+            }
+            .map_err(|e| failed("copying gradients back", &e))?;
         }
         Ok(())
     }
 
     /// Takes the memory back: what is launched from now on finds the sums as they were put.
-    pub(super) fn take_back(&mut self, gpu: &Gpu, lent: Lent) -> Result<()> {
-        self.memory = lent.into_locked();
+    pub(super) fn take_back(&mut self, gpu: &Gpu, mut lent: Lent) -> Result<()> {
+        self.memory = match lent.flat() {
+            Some(_) => lent.into_flat().map(Memory::Gpu),
+            None => lent.into_locked().map(Memory::Host),
+        };
         self.begun = self.arrived.len();
         record(&self.back, &self.up)?;
         wait(&gpu.compute, &self.back)

@@ -105,7 +105,7 @@ impl CudaStage {
             training,
             kept: spec.kept,
             recompute,
-            lends: spec.lends,
+            lends: spec.lends.map(|lends| lends.piece),
             graphs: placement.graphs,
         };
         let StageSpec { index, main, fuse, lends, .. } = spec;
@@ -138,7 +138,7 @@ impl CudaStage {
         let scratch = ops::guard_scratch(largest).max(ops::loss_scratch(output, batch));
         let optimizer =
             host.optimizer().map(|own| Optimizer::new(&gpu, own, host.average(), &mut module)).transpose()?;
-        let lending = lends.map(|piece| Lending::new(&gpu, &mut module, piece)).transpose()?;
+        let lending = lends.map(|lends| Lending::new(&gpu, &mut module, lends)).transpose()?;
         let stage = CudaStage {
             inputs,
             partners: InPort::new(&gpu, batch, Element::F32)?,
