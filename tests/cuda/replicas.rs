@@ -161,6 +161,60 @@ fn gradients_are_averaged_while_the_backward_pass_computes() {
     }
 }
 
+/// From GPU to GPU too the last layers' gradients are added up while the backward pass computes the first ones', and what of that is
+/// done at all has no wait of the worker's in between.
+#[test]
+fn gradients_are_added_up_while_the_backward_pass_computes() {
+    if real() {
+        eprintln!("not on a real GPU: the emulator keeps the log");
+        return;
+    }
+    let sets =
+        ["data.frames=1", "data.batch=1", "train.batches=3", "run.checkpoint_every=3", "run.graphs=false", PEER, CUDA];
+    let place = Place::new(&[&LARGE[..], &sets].concat());
+    let log = place.at("log");
+    let env = [("SIDEWAYS_EMULATOR_LOG", log.to_str().unwrap()), ("SIDEWAYS_EMULATOR_LAUNCH_DELAY_US", "40000")];
+    let output = place.train("run", 0, &["train.replicas=2"], &env);
+    assert!(output.status.success(), "{}", text(&output));
+    let log = std::fs::read_to_string(log).unwrap();
+    let lines: Vec<Line> = log.lines().map(line).collect();
+    let (mut workers, mut beside) = (0, 0);
+    for thread in threads(&lines) {
+        let Some(adding) = stream_of(&lines, thread, true) else { continue };
+        let computing = stream_of(&lines, thread, false).unwrap();
+        let at = |what: &str, stream: u64| -> Vec<usize> {
+            let is = |l: &Line| l.what == what && l.stream == stream && l.call.starts_with("kernel ");
+            lines.iter().enumerate().filter(|(_, l)| is(l)).map(|(n, _)| n).collect()
+        };
+        workers += 1;
+        let (asked, done) = (at("issued", adding), at("done", adding));
+        let (launched, computed) = (at("issued", computing), at("done", computing));
+        // A kernel a bucket, of the module's parameters (see `LARGE`).
+        let buckets = 2_719_300_usize.div_ceil(BUCKET);
+        assert_eq!(asked.len(), 3 * buckets, "three updates");
+        for update in 0..3 {
+            let (first, last) = (asked[update * buckets], asked[(update + 1) * buckets - 1]);
+            // Of the kernels launched before, the last is one of the backward pass.
+            let before = launched.iter().filter(|n| **n < first).count();
+            beside += usize::from(computed[before - 1] > done[update * buckets]);
+            let waits: Vec<&Line> =
+                lines[first..last].iter().filter(|l| l.what == "waits" && l.thread == thread).collect();
+            assert!(waits.is_empty(), "{waits:?}");
+        }
+    }
+    assert_eq!(workers, 2);
+    // On a busy machine the host may come late once.
+    assert!(beside >= 1, "nothing is added up while the backward pass computes");
+}
+
+const ADDS: &str = "kernel sum_in_order";
+
+/// The stream into which `thread` launches the kernel that adds gradients up, or else those that compute.
+fn stream_of(lines: &[Line], thread: u64, adds: bool) -> Option<u64> {
+    let is = |l: &&Line| l.thread == thread && l.what == "issued" && l.call.starts_with("kernel ");
+    lines.iter().filter(is).find(|l| (l.call == ADDS) == adds).map(|l| l.stream)
+}
+
 const DOWN: &str = "cuMemcpyDtoHAsync";
 const UP: &str = "cuMemcpyHtoDAsync";
 
