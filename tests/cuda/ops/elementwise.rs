@@ -49,6 +49,30 @@ fn elementwise() -> Result<()> {
     })
 }
 
+/// To the bit what the host makes of the terms in that order, from words that begin anywhere, into one of the terms.
+#[test]
+fn sums_are_in_the_order_of_terms() -> Result<()> {
+    On::each(|on| {
+        let gpu = &*on.gpu;
+        for (terms, n, first) in [(1, 5, 0), (2, 1000, 3), (3, 257, 1), (7, 5003, 5)] {
+            let mut values: Vec<Vec<f32>> = (0..terms).map(|k| random(n + first, k as u64)).collect();
+            // Where the order shows: a small one between two large ones.
+            values.iter_mut().enumerate().for_each(|(k, v)| v[first] = [1e8, 1.0, -1e8, -0.0, 3.0, 1e-40, 2.0][k]);
+            let arrays = values.iter().map(|v| gpu.upload(v)).collect::<Result<Vec<_>>>()?;
+            let at: Vec<u64> = arrays.iter().map(|array| array.pointer() + 4 * first as u64).collect();
+            let own = terms / 2;
+            ops::sum_in_order(gpu, &gpu.compute, at[own], &at, 1.0 / 3.0, n)?;
+            let expected: Vec<f32> =
+                (first..first + n).map(|i| values.iter().fold(0.0, |sum, v| sum + v[i]) * (1.0 / 3.0)).collect();
+            let found = gpu.download(&arrays[own])?;
+            assert_eq!(bits(&found[first..]), bits(&expected), "{terms} terms");
+            assert_eq!(bits(&found[..first]), bits(&values[own][..first]), "words before are touched");
+        }
+        assert!(ops::sum_in_order(gpu, &gpu.compute, 0, &[0; 8], 1.0, 1).is_err());
+        Ok(())
+    })
+}
+
 #[test]
 fn rounding_is_to_nearest_even_and_what_is_no_number_stays_none() -> Result<()> {
     On::each(|on| {
