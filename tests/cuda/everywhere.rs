@@ -123,6 +123,11 @@ fn fidelity_agrees() {
     }
     let output = place.run(0, &["fidelity", &config, "--batches", "1"], &[]);
     assert!(text(&output).contains("on GPU 0 (") && text(&output).contains("in 32-bit floats"), "{}", text(&output));
+    // Modules are made for every pass, and named once.
+    let said = text(&output);
+    let named: Vec<&str> = said.lines().filter(|line| line.contains(" computes on GPU ")).collect();
+    let different: std::collections::HashSet<&&str> = named.iter().collect();
+    assert!(named.len() >= 5 && named.len() == different.len(), "{said}");
 }
 
 /// Whoever leaves the choice open is told where it fell on the CPU though there are GPUs, and else on what modules compute.

@@ -113,11 +113,7 @@ fn gradients_are_averaged_while_the_backward_pass_computes() {
     for graphs in ["run.graphs=true", "run.graphs=false"] {
         let sets = ["data.frames=2", "data.batch=1", "train.batches=3", "run.checkpoint_every=3", graphs, STAGED, CUDA];
         let place = Place::new(&[&LARGE[..], &sets].concat());
-        let log = place.at("log");
-        let env = [("SIDEWAYS_EMULATOR_LOG", log.to_str().unwrap()), ("SIDEWAYS_EMULATOR_LAUNCH_DELAY_US", "40000")];
-        let output = place.train("run", 0, &["train.replicas=2"], &env);
-        assert!(output.status.success(), "{}", text(&output));
-        let log = std::fs::read_to_string(log).unwrap();
+        let log = slow_log(&place);
         let lines: Vec<Line> = log.lines().map(line).collect();
         // The first layer, and that of the last one that is not whole: as many words as are in no whole bucket.
         let words = [3 * 4 * 512 + 512, 512 * 1280 + 1280, 1280 * 1600 + 1600, 1600 * 4 + 4];
@@ -172,11 +168,7 @@ fn gradients_are_added_up_while_the_backward_pass_computes() {
     let sets =
         ["data.frames=1", "data.batch=1", "train.batches=3", "run.checkpoint_every=3", "run.graphs=false", PEER, CUDA];
     let place = Place::new(&[&LARGE[..], &sets].concat());
-    let log = place.at("log");
-    let env = [("SIDEWAYS_EMULATOR_LOG", log.to_str().unwrap()), ("SIDEWAYS_EMULATOR_LAUNCH_DELAY_US", "40000")];
-    let output = place.train("run", 0, &["train.replicas=2"], &env);
-    assert!(output.status.success(), "{}", text(&output));
-    let log = std::fs::read_to_string(log).unwrap();
+    let log = slow_log(&place);
     let lines: Vec<Line> = log.lines().map(line).collect();
     let (mut workers, mut beside) = (0, 0);
     for thread in threads(&lines) {
@@ -205,6 +197,15 @@ fn gradients_are_added_up_while_the_backward_pass_computes() {
     assert_eq!(workers, 2);
     // On a busy machine the host may come late once.
     assert!(beside >= 1, "nothing is added up while the backward pass computes");
+}
+
+/// The emulator's log of a training of two replicas in one process, on a GPU on which every launch takes long.
+fn slow_log(place: &Place) -> String {
+    let log = place.at("log");
+    let env = [("SIDEWAYS_EMULATOR_LOG", log.to_str().unwrap()), ("SIDEWAYS_EMULATOR_LAUNCH_DELAY_US", "40000")];
+    let output = place.train("run", 0, &["train.replicas=2"], &env);
+    assert!(output.status.success(), "{}", text(&output));
+    std::fs::read_to_string(log).unwrap()
 }
 
 const ADDS: &str = "kernel sum_in_order";

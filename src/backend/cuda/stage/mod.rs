@@ -15,8 +15,9 @@ mod parameters;
 mod ports;
 mod sums;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 
@@ -161,7 +162,7 @@ impl CudaStage {
             spec,
             gpu,
         };
-        log::info!(
+        say_once(format!(
             "module {} computes on GPU {} ({}) in {:?}: {} of its memory, {} predicted",
             stage.spec.index,
             placement.ordinal,
@@ -169,7 +170,7 @@ impl CudaStage {
             placement.precision,
             mib(stage.gpu.allocated() as u64),
             mib(placement.needed)
-        );
+        ));
         Ok(stage)
     }
 
@@ -216,6 +217,16 @@ fn check_memory(gpu: &Gpu, spec: &StageSpec, placement: &GpuPlacement) -> Result
         gpu.name(),
         mib(free as u64)
     )))
+}
+
+/// Logs a line, and in detail alone where this process has logged it before: a command may make its modules more than once.
+fn say_once(line: String) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let level = match SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(line.clone()) {
+        true => log::Level::Info,
+        false => log::Level::Debug,
+    };
+    log::log!(level, "{line}");
 }
 
 fn no_lending() -> Error {
