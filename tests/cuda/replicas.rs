@@ -84,6 +84,8 @@ fn replicas_average_from_gpu_to_gpu() {
     }
     let place = Place::new(&[&LARGE[..], &some, &["train.replicas=4"]].concat());
     let staged = place.trained("staged", 0, &[STAGED], &[]);
+    let by_mpi = place.trained("aware", 2, &["run.exchange=cuda-aware"], &[("SIDEWAYS_MPI_CUDA", "1")]);
+    assert!(by_mpi == staged, "by an MPI library that takes GPU memory");
     // Slow copies: the two of a way by the host take longer in a test than the one from GPU to GPU.
     let apart = [
         ("SIDEWAYS_EMULATOR_PEER", "0"),
