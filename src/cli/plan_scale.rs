@@ -18,7 +18,8 @@ use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
 use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory};
-use crate::study::plan::{Axis, Plan, Point, Request, Variant};
+use crate::study::plan::{Axis, Plan, Point, Request};
+use crate::study::variant::Variant;
 use crate::sys::files::read_text;
 use crate::{Error, Result};
 

@@ -19,9 +19,10 @@ use crate::study::folder::{State, Study};
 use crate::study::forecast::{Forecast, Machine, check, prepare};
 use crate::study::launch::Launcher;
 use crate::study::page::{COLUMNS, cells};
-use crate::study::plan::{Axis, Plan, Point, Request, Variant, without_data};
+use crate::study::plan::{Axis, Plan, Point, Request, without_data};
 use crate::study::publish::{place, publish};
 use crate::study::submit;
+use crate::study::variant::Variant;
 use crate::sys::host::hostname;
 use crate::{Error, Result};
 

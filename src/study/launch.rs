@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn ranks_are_placed_as_the_point_says() {
-        let variant = super::super::plan::Variant::parse("sideways").unwrap();
+        let variant = super::super::variant::Variant::parse("sideways").unwrap();
         let point = Point { name: "p".into(), nodes: 2, ranks: 8, modules: 8, replicas: 1, batch: 1, variant };
         let words = |launcher: Launcher, ranks: usize| -> Vec<String> {
             let command = launcher.command(&Point { ranks, ..point.clone() }, &["bench", "train"]).unwrap();

@@ -273,7 +273,8 @@ mod tests {
     use crate::study::folder::State;
     use crate::study::folder::{Run, Status};
     use crate::study::forecast::Forecast;
-    use crate::study::plan::{Axis, Plan, Request, Variant};
+    use crate::study::plan::{Axis, Plan, Request};
+    use crate::study::variant::Variant;
 
     fn run(speed: f64, tick_ms: f64, busy: &[f64]) -> Run {
         let measured = Measured {
