@@ -192,16 +192,24 @@ impl Receiver {
     pub fn wait_slot(&mut self, expected: &Header) -> Result<(Orders, Slot<'_>)> {
         let expected = expected.carrying(self.link().spec.words as u32);
         let orders = self.hold_next(&expected)?.orders;
-        Ok((orders, self.held_slot(&expected)?))
+        let slot = match &mut self.places {
+            Some(places) => Slot::Device(places.wait()?),
+            None => Slot::Host(each!(&mut self.end, ReceiverEnd, end => end.hold(Some(&expected)))?.1),
+        };
+        Ok((orders, slot))
     }
 
-    /// As [`Receiver::wait_slot`], where messages need not fill the link: `expected.words` are due. Its values.
+    /// As [`Receiver::wait_slot`], where messages need not fill the link: `expected.words` are due, and begin what is given. That is the
+    /// buffer as a whole: a GPU copies from it, and locks it once.
     ///
     /// # Errors
     /// As [`Receiver::wait`].
     pub fn wait_part(&mut self, expected: &Header) -> Result<Slot<'_>> {
         self.hold_next(expected)?;
-        self.held_slot(expected)
+        match &mut self.places {
+            Some(places) => places.wait().map(Slot::Device),
+            None => Ok(Slot::Host(each!(&mut self.end, ReceiverEnd, end => end.whole()))),
+        }
     }
 
     /// Waits until the message before is given back, and for the next one, which must be `expected`.
@@ -211,14 +219,6 @@ impl Receiver {
         }
         let words = if self.places.is_some() { 0 } else { expected.words };
         self.hold(&expected.carrying(words))
-    }
-
-    /// Where the values of the message are that is held.
-    fn held_slot(&mut self, expected: &Header) -> Result<Slot<'_>> {
-        match &mut self.places {
-            Some(places) => places.wait().map(Slot::Device),
-            None => Ok(Slot::Host(each!(&mut self.end, ReceiverEnd, end => end.hold(Some(expected)))?.1)),
-        }
     }
 
     /// Gives the message back when its values are `done` being read: at once, or in a later [`Receiver::progress`].

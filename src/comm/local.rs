@@ -178,6 +178,11 @@ impl Receiver {
         Ok((*header, &buffer.payload()[..header.words as usize]))
     }
 
+    /// The held message's buffer as a whole.
+    pub(super) fn whole(&mut self) -> &[f32] {
+        self.held.as_ref().map_or(&[], |(_, buffer)| buffer.payload())
+    }
+
     pub(super) fn ready(&self) -> Result<bool> {
         self.link.breaker.check()?;
         Ok(self.held.is_some() || !self.ring.lock().queue.is_empty())

@@ -194,7 +194,8 @@ fn open(
         World::Mpi(ranks) if ranks.session.size > 1 => {
             let at_work = links.iter().filter(|l| l.kind != Kind::Report).flat_map(|l| [l.from, l.to]);
             let here: HashSet<usize> = at_work.filter(|&w| rank_of_worker[w] == world.rank()).collect();
-            Some(ranks.session.open(here.len(), links, rank_of_worker)?)
+            let inside = links.iter().filter(|link| !outside.contains_key(&link.id));
+            Some(ranks.session.open(here.len(), inside, rank_of_worker)?)
         }
         _ => None,
     };

@@ -135,6 +135,7 @@ fn places(setup: &Setup, link: &LinkSpec, w: usize) -> u64 {
     let travels = matches!(link.kind, Kind::Activation | Kind::Cotangent | Kind::Gradient);
     match (link.from == w, link.to == w) {
         (_, true) if travels && setup.config.run.exchange != Exchange::Staged => 2 * link.depth as u64,
+        (true, _) if travels && setup.config.run.exchange == Exchange::CudaAware => link.depth as u64,
         _ => 1,
     }
 }

@@ -34,6 +34,11 @@ static CUresult copy(uint64_t to, uint64_t from, size_t bytes, Direction directi
         return CUDA_ERROR_INVALID_VALUE;
     if ((direction == DeviceToHost || direction == DeviceToDevice) && !on_device(from, bytes, call))
         return CUDA_ERROR_INVALID_VALUE;
+    const void* host = direction == HostToDevice ? (void*)from : direction == DeviceToHost ? (void*)to : nullptr;
+    if (host && partly_pinned(host, bytes)) {
+        complain("%s: a part of the %zu bytes at %p is page-locked, and a part is not", call, bytes, host);
+        return CUDA_ERROR_INVALID_VALUE;
+    }
     count("copy");
     static const char* names[] = {"copy_htod", "copy_dtoh", "copy_dtod", "copy_htoh"};
     count(names[direction]);

@@ -71,6 +71,7 @@ bool device_range(uint64_t pointer, size_t bytes, Allocation* found = nullptr);
 bool device_address(uint64_t pointer);
 // Whether it lies in page-locked host memory.
 bool pinned_range(const void* pointer, size_t bytes);
+bool partly_pinned(const void* pointer, size_t bytes);
 CUresult allocate_device(int device, size_t bytes, Allocation::Kind kind, uint64_t* pointer);
 CUresult release_device(uint64_t pointer);
 void check_all_guards();

@@ -24,6 +24,16 @@ bool pinned_range(const void* pointer, size_t bytes) {
     auto& [start, region] = *std::prev(after);
     return at + bytes <= start + region.bytes;
 }
+// Whether a part of it is, and a part is not.
+bool partly_pinned(const void* pointer, size_t bytes) {
+    if (pinned_range(pointer, bytes)) return false;
+    std::lock_guard<std::mutex> lock(mutex());
+    auto at = (uint64_t)pointer;
+    auto next = pinned().lower_bound(at + bytes);
+    if (next == pinned().begin()) return false;
+    auto& [start, region] = *std::prev(next);
+    return start + region.bytes > at;
+}
 EXPORT CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
     ENTER(context);
     if (!bytes || !pointer) return CUDA_ERROR_INVALID_VALUE;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream, result};
 
+use super::capture;
 use super::event::Event;
 use super::gpu::{Array, Element, Gpu, failed};
 use super::ops;
@@ -17,6 +18,8 @@ use crate::{Error, Result};
 pub struct Flat {
     gpu: Arc<Gpu>,
     sums: Array,
+    /// On which pieces come.
+    incoming: Arc<CudaStream>,
     stream: Arc<CudaStream>,
     /// Words of a piece.
     piece: usize,
@@ -31,14 +34,14 @@ pub struct Flat {
 }
 
 impl Flat {
-    /// For `words`, of which so many messages are read or written `at_once`; what is asked for is launched into `stream`. Not for
-    /// use in a tick.
+    /// For `words` that come on the first of the streams, of which so many messages are read or written `at_once`; what is asked for is
+    /// launched into the second one. Not for use in a tick.
     ///
     /// # Errors
     /// [`Error::Run`] if the GPU's memory does not suffice.
     pub(super) fn new(
         gpu: &Arc<Gpu>,
-        stream: &Arc<CudaStream>,
+        [incoming, stream]: [&Arc<CudaStream>; 2],
         (words, piece): (usize, usize),
         arrived: &[Arc<CudaEvent>],
         at_once: usize,
@@ -46,6 +49,7 @@ impl Flat {
         Ok(Flat {
             gpu: gpu.clone(),
             sums: gpu.array(words, Element::F32)?,
+            incoming: incoming.clone(),
             stream: stream.clone(),
             piece,
             arrived: arrived.to_vec(),
@@ -78,8 +82,9 @@ impl Flat {
         let from = self.arrival_of(&words)?;
         match to {
             SlotMut::Host(to) => {
-                let to = to.get_mut(..words.len()).ok_or_else(too_small)?;
+                // As a whole: a later message may be longer.
                 self.gpu.pin(to);
+                let to = to.get_mut(..words.len()).ok_or_else(too_small)?;
                 // SAFETY: as many words of a message, which is not used before the copy is done and outlives it: a worker's stage is
                 // dropped before its links, and waits for the streams.
                 unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }
@@ -108,12 +113,12 @@ impl Flat {
                 None => own,
                 Some(Slot::Device(place)) => place.array(words.len(), Element::F32)?.pointer(),
                 Some(Slot::Host(values)) => {
-                    if values.len() != words.len() || landed + words.len() > self.landing.len() {
+                    if landed + words.len() > self.landing.len() {
                         return Err(too_small());
                     }
                     let to = self.landing.pointer() + 4 * landed as u64;
                     landed += words.len();
-                    self.copy_from_host(values, to)?;
+                    self.copy_from_host(values, words.len(), to)?;
                     to
                 }
             };
@@ -129,8 +134,7 @@ impl Flat {
     pub fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done> {
         let to = self.arrival_of(&words)?;
         match from {
-            Slot::Host(values) if values.len() == words.len() => self.copy_from_host(values, to)?,
-            Slot::Host(_) => return Err(too_small()),
+            Slot::Host(values) => self.copy_from_host(values, words.len(), to)?,
             Slot::Device(place) => {
                 let place = place.array(words.len(), Element::F32)?;
                 // SAFETY: both have these bytes; the place is not written before it is given back.
@@ -141,8 +145,11 @@ impl Flat {
         self.done()
     }
 
-    fn copy_from_host(&self, values: &[f32], to: u64) -> Result<()> {
-        self.gpu.pin(values);
+    /// Copies the first `words` of a message in host memory.
+    fn copy_from_host(&self, message: &[f32], words: usize, to: u64) -> Result<()> {
+        // As a whole: a later message may be longer.
+        self.gpu.pin(message);
+        let values = message.get(..words).ok_or_else(too_small)?;
         // SAFETY: as many words of this GPU's; the message stays what it is until the copy is done.
         unsafe { result::memcpy_htod_async(to, values, self.stream.cu_stream()) }
             .map_err(|e| failed("copying gradients out of a message", &e))
@@ -177,6 +184,17 @@ impl Flat {
     }
 }
 
+impl Drop for Flat {
+    fn drop(&mut self) {
+        let _ = self.gpu.bind();
+        let _alone = capture::alone();
+        // Where a run fails copies may be under way, and arrays are given back behind the work of another stream.
+        for stream in [&self.incoming, &self.stream] {
+            let _ = stream.synchronize();
+        }
+    }
+}
+
 fn too_small() -> Error {
-    Error::Run("a message of gradients is not as long as they are".into())
+    Error::Run("a message of gradients is shorter than they are".into())
 }

@@ -9,8 +9,8 @@ use crate::{Error, Result};
 /// Words of a sum made at a time, in the nearest cache.
 const BLOCK: usize = 2048;
 
-/// Values in buckets that come and go one by one, wherever they are. What is asked for takes place in that order, and is done
-/// when it says.
+/// Values in buckets that come and go one by one, wherever they are. What is asked for takes place in that order, and has when its
+/// [`Done`] says so. Messages may be longer than what is asked of them, which begins them.
 pub trait Buckets {
     /// How many values there are.
     fn words(&self) -> usize;
@@ -78,7 +78,8 @@ impl Buckets for &mut [f32] {
 
     fn read(&mut self, words: Range<usize>, from: Slot<'_>) -> Result<Done> {
         let Slot::Host(from) = from else { return Err(elsewhere()) };
-        self[words].copy_from_slice(from);
+        let values = &mut self[words];
+        values.copy_from_slice(&from[..values.len()]);
         Ok(Done::Now)
     }
 

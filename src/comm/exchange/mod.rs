@@ -1,5 +1,5 @@
-//! How activations and cotangents get from one module's GPU to another's: settled edge by edge when a run starts, by all ranks
-//! together.
+//! How activations and cotangents get from one module's GPU to another's, and gradients from one replica's to another's on the same
+//! node: settled edge by edge when a run starts, by all ranks together.
 //!
 //! Staged, a message's values travel in the link's buffers in host memory. As peers, the receiver owns a ring of places in its
 //! GPU's memory; the sender's GPU copies the values into the next one, and when the copy is complete a message of a header
@@ -30,7 +30,7 @@ use settle::{Settled, settle};
 use super::{Endpoints, LinkSpec, World, connect};
 use crate::Result;
 
-/// How activations and cotangents get from one module's GPU to another's. The results are the same.
+/// How messages get from one module's GPU to another's, or one replica's to another's. The results are the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Exchange {
@@ -46,12 +46,13 @@ pub enum Exchange {
     CudaAware,
 }
 
-/// The two links between two modules: activations there, and where any is used cotangents back.
+/// The two links between two modules: activations there, and where any is used cotangents back. Or between two replicas of one, whose
+/// gradients go both ways, or there alone.
 #[derive(Clone, Copy, Debug)]
 pub struct Edge {
-    /// Activations.
+    /// Activations, or gradients.
     pub there: u32,
-    /// Cotangents.
+    /// Cotangents, or gradients.
     pub back: Option<u32>,
 }
 

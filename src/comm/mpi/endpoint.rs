@@ -150,6 +150,11 @@ impl Receiver {
         Ok((header, &self.ring.buffer().payload()[..header.words as usize]))
     }
 
+    /// The held message's buffer as a whole.
+    pub(in crate::comm) fn whole(&mut self) -> &[f32] {
+        self.ring.buffer().payload()
+    }
+
     pub(in crate::comm) fn ready(&self) -> Result<bool> {
         self.ring.ready()
     }

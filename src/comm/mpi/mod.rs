@@ -236,7 +236,12 @@ impl Session {
 
     /// A communicator for `links`, between `workers` workers of this rank and others, and the memory that those on one node share;
     /// `rank_of` names a worker's rank. Collective, and never freed: a run makes one or two.
-    pub(super) fn open(self: &Arc<Self>, workers: usize, links: &[LinkSpec], rank_of: &[usize]) -> Result<Opening> {
+    pub(super) fn open<'a>(
+        self: &Arc<Self>,
+        workers: usize,
+        links: impl Iterator<Item = &'a LinkSpec>,
+        rank_of: &[usize],
+    ) -> Result<Opening> {
         self.core.workers.store(workers, Ordering::Relaxed);
         // The progress thread may be at work for links of before.
         let mut table = self.core.lock();

@@ -15,7 +15,7 @@ use super::super::LinkSpec;
 use super::super::link::Link;
 use super::super::message::{HEADER_WORDS, Header, Kind};
 use super::Session;
-use super::window::Window;
+use super::window::{PAGE, Window};
 use crate::sys::files::free_space;
 use crate::{Error, Result};
 
@@ -35,12 +35,9 @@ struct Front {
 #[repr(C, align(64))]
 struct Lines([u32; HEADER_WORDS]);
 
-/// What a GPU may copy is locked by the page: the values of larger buffers have pages of their own.
-const PAGE: usize = 4096;
-
-/// Bytes of a link's buffer, and before the values in it.
+/// Bytes of a link's buffer, and before the values in it, which have pages of their own: what a GPU may copy is locked by the page.
 fn buffer_bytes(spec: &LinkSpec) -> (usize, usize) {
-    let unit = if 4 * spec.words < PAGE { align_of::<Front>() } else { PAGE };
+    let unit = if spec.words == 0 { align_of::<Front>() } else { PAGE };
     let before = size_of::<Front>().next_multiple_of(unit);
     (before + (4 * spec.words).next_multiple_of(unit), before)
 }
@@ -66,18 +63,20 @@ impl Shared {
     ///
     /// # Errors
     /// [`Error::Transport`] when MPI fails in what is not about shared memory.
-    pub(super) fn make(session: &Session, links: &[LinkSpec], rank_of: &[usize]) -> Result<Option<Shared>> {
+    pub(super) fn make<'a>(
+        session: &Session,
+        links: impl Iterator<Item = &'a LinkSpec>,
+        rank_of: &[usize],
+    ) -> Result<Option<Shared>> {
         let node = &session.ranks_on_node;
         let is_here = |rank: usize| rank != session.rank && node.contains(&rank);
         let sent = |link: &&LinkSpec| rank_of[link.from] == session.rank && is_here(rank_of[link.to]);
         let mut bytes = 0usize;
         // What other ranks of the node have to know: how much there will be, how much there could be, and then where each link's is.
         let mut list = Vec::new();
-        for link in links.iter().filter(|link| link.kind == Kind::Gradient && !disabled()).filter(sent) {
+        for link in links.filter(|link| link.kind == Kind::Gradient && !disabled()).filter(sent) {
             let (each, before) = buffer_bytes(link);
-            if before > size_of::<Front>() {
-                bytes = bytes.next_multiple_of(PAGE);
-            }
+            bytes = bytes.next_multiple_of(before.max(align_of::<Front>()));
             list.extend([u64::from(link.id), bytes as u64]);
             bytes += link.depth * each;
         }
@@ -279,6 +278,11 @@ impl SharedReceiver {
             }
         };
         Ok((header, &self.ring.payload()[..header.words as usize]))
+    }
+
+    /// The held message's buffer as a whole.
+    pub(in crate::comm) fn whole(&mut self) -> &[f32] {
+        self.ring.payload()
     }
 
     pub(in crate::comm) fn ready(&self) -> Result<bool> {

@@ -68,7 +68,7 @@ impl Lending {
         let arrived: Vec<Arc<CudaEvent>> = (0..pieces).map(|_| event()).collect::<Result<_>>()?;
         let memory = match on_gpu {
             None => Memory::Host(gpu.locked(words)?),
-            Some(at_once) => Memory::Gpu(Flat::new(gpu, &up, (words, piece), &arrived, at_once)?),
+            Some(at_once) => Memory::Gpu(Flat::new(gpu, [&down, &up], (words, piece), &arrived, at_once)?),
         };
         Ok(Lending {
             piece,
