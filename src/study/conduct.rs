@@ -94,10 +94,11 @@ impl Conductor<'_> {
         let all: usize = chosen.iter().map(&missing).sum();
         let mut predicted = HashMap::new();
         'all: for k in 1..=repeat {
-            if k > 1 && sum.planning - prepared <= MEASURING * sum.in_runs {
+            let round =
+                || chosen.iter().filter(|point| !study.has_run(point, k) && !failed.contains(&point.name)).copied();
+            if k > 1 && sum.planning - prepared <= MEASURING * sum.in_runs && round().next().is_some() {
                 let measuring = Instant::now();
-                let left = |point: &&&Point| !study.has_run(point, k) && !failed.contains(&point.name);
-                predicted = self.predict_again(study, chosen.iter().filter(left).copied());
+                predicted = self.predict_again(study, round());
                 sum.planning += measuring.elapsed().as_secs_f64();
             }
             for point in &chosen {

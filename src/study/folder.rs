@@ -90,7 +90,7 @@ pub struct Run {
     pub commit: Option<String>,
     /// Seconds from the start of the ranks to their end.
     pub seconds: f64,
-    /// Seconds a tick that layers' times say which were measured shortly before it; `None`: these were not measured again.
+    /// Seconds a tick that layers' times say which were last measured again between rounds of runs; `None`: they had not been.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_tick: Option<f64>,
 }

@@ -86,7 +86,7 @@ pub struct Row {
     pub runs: usize,
     /// Milliseconds of a tick, the median.
     pub tick_ms: Option<f64>,
-    /// What was predicted for it: by layers' times measured again before its runs where they were, else before the first.
+    /// What was predicted for it: by layers' times as last measured before each of its runs; the middle.
     pub predicted_tick_ms: Option<f64>,
     /// Measured over predicted tick, the middle of its runs'.
     pub measured_over_predicted: Option<f64>,
