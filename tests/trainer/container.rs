@@ -1,5 +1,7 @@
-//! Batch scripts that run the program from an image: what srun is asked for, without Slurm and without apptainer.
+//! Batch scripts that run the program from an image: what srun is asked for, without Slurm and without apptainer. The image's
+//! recipes: that they agree with each other and with the Makefile.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
@@ -34,4 +36,62 @@ fn ranks_start_from_an_image_where_one_is_named() {
     assert_eq!((code, &words[3..]), (Some(0), &expected.map(String::from)[..]));
     let (code, words, said) = started(&[("SIDEWAYS_CONTAINER", "nowhere.sif")]);
     assert!(code == Some(2) && words.is_empty() && said.contains("nowhere.sif: no such image"), "{words:?} {said}");
+}
+
+/// A file of the checkout.
+fn file(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The words behind `start` in the line of `text` that begins with it.
+fn behind<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
+    let mut found = text.lines().filter_map(|line| line.trim().strip_prefix(start));
+    let words = found.next().unwrap_or_else(|| panic!("no line begins with {start:?}"));
+    assert!(found.next().is_none(), "several lines begin with {start:?}");
+    words.split_whitespace().filter(|&word| word != ";;").collect()
+}
+
+#[test]
+fn an_image_has_the_packages_of_the_makefile() {
+    let (makefile, install) = (file("Makefile"), file("slurm/container/install.sh"));
+    let (build, run) = (behind(&install, "build) packages "), behind(&install, "run) packages "));
+    // Tests alone look into shards with HDF5's tools.
+    let wanted = behind(&makefile, "PACKAGES := ").into_iter().filter(|&package| package != "hdf5-tools");
+    let missing: Vec<_> = wanted.filter(|package| !build.contains(package) && !run.contains(package)).collect();
+    assert!(missing.is_empty(), "slurm/container/install.sh installs no {missing:?}");
+    let named = file("docs/install.md");
+    let unnamed: Vec<_> =
+        behind(&makefile, "PACKAGES := ").into_iter().filter(|package| !named.contains(package)).collect();
+    assert!(unnamed.is_empty(), "docs/install.md does not name {unnamed:?}");
+}
+
+#[test]
+fn recipes_of_images_agree() {
+    let (docker, apptainer) = (file("slurm/container/Dockerfile"), file("slurm/container/sideways.def"));
+    let (of_docker, of_apptainer) = (behind(&docker, "ARG RUST="), behind(&apptainer, "RUST="));
+    assert_eq!(of_docker, of_apptainer, "versions of Rust");
+    let minor = |version: &str| version.split('.').nth(1).unwrap().parse::<u32>().unwrap();
+    let least = behind(&file("Cargo.toml"), "rust-version = ")[0].trim_matches('"').to_string();
+    assert!(minor(of_docker[0]) >= minor(&least), "{of_docker:?} is older than Cargo.toml's {least}");
+
+    let copied =
+        docker.lines().filter_map(|line| line.strip_prefix("COPY ")).filter(|line| !line.starts_with("--from="));
+    let copied: BTreeSet<_> = copied.flat_map(|line| line.rsplit_once(' ').unwrap().0.split(' ')).collect();
+    let ignored = file(".dockerignore");
+    assert!(ignored.lines().any(|line| line == "*"), "{ignored}");
+    assert_eq!(ignored.lines().filter_map(|line| line.strip_prefix('!')).collect::<BTreeSet<_>>(), copied);
+    let mut taken = BTreeSet::new();
+    let mut here = false;
+    for line in apptainer.lines() {
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            [word, ..] if word.starts_with('%') => here = line == "%files",
+            [from, _] if here => _ = taken.insert(from),
+            _ => {}
+        }
+    }
+    assert_eq!(taken, copied);
+    for path in &copied {
+        assert!(Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists(), "{path}");
+    }
 }
