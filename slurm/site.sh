@@ -3,7 +3,8 @@
 # The program; relative to the folder that you submit from.
 SIDEWAYS=${SIDEWAYS:-target/release/sideways}
 
-# Or an image (.sif) that holds it, run by apptainer on every rank; see container/. With GPUs: APPTAINER_OPTIONS=--nv
+# Or an image that holds it (a .sif, or the folder of `apptainer build --sandbox`), run by apptainer on every rank; see container/.
+# With GPUs: APPTAINER_OPTIONS=--nv
 SIDEWAYS_CONTAINER=${SIDEWAYS_CONTAINER:-}
 APPTAINER_OPTIONS=${APPTAINER_OPTIONS:-}
 

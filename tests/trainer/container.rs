@@ -2,6 +2,8 @@
 //! recipes: that they agree with each other and with the Makefile.
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -36,6 +38,38 @@ fn ranks_start_from_an_image_where_one_is_named() {
     assert_eq!((code, &words[3..]), (Some(0), &expected.map(String::from)[..]));
     let (code, words, said) = started(&[("SIDEWAYS_CONTAINER", "nowhere.sif")]);
     assert!(code == Some(2) && words.is_empty() && said.contains("nowhere.sif: no such image"), "{words:?} {said}");
+}
+
+/// Slurm's signals end the process that mounts an image file where apptainer is not setuid root: that is said before ranks start.
+#[test]
+fn an_image_file_that_signals_would_take_away_is_told_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let write = |path: &Path, text: &str, mode: u32| {
+        std::fs::write(path, text).unwrap();
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    };
+    let starter = at("apptainer/bin/starter-suid");
+    for folder in ["bin", "apptainer/bin", "unpacked"] {
+        std::fs::create_dir_all(at(folder)).unwrap();
+    }
+    write(&at("bin/apptainer"), &format!("#!/bin/sh\necho LIBEXECDIR={}\n", dir.path().display()), 0o755);
+    write(&at("bin/id"), "#!/bin/sh\necho 1000\n", 0o755);
+    std::fs::write(at("image.sif"), "").unwrap();
+    let path = format!("{}:{}", at("bin").display(), std::env::var("PATH").unwrap());
+    let said = |image: &str| {
+        let image = at(image);
+        let (code, words, said) = started(&[("PATH", &path), ("SIDEWAYS_CONTAINER", image.to_str().unwrap())]);
+        assert!(code == Some(0) && words.len() > 3, "{words:?} {said}");
+        said
+    };
+    let advice = format!("apptainer build --sandbox FOLDER {}", at("image.sif").display());
+    assert!(said("image.sif").contains(&advice), "{}", said("image.sif"));
+    assert_eq!(said("unpacked"), "");
+    write(&starter, "", 0o755);
+    assert!(said("image.sif").contains(&advice));
+    write(&starter, "", 0o4755);
+    assert_eq!(said("image.sif"), "");
 }
 
 /// A file of the checkout.
