@@ -1,7 +1,7 @@
 //! Files that are there whole or not at all, files that users name, and the room for them.
 
-use std::fs::{Metadata, Permissions};
-use std::io::Write;
+use std::fs::{File, Metadata, Permissions};
+use std::io::{BufWriter, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
@@ -13,18 +13,28 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Io`] if the disk refuses; what was there before still is.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || -> std::io::Result<()> {
+    write_whole_by(path, |file| file.write_all(bytes))
+}
+
+/// The same for what is made while it is written.
+///
+/// # Errors
+/// As [`write_whole`], and what `write` returns.
+pub fn write_whole_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let whole = || -> std::io::Result<()> {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new()
+        let file = tempfile::Builder::new()
             .suffix(".partial")
             .permissions(Permissions::from_mode(0o666))
             .tempfile_in(folder)?;
-        file.write_all(bytes)?;
+        let mut file = BufWriter::new(file);
+        write(&mut file)?;
+        let file = file.into_inner()?;
         file.as_file().sync_all()?;
         file.persist(path)?;
         Ok(())
     };
-    write().map_err(|e| Error::io(path, e))
+    whole().map_err(|e| Error::io(path, e))
 }
 
 /// All bytes of a file that a user named. What is no file would be waited for without an end (a named pipe that nobody writes to)
@@ -33,13 +43,23 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// What the operating system says; that it is no file.
 pub fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let (mut file, mut bytes) = (open(path)?, Vec::new());
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Such a file, to be read piece by piece.
+///
+/// # Errors
+/// As [`read`].
+pub fn open(path: &Path) -> std::io::Result<File> {
     let shell = ["/dev/fd/", "/dev/stdin", "/proc/self/fd/"].iter().any(|of_shell| {
         // Not `Path::starts_with`, which compares whole names.
         path.to_str().is_some_and(|path| path.starts_with(of_shell))
     });
     match what(&std::fs::metadata(path)?) {
-        None => std::fs::read(path),
-        Some("a named pipe") if shell => std::fs::read(path),
+        None => File::open(path),
+        Some("a named pipe") if shell => File::open(path),
         Some(what) => Err(std::io::Error::other(format!("{what}, not a file"))),
     }
 }

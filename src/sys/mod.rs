@@ -5,3 +5,4 @@ pub mod cpus;
 pub mod files;
 pub mod host;
 pub mod memory;
+pub mod sorting;
