@@ -63,7 +63,7 @@ fn a_list_of_several_splits_gives_those_of_the_one_asked_for() {
             Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes: None, out: Some(&out) };
         let listing = list(&kinetics, &place, &[split.to_string()]);
         listing
-            .map(|l| l.splits[0].1.iter().map(|s| s.id[..11].to_string()).collect::<Vec<_>>())
+            .map(|l| l.splits[0].1.there.iter().map(|s| s.id[..11].to_string()).collect::<Vec<_>>())
             .map_err(|e| e.to_string())
     };
     let both = "run,aaaaaaaaaa0,12,22,train\nrun,aaaaaaaaaa1,12,22,validate\n";

@@ -6,6 +6,7 @@ mod found;
 mod kept;
 mod layouts;
 mod prepare;
+mod prepare_memory;
 mod prepare_runs;
 mod references;
 mod shard;

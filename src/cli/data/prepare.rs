@@ -104,7 +104,7 @@ pub fn run(world: &World, args: PrepareArgs) -> Result<()> {
     let mine = share(world, &ledger.todo, &work, &mut |tally| progress.add(tally))?;
     drop(progress);
     let bytes = serde_json::to_vec(&mine).map_err(|e| Error::Run(format!("collecting what was made: {e}")))?;
-    let all = world.gather(&bytes)?;
+    let all = world.gather_at_first(&bytes)?;
     if world.rank() > 0 {
         return world.first_error(Ok(()));
     }
@@ -181,7 +181,8 @@ fn options(world: &World, args: PrepareArgs) -> Result<PrepareOptions> {
 /// Rank 0 plans, the others take its plan: so no rank can see other files.
 fn plan(world: &World, options: PrepareOptions) -> Result<(Job, Ledger)> {
     if world.rank() == 0 {
-        let planned = Job::plan(options).and_then(|(job, ledger)| Ok((job.to_bytes()?, job, ledger)));
+        let shared = |job: &Job| if world.size() > 1 { job.to_bytes() } else { Ok(Vec::new()) };
+        let planned = Job::plan(options).and_then(|(job, ledger)| Ok((shared(&job)?, job, ledger)));
         let (bytes, job, ledger) = world.first_error(planned)?;
         if world.size() > 1 {
             world.gather(&bytes)?;

@@ -1,8 +1,11 @@
 //! The files below a folder, listed once.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::sys::files::{read, what};
+use crate::sys::files::{open, read, what};
 use crate::{Error, Result};
 
 /// File name endings taken for videos, in lower case.
@@ -12,21 +15,28 @@ pub const ENDINGS: [&str; 13] =
 /// Folders in folders are followed this far: `SPLIT/CLASS/video`, and one more.
 const DEPTH: usize = 4;
 
-/// One video file.
+/// One video file. There may be hundreds of thousands: small.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VideoFile {
     /// Its path below the folder of videos.
-    pub path: String,
-    /// The name of the folder it is in.
-    pub folder: String,
-    /// Its name without the ending.
-    pub stem: String,
+    pub path: Arc<str>,
 }
 
 impl VideoFile {
     /// Its name.
     pub fn name(&self) -> &str {
         self.path.rsplit('/').next().unwrap_or_default()
+    }
+
+    /// The name of the folder it is in; empty for the folder of videos itself.
+    pub fn folder(&self) -> &str {
+        self.path.rsplit('/').nth(1).unwrap_or_default()
+    }
+
+    /// Its name without the ending.
+    pub fn stem(&self) -> &str {
+        let name = self.name();
+        name.rsplit_once('.').map_or(name, |(stem, _)| stem)
     }
 }
 
@@ -89,15 +99,12 @@ fn walk(root: &Path, below: &str, (depth, out): (usize, Option<&Path>), found: &
             Kind::Folder => "a folder too deep in folders",
             Kind::Other(_) if own && name == ".prepare" => continue,
             Kind::Other(what) => what,
-            Kind::File => match video_stem(&name) {
-                Some(stem) => {
-                    let folder = below.rsplit('/').next().unwrap_or_default().to_string();
-                    found.videos.push(VideoFile { stem: stem.to_string(), folder, path });
-                    continue;
-                }
-                None if own && is_own(&name) => continue,
-                None => UNKNOWN_ENDING,
-            },
+            Kind::File if is_video(&name) => {
+                found.videos.push(VideoFile { path: path.into() });
+                continue;
+            }
+            Kind::File if own && is_own(&name) => continue,
+            Kind::File => UNKNOWN_ENDING,
         };
         found.others.push(Unused { path, why });
     }
@@ -112,10 +119,10 @@ fn is_own(name: &str) -> bool {
     name == "classes.txt" || [".h5", ".partial", ".tsv"].iter().any(|ending| name.ends_with(ending))
 }
 
-/// A video's name without its ending; `None` for other files.
-pub fn video_stem(name: &str) -> Option<&str> {
-    let (stem, ending) = name.rsplit_once('.')?;
-    (!stem.is_empty() && ENDINGS.contains(&ending.to_ascii_lowercase().as_str())).then_some(stem)
+/// Whether a file of this name is taken for a video.
+fn is_video(name: &str) -> bool {
+    name.rsplit_once('.')
+        .is_some_and(|(stem, ending)| !stem.is_empty() && ENDINGS.contains(&ending.to_ascii_lowercase().as_str()))
 }
 
 /// What something in a folder is. What a link leads to counts.
@@ -199,6 +206,52 @@ pub fn annotation(annotations: Option<&Path>, names: &[String]) -> Result<PathBu
     )
 }
 
+/// A text file of any length, of which the beginning has been read.
+pub struct Beginning {
+    /// Its first lines, without a byte order mark. What is not UTF-8 is as near as can be.
+    pub text: String,
+    read: Vec<u8>,
+    rest: File,
+}
+
+impl Beginning {
+    /// All of it, to be read from its start on, without a byte order mark.
+    pub fn whole(self) -> impl Read {
+        std::io::Cursor::new(self.read).chain(self.rest)
+    }
+}
+
+/// So much of a file tells of what kind it is.
+const BEGINNING: u64 = 1 << 16;
+
+/// Opens a text file that may be long.
+///
+/// # Errors
+/// [`Error::Input`] when it cannot be read or is empty.
+pub fn beginning(path: &Path) -> Result<Beginning> {
+    let bad = |why: String| Error::input(format!("{}: {why}", path.display()));
+    let mut read = Vec::new();
+    let mut begin = || {
+        let rest = open(path)?;
+        (&rest).take(BEGINNING).read_to_end(&mut read)?;
+        Ok(rest)
+    };
+    let rest = begin().map_err(|e: std::io::Error| bad(format!("cannot read this file: {e}")))?;
+    let whole = (read.len() as u64) < BEGINNING;
+    if read.starts_with(MARK.as_bytes()) {
+        read.drain(..MARK.len());
+    }
+    let text = String::from_utf8_lossy(&read).into_owned();
+    if whole && text.trim().is_empty() {
+        Err(bad("this file is empty".into()))
+    } else {
+        Ok(Beginning { text, read, rest })
+    }
+}
+
+/// A byte order mark.
+const MARK: &str = "\u{feff}";
+
 /// A text file, without a byte order mark.
 ///
 /// # Errors
@@ -210,6 +263,6 @@ pub fn text(path: &Path) -> Result<String> {
         let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
         bad(format!("line {line} is not UTF-8"))
     })?;
-    let text = text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text);
+    let text = text.strip_prefix(MARK).map(str::to_string).unwrap_or(text);
     if text.trim().is_empty() { Err(bad("this file is empty".into())) } else { Ok(text) }
 }

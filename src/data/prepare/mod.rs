@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`description`] | `dataset.toml`: what a dataset looks like on disk |
 //! | [`layout`] | annotations and files → a list of videos with labels |
-//! | [`plan`] | that list, shuffled and cut into shards; what is there from an earlier run |
+//! | `order` | that list, shuffled |
+//! | [`plan`] | cut into shards, written down in [`mod@todo`]; what is there from an earlier run, `kept` |
 //! | [`shard`] | one shard: its videos decoded side by side, written in order |
 //! | [`ffmpeg`] | one video to frames, by a child process |
 //! | `messages` | what that says of the file's streams, and what went wrong |
@@ -17,13 +18,16 @@
 pub mod description;
 pub mod ffmpeg;
 mod files;
+mod kept;
 pub mod layout;
 mod messages;
+mod order;
 pub mod output;
 pub mod plan;
 pub mod record;
 pub mod report;
 pub mod shard;
+pub mod todo;
 
 use std::path::PathBuf;
 
@@ -34,6 +38,7 @@ use ffmpeg::{Ffmpeg, Target};
 use plan::Plan;
 use record::{Entry, State};
 use report::{Ledger, Report, Summary};
+use todo::PlannedVideo;
 
 /// More videos at a time than this no machine decodes.
 const MAX_JOBS: usize = 1024;
@@ -131,10 +136,20 @@ impl Job {
         &self.plan.shards
     }
 
+    /// The videos of shard `task` of the plan, in the order they are to be written; none where an earlier run has made it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when they cannot be read where the plan was written down.
+    pub fn videos(&self, task: u64) -> Result<Vec<PlannedVideo>> {
+        let shard = &self.plan.shards[task as usize];
+        let state = State::new(&self.options.out, &shard.split);
+        shard.todo.as_ref().map_or(Ok(Vec::new()), |list| todo::read(&state, list))
+    }
+
     /// Makes shard `task` of the plan. `done` is called after each of its videos.
     ///
     /// # Errors
-    /// As [`shard::make`].
+    /// As [`Job::videos`] and [`shard::make`].
     pub fn make(&self, task: u64, done: &mut dyn FnMut(&Entry) -> Result<()>) -> Result<Summary> {
         let (o, shard) = (&self.options, &self.plan.shards[task as usize]);
         let header = ShardHeader {
@@ -146,15 +161,10 @@ impl Job {
             split: shard.split.clone(),
             class_names: self.plan.class_names.clone(),
         };
-        let videos: Vec<shard::Video> = shard
-            .videos
-            .iter()
-            .map(|v| shard::Video {
-                id: &v.id,
-                label: v.label,
-                path: o.videos.join(&v.file.path),
-                file: v.file.clone(),
-            })
+        let videos: Vec<shard::Video> = self
+            .videos(task)?
+            .into_iter()
+            .map(|v| shard::Video { path: o.videos.join(&v.file.path), id: v.id, label: v.label, file: v.file })
             .collect();
         let recipe = shard::Recipe {
             ffmpeg: self.ffmpeg,

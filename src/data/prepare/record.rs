@@ -191,13 +191,22 @@ impl State {
     /// # Errors
     /// [`Error::Io`] when a file cannot be removed.
     pub fn clear(&self) -> Result<()> {
+        self.remove(|name| name != "lock")
+    }
+
+    /// Removes the files of such names.
+    pub(super) fn remove(&self, these: impl Fn(&str) -> bool) -> Result<()> {
         for entry in std::fs::read_dir(&self.dir).map_err(|e| Error::io(&self.dir, e))? {
             let path = entry.map_err(|e| Error::io(&self.dir, e))?.path();
-            if path.file_name().is_some_and(|name| name != "lock") {
+            if path.file_name().is_some_and(|name| these(&name.to_string_lossy())) {
                 std::fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
             }
         }
         Ok(())
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Is this the same folder as another rank sees?

@@ -1,16 +1,17 @@
 //! What became of all videos, and the lists of those that need attention.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::files::Unused;
+use super::layout::Missing;
 use super::plan::Plan;
-use super::record::{Entry, Outcome, Record};
-use super::{PrepareOptions, output};
-use crate::sys::files::write_whole;
+use super::record::{Entry, Outcome, Record, State};
+use super::{PrepareOptions, output, todo};
+use crate::sys::files::write_whole_by;
 use crate::{Error, Result};
 
 /// The state of a job before its shards are made; kept by the process that planned it.
@@ -37,15 +38,15 @@ impl Ledger {
 }
 
 /// One split before its shards are made.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct SplitLedger {
     pub name: String,
     /// Videos that the annotations list.
     pub listed: usize,
     /// As many as they should.
     pub expected: Option<usize>,
-    /// Ids of videos whose file is not there.
-    pub missing: Vec<String>,
+    /// Videos whose file is not there.
+    pub missing: Missing,
     pub skipped: usize,
     /// The split's first shard in the plan.
     pub first_task: usize,
@@ -59,8 +60,8 @@ pub struct Summary {
     written: usize,
     frames: u64,
     notes: Vec<Entry>,
-    /// Written videos of each class, by label.
-    classes: BTreeMap<i32, u64>,
+    /// The labels of the written videos, each once.
+    classes: BTreeSet<i32>,
 }
 
 impl Summary {
@@ -70,12 +71,10 @@ impl Summary {
             _ => None,
         });
         let silent = |entry: &&Entry| !matches!(entry.outcome, Outcome::Written { complaint: None, .. });
-        let mut classes = BTreeMap::new();
-        for entry in record.videos.iter().filter(|entry| matches!(entry.outcome, Outcome::Written { .. })) {
-            *classes.entry(entry.label.unwrap_or(-1)).or_default() += 1;
-        }
+        let of_written =
+            |entry: &Entry| matches!(entry.outcome, Outcome::Written { .. }).then(|| entry.label.unwrap_or(-1));
         Summary {
-            classes,
+            classes: record.videos.iter().filter_map(of_written).collect(),
             task,
             bytes: record.bytes,
             written: frames.clone().count(),
@@ -136,6 +135,9 @@ pub(super) fn finish(
     ledger: &Ledger,
     made: Vec<Summary>,
 ) -> Result<Vec<Report>> {
+    for account in &ledger.splits {
+        todo::forget(&State::new(&options.out, &account.name))?;
+    }
     let earlier = ledger.kept.len();
     let mut all: Vec<(bool, &Summary)> =
         ledger.kept.iter().map(|s| (true, s)).chain(made.iter().map(|s| (false, s))).collect();
@@ -144,7 +146,7 @@ pub(super) fn finish(
         let (got, wanted) = (all.len(), plan.shards.len());
         return Err(Error::Run(format!("{got} shards are done ({earlier} earlier), not each of {wanted} once")));
     }
-    let unused = ledger.unused.iter().map(|unused| [unused.path.as_str(), unused.why]);
+    let unused = ledger.unused.iter().map(|unused| Ok([unused.path.clone(), unused.why.to_string()]));
     write_list(&unused_list(&options.out), ["path", "why"], unused)?;
     let mut reports = Vec::new();
     for account in &ledger.splits {
@@ -184,7 +186,7 @@ fn split<'a>(
     let mut classes = BTreeSet::new();
     for (earlier, summary) in shards {
         let shard = &plan.shards[summary.task as usize];
-        classes.extend(summary.classes.keys().copied());
+        classes.extend(summary.classes.iter().copied());
         report.written += summary.written;
         report.frames += summary.frames;
         report.bytes += summary.bytes;
@@ -192,10 +194,6 @@ fn split<'a>(
         if summary.bytes > 0 {
             report.shards.push(output::shard_path(&options.out, &shard.split, shard.number));
         }
-        let paths: HashMap<&str, &str> = match summary.notes.is_empty() {
-            true => HashMap::new(),
-            false => shard.videos.iter().map(|v| (v.id.as_str(), v.file.path.as_str())).collect(),
-        };
         for entry in &summary.notes {
             let (count, what, why) = match &entry.outcome {
                 Outcome::Broken { why } => (&mut report.broken, "broken", why.clone()),
@@ -210,19 +208,16 @@ fn split<'a>(
             if what == "broken" && report.examples.len() < EXAMPLES {
                 report.examples.push((entry.id.clone(), why.clone()));
             }
-            let path = options.videos.join(paths.get(entry.id.as_str()).unwrap_or(&"")).display().to_string();
+            let path = options.videos.join(&entry.file.path).display().to_string();
             notes.push([entry.id.clone(), what.into(), why, path]);
         }
     }
     notes.sort_by(|a, b| (&a[1], &a[0]).cmp(&(&b[1], &b[0])));
-    let mut missing: Vec<&str> = account.missing.iter().map(String::as_str).collect();
-    missing.sort_unstable();
-    let missing = missing.into_iter().map(|id| [id, "missing", "no such file", ""]);
-    let notes = notes.iter().map(|note| note.each_ref().map(String::as_str));
+    let missing = account.missing.ids().map(|id| Ok([id?, "missing".into(), "no such file".into(), String::new()]));
     let names = plan.class_names.iter().enumerate();
     report.without = names.filter(|(k, _)| !classes.contains(&(*k as i32))).map(|(_, name)| name.clone()).collect();
     let path = |what: &str| options.out.join(format!("{what}-{}.tsv", account.name));
-    report.quarantine = write_list(&path("quarantine"), ["id", "what", "why", "path"], notes)?;
+    report.quarantine = write_list(&path("quarantine"), ["id", "what", "why", "path"], notes.into_iter().map(Ok))?;
     report.missing_list = write_list(&path("missing"), ["id", "what", "why", "path"], missing)?;
     Ok(report)
 }
@@ -232,23 +227,25 @@ pub fn unused_list(out: &Path) -> PathBuf {
     out.join("unused.tsv")
 }
 
-/// Writes a list; an empty one is not written, and one that an earlier run left is removed.
-fn write_list<'a, const N: usize>(
+/// Writes a list, row by row; an empty one is not written, and one that an earlier run left is removed.
+fn write_list<const N: usize>(
     path: &Path,
     header: [&str; N],
-    rows: impl ExactSizeIterator<Item = [&'a str; N]>,
+    rows: impl Iterator<Item = Result<[String; N]>>,
 ) -> Result<Option<PathBuf>> {
-    if rows.len() == 0 {
+    let mut rows = rows.peekable();
+    if rows.peek().is_none() {
         return match std::fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
             _ => Ok(None),
         };
     }
-    let mut text = header.join("\t") + "\n";
-    for row in rows {
-        text.push_str(&row.map(|s| s.replace(['\t', '\n', '\r'], " ")).join("\t"));
-        text.push('\n');
-    }
-    write_whole(path, text.as_bytes())?;
+    write_whole_by(path, |file| {
+        writeln!(file, "{}", header.join("\t"))?;
+        rows.try_for_each(|row| {
+            let row = row.map_err(std::io::Error::other)?;
+            writeln!(file, "{}", row.map(|text| text.replace(['\t', '\n', '\r'], " ")).join("\t"))
+        })
+    })?;
     Ok(Some(path.to_path_buf()))
 }

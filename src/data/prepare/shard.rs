@@ -13,9 +13,9 @@ use crate::{Error, Result};
 
 /// A video to decode.
 #[derive(Clone, Debug)]
-pub struct Video<'a> {
+pub struct Video {
     /// Its id.
-    pub id: &'a str,
+    pub id: String,
     /// Its class.
     pub label: i32,
     /// The file.
@@ -77,11 +77,11 @@ pub fn make(
                     Some(open) => open,
                     None => ShardWriter::create(path, header.clone())?,
                 };
-                open.append(video.id, video.label, &frames)?;
+                open.append(&video.id, video.label, &frames)?;
                 writer = Some(open);
             }
             let file = FileState { content, ..video.file.clone() };
-            let entry = Entry { id: video.id.into(), label: Some(video.label), file, outcome };
+            let entry = Entry { id: video.id.clone(), label: Some(video.label), file, outcome };
             done(&entry)?;
             entries.push(entry);
             if entries.len() == ENOUGH { refuse_if_all_broken(path, &entries) } else { Ok(()) }

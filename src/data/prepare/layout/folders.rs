@@ -1,8 +1,9 @@
 //! Class folders: `CLASS/video.mp4`.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use super::{At, Place, Row, Rows, nothing_in};
+use super::{Place, Rows, nothing_in};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{Kind, Unused, entries, existing, folder, videos};
 use crate::{Error, Result};
@@ -13,22 +14,28 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         refuse_those_of_others(description, split, place)?;
     }
     let found = videos(place.videos, &split.videos, place.out)?;
-    let (mut rows, mut others) = (Vec::new(), found.others);
+    let (mut of_classes, mut others) = (Vec::new(), found.others);
     for file in found.videos {
         let of_part = |part: &&String| part.is_empty() || file.path.starts_with(&format!("{part}/"));
         let part = parts.iter().find(of_part).map_or("", String::as_str);
         let below = file.path[part.len()..].trim_start_matches('/');
         match below.split('/').collect::<Vec<_>>()[..] {
-            [class, name] => {
-                let at = At::Place(place.videos.join(part).join(class).display().to_string().into());
-                let id = format!("{class}/{name}").into();
-                rows.push(Row { id, class: class.into(), path: Some(file.path.as_str().into()), at });
-            }
-            [_] => others.push(Unused { path: file.path, why: "beside the class folders, in none" }),
-            _ => others.push(Unused { path: file.path, why: "in a folder below its class's" }),
+            [_, _] => of_classes.push((part, file.path)),
+            [_] => others.push(Unused { path: (*file.path).into(), why: "beside the class folders, in none" }),
+            _ => others.push(Unused { path: (*file.path).into(), why: "in a folder below its class's" }),
         }
     }
-    let classes: BTreeSet<String> = rows.iter().map(|row| row.class.to_string()).collect();
+    fn id<'a>((part, path): &'a (&str, Arc<str>)) -> &'a str {
+        path[part.len()..].trim_start_matches('/')
+    }
+    of_classes.sort_unstable_by(|a, b| id(a).cmp(id(b)).then_with(|| a.1.cmp(&b.1)));
+    let mut rows = Rows::default();
+    for video in of_classes {
+        let (class, _) = id(&video).split_once('/').unwrap_or_default();
+        let at = || place.videos.join(video.0).join(class).display().to_string();
+        rows.add(id(&video), class, Some(video.1.clone()), at)?;
+    }
+    let classes: BTreeSet<String> = rows.named.iter().map(|(class, _)| class.to_string()).collect();
     let mut folders = 0;
     for part in &parts {
         for entry in entries(&folder(place.videos, part))?.into_iter().filter(|entry| entry.kind == Kind::Folder) {
@@ -43,7 +50,7 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         let dir = place.videos.display();
         return Err(Error::input(format!("{dir}: no class folders in it (expected CLASS/video.mp4)")));
     }
-    if rows.is_empty() {
+    if rows.there.is_empty() {
         let deeper = others.iter().find(|other| other.why.contains("below its class"));
         let hint = deeper.map(|file| {
             format!(
@@ -55,7 +62,7 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         let nothing = nothing_in(place.videos, &format!("in its {folders} class folders"));
         return Err(Error::input(format!("{nothing}{}", hint.unwrap_or_default())));
     }
-    Ok(Rows { rows, classes: Some(classes.into_iter().collect()), others, there: Vec::new() })
+    Ok(Rows { classes: Some(classes.into_iter().collect()), others, ..rows })
 }
 
 /// Where a split has no folder of its own, all of the folder of videos is its own: but not if other splits have theirs there.

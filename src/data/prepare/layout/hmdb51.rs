@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::named::Named;
-use super::{At, Place, Row, Rows, found_videos};
+use super::{Place, Rows, found_videos};
 use crate::data::prepare::description::SplitDescription;
 use crate::data::prepare::files::{entries, text};
 use crate::{Error, Result};
@@ -14,12 +14,11 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
         let pattern = split.annotations.join(" or ");
         return Err(Error::input(format!("--annotations is missing: the folder with the dataset's {pattern}")));
     };
-    let listed = entries(dir)?;
+    let files = entries(dir)?;
     let lists = |pattern: &String| -> Vec<(String, String)> {
         let (before, after) = pattern.split_once('*').unwrap_or((pattern, ""));
         let class = |name: &str| name.strip_prefix(before)?.strip_suffix(after).map(str::to_string);
-        let mut lists: Vec<_> =
-            listed.iter().filter_map(|file| Some((class(&file.name)?, file.name.clone()))).collect();
+        let mut lists: Vec<_> = files.iter().filter_map(|file| Some((class(&file.name)?, file.name.clone()))).collect();
         lists.sort();
         lists
     };
@@ -31,7 +30,8 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
     let found = found_videos(split, place)?;
     let classes: Vec<String> = lists.iter().map(|(class, _)| class.clone()).collect();
     let mut named = Named::new(&found.videos, &classes, &[]);
-    let mut rows: BTreeMap<String, Row> = BTreeMap::new();
+    // By id: class, file and place.
+    let mut listed = BTreeMap::new();
     for (class, file) in &lists {
         let list = dir.join(file);
         for (n, line) in text(&list)?.lines().enumerate() {
@@ -54,17 +54,15 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
             }
             let id = format!("{class}/{name}");
             let path = named.find(class, name).map_err(|e| e.within(&at))?;
-            let row = Row {
-                id: id.as_str().into(),
-                class: class.as_str().into(),
-                path: path.map(Into::into),
-                at: At::Place(at.as_str().into()),
-            };
-            if rows.insert(id, row).is_some() {
+            if listed.insert(id, (class, path, at.clone())).is_some() {
                 return Err(bad(format!("{name} is listed twice")));
             }
         }
     }
     named.conclude()?;
-    Ok(Rows { rows: rows.into_values().collect(), classes: Some(classes), ..Rows::of(found) })
+    let mut rows = Rows { classes: Some(classes), ..Rows::of(place, found) };
+    for (id, (class, path, at)) in listed {
+        rows.add(&id, class, path, || at)?;
+    }
+    Ok(rows)
 }

@@ -10,142 +10,188 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::io::BufReader;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytemuck::{Pod, Zeroable};
 use serde::Deserialize;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, Visitor};
 
 use super::shared::means;
-use super::{At, Place, Row, Rows, found_videos, spelling};
+use super::{Place, Rows, found_videos, spelling};
 use crate::data::prepare::description::{Description, SplitDescription};
-use crate::data::prepare::files::{VideoFile, annotation, text};
+use crate::data::prepare::files::{Beginning, VideoFile, annotation, beginning};
+use crate::sys::sorting::{Sorted, Sorter};
 use crate::{Error, Result};
 
 /// A YouTube id has this many characters, `_` and `-` among them.
 const ID: usize = 11;
 
-/// A clip's key: YouTube id, start and end in seconds.
-type Key = ([u8; ID], u32, u32);
-
-/// One line of an annotation file, of which there are up to a million: small. Its texts are numbers of a [`Texts`].
-struct Annotation {
-    key: Key,
-    label: u32,
-    subset: Option<u32>,
-    /// Its line, counted from 1; 0 for a JSON entry.
-    line: u32,
+/// A clip's key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
+#[repr(C)]
+struct Key {
+    /// YouTube's id.
+    id: [u8; ID],
+    /// Without it there would be a hole.
+    zero: u8,
+    /// Seconds.
+    start: u32,
+    end: u32,
 }
 
-/// Texts that come again and again, each kept once and numbered.
+/// One line of an annotation file, of which there are up to a million: small, and sorted outside of memory. Those of one clip come
+/// in the order of the list. Texts are numbers of a [`Texts`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
+#[repr(C)]
+struct Annotation {
+    key: Key,
+    /// Its line, counted from 1; 0 for a JSON entry.
+    line: u32,
+    label: u32,
+    /// [`NONE`] where none is said.
+    subset: u32,
+}
+
+/// No text.
+const NONE: u32 = u32::MAX;
+
+/// Texts that come again and again, each kept once, numbered and counted.
 #[derive(Default)]
 struct Texts {
-    all: Vec<Arc<str>>,
+    all: Vec<(Arc<str>, u64)>,
     numbers: HashMap<Arc<str>, u32>,
 }
 
 impl Texts {
     fn keep(&mut self, text: &str) -> u32 {
-        self.numbers.get(text).copied().unwrap_or_else(|| {
+        let number = self.numbers.get(text).copied().unwrap_or_else(|| {
             let (kept, number): (Arc<str>, u32) = (text.into(), self.all.len() as u32);
-            self.all.push(kept.clone());
+            self.all.push((kept.clone(), 0));
             self.numbers.insert(kept, number);
             number
-        })
+        });
+        self.all[number as usize].1 += 1;
+        number
     }
 
-    fn get(&self, number: u32) -> &Arc<str> {
-        &self.all[number as usize]
+    fn get(&self, number: u32) -> &str {
+        &self.all[number as usize].0
     }
 }
 
-/// An annotation file: its entries in their order.
-#[derive(Default)]
+/// An annotation file being read.
 struct List {
-    entries: Vec<Annotation>,
-    texts: Texts,
+    entries: Sorter<Annotation>,
+    total: u64,
+    labels: Texts,
+    subsets: Texts,
+}
+
+impl List {
+    fn take(&mut self, key: Key, label: &str, subset: Option<&str>, line: u64) -> Result<()> {
+        self.total += 1;
+        let subset = subset.map_or(NONE, |subset| self.subsets.keep(subset));
+        let line = u32::try_from(line).unwrap_or(u32::MAX);
+        self.entries.push(Annotation { key, line, label: self.labels.keep(label), subset })
+    }
 }
 
 pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), place: &Place) -> Result<Rows> {
     let (name, split) = split;
     let file = annotation(place.annotations, &split.annotations)?;
-    let mut list = {
-        let content = text(&file)?;
-        match content.trim_start().starts_with('{') {
-            true => json_list(&file, &content)?,
-            false => csv_list(&file, &content, description.columns.as_deref())?,
-        }
-    };
-    keep_subset(&file, &mut list, name, split.subset.as_deref())?;
-    let List { entries: mut all, texts } = list;
-    // Those of one clip side by side, in the order of the list.
-    all.sort_by_key(|entry| entry.key);
-    let found = found_videos(split, place)?;
-    let mut clips: HashMap<Key, Vec<&VideoFile>> = HashMap::new();
-    for video in &found.videos {
-        if let Some(key) = key_of(&video.stem) {
-            clips.entry(key).or_default().push(video);
-        }
+    let entries = Sorter::new(&place.scratch());
+    let mut list = List { entries, total: 0, labels: Texts::default(), subsets: Texts::default() };
+    let content = beginning(&file)?;
+    match content.text.trim_start().starts_with('{') {
+        true => json_list(&file, content, &mut list)?,
+        false => csv_list(&file, content, description.columns.as_deref(), &mut list)?,
     }
-    let mut rows: Vec<Row> = Vec::with_capacity(all.len());
-    let mut repeated = 0u64;
-    let name: Arc<str> = file.display().to_string().into();
-    let mut before: Option<Annotation> = None;
-    for entry in all {
-        let at = |entry: &Annotation| match entry.line {
-            0 => At::Place(format!("{name}: entry {:?}", youtube_id(&entry.key)).into()),
-            line => At::Line(name.clone(), line),
-        };
-        let label = texts.get(entry.label);
-        if let Some(first) = before.as_ref().filter(|first| first.key == entry.key) {
+    let wanted = wanted_subsets(&file, &list, name, split.subset.as_deref())?;
+    let List { entries, labels, .. } = list;
+    let found = found_videos(split, place)?;
+    let mut clips: Vec<(Key, &VideoFile)> =
+        found.videos.iter().filter_map(|video| Some((key_of(video.stem())?, video))).collect();
+    // Copies of one clip stay in the order of their names.
+    clips.sort_by_key(|(key, _)| *key);
+    let listed = join(&file, place, (entries.sorted(), &labels, wanted.as_deref()), &clips)?;
+    if listed.there.is_empty() {
+        let first = listed.missing.ids().next().transpose()?;
+        return Err(Error::input(format!(
+            "{}: none of its {} clips is among the {} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
+            file.display(),
+            listed.missing.len(),
+            found.videos.len(),
+            place.videos.display(),
+            first.unwrap_or_default()
+        )));
+    }
+    let Rows { files, others, .. } = Rows::of(place, found);
+    Ok(Rows { files, others, ..listed })
+}
+
+/// The clips of a list and their files, both by key.
+fn join(
+    file: &Path,
+    place: &Place,
+    (entries, labels, wanted): (Sorted<Annotation>, &Texts, Option<&[u32]>),
+    clips: &[(Key, &VideoFile)],
+) -> Result<Rows> {
+    let at = |entry: &Annotation| match entry.line {
+        0 => format!("{}: entry {:?}", file.display(), entry.key.youtube_id()),
+        line => format!("{}: line {line}", file.display()),
+    };
+    let mut rows = Rows { missing: super::Missing::new(&place.scratch()), ..Rows::default() };
+    let (mut repeated, mut before) = (0u64, None::<Annotation>);
+    for entry in entries.iter() {
+        let entry = entry?;
+        if wanted.is_some_and(|wanted| !wanted.contains(&entry.subset)) {
+            continue;
+        }
+        let label = labels.get(entry.label);
+        if let Some(first) = before.filter(|first| first.key == entry.key) {
             if first.label == entry.label {
                 repeated += 1;
                 continue;
             }
-            let (id, other) = (id_of(&entry.key), texts.get(first.label));
-            return Err(Error::input(format!("{}: {id} is {label:?} here and {other:?} at {}", at(&entry), at(first))));
+            let (id, other) = (entry.key.id(), labels.get(first.label));
+            return Err(Error::input(format!(
+                "{}: {id} is {label:?} here and {other:?} at {}",
+                at(&entry),
+                at(&first)
+            )));
         }
         // Of several copies the one in its class's folder, else the first by name.
-        let copies = clips.get(&entry.key).map_or(&[][..], Vec::as_slice);
-        let own = copies.iter().find(|video| spelling(&video.folder) == spelling(label));
-        let path = own.or(copies.first()).map(|video| video.path.as_str().into());
-        rows.push(Row { id: id_of(&entry.key).into(), class: label.clone(), path, at: at(&entry) });
+        let first = clips.partition_point(|(key, _)| *key < entry.key);
+        let copies = clips[first..].iter().take_while(|(key, _)| *key == entry.key).map(|(_, video)| *video);
+        let own = copies.clone().find(|video| spelling(video.folder()) == spelling(label));
+        let path = own.or(copies.clone().next()).map(|video| video.path.clone());
+        rows.add(&entry.key.id(), label, path, || at(&entry))?;
         before = Some(entry);
     }
     if repeated > 0 {
         log::warn!("{}: {repeated} clips are listed more than once and count once", file.display());
     }
-    let taken = rows.iter().filter(|row| row.path.is_some()).count();
-    if taken == 0 {
-        return Err(Error::input(format!(
-            "{}: none of its {} clips is among the {} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
-            file.display(),
-            rows.len(),
-            found.videos.len(),
-            place.videos.display(),
-            rows.first().map_or("", |row| &*row.id)
-        )));
-    }
-    Ok(Rows { rows, ..Rows::of(found) })
+    Ok(rows)
 }
 
-/// Keeps the entries of one subset: of the one that is asked for, else of the one that is called as the split is where a list is of
-/// several.
-fn keep_subset(file: &Path, list: &mut List, name: &str, subset: Option<&str>) -> Result<()> {
-    let List { entries, texts } = list;
-    let total = entries.len();
-    let values: BTreeSet<u32> = entries.iter().filter_map(|entry| entry.subset).collect();
-    let values: BTreeSet<&str> = values.into_iter().map(|value| &**texts.get(value)).collect();
+/// The subsets whose entries are to be taken, `None` for all: the one that is asked for, else the one that is called as the split is
+/// where a list is of several.
+fn wanted_subsets(file: &Path, list: &List, name: &str, subset: Option<&str>) -> Result<Option<Vec<u32>>> {
+    let List { total, subsets, .. } = list;
+    let values: BTreeSet<&str> = subsets.all.iter().map(|(value, _)| &**value).collect();
     let values: Vec<&str> = values.into_iter().collect();
     let wanted: Vec<&str> = match (subset, &values[..]) {
         (Some(subset), _) => vec![subset],
         // A list of one split, whatever that is called there.
-        (None, []) => return Ok(()),
-        (None, [one]) if !is_of_another(one, name) => return Ok(()),
+        (None, []) => return Ok(None),
+        (None, [one]) if !is_of_another(one, name) => return Ok(None),
         (None, values) => values.iter().copied().filter(|value| means(value, name)).collect(),
     };
-    entries.retain(|entry| entry.subset.is_some_and(|subset| wanted.contains(&&**texts.get(subset))));
-    if entries.is_empty() {
+    let wanted: Vec<u32> = wanted.into_iter().filter_map(|value| subsets.numbers.get(value).copied()).collect();
+    let taken: u64 = wanted.iter().map(|number| subsets.all[*number as usize].1).sum();
+    if taken == 0 {
         let wanted = subset.unwrap_or(name);
         return Err(Error::input(format!(
             "{}: none of {total} entries is of the split {wanted:?}; there are {values:?}. Give --split one of these, or `subset` in a \
@@ -153,10 +199,10 @@ fn keep_subset(file: &Path, list: &mut List, name: &str, subset: Option<&str>) -
             file.display()
         )));
     }
-    if entries.len() < total {
-        log::info!("{}: {} of {total} entries are of the split {name:?}", file.display(), entries.len());
+    if taken < *total {
+        log::info!("{}: {taken} of {total} entries are of the split {name:?}", file.display());
     }
-    Ok(())
+    Ok(Some(wanted))
 }
 
 /// Whether a list of the one split `value` is another's than `name`: both are common words, and differ.
@@ -165,15 +211,16 @@ fn is_of_another(value: &str, name: &str) -> bool {
     common(value) && common(name) && !means(value, name)
 }
 
-/// How a clip is called: `ID_SSSSSS_EEEEEE`.
-fn id_of(key: &Key) -> String {
-    let (_, start, end) = key;
-    format!("{}_{start:06}_{end:06}", youtube_id(key))
-}
+impl Key {
+    /// How the clip is called: `ID_SSSSSS_EEEEEE`.
+    fn id(&self) -> String {
+        format!("{}_{:06}_{:06}", self.youtube_id(), self.start, self.end)
+    }
 
-fn youtube_id((id, ..): &Key) -> &str {
-    // A key's id is ASCII.
-    std::str::from_utf8(id).unwrap_or_default()
+    fn youtube_id(&self) -> &str {
+        // A key's id is ASCII.
+        std::str::from_utf8(&self.id).unwrap_or_default()
+    }
 }
 
 /// Reads a file's name from the right: the id may hold `_` itself.
@@ -183,7 +230,7 @@ fn key_of(stem: &str) -> Option<Key> {
     let (end, start) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
     let id = parts.next()?;
     let id: [u8; ID] = id.as_bytes().try_into().ok()?;
-    id.is_ascii().then_some((id, start, end))
+    id.is_ascii().then_some(Key { id, zero: 0, start, end })
 }
 
 /// A clip's key out of its three parts.
@@ -201,21 +248,21 @@ fn key(id: &str, start: &str, end: &str) -> std::result::Result<Key, String> {
     if end <= start {
         return Err(format!("the clip ends at {end} s, not after its start at {start} s"));
     }
-    Ok((id, start, end))
+    Ok(Key { id, zero: 0, start, end })
 }
 
 /// Reads a table with a header line, or with the `columns` a description gives.
-fn csv_list(file: &Path, content: &str, columns: Option<&[String]>) -> Result<List> {
+fn csv_list(file: &Path, content: Beginning, columns: Option<&[String]>, list: &mut List) -> Result<()> {
     let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
-    let first = content.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    let first = content.text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
     let delimiter = if !first.contains(',') && first.contains('\t') { b'\t' } else { b',' };
     let mut reader = csv::ReaderBuilder::new();
     reader.delimiter(delimiter).has_headers(columns.is_none());
-    let mut reader = reader.from_reader(content.as_bytes());
+    let mut reader = reader.from_reader(content.whole());
     let header: Vec<String> = match columns {
         Some(columns) => columns.to_vec(),
         None => {
-            let header = reader.headers().map_err(|e| bad(e.to_string()))?;
+            let header = reader.headers().map_err(|e| bad(table_error(&e, 0)))?;
             header.iter().map(|name| name.trim().to_string()).collect()
         }
     };
@@ -240,39 +287,37 @@ fn csv_list(file: &Path, content: &str, columns: Option<&[String]>) -> Result<Li
     let (label, id) = (column("label")?, column("youtube_id")?);
     let (start, end, subset) =
         (column("time_start")?, column("time_end")?, find("split").or_else(|| header.iter().position(is_split)));
-    let lines = content.bytes().filter(|byte| *byte == b'\n').count();
-    let (mut entries, mut texts) = (Vec::with_capacity(lines + 1), Texts::default());
-    for record in reader.records() {
-        let record = record.map_err(|e| bad(table_error(&e, header.len())))?;
+    let mut record = csv::StringRecord::new();
+    while reader.read_record(&mut record).map_err(|e| bad(table_error(&e, header.len())))? {
         let line = record.position().map_or(0, csv::Position::line);
         let get = |column: usize| record.get(column).unwrap_or_default();
         let key = key(get(id), get(start), get(end)).map_err(|why| bad(format!("line {line}: {why}")))?;
         if get(label).is_empty() {
             return Err(bad(format!("line {line}: the label is empty")));
         }
-        let subset = subset.map(|column| texts.keep(get(column)));
-        let line = u32::try_from(line).unwrap_or(u32::MAX);
-        entries.push(Annotation { key, label: texts.keep(get(label)), subset, line });
+        list.take(key, get(label), subset.map(get), line)?;
     }
-    if entries.is_empty() {
+    if list.total == 0 {
         return Err(bad("no clips in this file, only a header".into()));
     }
-    Ok(List { entries, texts })
+    Ok(())
 }
 
 /// What is wrong with a table, with its line.
 fn table_error(error: &csv::Error, columns: usize) -> String {
+    let line = |pos: &Option<csv::Position>| pos.as_ref().map_or(1, csv::Position::line);
     match error.kind() {
         csv::ErrorKind::UnequalLengths { pos, len, .. } => {
-            let line = pos.as_ref().map_or(0, csv::Position::line);
-            format!("line {line}: {len} values, not {columns}: is a quote or a comma missing?")
+            format!("line {}: {len} values, not {columns}: is a quote or a comma missing?", line(pos))
         }
+        csv::ErrorKind::Utf8 { pos, .. } => format!("line {} is not UTF-8", line(pos)),
+        csv::ErrorKind::Io(e) => format!("cannot read this file: {e}"),
         _ => error.to_string(),
     }
 }
 
-/// DeepMind's JSON, whose entries are read in order so that none replaces another.
-fn json_list(file: &Path, content: &str) -> Result<List> {
+/// Reads DeepMind's JSON, entry by entry, so that none replaces another.
+fn json_list(file: &Path, content: Beginning, list: &mut List) -> Result<()> {
     #[derive(Deserialize)]
     struct Video {
         annotations: Option<Clip>,
@@ -283,44 +328,40 @@ fn json_list(file: &Path, content: &str) -> Result<List> {
         label: Option<String>,
         segment: [f64; 2],
     }
-    struct Entries(Vec<(String, Video)>);
-    impl<'de> Deserialize<'de> for Entries {
-        fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-            struct InOrder;
-            impl<'de> Visitor<'de> for InOrder {
-                type Value = Entries;
-                fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                    f.write_str("an object with YouTube ids as keys")
-                }
-                fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entries, A::Error> {
-                    let mut entries = Vec::new();
-                    while let Some(entry) = map.next_entry()? {
-                        entries.push(entry);
-                    }
-                    Ok(Entries(entries))
-                }
+    struct InOrder<'a>(&'a mut dyn FnMut(String, Video) -> Result<()>, &'a mut Option<Error>);
+    impl<'de> Visitor<'de> for InOrder<'_> {
+        type Value = ();
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("an object with YouTube ids as keys")
+        }
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+            while let Some((id, video)) = map.next_entry()? {
+                self.0(id, video).map_err(|e| {
+                    *self.1 = Some(e);
+                    A::Error::custom("an entry makes no sense")
+                })?;
             }
-            from.deserialize_map(InOrder)
+            Ok(())
         }
     }
     let bad = |why: String| Error::input(format!("{}: {why}", file.display()));
-    let all: Entries = serde_json::from_str(content).map_err(|e| bad(format!("not Kinetics JSON: {e}")))?;
-    let mut texts = Texts::default();
-    let entries = all
-        .0
-        .into_iter()
-        .map(|(id, video)| {
-            let at = format!("entry {id:?}");
-            let without = |what: &str| bad(format!("{at} has no {what}"));
-            let clip = video.annotations.ok_or_else(|| without("`annotations`"))?;
-            let label = clip.label.filter(|l| !l.is_empty()).ok_or_else(|| without("label"))?;
-            let [start, end] = clip.segment.map(|s| s.to_string());
-            let key = key(&id, &start, &end).map_err(|why| bad(format!("{at}: {why}")))?;
-            let subset = video.subset.map(|subset| texts.keep(&subset));
-            Ok(Annotation { key, label: texts.keep(&label), subset, line: 0 })
-        })
-        .collect::<Result<_>>()?;
-    Ok(List { entries, texts })
+    let mut take = |id: String, video: Video| {
+        let at = format!("entry {id:?}");
+        let without = |what: &str| bad(format!("{at} has no {what}"));
+        let clip = video.annotations.ok_or_else(|| without("`annotations`"))?;
+        let label = clip.label.filter(|l| !l.is_empty()).ok_or_else(|| without("label"))?;
+        let [start, end] = clip.segment.map(|s| s.to_string());
+        let key = key(&id, &start, &end).map_err(|why| bad(format!("{at}: {why}")))?;
+        list.take(key, &label, video.subset.as_deref(), 0)
+    };
+    let mut refused = None;
+    let mut reader = serde_json::Deserializer::from_reader(BufReader::new(content.whole()));
+    let read = serde::Deserializer::deserialize_map(&mut reader, InOrder(&mut take, &mut refused));
+    let read = read.and_then(|()| reader.end());
+    match refused {
+        Some(error) => Err(error),
+        None => read.map_err(|e| bad(format!("not Kinetics JSON: {e}"))),
+    }
 }
 
 #[cfg(test)]
@@ -329,13 +370,13 @@ mod tests {
 
     #[test]
     fn names_are_read_from_the_right() {
-        let key = |id: &[u8; ID], a, b| Some((*id, a, b));
+        let key = |id: &[u8; ID], start, end| Some(Key { id: *id, zero: 0, start, end });
         assert_eq!(key_of("-_a_b-__c_d_000012_000022"), key(b"-_a_b-__c_d", 12, 22));
         assert_eq!(key_of("0123456789a_000000_000010"), key(b"0123456789a", 0, 10));
         assert_eq!(key_of("0123456789a_7_17"), key(b"0123456789a", 7, 17));
         for not in ["0123456789a", "0123456789_000000_000010", "0123456789a_000000", "0123456789a_00000x_000010", ""] {
             assert_eq!(key_of(not), None, "{not}");
         }
-        assert_eq!(id_of(&(*b"--abc_def-_", 3, 1234567)), "--abc_def-__000003_1234567");
+        assert_eq!(key(b"--abc_def-_", 3, 1234567).unwrap().id(), "--abc_def-__000003_1234567");
     }
 }

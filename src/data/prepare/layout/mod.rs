@@ -3,15 +3,16 @@
 mod folders;
 mod hmdb51;
 mod kinetics;
+mod missing;
 mod named;
 mod shared;
 mod ucf101;
 
+pub use missing::Missing;
 pub(in crate::data) use shared::exclude;
 pub(super) use shared::judge;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,24 +20,34 @@ use super::description::{Description, Layout, SplitDescription};
 use super::files::{self, Unused};
 use crate::{Error, Result};
 
-/// One video of a split.
+/// One video whose file is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     /// Its name, unique in the split: `CLASS/file name`, Kinetics: `ID_START_END`.
-    pub id: String,
+    pub id: Box<str>,
     /// Its class, an index into [`Listing::class_names`].
     pub label: i32,
-    /// The file, below the folder of videos; `None` where there is none.
-    pub path: Option<String>,
+    /// The file, below the folder of videos.
+    pub path: Arc<str>,
+}
+
+/// The videos of one split. Lists of large datasets have hundreds of thousands, most of which may be missing: memory is for those
+/// that are there.
+#[derive(Debug, Default)]
+pub struct Videos {
+    /// Those that are there, by id.
+    pub there: Vec<Source>,
+    /// Those that are not.
+    pub missing: Missing,
 }
 
 /// The videos of some splits.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Listing {
     /// All classes, in label order.
     pub class_names: Vec<String>,
-    /// Each split's videos, by id.
-    pub splits: Vec<(String, Vec<Source>)>,
+    /// Each split's videos.
+    pub splits: Vec<(String, Videos)>,
     /// What lies below the folder of videos and is in none of them, sorted.
     pub unused: Vec<Unused>,
 }
@@ -62,52 +73,50 @@ impl Place<'_> {
         let real = |path: &Path| path.canonicalize().ok();
         self.out.and_then(real).is_some_and(|out| real(&self.videos.join(below)) == Some(out))
     }
-}
 
-/// A video as a layout finds it, its class by name. Large datasets list hundreds of thousands, most of which may be missing: small.
-struct Row {
-    id: Box<str>,
-    class: Arc<str>,
-    path: Option<Box<str>>,
-    /// Where its class is said, for errors.
-    at: At,
-}
-
-/// Where something is said. What the lines of a list have in common is kept once.
-#[derive(Clone, Debug)]
-enum At {
-    /// A line of a file, counted from 1.
-    Line(Arc<str>, u32),
-    /// A file and line, an entry, or a folder, in words.
-    Place(Box<str>),
-}
-
-impl fmt::Display for At {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            At::Line(file, number) => write!(f, "{file}: line {number}"),
-            At::Place(place) => f.write_str(place),
-        }
+    /// The folder for files that only this process needs: that of shards has room for them, which one in memory need not have.
+    fn scratch(&self) -> PathBuf {
+        self.out.map_or_else(std::env::temp_dir, Path::to_path_buf)
     }
 }
 
 /// What a layout finds of a split.
 #[derive(Default)]
 struct Rows {
-    rows: Vec<Row>,
+    /// Their labels are numbers of `named` until all classes are known.
+    there: Vec<Source>,
+    missing: Missing,
+    /// The classes of these, each with where it is said first, for errors.
+    named: Vec<(Arc<str>, String)>,
+    numbers: HashMap<Arc<str>, i32>,
     /// The classes in the layout's own order, if it has one.
     classes: Option<Vec<String>>,
     /// All video files that were found, by path, whether they are in a row or not.
-    there: Vec<String>,
+    files: Vec<Arc<str>>,
     /// What else was found.
     others: Vec<Unused>,
 }
 
 impl Rows {
-    /// No rows yet of what was found.
-    fn of(found: files::Found) -> Self {
-        let there = found.videos.into_iter().map(|video| video.path).collect();
-        Rows { there, others: found.others, ..Rows::default() }
+    /// No rows yet of what was found at `place`.
+    fn of(place: &Place, found: files::Found) -> Self {
+        let files = found.videos.into_iter().map(|video| video.path).collect();
+        Rows { files, others: found.others, missing: Missing::new(&place.scratch()), ..Rows::default() }
+    }
+
+    /// Takes the next video by id: its class by name, its file if there is one, and where its class is said.
+    fn add(&mut self, id: &str, class: &str, path: Option<Arc<str>>, at: impl FnOnce() -> String) -> Result<()> {
+        let class = self.numbers.get(class).copied().unwrap_or_else(|| {
+            let (name, number): (Arc<str>, i32) = (class.into(), self.named.len() as i32);
+            self.named.push((name.clone(), at()));
+            self.numbers.insert(name, number);
+            number
+        });
+        match path {
+            Some(path) => self.there.push(Source { id: id.into(), label: class, path }),
+            None => self.missing.push(id)?,
+        }
+        Ok(())
     }
 }
 
@@ -135,10 +144,9 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
             Layout::Ucf101 => ucf101::rows(description, &split, place)?,
             Layout::Hmdb51 => hmdb51::rows(&split, place)?,
         };
-        rows.rows.sort_unstable_by(|a, b| a.id.cmp(&b.id));
-        if let Some(pair) = rows.rows.windows(2).find(|pair| pair[0].id == pair[1].id) {
-            let path = |row: &Row| row.path.as_deref().map_or_else(|| row.at.to_string(), str::to_string);
-            let (id, [a, b]) = (&pair[0].id, [path(&pair[0]), path(&pair[1])]);
+        rows.there.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        if let Some(pair) = rows.there.windows(2).find(|pair| pair[0].id == pair[1].id) {
+            let (id, a, b) = (&pair[0].id, &pair[0].path, &pair[1].path);
             return Err(Error::input(format!("{name}: two videos are called {id}, {a} and {b}: rename one of them")));
         }
         found.push((name.clone(), rows));
@@ -150,11 +158,10 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
     let splits = found
         .into_iter()
         .map(|(name, rows)| {
-            let sources = rows.rows.into_iter().map(|row| {
-                let label = classes.label(&row)?;
-                Ok(Source { id: row.id.into(), label, path: row.path.map(String::from) })
-            });
-            Ok((name, sources.collect::<Result<Vec<_>>>()?))
+            let labels = rows.named.iter().map(|(class, at)| classes.label(class, at)).collect::<Result<Vec<_>>>()?;
+            let Rows { mut there, missing, .. } = rows;
+            there.iter_mut().for_each(|source| source.label = labels[source.label as usize]);
+            Ok((name, Videos { there, missing }))
         })
         .collect::<Result<_>>()?;
     Ok(Listing { class_names, splits, unused })
@@ -162,14 +169,19 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
 
 /// What was found for some split and is used by none.
 fn unused(found: &mut [(String, Rows)]) -> Vec<Unused> {
-    let mut unused: BTreeSet<Unused> = BTreeSet::new();
+    let (mut files, mut unused) = (Vec::new(), Vec::new());
     for (_, rows) in found.iter_mut() {
-        unused.extend(rows.others.drain(..));
-        let unlisted = |path| Unused { path, why: "a video in no list, or a copy of one that is" };
-        unused.extend(rows.there.drain(..).map(unlisted));
+        files.append(&mut rows.files);
+        unused.append(&mut rows.others);
     }
-    let used: HashSet<&str> = found.iter().flat_map(|(_, rows)| &rows.rows).filter_map(|r| r.path.as_deref()).collect();
-    unused.into_iter().filter(|other| !used.contains(other.path.as_str())).collect()
+    let used: HashSet<&str> = found.iter().flat_map(|(_, rows)| &rows.there).map(|row| &*row.path).collect();
+    unused.retain(|other| !used.contains(&*other.path));
+    let unlisted =
+        |path: Arc<str>| Unused { path: (*path).into(), why: "a video in no list, or a copy of one that is" };
+    unused.extend(files.into_iter().filter(|path| !used.contains(&**path)).map(unlisted));
+    unused.sort_unstable();
+    unused.dedup();
+    unused
 }
 
 /// The classes in label order: as the user, the description, an earlier run or the layout has them; else sorted.
@@ -187,7 +199,7 @@ fn class_names(description: &Description, place: &Place, found: &[(String, Rows)
             Some(own) => (own, "the annotations".to_string()),
             None => {
                 let all: BTreeSet<&str> =
-                    found.iter().flat_map(|(_, rows)| &rows.rows).map(|row| &*row.class).collect();
+                    found.iter().flat_map(|(_, rows)| &rows.named).map(|(class, _)| &**class).collect();
                 let splits: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
                 (all.into_iter().map(str::to_string).collect(), format!("the annotations of {}", splits.join(" and ")))
             }
@@ -211,7 +223,7 @@ pub fn read_classes(path: &Path) -> Result<Vec<String>> {
     Ok(files::text(path)?.lines().filter(|line| !line.is_empty()).map(str::to_string).collect())
 }
 
-/// Finds the class of a row.
+/// Finds the label of a class.
 struct Classes<'a> {
     description: &'a Description,
     names: &'a [String],
@@ -235,25 +247,21 @@ impl<'a> Classes<'a> {
         Ok(Classes { description, names, exact, spelled })
     }
 
-    fn label(&self, row: &Row) -> Result<i32> {
-        let found = self.exact.get(&*row.class).copied().or_else(|| {
+    /// Of the class that is said `at` some place.
+    fn label(&self, class: &str, at: &str) -> Result<i32> {
+        let found = self.exact.get(class).copied().or_else(|| {
             let folder = self.description.layout == Layout::Folders;
-            let folded = self.description.ignore_case.iter().find(|c| c.eq_ignore_ascii_case(&row.class));
+            let folded = self.description.ignore_case.iter().find(|c| c.eq_ignore_ascii_case(class));
             match folded {
                 Some(class) => self.exact.get(class.as_str()).copied(),
-                None if folder => self.spelled.get(&spelling(&row.class)).copied().flatten(),
+                None if folder => self.spelled.get(&spelling(class)).copied().flatten(),
                 None => None,
             }
         });
         found.map(|k| k as i32).ok_or_else(|| {
-            let near = self.names.iter().map(|n| (strsim::damerau_levenshtein(n, &row.class), n)).min();
+            let near = self.names.iter().map(|n| (strsim::damerau_levenshtein(n, class), n)).min();
             let near = near.filter(|(d, _)| *d <= 3).map(|(_, n)| format!("; did you mean {n:?}?")).unwrap_or_default();
-            Error::input(format!(
-                "{}: class {:?} is not in the list of {} classes{near}",
-                row.at,
-                row.class,
-                self.names.len()
-            ))
+            Error::input(format!("{at}: class {class:?} is not in the list of {} classes{near}", self.names.len()))
         })
     }
 }

@@ -4,6 +4,7 @@
 //! of another kind) its name alone has to tell: there must be one file of that name, and one class that lists it.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use super::spelling;
 use crate::data::prepare::files::VideoFile;
@@ -38,7 +39,7 @@ impl<'a> Named<'a> {
         for file in found {
             let name = file.name();
             by_name.entry(name).or_insert_with(Vec::new).push(file);
-            by_stem.entry(file.stem.as_str()).or_insert(file);
+            by_stem.entry(file.stem()).or_insert(file);
             if !ignore_case.is_empty() {
                 folded.entry(name.to_ascii_lowercase()).or_insert_with(Vec::new).push(file);
             }
@@ -59,8 +60,8 @@ impl<'a> Named<'a> {
     }
 
     fn is_of_class(&self, file: &VideoFile) -> bool {
-        let folder = spelling(&file.folder);
-        let folds = self.ignore_case.iter().any(|class| class.eq_ignore_ascii_case(&file.folder));
+        let folder = spelling(file.folder());
+        let folds = self.ignore_case.iter().any(|class| class.eq_ignore_ascii_case(file.folder()));
         self.classes.contains(&folder) || folds
     }
 
@@ -68,7 +69,7 @@ impl<'a> Named<'a> {
     ///
     /// # Errors
     /// [`Error::Input`] where there are several.
-    pub(super) fn find(&mut self, class: &str, name: &str) -> Result<Option<String>> {
+    pub(super) fn find(&mut self, class: &str, name: &str) -> Result<Option<Arc<str>>> {
         let folds = self.ignore_case.iter().any(|c| c.eq_ignore_ascii_case(class));
         let files = match (self.by_name.get(name), folds) {
             (Some(files), _) => &files[..],
@@ -76,11 +77,12 @@ impl<'a> Named<'a> {
             (None, false) => &[],
         };
         let wanted = spelling(class);
-        let of_class =
-            |file: &&&VideoFile| spelling(&file.folder) == wanted || folds && file.folder.eq_ignore_ascii_case(class);
+        let of_class = |file: &&&VideoFile| {
+            spelling(file.folder()) == wanted || folds && file.folder().eq_ignore_ascii_case(class)
+        };
         let own: Vec<&&VideoFile> = files.iter().filter(of_class).collect();
         let exact = format!("{class}/{name}");
-        if let Some(file) = own.iter().find(|file| file.path == exact) {
+        if let Some(file) = own.iter().find(|file| *file.path == *exact) {
             return Ok(Some(file.path.clone()));
         }
         // In a class's folder it is that class's, or none's that is listed.
@@ -96,7 +98,7 @@ impl<'a> Named<'a> {
                     return Ok(Some(path));
                 }
                 self.ambiguous.0 += 1;
-                self.ambiguous.1.get_or_insert(path);
+                self.ambiguous.1.get_or_insert(path.to_string());
             }
             [first, second, ..] => {
                 return Err(Error::input(format!(
@@ -114,10 +116,10 @@ impl<'a> Named<'a> {
         let same = self
             .by_stem
             .get(stem)
-            .filter(|file| spelling(&file.folder) == spelling(class) || !file.path.contains('/') || !self.in_folders);
+            .filter(|file| spelling(file.folder()) == spelling(class) || !file.path.contains('/') || !self.in_folders);
         if let Some(file) = same {
             self.other_ending.0 += 1;
-            self.other_ending.1.get_or_insert((format!("{class}/{name}"), file.path.clone()));
+            self.other_ending.1.get_or_insert((format!("{class}/{name}"), file.path.to_string()));
         }
     }
 

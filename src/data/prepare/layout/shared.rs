@@ -1,6 +1,6 @@
 //! What two splits must not share.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::path::Path;
 
 use super::Rows;
@@ -59,14 +59,13 @@ pub(super) fn refuse_list_of_another(description: &Description, split: &str, lis
 pub(super) fn refuse_shared(description: &Description, found: &[(String, Rows)]) -> Result<()> {
     for (n, (split, rows)) in found.iter().enumerate() {
         for (other, others) in found[..n].iter().filter(|(other, _)| exclude(split, other)) {
-            let theirs: HashMap<&str, &str> =
-                others.rows.iter().filter_map(|row| Some((row.path.as_deref()?, &*row.id))).collect();
-            let mine: Vec<&str> = rows.rows.iter().filter_map(|row| row.path.as_deref()).collect();
-            let shared: Vec<&str> = mine.iter().copied().filter(|path| theirs.contains_key(path)).collect();
+            let theirs: HashSet<&str> = others.there.iter().map(|row| &*row.path).collect();
+            let mine = rows.there.iter().map(|row| &*row.path);
+            let shared: Vec<&str> = mine.filter(|path| theirs.contains(path)).collect();
             judge(
                 description.layout,
                 (split, other),
-                (shared.len(), mine.len().min(theirs.len())),
+                (shared.len(), rows.there.len().min(theirs.len())),
                 shared.first().copied(),
             )?;
         }

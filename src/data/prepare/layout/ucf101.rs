@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::named::Named;
-use super::{At, Place, Row, Rows, found_videos};
+use super::{Place, Rows, found_videos};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{annotation, text};
 use crate::{Error, Result};
@@ -20,7 +20,8 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
     let classes = classes(&index)?;
     let found = found_videos(split, place)?;
     let mut named = Named::new(&found.videos, &classes, &description.ignore_case);
-    let mut rows: BTreeMap<String, Row> = BTreeMap::new();
+    // By id: class, file and place.
+    let mut listed = BTreeMap::new();
     for (n, line) in text(&list)?.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() {
@@ -50,18 +51,16 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         }
         let id = format!("{class}/{name}");
         let path = named.find(class, name).map_err(|e| e.within(&at))?;
-        let row = Row {
-            id: id.as_str().into(),
-            class: class.into(),
-            path: path.map(Into::into),
-            at: At::Place(at.as_str().into()),
-        };
-        if rows.insert(id, row).is_some() {
+        if listed.insert(id, (class.to_string(), path, at.clone())).is_some() {
             return Err(bad(format!("{class}/{name} is listed twice")));
         }
     }
     named.conclude()?;
-    Ok(Rows { rows: rows.into_values().collect(), classes: Some(classes), ..Rows::of(found) })
+    let mut rows = Rows { classes: Some(classes), ..Rows::of(place, found) };
+    for (id, (class, path, at)) in listed {
+        rows.add(&id, &class, path, || at)?;
+    }
+    Ok(rows)
 }
 
 /// The classes of `classInd.txt`, in order.
