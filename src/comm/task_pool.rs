@@ -11,6 +11,8 @@
 //! | desk → worker: do this | `TASK` | the task | zeros |
 //! | desk → worker: no more | `END` | 0 | zeros |
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Thread;
 use std::time::Duration;
 
 use super::{Endpoints, Kind, LinkSpec, Receiver, Sender, World, connect};
@@ -30,8 +32,8 @@ const SHAPE: [u32; 4] = [4, 1, 1, 1];
 
 /// A task may take as long as it takes: a rank that dies ends the job without any time limit.
 const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
-/// The desk looks for messages this often.
-const PAUSE: Duration = Duration::from_millis(2);
+/// While nothing comes the desk looks for messages of other ranks ever less often. Its own rank's worker wakes it.
+const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(20)];
 
 /// Does all `tasks`, each on whichever rank is free; returns the results of those that this rank did. Collective.
 ///
@@ -51,9 +53,16 @@ pub fn share<T: Send>(world: &World, tasks: &[u64], work: &Work<T>, watch: &mut 
         return worker.run(work);
     }
     let mut desk = Desk::new(&mut ends, rank_of_worker.len() - 1)?;
+    let ended = AtomicBool::new(false);
+    let desk_thread = std::thread::current();
+    worker.desk = Some(desk_thread.clone());
     std::thread::scope(|scope| {
-        let own = scope.spawn(move || worker.run(work));
-        let served = desk.serve(tasks, watch, || own.is_finished());
+        let told = Told { ended: &ended, desk: desk_thread };
+        let own = scope.spawn(move || {
+            let _told = told;
+            worker.run(work)
+        });
+        let served = desk.serve(tasks, watch, || ended.load(Ordering::Acquire));
         drop(desk);
         let done = own.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // The worker's own error says more than the desk's that came of it.
@@ -73,16 +82,31 @@ fn link(kind: Kind, id: u32, from: usize, to: usize, name: String) -> LinkSpec {
     LinkSpec { id, kind, from, to, words: 4, depth: 4, name }
 }
 
+/// Tells the desk that its own rank's worker has ended, however it did.
+struct Told<'a> {
+    ended: &'a AtomicBool,
+    desk: Thread,
+}
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        self.desk.unpark();
+    }
+}
+
 /// The end that works.
 struct Worker {
     number: usize,
     up: Sender,
     down: Receiver,
+    /// The desk's thread, where it is in this process.
+    desk: Option<Thread>,
 }
 
 impl Worker {
     fn new(ends: &mut Endpoints, number: usize) -> Result<Self> {
-        Ok(Worker { number, up: ends.sender(up(number).id)?, down: ends.receiver(down(number).id)? })
+        Ok(Worker { number, up: ends.sender(up(number).id)?, down: ends.receiver(down(number).id)?, desk: None })
     }
 
     fn run<T>(&mut self, work: &Work<T>) -> Result<Vec<T>> {
@@ -102,7 +126,9 @@ impl Worker {
     fn tell(&mut self, what: u32, tally: Tally) -> Result<()> {
         let header = up(self.number).header(0, what, SHAPE);
         // Counts below 2^24 are exact as floats.
-        self.up.send(&header, &tally.map(|n| n as f32))
+        self.up.send(&header, &tally.map(|n| n as f32))?;
+        self.desk.iter().for_each(Thread::unpark);
+        Ok(())
     }
 }
 
@@ -121,6 +147,8 @@ impl Desk {
     fn serve(&mut self, tasks: &[u64], watch: &mut dyn FnMut(Tally), failed: impl Fn() -> bool) -> Result<()> {
         let mut tasks = tasks.iter().copied();
         let mut ended = vec![false; self.workers.len()];
+        let [shortest, longest] = PAUSES;
+        let mut pause = shortest;
         while ended.contains(&false) {
             let mut idle = true;
             for (number, (from, to)) in self.workers.iter_mut().enumerate() {
@@ -145,8 +173,13 @@ impl Desk {
             if failed() && !ended[0] {
                 return Ok(());
             }
-            if idle {
-                std::thread::sleep(PAUSE);
+            match (idle, self.workers.len()) {
+                (false, _) => pause = shortest,
+                (true, 1) => std::thread::park(),
+                (true, _) => {
+                    std::thread::park_timeout(pause);
+                    pause = (2 * pause).min(longest);
+                }
             }
         }
         Ok(())
