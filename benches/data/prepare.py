@@ -80,11 +80,15 @@ def decoding(args, folder):
 
 
 def listed(args, folder, clips):
-    """Until the first video is decoded, of a list with one clip in a hundred; and the largest memory by then."""
-    place = folder / f"list-{clips}"
-    one = folder / "one.mp4"
-    if not one.exists():
-        film(one, "160x120", 1)
+    """Until the first video is decoded, of a list of which one clip in so many is there; and the largest memory by then."""
+    place = folder / f"list-{clips}-{args.one_in}"
+    # A file has no more than some ten thousand names.
+    ones = [folder / f"one-{n}.mp4" for n in range(clips // args.one_in // 30_000 + 1)]
+    for one in ones:
+        if one is ones[0] and not one.exists():
+            film(one, "160x120", 1)
+        elif not one.exists():
+            shutil.copy(ones[0], one)
     if not place.exists():
         (place / "lists").mkdir(parents=True)
         (place / "videos").mkdir()
@@ -92,8 +96,8 @@ def listed(args, folder, clips):
             file.write("label,youtube_id,time_start,time_end,split\n")
             for n in range(clips):
                 file.write(f"class {n % 600},{n:011},{n % 500},{n % 500 + 10},train\n")
-                if n % 100 == 0:
-                    os.link(one, place / f"videos/{n:011}_{n % 500:06}_{n % 500 + 10:06}.mp4")
+                if n % args.one_in == 0:
+                    os.link(ones[n // args.one_in // 30_000], place / f"videos/{n:011}_{n % 500:06}_{n % 500 + 10:06}.mp4")
     # ffmpeg, which says when it is first asked for a video.
     first = place / "first"
     first.unlink(missing_ok=True)
@@ -119,7 +123,7 @@ def listed(args, folder, clips):
         time.sleep(0.01)
     run.terminate()
     run.wait()
-    print(f"{clips:9} clips listed, {clips // 100:6} there: the first is decoded after {seconds:5.1f} s, memory up to {peak:5.0f} MiB")
+    print(f"{clips:9} clips listed, {clips // args.one_in:6} there: the first is decoded after {seconds:5.1f} s, memory up to {peak:5.0f} MiB")
 
 
 def main():
@@ -130,6 +134,7 @@ def main():
     parser.add_argument("--videos", type=int, default=40)
     parser.add_argument("--size", default="340x256")
     parser.add_argument("--clips", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--one-in", type=int, default=100, help="of the listed clips one in so many is there")
     args = parser.parse_args()
     folder = ROOT / "target/bench-prepare"
     folder.mkdir(parents=True, exist_ok=True)
