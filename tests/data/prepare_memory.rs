@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::common::program::PROGRAM;
 use crate::prepare::film;
 
-/// A list of `clips` of which twenty are there, prepared: the largest memory of the program, in MiB.
+/// A list of `clips` of which five are there, prepared: the largest memory of the program, in MiB.
 fn largest_memory(folder: &Path, clips: usize) -> f64 {
     let place = folder.join(clips.to_string());
     let path = |name: &str| place.join(name);
@@ -16,7 +16,7 @@ fn largest_memory(folder: &Path, clips: usize) -> f64 {
     for n in 0..clips {
         let (start, end) = (n % 500, n % 500 + 10);
         list += &format!("class {},{n:011},{start},{end}\n", n % 600);
-        if n % (clips / 20) == 0 {
+        if n % (clips / 5) == 0 {
             std::fs::hard_link(folder.join("one.mkv"), path(&format!("videos/{n:011}_{start:06}_{end:06}.mkv")))
                 .unwrap();
         }
@@ -44,7 +44,7 @@ fn largest_memory(folder: &Path, clips: usize) -> f64 {
     };
     assert!(ended.success());
     let missing = std::fs::read_to_string(path("out/missing-train.tsv")).unwrap();
-    assert_eq!(missing.lines().count(), 1 + clips - 20);
+    assert_eq!(missing.lines().count(), 1 + clips - 5);
     largest / 1024.0
 }
 
