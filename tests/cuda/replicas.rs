@@ -72,11 +72,12 @@ fn replicas_end_alike_wherever_they_are() {
 fn replicas_average_from_gpu_to_gpu() {
     let late = [("SIDEWAYS_EMULATOR_COPY_DELAY_US", "300"), ("SIDEWAYS_EMULATOR_JITTER_US", "300")];
     let some = ["data.frames=3", "data.batch=1", "train.batches=2", CUDA];
-    for (replicas, layers) in [(2, &LARGE[..]), (3, &LARGE), (8, &LARGE[1..]), (11, &LARGE[1..])] {
+    for (replicas, layers, ranks, env) in
+        [(2, &LARGE[..], 2, &late[..]), (3, &LARGE, 0, &late), (8, &LARGE[1..], 2, &late), (11, &LARGE[1..], 2, &[])]
+    {
         let place = Place::new(&[layers, &some, &[&format!("train.replicas={replicas}")]].concat());
         let staged = place.trained("staged", 0, &[STAGED], &[]);
-        assert!(place.trained("threads", 0, &[PEER], &[]) == staged, "{replicas} replicas in one process");
-        assert!(place.trained("ranks", 2, &[PEER], &late) == staged, "{replicas} replicas on two ranks");
+        assert!(place.trained("peer", ranks, &[PEER], env) == staged, "{replicas} replicas");
     }
     if real() {
         eprintln!("not on a real GPU: the emulator is told what to refuse");
