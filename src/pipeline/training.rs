@@ -139,8 +139,8 @@ impl Worker {
         }
     }
 
-    /// Replaces the sums of gradients by their means over the replicas, in buckets, each as soon as it is on the host. Meanwhile this
-    /// worker's messages go on.
+    /// Replaces the sums of gradients by their means over the replicas, in buckets, each as soon as it is there, on the
+    /// host or in the GPU's memory. Meanwhile this worker's messages go on.
     pub(super) fn average_gradients(&mut self, batch: u64, step: usize) -> Result<()> {
         let Worker { stage, training, inputs, outputs, watch, .. } = self;
         let Some(training) = training else { return Ok(()) };

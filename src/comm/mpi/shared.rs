@@ -109,7 +109,7 @@ impl Shared {
                 return Ok(None);
             }
         };
-        // SAFETY: this rank's part, which nobody else touches before all ranks have met; it is a whole number of words.
+        // SAFETY: this rank's part, of so many bytes, which nobody else touches before all ranks have met in `connect`.
         unsafe { std::ptr::write_bytes(window.part(session.core.place.rank), 0, bytes) };
         let mut places = HashMap::new();
         for (rank, said) in said.iter().enumerate() {
