@@ -83,14 +83,15 @@ def listed(args, folder, clips):
     """Until the first video is decoded, of a list of which one clip in so many is there; and the largest memory by then."""
     place = folder / f"list-{clips}-{args.one_in}"
     # A file has no more than some ten thousand names.
-    ones = [folder / f"one-{n}.mp4" for n in range(clips // args.one_in // 30_000 + 1)]
+    place.mkdir(exist_ok=True)
+    ones = [place / f"one-{n}.mp4" for n in range(clips // args.one_in // 30_000 + 1)]
     for one in ones:
         if one is ones[0] and not one.exists():
             film(one, "160x120", 1)
         elif not one.exists():
             shutil.copy(ones[0], one)
-    if not place.exists():
-        (place / "lists").mkdir(parents=True)
+    if not (place / "lists").exists():
+        (place / "lists").mkdir()
         (place / "videos").mkdir()
         with open(place / "lists/train.csv", "w") as file:
             file.write("label,youtube_id,time_start,time_end,split\n")

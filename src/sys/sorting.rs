@@ -5,94 +5,161 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::iter::Peekable;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use bytemuck::Pod;
-
 use crate::{Error, Result};
 
-/// Records in memory before a run is laid down, and of each run while all are read.
-const RUN: usize = 1 << 16;
-const BLOCK: usize = 1 << 8;
+/// Bytes of records in memory before a run is laid down, and of each run while all are read.
+const RUN: usize = 1 << 20;
+const BLOCK: usize = 1 << 13;
+
+/// What is sorted: by key, of two with the same key by value, byte by byte.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Record {
+    /// What comes first in the order.
+    pub key: Vec<u8>,
+    /// What comes with it.
+    pub value: Vec<u8>,
+}
 
 /// Takes records in any order.
-pub struct Sorter<T> {
-    kept: Vec<T>,
+#[derive(Debug)]
+pub struct Sorter {
+    kept: Kept,
     runs: Runs,
     most: usize,
 }
 
-/// Sorted runs, one after the other in a file without a name.
+/// Records in memory, one after the other.
+#[derive(Debug, Default)]
+struct Kept {
+    bytes: Vec<u8>,
+    places: Vec<Place>,
+}
+
+/// Where a record is in [`Kept::bytes`]: its key begins and ends, its value ends.
+#[derive(Clone, Copy, Debug)]
+struct Place(usize, usize, usize);
+
+/// Sorted runs, one after the other in a file without a name: of each record the lengths of key and value (4 bytes each), and these.
+#[derive(Debug, Default)]
 struct Runs {
     folder: PathBuf,
     file: Option<File>,
-    /// Records of each.
-    lengths: Vec<usize>,
+    /// Where each ends.
+    ends: Vec<u64>,
+    /// How many records there are in all.
+    records: usize,
 }
 
 /// Records in order.
-pub struct Sorted<T> {
-    kept: Vec<T>,
+#[derive(Debug, Default)]
+pub struct Sorted {
+    kept: Kept,
     runs: Runs,
 }
 
-impl<T: Pod + Ord> Sorter<T> {
+impl Sorter {
     /// What does not fit into memory will be laid into `folder`.
     pub fn new(folder: &Path) -> Self {
-        let runs = Runs { folder: folder.into(), file: None, lengths: Vec::new() };
-        Sorter { kept: Vec::new(), runs, most: RUN }
+        let runs = Runs { folder: folder.into(), ..Runs::default() };
+        Sorter { kept: Kept::default(), runs, most: RUN }
     }
 
     /// Takes one more.
     ///
     /// # Errors
     /// [`Error::Io`] when the folder or its disk refuses.
-    pub fn push(&mut self, record: T) -> Result<()> {
-        self.kept.push(record);
-        if self.kept.len() < self.most {
+    pub fn push(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        let start = self.kept.bytes.len();
+        self.kept.bytes.extend_from_slice(key);
+        self.kept.bytes.extend_from_slice(value);
+        let middle = start + key.len();
+        self.kept.places.push(Place(start, middle, middle + value.len()));
+        self.runs.records += 1;
+        if self.kept.bytes.len() + size_of_val(&self.kept.places[..]) < self.most {
             return Ok(());
         }
-        self.kept.sort_unstable();
-        self.runs.lay_down(bytemuck::cast_slice(&self.kept)).map_err(|e| Error::io(&self.runs.folder, e))?;
-        self.runs.lengths.push(self.kept.len());
-        self.kept.clear();
+        self.kept.sort();
+        self.runs.lay_down(&self.kept).map_err(|e| Error::io(&self.runs.folder, e))?;
+        self.kept.bytes.clear();
+        self.kept.places.clear();
         Ok(())
     }
 
     /// All that were taken, in order.
-    pub fn sorted(mut self) -> Sorted<T> {
-        self.kept.sort_unstable();
-        self.kept.shrink_to_fit();
+    pub fn sorted(mut self) -> Sorted {
+        self.kept.sort();
+        self.kept.bytes.shrink_to_fit();
+        self.kept.places.shrink_to_fit();
         Sorted { kept: self.kept, runs: self.runs }
     }
 }
 
+impl Kept {
+    fn parts(&self, place: Place) -> (&[u8], &[u8]) {
+        let Place(start, middle, end) = place;
+        (&self.bytes[start..middle], &self.bytes[middle..end])
+    }
+
+    fn sort(&mut self) {
+        let mut places = std::mem::take(&mut self.places);
+        places.sort_unstable_by_key(|place| self.parts(*place));
+        self.places = places;
+    }
+}
+
 impl Runs {
-    fn lay_down(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    fn lay_down(&mut self, records: &Kept) -> std::io::Result<()> {
         let file = match &mut self.file {
             Some(file) => file,
             none => none.insert(tempfile::tempfile_in(&self.folder)?),
         };
-        file.write_all(bytes)
+        let mut end = self.ends.last().copied().unwrap_or(0);
+        let mut out = BufWriter::new(&*file);
+        for place in &records.places {
+            let (key, value) = records.parts(*place);
+            for part in [key, value] {
+                out.write_all(&u32::try_from(part.len()).map_err(std::io::Error::other)?.to_le_bytes())?;
+            }
+            out.write_all(key)?;
+            out.write_all(value)?;
+            end += (8 + key.len() + value.len()) as u64;
+        }
+        out.flush()?;
+        self.ends.push(end);
+        Ok(())
     }
 }
 
-impl<T: Pod + Ord> Sorted<T> {
+impl Sorted {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.runs.records
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Reads them from the first on.
     ///
     /// # Errors
     /// Each may be an [`Error::Io`].
-    pub fn iter(&self) -> impl Iterator<Item = Result<T>> {
+    pub fn iter(&self) -> impl Iterator<Item = Result<Record>> {
         let mut first = 0;
-        let mut runs: Vec<Run<T>> = Vec::with_capacity(self.runs.lengths.len() + 1);
-        for &length in &self.runs.lengths {
-            runs.push(Run { file: self.runs.file.as_ref(), next: first, end: first + length, block: Vec::new() });
-            first += length;
+        let mut runs = Vec::with_capacity(self.runs.ends.len() + 1);
+        if let Some(file) = &self.runs.file {
+            for &end in &self.runs.ends {
+                runs.push(Run::File(BufReader::with_capacity(BLOCK, Section { file, at: first, end })));
+                first = end;
+            }
         }
-        // Those that were kept are a run that needs no file.
-        runs.push(Run { file: None, next: 0, end: 0, block: self.kept.iter().rev().copied().collect() });
+        runs.push(Run::Kept(&self.kept, 0));
         let mut heads = BinaryHeap::with_capacity(runs.len());
         let mut refill: Vec<usize> = (0..runs.len()).collect();
         std::iter::from_fn(move || {
@@ -108,27 +175,88 @@ impl<T: Pod + Ord> Sorted<T> {
             Some(Ok(record))
         })
     }
+
+    /// To ask for keys in ascending order.
+    pub fn lookup(&self) -> Lookup<impl Iterator<Item = Result<Record>>> {
+        Lookup(self.iter().peekable())
+    }
 }
 
 /// A run being read.
-struct Run<'a, T> {
-    file: Option<&'a File>,
-    /// The first record that has not been read yet, and where the run ends.
-    next: usize,
-    end: usize,
-    /// What has been, the last first.
-    block: Vec<T>,
+enum Run<'a> {
+    File(BufReader<Section<'a>>),
+    /// Those that were kept in memory, and how many of them are read.
+    Kept(&'a Kept, usize),
 }
 
-impl<T: Pod> Run<'_, T> {
-    fn take(&mut self) -> std::io::Result<Option<T>> {
-        if let (true, Some(file), left @ 1..) = (self.block.is_empty(), self.file, self.end - self.next) {
-            self.block.resize(left.min(BLOCK), T::zeroed());
-            file.read_exact_at(bytemuck::cast_slice_mut(&mut self.block), (self.next * size_of::<T>()) as u64)?;
-            self.next += self.block.len();
-            self.block.reverse();
+impl Run<'_> {
+    fn take(&mut self) -> std::io::Result<Option<Record>> {
+        match self {
+            Run::Kept(kept, next) => Ok(kept.places.get(*next).map(|place| {
+                *next += 1;
+                let (key, value) = kept.parts(*place);
+                Record { key: key.into(), value: value.into() }
+            })),
+            Run::File(file) => {
+                if file.get_ref().is_through() && file.buffer().is_empty() {
+                    return Ok(None);
+                }
+                let mut lengths = [[0; 4]; 2];
+                file.read_exact(lengths.as_flattened_mut())?;
+                let [mut key, mut value] = lengths.map(|length| vec![0; u32::from_le_bytes(length) as usize]);
+                file.read_exact(&mut key)?;
+                file.read_exact(&mut value)?;
+                Ok(Some(Record { key, value }))
+            }
         }
-        Ok(self.block.pop())
+    }
+}
+
+/// A part of a file, of which others may be at another place.
+struct Section<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Section<'_> {
+    fn is_through(&self) -> bool {
+        self.at >= self.end
+    }
+}
+
+impl Read for Section<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let most = buffer.len().min(usize::try_from(self.end - self.at).unwrap_or(usize::MAX));
+        let n = self.file.read_at(&mut buffer[..most], self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+/// Finds records by keys that are asked for in ascending order.
+pub struct Lookup<I: Iterator<Item = Result<Record>>>(Peekable<I>);
+
+impl<I: Iterator<Item = Result<Record>>> Lookup<I> {
+    /// Whether there is a record with this key.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when records cannot be read.
+    pub fn has(&mut self, key: &[u8]) -> Result<bool> {
+        while self.0.next_if(|next| next.as_ref().is_ok_and(|next| *next.key < *key)).is_some() {}
+        match self.0.peek() {
+            Some(Ok(next)) => Ok(next.key == key),
+            Some(Err(_)) => self.0.next().transpose().map(|_| false),
+            None => Ok(false),
+        }
+    }
+
+    /// Takes the next record with this key, if there is one more.
+    ///
+    /// # Errors
+    /// As [`Lookup::has`].
+    pub fn take(&mut self, key: &[u8]) -> Result<Option<Record>> {
+        if self.has(key)? { self.0.next().transpose() } else { Ok(None) }
     }
 }
 
@@ -136,32 +264,71 @@ impl<T: Pod> Run<'_, T> {
 mod tests {
     use super::*;
 
+    fn sorted(folder: &Path, most: usize, records: &[Record]) -> Sorted {
+        let mut sorter = Sorter { most, ..Sorter::new(folder) };
+        records.iter().for_each(|record| sorter.push(&record.key, &record.value).unwrap());
+        sorter.sorted()
+    }
+
+    fn record(n: u32) -> Record {
+        // Of any length, none among them, and each key twice.
+        let key = (n / 2 * 7919 % 501).to_be_bytes()[..].repeat((n / 2 % 3) as usize);
+        Record { key, value: vec![n as u8; (n % 40) as usize] }
+    }
+
     #[test]
     fn records_come_in_order_from_memory_and_from_files() {
         let folder = tempfile::tempdir().unwrap();
         // Runs of any length, one of them of several blocks; and none at all.
-        for (n, most) in [(0, 4), (3, 4), (4, 4), (1000, 7), (1000, 600), (3, 1)] {
-            let mut sorter = Sorter { most, ..Sorter::new(folder.path()) };
-            let numbers: Vec<u64> = (0..n).map(|i| i * 7919 % 501).collect();
-            numbers.iter().for_each(|number| sorter.push(*number).unwrap());
-            assert_eq!(sorter.runs.lengths.len(), n as usize / most);
-            let (sorted, mut expected) = (sorter.sorted(), numbers);
-            expected.sort();
-            // As often as is wanted.
-            for _ in 0..2 {
-                assert_eq!(sorted.iter().collect::<Result<Vec<_>>>().unwrap(), expected, "{n} {most}");
-            }
+        for (n, most) in [(0, 100), (3, 1000), (40, 100), (2000, 700), (2000, 100_000), (3, 1)] {
+            let mut records: Vec<Record> = (0..n).map(record).collect();
+            let sorted = sorted(folder.path(), most, &records);
+            assert_eq!(sorted.runs.ends.len() > 1, n > 10 && most < 1000 || most == 1);
+            records.sort();
+            assert_eq!((sorted.len(), sorted.is_empty()), (n as usize, n == 0));
+            // As often as is wanted, and two at a time.
+            let (one, other) = (sorted.iter(), sorted.iter());
+            assert_eq!(other.collect::<Result<Vec<_>>>().unwrap(), records, "{n} {most}");
+            assert_eq!(one.collect::<Result<Vec<_>>>().unwrap(), records, "{n} {most}");
         }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "a file has a name");
     }
 
     #[test]
+    fn keys_are_found_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let records: Vec<Record> = (0..500).map(record).collect();
+        let sorted = sorted(folder.path(), 300, &records);
+        let mut keys: Vec<Vec<u8>> = (0..1000).map(|n| record(n).key).collect();
+        keys.sort();
+        keys.dedup();
+        let (mut one, mut other) = (sorted.lookup(), sorted.lookup());
+        for key in keys {
+            let mut expected: Vec<&Record> = records.iter().filter(|record| record.key == key).collect();
+            expected.sort();
+            // Asking takes nothing.
+            for _ in 0..2 {
+                assert_eq!(one.has(&key).unwrap(), !expected.is_empty());
+            }
+            for record in expected {
+                assert_eq!(other.take(&key).unwrap().as_ref(), Some(record));
+            }
+            assert_eq!(other.take(&key).unwrap(), None);
+        }
+    }
+
+    #[test]
     fn a_file_cut_short_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let mut sorter = Sorter { most: 4, ..Sorter::new(folder.path()) };
-        (0..8u32).for_each(|n| sorter.push(n).unwrap());
-        let sorted = sorter.sorted();
-        sorted.runs.file.as_ref().unwrap().set_len(20).unwrap();
-        assert!(sorted.iter().any(|record| record.is_err()));
+        let records: Vec<Record> = (0..80).map(record).collect();
+        let sorted = sorted(folder.path(), 400, &records);
+        let file = sorted.runs.file.as_ref().unwrap();
+        let length = file.metadata().unwrap().len();
+        for cut in [1, 9, length / 2] {
+            file.set_len(length - cut).unwrap();
+            assert!(sorted.iter().any(|record| record.is_err()));
+            let mut lookup = sorted.lookup();
+            assert!(lookup.has(&[0xff; 99]).is_err());
+        }
     }
 }

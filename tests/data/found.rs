@@ -2,7 +2,7 @@
 
 use crate::layouts::{Disk, rows};
 use sideways::data::prepare::description::{Description, Layout};
-use sideways::data::prepare::layout::{Listing, Place, list};
+use sideways::data::prepare::layout::{Listing, Place, Unused, list};
 
 const UCF: [(&str, &str); 2] = [("lists/classInd.txt", "1 A\n2 B\n"), ("lists/testlist01.txt", "A/002.avi\n")];
 
@@ -63,7 +63,7 @@ fn a_list_of_several_splits_gives_those_of_the_one_asked_for() {
             Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes: None, out: Some(&out) };
         let listing = list(&kinetics, &place, &[split.to_string()]);
         listing
-            .map(|l| l.splits[0].1.there.iter().map(|s| s.id[..11].to_string()).collect::<Vec<_>>())
+            .map(|l| l.splits[0].1.there.iter().map(|s| s.unwrap().id[..11].to_string()).collect::<Vec<_>>())
             .map_err(|e| e.to_string())
     };
     let both = "run,aaaaaaaaaa0,12,22,train\nrun,aaaaaaaaaa1,12,22,validate\n";
@@ -145,7 +145,8 @@ fn what_is_not_used_is_named_and_is_no_class() {
     let place = Place { videos: &videos, annotations: None, classes: None, stored_classes: None, out: Some(&out) };
     let listing = list(&Description::plain(Layout::Folders, "f"), &place, &["train".into()]).unwrap();
     assert_eq!(listing.class_names, ["a", "b"]);
-    let mut unused: Vec<(&str, &str)> = listing.unused.iter().map(|u| (u.path.as_str(), u.why)).collect();
+    let unused: Vec<Unused> = listing.unused.iter().map(Result::unwrap).collect();
+    let mut unused: Vec<(&str, &str)> = unused.iter().map(|u| (u.path.as_str(), u.why.as_str())).collect();
     unused.sort();
     let expected = [
         ("4.mp4", "beside the class folders, in none"),
@@ -164,11 +165,11 @@ fn what_is_not_used_is_named_and_is_no_class() {
     disk.write("videos/train-00000.h5", "");
     disk.write("videos/classes.txt", "a\nb\n");
     let listing = list(&Description::plain(Layout::Folders, "f"), &place, &["train".into()]).unwrap();
-    assert!(listing.unused.iter().all(|u| !["train-00000.h5", "classes.txt"].contains(&u.path.as_str())));
+    assert!(listing.unused.iter().all(|u| !["train-00000.h5", "classes.txt"].contains(&u.unwrap().path.as_str())));
 
     // Of lists, what is in none of the splits asked for.
     let listing = ucf(&["videos/A/001.avi", "videos/A/002.avi", "videos/A/003.avi"], "A/001.avi 1\n").unwrap();
-    assert_eq!(listing.unused.iter().map(|u| u.path.as_str()).collect::<Vec<_>>(), ["A/002.avi", "A/003.avi"]);
+    assert_eq!(listing.unused.iter().map(|u| u.unwrap().path).collect::<Vec<_>>(), ["A/002.avi", "A/003.avi"]);
     // Two videos of one name cannot both be meant.
     let twice = Disk::new(&[("videos/x/a/1.mp4", ""), ("videos/y/a/1.mp4", "")]);
     twice.write("dataset.toml", "name = 'm'\nlayout = 'folders'\n[splits.train]\nvideos = ['x', 'y']\n");

@@ -46,8 +46,9 @@ impl Disk {
 pub fn rows(listing: &Listing) -> Vec<(&str, &str, Option<&str>)> {
     let videos = &listing.splits[0].1;
     let class = |label: i32| listing.class_names[label as usize].as_str();
-    let there = videos.there.iter().map(|s| (&*s.id, class(s.label), Some(&*s.path)));
-    let missing = videos.missing.ids().map(|id| (&*id.unwrap().leak(), "", None));
+    let text = |text: String| &*text.leak();
+    let there = videos.there.iter().map(Result::unwrap).map(|s| (text(s.id), class(s.label), Some(text(s.path))));
+    let missing = videos.missing.ids().map(|id| (text(id.unwrap()), "", None));
     let mut all: Vec<_> = there.chain(missing).collect();
     all.sort();
     all
@@ -257,7 +258,9 @@ fn a_stored_list_of_classes_decides_the_labels_of_later_splits() {
         let stored_classes = Some(disk.path(stored));
         let place = Place { videos: &videos, annotations: Some(&file), classes: None, stored_classes, out: None };
         let listing = list(&Description::plain(Layout::Kinetics, "kinetics"), &place, &["val".into()]);
-        listing.map(|l| (l.class_names.len(), l.splits[0].1.there[0].label)).map_err(|e| e.to_string())
+        listing
+            .map(|l| (l.class_names.len(), l.splits[0].1.there.iter().next().unwrap().unwrap().label))
+            .map_err(|e| e.to_string())
     };
     assert_eq!(labels("yoga", "out/classes.txt"), Ok((3, 1)));
     assert_eq!(labels("yoga", "out/none.txt"), Ok((1, 0)));

@@ -242,7 +242,8 @@ fn a_list_of_classes_decides_the_labels_of_folders() {
     };
     // Folders with underscores for spaces, and without parentheses and quotes.
     let good = listed(&["shoot goal", "absent", "\"rock\" (paper)", "play guitar"]).unwrap();
-    let labels: Vec<(&str, i32)> = good.splits[0].1.there.iter().map(|s| (&*s.id, s.label)).collect();
+    let videos: Vec<_> = good.splits[0].1.there.iter().map(Result::unwrap).collect();
+    let labels: Vec<(&str, i32)> = videos.iter().map(|s| (s.id.as_str(), s.label)).collect();
     assert_eq!(labels, [("play_guitar/x.mp4", 3), ("rock_paper/x.mp4", 2), ("shoot goal/x.mp4", 0)]);
     assert_eq!(good.class_names[2], "\"rock\" (paper)");
     let error = |names: &[&str]| listed(names).unwrap_err().to_string();

@@ -1,6 +1,5 @@
 //! `sideways data prepare`: plans on rank 0, makes shards on all ranks, reports.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -283,12 +282,8 @@ fn print_unused(ledger: &Ledger, out: &Path) {
         ledger.unused.len(),
         unused_list(out).display()
     );
-    let mut reasons: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
-    for unused in &ledger.unused {
-        reasons.entry(unused.why).or_insert((0, &unused.path)).0 += 1;
-    }
-    for (why, (n, first)) in reasons {
-        outln!("  {n:>19}  {why}: {first}{}", if n > 1 { ", …" } else { "" });
+    for (why, n, first) in ledger.unused.reasons() {
+        outln!("  {n:>19}  {why}: {first}{}", if *n > 1 { ", …" } else { "" });
     }
 }
 

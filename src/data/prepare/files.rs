@@ -1,9 +1,8 @@
-//! The files below a folder, listed once.
+//! The files below a folder.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use crate::sys::files::{open, read, what};
 use crate::{Error, Result};
@@ -15,11 +14,11 @@ pub const ENDINGS: [&str; 13] =
 /// Folders in folders are followed this far: `SPLIT/CLASS/video`, and one more.
 const DEPTH: usize = 4;
 
-/// One video file. There may be hundreds of thousands: small.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One video file, by its path below the folder of videos.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct VideoFile {
-    /// Its path below the folder of videos.
-    pub path: Arc<str>,
+    /// That path.
+    pub path: String,
 }
 
 impl VideoFile {
@@ -40,36 +39,22 @@ impl VideoFile {
     }
 }
 
-/// What lies below a folder of videos and is none of them.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Unused {
-    /// Why it is not used.
-    pub why: &'static str,
-    /// Its path below the folder of videos.
-    pub path: String,
-}
+/// Something below a folder of videos: its path below it, and why it is no video; `None` for a video.
+pub type Found = (String, Option<&'static str>);
 
-/// What was found below a folder of videos, sorted by path.
-#[derive(Clone, Debug, Default)]
-pub struct Found {
-    /// The videos.
-    pub videos: Vec<VideoFile>,
-    /// And everything else.
-    pub others: Vec<Unused>,
-}
-
-/// All video files below the folders `parts` of `root` (below all of `root` where none of them is there), and what else is there. The
-/// folder `out` holds no videos.
+/// Hands on all video files below the folders `parts` of `root` (below all of `root` where none of them is there), and what else is
+/// there, in no order: a folder may hold more files than memory should. The folder `out` holds no videos.
 ///
 /// # Errors
-/// [`Error::Input`] when a folder is not there or cannot be read.
-pub fn videos(root: &Path, parts: &[String], out: Option<&Path>) -> Result<Found> {
-    let mut found = Found::default();
+/// [`Error::Input`] when a folder is not there or cannot be read; what `take` returns.
+pub fn walk(
+    root: &Path,
+    parts: &[String],
+    out: Option<&Path>,
+    take: &mut dyn FnMut(Found) -> Result<()>,
+) -> Result<()> {
     let out = out.and_then(|out| out.canonicalize().ok());
-    for part in existing(root, parts) {
-        walk(root, &part, (DEPTH, out.as_deref()), &mut found)?;
-    }
-    Ok(found)
+    existing(root, parts).iter().try_for_each(|part| walk_folder(root, part, (DEPTH, out.as_deref()), take))
 }
 
 /// The folders among `parts` that are there; the root itself (`""`) where none is.
@@ -83,32 +68,36 @@ pub fn folder(root: &Path, below: &str) -> PathBuf {
     if below.is_empty() { root.to_path_buf() } else { root.join(below) }
 }
 
-fn walk(root: &Path, below: &str, (depth, out): (usize, Option<&Path>), found: &mut Found) -> Result<()> {
+fn walk_folder(
+    root: &Path,
+    below: &str,
+    (depth, out): (usize, Option<&Path>),
+    take: &mut dyn FnMut(Found) -> Result<()>,
+) -> Result<()> {
     let dir = folder(root, below);
     let is_out = |path: &Path| out.is_some_and(|out| path.canonicalize().is_ok_and(|path| path == out));
     // Shards beside class folders: what this program writes there is its own.
     let own = is_out(&dir);
-    for Entry { name, kind } in entries(&dir)? {
+    let mut folders = Vec::new();
+    for entry in read_folder(&dir)? {
+        let Entry { name, kind } = entry?;
         let path = if below.is_empty() { name.clone() } else { format!("{below}/{name}") };
         let why = match kind {
             Kind::Folder if is_out(&root.join(&path)) => continue,
             Kind::Folder if depth > 0 => {
-                walk(root, &path, (depth - 1, out), found)?;
+                folders.push(path);
                 continue;
             }
-            Kind::Folder => "a folder too deep in folders",
+            Kind::Folder => Some("a folder too deep in folders"),
             Kind::Other(_) if own && name == ".prepare" => continue,
-            Kind::Other(what) => what,
-            Kind::File if is_video(&name) => {
-                found.videos.push(VideoFile { path: path.into() });
-                continue;
-            }
+            Kind::Other(what) => Some(what),
+            Kind::File if is_video(&name) => None,
             Kind::File if own && is_own(&name) => continue,
-            Kind::File => UNKNOWN_ENDING,
+            Kind::File => Some(UNKNOWN_ENDING),
         };
-        found.others.push(Unused { path, why });
+        take((path, why))?;
     }
-    Ok(())
+    folders.iter().try_for_each(|path| walk_folder(root, path, (depth - 1, out), take))
 }
 
 /// Why a file that is no video is not used.
@@ -150,12 +139,22 @@ pub struct Entry {
 /// # Errors
 /// [`Error::Input`] when it is not there or cannot be read.
 pub fn entries(dir: &Path) -> Result<Vec<Entry>> {
+    let mut found = read_folder(dir)?.collect::<Result<Vec<_>>>()?;
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+/// What is in a folder, one after the other as the file system has it.
+fn read_folder(dir: &Path) -> Result<impl Iterator<Item = Result<Entry>>> {
     let refused = |e: std::io::Error| Error::input(format!("{}: cannot read this folder: {e}", dir.display()));
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(refused)? {
-        let entry = entry.map_err(refused)?;
+    let listed = std::fs::read_dir(dir).map_err(refused)?;
+    Ok(listed.map(move |entry| entry.and_then(|entry| Entry::of(&entry)).map_err(refused)))
+}
+
+impl Entry {
+    fn of(entry: &std::fs::DirEntry) -> std::io::Result<Self> {
         let name = entry.file_name();
-        let kind = entry.file_type().map_err(refused)?;
+        let kind = entry.file_type()?;
         let kind = match name.to_str() {
             None => Kind::Other("its name is not UTF-8"),
             Some(text) if text.starts_with('.') => Kind::Other("hidden, as its name begins with a dot"),
@@ -167,10 +166,8 @@ pub fn entries(dir: &Path) -> Result<Vec<Entry>> {
                 Err(_) => Kind::Other("a link that leads nowhere"),
             },
         };
-        found.push(Entry { name: name.to_string_lossy().into_owned(), kind });
+        Ok(Entry { name: name.to_string_lossy().into_owned(), kind })
     }
-    found.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
 }
 
 /// The annotation file of a split: `annotations` itself if it is a file, else the first of `names` in that folder.

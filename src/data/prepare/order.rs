@@ -4,12 +4,14 @@
 //! have. The order holds missing videos too: one that turns up later changes its own shard and no other.
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::PrepareOptions;
-use super::layout::{Listing, Missing, Source, Videos};
+use super::layout::{AddThere, Listing, Missing, Source, There, Videos, text};
 use super::report::SplitLedger;
+use crate::sys::sorting::{Record, Sorted, Sorter};
 use crate::{Error, Result};
 
 /// A video's place in the order of its split.
@@ -18,80 +20,102 @@ fn place_of(seed: u64, split: &str, id: &str) -> u64 {
 }
 
 /// Moves a part of each class (rounded) into the split `test`. Class folders miss nothing.
-pub(super) fn set_apart(listing: &mut Listing, options: &PrepareOptions) {
-    let mut classes: BTreeMap<i32, Vec<Source>> = BTreeMap::new();
-    for source in listing.splits.drain(..).flat_map(|(_, videos)| videos.there) {
-        classes.entry(source.label).or_default().push(source);
+pub(super) fn set_apart(listing: &mut Listing, options: &PrepareOptions) -> Result<()> {
+    let scratch = &options.out;
+    let mut by_class = Sorter::new(scratch);
+    let mut counts: BTreeMap<i32, usize> = BTreeMap::new();
+    for (_, videos) in listing.splits.drain(..) {
+        for source in videos.there.iter() {
+            let Source { id, label, path } = source?;
+            let place = place_of(options.seed, "test fraction", &id);
+            let key = [&label.to_be_bytes()[..], &place.to_be_bytes(), id.as_bytes()].concat();
+            by_class.push(&key, &Source::to_value(label, &path))?;
+            *counts.entry(label).or_default() += 1;
+        }
     }
-    let (mut rest, mut test) = (Vec::new(), Vec::new());
-    for (_, mut class) in classes {
-        class.sort_by_cached_key(|source| (place_of(options.seed, "test fraction", &source.id), source.id.clone()));
-        let n = (class.len() as f64 * options.test_fraction).round() as usize;
-        rest.extend(class.split_off(n));
-        test.extend(class);
+    // Of each class so many as are still to become test videos.
+    let fraction = |n: &mut usize| *n = (*n as f64 * options.test_fraction).round() as usize;
+    counts.values_mut().for_each(fraction);
+    let [mut rest, mut test] = [AddThere::new(scratch), AddThere::new(scratch)];
+    for record in by_class.sorted().iter() {
+        let Record { key, value } = record?;
+        let Source { id, label, path } = Source::of_value(text(&key[4 + 8..]), &value)?;
+        let left = counts.entry(label).or_default();
+        let part = if *left > 0 { &mut test } else { &mut rest };
+        *left = left.saturating_sub(1);
+        part.push(&id, label, &path)?;
     }
-    listing.splits = [(options.splits[0].clone(), rest), ("test".into(), test)]
+    listing.splits = [(options.splits[0].clone(), rest.sorted()), ("test".into(), test.sorted())]
         .into_iter()
         .filter(|(_, there)| !there.is_empty())
         .map(|(name, there)| (name, Videos { there, missing: Missing::default() }))
         .collect();
+    Ok(())
 }
 
-/// A split's videos in order, each with its place among all that are listed, missing ones too.
-pub(super) type Ordered = Vec<(usize, Source)>;
+/// A split's videos in order, those that are missing or to be skipped too.
+pub(super) struct Ordered {
+    /// By place in the order; without a value where there is nothing to decode.
+    all: Sorted,
+    /// How many there are to decode.
+    pub usable: usize,
+}
 
-/// The videos of a split that are there and not to be skipped, in order; and the split's account.
+impl Ordered {
+    /// Each place's video, if there is one to decode.
+    pub(super) fn iter(&self) -> impl Iterator<Item = Result<Option<Source>>> {
+        self.all.iter().map(|record| {
+            let Record { key, value } = record?;
+            match value[..] {
+                [] => Ok(None),
+                _ => Source::of_value(text(&key[8..]), &value).map(Some),
+            }
+        })
+    }
+}
+
+/// The videos of a split in order; and the split's account.
 pub(super) fn in_order(
     options: &PrepareOptions,
     split: &str,
-    videos: Videos,
+    Videos { there, missing }: Videos,
     skip: &HashSet<String>,
-) -> Result<(Ordered, SplitLedger)> {
-    let Videos { there, missing } = videos;
+) -> Result<(Ordered, There, SplitLedger)> {
     let expected = options.description.splits.get(split).and_then(|s| s.expect);
     let listed = there.len() + missing.len();
-    let mut sources = there;
-    let places = places(|id| place_of(options.seed, split, id), &mut sources, &missing)?;
-    let mut account = SplitLedger { name: split.into(), listed, expected, missing, ..SplitLedger::default() };
-    let mut ordered = Ordered::with_capacity(sources.len());
-    for (place, source) in places.into_iter().zip(sources) {
-        match skip.contains(&*source.id) {
-            true => account.skipped += 1,
-            false => ordered.push((place, source)),
-        }
-    }
-    if ordered.is_empty() {
+    let key = |id: &str| place_of(options.seed, split, id);
+    let ordered = order(&options.out, key, (&there, &missing), skip)?;
+    let skipped = there.len() - ordered.usable;
+    if ordered.usable == 0 {
         return Err(Error::input(format!(
-            "{split}: none of the {listed} videos can be used: {} are missing below {}, {} are to be skipped",
-            account.missing.len(),
+            "{split}: none of the {listed} videos can be used: {} are missing below {}, {skipped} are to be skipped",
+            missing.len(),
             options.videos.display(),
-            account.skipped
         )));
     }
-    Ok((ordered, account))
+    let account = SplitLedger { name: split.into(), listed, expected, missing, skipped, ..SplitLedger::default() };
+    Ok((ordered, there, account))
 }
 
-/// Sorts by `key`, of two that have the same by id, and says which place among all, missing ones too, each video has.
-fn places(key: impl Fn(&str) -> u64, there: &mut [Source], missing: &Missing) -> Result<Vec<usize>> {
-    there.sort_unstable_by(|a, b| a.id.cmp(&b.id));
-    there.sort_by_cached_key(|source| key(&source.id));
-    let keys: Vec<u64> = there.iter().map(|source| key(&source.id)).collect();
-    // The missing ones before each video, and after the one before it.
-    let mut places = vec![0; there.len() + 1];
+/// Sorts by `key`, those that have the same by id.
+fn order(
+    scratch: &Path,
+    key: impl Fn(&str) -> u64,
+    (there, missing): (&There, &Missing),
+    skip: &HashSet<String>,
+) -> Result<Ordered> {
+    let (mut all, mut usable) = (Sorter::new(scratch), 0);
+    let key = |id: &str| [&key(id).to_be_bytes()[..], id.as_bytes()].concat();
+    for source in there.iter() {
+        let Source { id, label, path } = source?;
+        let value = if skip.contains(&id) { Vec::new() } else { Source::to_value(label, &path) };
+        usable += usize::from(!value.is_empty());
+        all.push(&key(&id), &value)?;
+    }
     for id in missing.ids() {
-        let id = id?;
-        let own = key(&id);
-        let first = keys.partition_point(|key| *key < own);
-        let same = there[first..].iter().zip(&keys[first..]).take_while(|(_, key)| **key == own);
-        places[first + same.filter(|(source, _)| *source.id < *id).count()] += 1;
+        all.push(&key(&id?), &[])?;
     }
-    places.pop();
-    let mut next = 0;
-    for place in &mut places {
-        next += *place + 1;
-        *place = next - 1;
-    }
-    Ok(places)
+    Ok(Ordered { all: all.sorted(), usable })
 }
 
 #[cfg(test)]
@@ -99,24 +123,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn missing_videos_have_places_too() {
+    fn missing_and_skipped_videos_have_places_too() {
         // Of a few keys, so that most are another's too.
         let key = |id: &str| id.bytes().map(u64::from).sum::<u64>() * 7 % 5;
+        let scratch = tempfile::tempdir().unwrap();
         let ids: Vec<String> = (0..60).map(|n| format!("video {}", n * 37 % 60)).collect();
         let mut expected = ids.clone();
         expected.sort_by_key(|id| (key(id), id.clone()));
+        let skip = HashSet::from([ids[1].clone(), ids[6].clone()]);
         for is_there in [|n| n % 3 == 0, |n| n < 2, |_| true] {
-            let mut missing = Missing::default();
-            let mut there = Vec::new();
+            let (mut there, mut missing) = (AddThere::new(scratch.path()), Sorter::new(scratch.path()));
             for (n, id) in ids.iter().enumerate() {
                 match is_there(n) {
-                    true => there.push(Source { id: id.as_str().into(), label: 0, path: "".into() }),
-                    false => missing.push(id).unwrap(),
+                    true => there.push(id, n as i32, &format!("{id}.mp4")).unwrap(),
+                    false => missing.push(id.as_bytes(), &[]).unwrap(),
                 }
             }
-            let places = places(key, &mut there, &missing).unwrap();
-            assert!(places.is_sorted() && places.len() == there.len());
-            assert!(places.into_iter().zip(there).all(|(place, source)| *expected[place] == *source.id));
+            let (there, missing) = (there.sorted(), Missing::of(missing));
+            let ordered = order(scratch.path(), key, (&there, &missing), &skip).unwrap();
+            let videos: Vec<_> = ordered.iter().map(Result::unwrap).collect();
+            let wanted = expected.iter().map(|id| {
+                let n = ids.iter().position(|other| other == id).unwrap();
+                let source = || Source { id: id.clone(), label: n as i32, path: format!("{id}.mp4") };
+                (is_there(n) && !skip.contains(id)).then(source)
+            });
+            assert_eq!(videos, wanted.collect::<Vec<_>>());
+            assert_eq!(ordered.usable, videos.iter().flatten().count());
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Which shards there will be and of which videos; and which of them an earlier run has finished.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::kept::kept;
-use super::layout::{Listing, Place, Videos, exclude, judge, list, read_classes};
+use super::layout::{Listing, Place, There, Videos, exclude, judge, list, read_classes, text};
 use super::order::{Ordered, in_order, set_apart};
 use super::record::{self, Entry, FileState, Outcome, Record, State};
 use super::report::{Ledger, Summary};
@@ -15,6 +15,7 @@ use super::todo::{self, PlannedVideo, Todo, TodoWriter};
 use super::{PrepareOptions, files, output};
 use crate::data::shard::Encoding;
 use crate::sys::files::write_whole;
+use crate::sys::sorting::Sorter;
 use crate::{Error, Result};
 
 /// The list of classes, in the folder of shards: all splits there have the same.
@@ -65,7 +66,7 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
     };
     let mut listing = list(&options.description, &place, &options.splits)?;
     if options.test_fraction > 0.0 {
-        set_apart(&mut listing, options);
+        set_apart(&mut listing, options)?;
     }
     let skip = read_skips(options, &listing)?;
     let mut plan = Plan { class_names: listing.class_names, shards: Vec::new() };
@@ -75,13 +76,13 @@ pub(super) fn plan(options: &PrepareOptions) -> Result<(Plan, Ledger)> {
     let names: Vec<&str> = listing.splits.iter().map(|(name, _)| name.as_str()).collect();
     let others = others(options, &names, videos.as_deref())?;
     for (split, listed) in listing.splits {
-        let (ordered, account) = in_order(options, &split, listed, &skip)?;
+        let (ordered, videos_there, account) = in_order(options, &split, listed, &skip)?;
         let state = State::new(&options.out, &split);
         ledger.locks.push(state.lock()?);
         let settings = settings(options, &plan.class_names);
-        let there = ordered.len();
+        let there = ordered.usable;
         let shards = shards_of(options, &split, &state, &settings, there)?;
-        refuse_shared(options, &split, &ordered, &others)?;
+        refuse_shared(options, (&split, &videos_there, there), &skip, &others)?;
         if there.div_ceil(shards) > options.per_shard.saturating_mul(2) {
             log::warn!(
                 "{split}: {} videos a shard, since an earlier run found fewer and made {shards} shards of them: \
@@ -118,13 +119,14 @@ fn cut(
 ) -> Result<()> {
     let (split, listed) = (ledger.splits[n].name.clone(), ledger.splits[n].listed);
     let mut written = TodoWriter::new(state);
-    let mut ordered = ordered.into_iter().peekable();
+    let mut places = ordered.iter().enumerate().peekable();
     for number in 0..shards {
         let end = (number + 1) * listed / shards;
         let mut videos = Vec::new();
-        while let Some((_, source)) = ordered.next_if(|(place, _)| *place < end) {
+        while let Some((_, source)) = places.next_if(|(place, _)| *place < end) {
+            let Some(source) = source? else { continue };
             let file = FileState::of(&options.videos, &source.path);
-            videos.push(PlannedVideo { id: source.id.into(), label: source.label, file });
+            videos.push(PlannedVideo { id: source.id, label: source.label, file });
         }
         let task = plan.shards.len() as u64;
         let todo = match kept(options, (&split, number), &videos, &plan.class_names) {
@@ -237,30 +239,30 @@ fn others(options: &PrepareOptions, mine: &[&str], videos: Option<&Path>) -> Res
     Ok(others)
 }
 
-/// Refuses a split with the videos of one that is there.
+/// Refuses a split with the videos of one that is there; `usable`: so many of its videos are not to be skipped.
 fn refuse_shared(
     options: &PrepareOptions,
-    split: &str,
-    ordered: &Ordered,
+    (split, there, usable): (&str, &There, usize),
+    skip: &HashSet<String>,
     others: &[(String, State, usize)],
 ) -> Result<()> {
-    let others: Vec<_> = others.iter().filter(|(other, ..)| exclude(split, other)).collect();
-    if others.is_empty() {
-        return Ok(());
-    }
-    // By path, each with its place in the order.
-    let mine: HashMap<&str, usize> = ordered.iter().map(|(place, source)| (&*source.path, *place)).collect();
-    for (other, state, shards) in others {
-        let (mut theirs, mut shared) = (0, BTreeMap::new());
+    for (other, state, shards) in others.iter().filter(|(other, ..)| exclude(split, other)) {
+        let mut theirs = Sorter::new(&options.out);
         for record in (0..*shards).filter_map(|n| state.read::<Record>(&record::name(n))) {
-            let written = record.videos.iter().filter(|entry| matches!(entry.outcome, Outcome::Written { .. }));
-            for Entry { file, .. } in written {
-                theirs += 1;
-                shared.extend(mine.get_key_value(file.path.as_str()).map(|(path, place)| (*place, *path)));
+            let mut written = record.videos.iter().filter(|entry| matches!(entry.outcome, Outcome::Written { .. }));
+            written.try_for_each(|Entry { file, .. }| theirs.push(file.path.as_bytes(), &[]))?;
+        }
+        let theirs = theirs.sorted();
+        let (mut lookup, mut shared, mut first) = (theirs.lookup(), 0, None);
+        for mine in there.by_path().iter() {
+            let mine = mine?;
+            if lookup.has(&mine.key)? && !skip.contains(&text(&mine.value)) {
+                shared += 1;
+                first.get_or_insert_with(|| text(&mine.key));
             }
         }
-        let counts = (shared.len(), mine.len().min(theirs));
-        judge(options.description.layout, (split, other), counts, shared.values().next().copied())?;
+        let counts = (shared, usable.min(theirs.len()));
+        judge(options.description.layout, (split, other), counts, first.as_deref())?;
     }
     Ok(())
 }
@@ -274,7 +276,9 @@ fn read_skips(options: &PrepareOptions, listing: &Listing) -> Result<HashSet<Str
     let all: HashSet<String> = lists.iter().flatten().cloned().collect();
     let mut known = HashSet::new();
     for (_, Videos { there, missing }) in &listing.splits {
-        known.extend(there.iter().filter_map(|source| all.get(&*source.id)));
+        for source in there.iter() {
+            known.extend(all.get(&source?.id));
+        }
         for id in missing.ids() {
             known.extend(all.get(&id?));
         }

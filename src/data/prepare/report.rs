@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::Unused;
-use super::layout::Missing;
+use super::layout::{AllUnused, Missing};
 use super::plan::Plan;
 use super::record::{Entry, Outcome, Record, State};
 use super::{PrepareOptions, output, todo};
@@ -25,7 +24,7 @@ pub struct Ledger {
     pub(super) kept: Vec<Summary>,
     pub(super) splits: Vec<SplitLedger>,
     /// What lies below the folder of videos and is in no split.
-    pub unused: Vec<Unused>,
+    pub unused: AllUnused,
     /// Other runs stay out while these live.
     pub(super) locks: Vec<File>,
 }
@@ -146,7 +145,7 @@ pub(super) fn finish(
         let (got, wanted) = (all.len(), plan.shards.len());
         return Err(Error::Run(format!("{got} shards are done ({earlier} earlier), not each of {wanted} once")));
     }
-    let unused = ledger.unused.iter().map(|unused| Ok([unused.path.clone(), unused.why.to_string()]));
+    let unused = ledger.unused.iter().map(|unused| unused.map(|unused| [unused.path, unused.why]));
     write_list(&unused_list(&options.out), ["path", "why"], unused)?;
     let mut reports = Vec::new();
     for account in &ledger.splits {

@@ -1,40 +1,47 @@
 //! Class folders: `CLASS/video.mp4`.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
-use super::{Place, Rows, nothing_in};
+use super::{Files, Place, Rows, nothing_in};
 use crate::data::prepare::description::{Description, SplitDescription};
-use crate::data::prepare::files::{Kind, Unused, entries, existing, folder, videos};
+use crate::data::prepare::files::{Kind, entries, existing, folder, walk};
 use crate::{Error, Result};
 
-pub(super) fn rows(description: &Description, split: &SplitDescription, place: &Place) -> Result<Rows> {
+pub(super) fn rows(
+    description: &Description,
+    split: &SplitDescription,
+    place: &Place,
+    files: &mut Files,
+) -> Result<Rows> {
     let parts = existing(place.videos, &split.videos);
     if !split.videos.is_empty() && parts == [String::new()] {
         refuse_those_of_others(description, split, place)?;
     }
-    let found = videos(place.videos, &split.videos, place.out)?;
-    let (mut of_classes, mut others) = (Vec::new(), found.others);
-    for file in found.videos {
-        let of_part = |part: &&String| part.is_empty() || file.path.starts_with(&format!("{part}/"));
-        let part = parts.iter().find(of_part).map_or("", String::as_str);
-        let below = file.path[part.len()..].trim_start_matches('/');
-        match below.split('/').collect::<Vec<_>>()[..] {
-            [_, _] => of_classes.push((part, file.path)),
-            [_] => others.push(Unused { path: (*file.path).into(), why: "beside the class folders, in none" }),
-            _ => others.push(Unused { path: (*file.path).into(), why: "in a folder below its class's" }),
+    let mut rows = Rows::new(place);
+    // The first by name of the files that lie in folders in the classes' folders.
+    let mut deeper: Option<String> = None;
+    walk(place.videos, &split.videos, place.out, &mut |(path, why)| {
+        if let Some(why) = why {
+            return files.other(&path, why);
         }
-    }
-    fn id<'a>((part, path): &'a (&str, Arc<str>)) -> &'a str {
-        path[part.len()..].trim_start_matches('/')
-    }
-    of_classes.sort_unstable_by(|a, b| id(a).cmp(id(b)).then_with(|| a.1.cmp(&b.1)));
-    let mut rows = Rows::default();
-    for video in of_classes {
-        let (class, _) = id(&video).split_once('/').unwrap_or_default();
-        let at = || place.videos.join(video.0).join(class).display().to_string();
-        rows.add(id(&video), class, Some(video.1.clone()), at)?;
-    }
+        let of_part = |part: &&String| part.is_empty() || path.starts_with(&format!("{part}/"));
+        let part = parts.iter().find(of_part).map_or("", String::as_str);
+        let id = path[part.len()..].trim_start_matches('/');
+        match id.split('/').collect::<Vec<_>>()[..] {
+            [class, _] => {
+                let at = || place.videos.join(part).join(class).display().to_string();
+                rows.add(id, class, Some(&path), at)
+            }
+            [_] => files.other(&path, "beside the class folders, in none"),
+            _ => {
+                files.other(&path, "in a folder below its class's")?;
+                if deeper.as_ref().is_none_or(|first| path < *first) {
+                    deeper = Some(path);
+                }
+                Ok(())
+            }
+        }
+    })?;
     let classes: BTreeSet<String> = rows.named.iter().map(|(class, _)| class.to_string()).collect();
     let mut folders = 0;
     for part in &parts {
@@ -42,7 +49,7 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
             folders += 1;
             let path = if part.is_empty() { entry.name.clone() } else { format!("{part}/{}", entry.name) };
             if !classes.contains(&entry.name) && !place.is_out(&path) {
-                others.push(Unused { path, why: "a folder without a video in it is no class" });
+                files.other(&path, "a folder without a video in it is no class")?;
             }
         }
     }
@@ -50,19 +57,17 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         let dir = place.videos.display();
         return Err(Error::input(format!("{dir}: no class folders in it (expected CLASS/video.mp4)")));
     }
-    if rows.there.is_empty() {
-        let deeper = others.iter().find(|other| other.why.contains("below its class"));
+    if rows.are_there == 0 {
         let hint = deeper.map(|file| {
             format!(
-                ". {} lies deeper: give --videos the folder with the classes in it, or describe the splits' folders \
-                 (datasets/folders)",
-                file.path
+                ". {file} lies deeper: give --videos the folder with the classes in it, or describe the splits' folders \
+                 (datasets/folders)"
             )
         });
         let nothing = nothing_in(place.videos, &format!("in its {folders} class folders"));
         return Err(Error::input(format!("{nothing}{}", hint.unwrap_or_default())));
     }
-    Ok(Rows { classes: Some(classes.into_iter().collect()), others, ..rows })
+    Ok(Rows { classes: Some(classes.into_iter().collect()), ..rows })
 }
 
 /// Where a split has no folder of its own, all of the folder of videos is its own: but not if other splits have theirs there.

@@ -4,21 +4,22 @@
 use std::collections::BTreeMap;
 
 use super::named::Named;
-use super::{Place, Rows, found_videos};
+use super::{Files, Place, Rows};
 use crate::data::prepare::description::SplitDescription;
 use crate::data::prepare::files::{entries, text};
 use crate::{Error, Result};
 
-pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
+pub(super) fn rows(split: &SplitDescription, place: &Place, files: &mut Files) -> Result<Rows> {
     let Some(dir) = place.annotations else {
         let pattern = split.annotations.join(" or ");
         return Err(Error::input(format!("--annotations is missing: the folder with the dataset's {pattern}")));
     };
-    let files = entries(dir)?;
+    let annotations = entries(dir)?;
     let lists = |pattern: &String| -> Vec<(String, String)> {
         let (before, after) = pattern.split_once('*').unwrap_or((pattern, ""));
         let class = |name: &str| name.strip_prefix(before)?.strip_suffix(after).map(str::to_string);
-        let mut lists: Vec<_> = files.iter().filter_map(|file| Some((class(&file.name)?, file.name.clone()))).collect();
+        let mut lists: Vec<_> =
+            annotations.iter().filter_map(|file| Some((class(&file.name)?, file.name.clone()))).collect();
         lists.sort();
         lists
     };
@@ -27,9 +28,9 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
         let pattern = split.annotations.join(" or ");
         return Err(Error::input(format!("{}: no {pattern} in this folder of annotations", dir.display())));
     }
-    let found = found_videos(split, place)?;
+    let found = files.all_videos(split, place)?;
     let classes: Vec<String> = lists.iter().map(|(class, _)| class.clone()).collect();
-    let mut named = Named::new(&found.videos, &classes, &[]);
+    let mut named = Named::new(&found, &classes, &[]);
     // By id: class, file and place.
     let mut listed = BTreeMap::new();
     for (class, file) in &lists {
@@ -60,9 +61,9 @@ pub(super) fn rows(split: &SplitDescription, place: &Place) -> Result<Rows> {
         }
     }
     named.conclude()?;
-    let mut rows = Rows { classes: Some(classes), ..Rows::of(place, found) };
+    let mut rows = Rows { classes: Some(classes), ..Rows::new(place) };
     for (id, (class, path, at)) in listed {
-        rows.add(&id, class, path, || at)?;
+        rows.add(&id, class, path.as_deref(), || at)?;
     }
     Ok(rows)
 }

@@ -14,37 +14,32 @@ use std::io::BufReader;
 use std::path::Path;
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
 use serde::Deserialize;
 use serde::de::{Error as _, MapAccess, Visitor};
 
 use super::shared::means;
-use super::{Place, Rows, found_videos, spelling};
+use super::{Files, Place, Rows, spelling, text};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{Beginning, VideoFile, annotation, beginning};
-use crate::sys::sorting::{Sorted, Sorter};
+use crate::sys::sorting::{Record, Sorted, Sorter};
 use crate::{Error, Result};
 
 /// A YouTube id has this many characters, `_` and `-` among them.
 const ID: usize = 11;
 
 /// A clip's key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable)]
-#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     /// YouTube's id.
     id: [u8; ID],
-    /// Without it there would be a hole.
-    zero: u8,
     /// Seconds.
     start: u32,
     end: u32,
 }
 
-/// One line of an annotation file, of which there are up to a million: small, and sorted outside of memory. Those of one clip come
-/// in the order of the list. Texts are numbers of a [`Texts`].
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
-#[repr(C)]
+/// One line of an annotation file, of which there are up to a million: sorted outside of memory, those of one clip in the order of
+/// the list. Texts are numbers of a [`Texts`].
+#[derive(Clone, Copy)]
 struct Annotation {
     key: Key,
     /// Its line, counted from 1; 0 for a JSON entry.
@@ -52,6 +47,29 @@ struct Annotation {
     label: u32,
     /// [`NONE`] where none is said.
     subset: u32,
+}
+
+impl Annotation {
+    fn to_value(self) -> Vec<u8> {
+        [self.line, self.label, self.subset].map(u32::to_be_bytes).concat()
+    }
+
+    /// The other way.
+    fn of(record: &Record) -> Result<Self> {
+        let (id, times) = record.key.split_first_chunk().ok_or_else(damaged)?;
+        let ([start, end], [line, label, subset]) = (words(times)?, words(&record.value)?);
+        Ok(Annotation { key: Key { id: *id, start, end }, line, label, subset })
+    }
+}
+
+/// So many numbers, the highest byte first, so that they are in order as bytes are.
+fn words<const N: usize>(bytes: &[u8]) -> Result<[u32; N]> {
+    let words: Vec<u32> = bytes.as_chunks().0.iter().map(|word| u32::from_be_bytes(*word)).collect();
+    words.try_into().map_err(|_| damaged())
+}
+
+fn damaged() -> Error {
+    Error::Run("a sorted list of clips has lost its form (a bug)".into())
 }
 
 /// No text.
@@ -83,7 +101,7 @@ impl Texts {
 
 /// An annotation file being read.
 struct List {
-    entries: Sorter<Annotation>,
+    entries: Sorter,
     total: u64,
     labels: Texts,
     subsets: Texts,
@@ -94,11 +112,17 @@ impl List {
         self.total += 1;
         let subset = subset.map_or(NONE, |subset| self.subsets.keep(subset));
         let line = u32::try_from(line).unwrap_or(u32::MAX);
-        self.entries.push(Annotation { key, line, label: self.labels.keep(label), subset })
+        let entry = Annotation { key, line, label: self.labels.keep(label), subset };
+        self.entries.push(&key.to_bytes(), &entry.to_value())
     }
 }
 
-pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), place: &Place) -> Result<Rows> {
+pub(super) fn rows(
+    description: &Description,
+    split: (&str, &SplitDescription),
+    place: &Place,
+    files: &mut Files,
+) -> Result<Rows> {
     let (name, split) = split;
     let file = annotation(place.annotations, &split.annotations)?;
     let entries = Sorter::new(&place.scratch());
@@ -110,42 +134,42 @@ pub(super) fn rows(description: &Description, split: (&str, &SplitDescription), 
     }
     let wanted = wanted_subsets(&file, &list, name, split.subset.as_deref())?;
     let List { entries, labels, .. } = list;
-    let found = found_videos(split, place)?;
-    let mut clips: Vec<(Key, &VideoFile)> =
-        found.videos.iter().filter_map(|video| Some((key_of(video.stem())?, video))).collect();
-    // Copies of one clip stay in the order of their names.
-    clips.sort_by_key(|(key, _)| *key);
-    let listed = join(&file, place, (entries.sorted(), &labels, wanted.as_deref()), &clips)?;
-    if listed.there.is_empty() {
-        let first = listed.missing.ids().next().transpose()?;
+    let mut clips = Sorter::new(&place.scratch());
+    let found = files.videos(split, place, &mut |video| match key_of(video.stem()) {
+        Some(key) => clips.push(&key.to_bytes(), video.path.as_bytes()),
+        None => Ok(()),
+    })?;
+    let listed = join(&file, place, (entries.sorted(), &labels, wanted.as_deref()), &clips.sorted())?;
+    if listed.are_there == 0 {
+        let missing = listed.missing.sorted();
+        let first = missing.iter().next().transpose()?.unwrap_or_default();
         return Err(Error::input(format!(
-            "{}: none of its {} clips is among the {} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
+            "{}: none of its {} clips is among the {found} videos below {}; a clip is called ID_START_END, for instance {}.mp4",
             file.display(),
-            listed.missing.len(),
-            found.videos.len(),
+            missing.len(),
             place.videos.display(),
-            first.unwrap_or_default()
+            text(&first.key)
         )));
     }
-    let Rows { files, others, .. } = Rows::of(place, found);
-    Ok(Rows { files, others, ..listed })
+    Ok(listed)
 }
 
 /// The clips of a list and their files, both by key.
 fn join(
     file: &Path,
     place: &Place,
-    (entries, labels, wanted): (Sorted<Annotation>, &Texts, Option<&[u32]>),
-    clips: &[(Key, &VideoFile)],
+    (entries, labels, wanted): (Sorted, &Texts, Option<&[u32]>),
+    clips: &Sorted,
 ) -> Result<Rows> {
     let at = |entry: &Annotation| match entry.line {
         0 => format!("{}: entry {:?}", file.display(), entry.key.youtube_id()),
         line => format!("{}: line {line}", file.display()),
     };
-    let mut rows = Rows { missing: super::Missing::new(&place.scratch()), ..Rows::default() };
+    let (mut rows, mut clips) = (Rows::new(place), clips.lookup());
     let (mut repeated, mut before) = (0u64, None::<Annotation>);
-    for entry in entries.iter() {
-        let entry = entry?;
+    for record in entries.iter() {
+        let record = record?;
+        let entry = Annotation::of(&record)?;
         if wanted.is_some_and(|wanted| !wanted.contains(&entry.subset)) {
             continue;
         }
@@ -163,11 +187,17 @@ fn join(
             )));
         }
         // Of several copies the one in its class's folder, else the first by name.
-        let first = clips.partition_point(|(key, _)| *key < entry.key);
-        let copies = clips[first..].iter().take_while(|(key, _)| *key == entry.key).map(|(_, video)| *video);
-        let own = copies.clone().find(|video| spelling(video.folder()) == spelling(label));
-        let path = own.or(copies.clone().next()).map(|video| video.path.clone());
-        rows.add(&entry.key.id(), label, path, || at(&entry))?;
+        let (mut first, mut own) = (None, None);
+        while let Some(clip) = clips.take(&record.key)? {
+            let video = VideoFile { path: text(&clip.value) };
+            if own.is_none() && spelling(video.folder()) == spelling(label) {
+                own = Some(video);
+            } else {
+                first.get_or_insert(video);
+            }
+        }
+        let video = own.or(first);
+        rows.add(&entry.key.id(), label, video.as_ref().map(|video| video.path.as_str()), || at(&entry))?;
         before = Some(entry);
     }
     if repeated > 0 {
@@ -212,6 +242,11 @@ fn is_of_another(value: &str, name: &str) -> bool {
 }
 
 impl Key {
+    /// In whose order, byte by byte, clips are.
+    fn to_bytes(self) -> Vec<u8> {
+        [&self.id[..], &self.start.to_be_bytes(), &self.end.to_be_bytes()].concat()
+    }
+
     /// How the clip is called: `ID_SSSSSS_EEEEEE`.
     fn id(&self) -> String {
         format!("{}_{:06}_{:06}", self.youtube_id(), self.start, self.end)
@@ -230,7 +265,7 @@ fn key_of(stem: &str) -> Option<Key> {
     let (end, start) = (seconds(parts.next()?)?, seconds(parts.next()?)?);
     let id = parts.next()?;
     let id: [u8; ID] = id.as_bytes().try_into().ok()?;
-    id.is_ascii().then_some(Key { id, zero: 0, start, end })
+    id.is_ascii().then_some(Key { id, start, end })
 }
 
 /// A clip's key out of its three parts.
@@ -248,7 +283,7 @@ fn key(id: &str, start: &str, end: &str) -> std::result::Result<Key, String> {
     if end <= start {
         return Err(format!("the clip ends at {end} s, not after its start at {start} s"));
     }
-    Ok(Key { id, zero: 0, start, end })
+    Ok(Key { id, start, end })
 }
 
 /// Reads a table with a header line, or with the `columns` a description gives.
@@ -370,7 +405,7 @@ mod tests {
 
     #[test]
     fn names_are_read_from_the_right() {
-        let key = |id: &[u8; ID], start, end| Some(Key { id: *id, zero: 0, start, end });
+        let key = |id: &[u8; ID], start, end| Some(Key { id: *id, start, end });
         assert_eq!(key_of("-_a_b-__c_d_000012_000022"), key(b"-_a_b-__c_d", 12, 22));
         assert_eq!(key_of("0123456789a_000000_000010"), key(b"0123456789a", 0, 10));
         assert_eq!(key_of("0123456789a_7_17"), key(b"0123456789a", 7, 17));

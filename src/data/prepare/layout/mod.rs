@@ -1,43 +1,34 @@
 //! How datasets are organised: a layout turns annotations and files into a list of videos with labels.
 
 mod folders;
+mod found;
 mod hmdb51;
 mod kinetics;
-mod missing;
 mod named;
 mod shared;
 mod ucf101;
 
-pub use missing::Missing;
+pub(super) use found::{AddThere, text};
+pub use found::{AllUnused, Missing, Source, There, Unused};
 pub(in crate::data) use shared::exclude;
 pub(super) use shared::judge;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::description::{Description, Layout, SplitDescription};
-use super::files::{self, Unused};
+use super::description::{Description, Layout};
+use super::files;
+use crate::sys::sorting::Sorter;
 use crate::{Error, Result};
+use found::Files;
 
-/// One video whose file is there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
-    /// Its name, unique in the split: `CLASS/file name`, Kinetics: `ID_START_END`.
-    pub id: Box<str>,
-    /// Its class, an index into [`Listing::class_names`].
-    pub label: i32,
-    /// The file, below the folder of videos.
-    pub path: Arc<str>,
-}
-
-/// The videos of one split. Lists of large datasets have hundreds of thousands, most of which may be missing: memory is for those
-/// that are there.
+/// The videos of one split.
 #[derive(Debug, Default)]
 pub struct Videos {
-    /// Those that are there, by id.
-    pub there: Vec<Source>,
-    /// Those that are not.
+    /// Those that are there.
+    pub there: There,
+    /// Those that are listed and not there.
     pub missing: Missing,
 }
 
@@ -48,8 +39,8 @@ pub struct Listing {
     pub class_names: Vec<String>,
     /// Each split's videos.
     pub splits: Vec<(String, Videos)>,
-    /// What lies below the folder of videos and is in none of them, sorted.
-    pub unused: Vec<Unused>,
+    /// What lies below the folder of videos and is in none of them.
+    pub unused: AllUnused,
 }
 
 /// Where a dataset lies.
@@ -75,49 +66,61 @@ impl Place<'_> {
     }
 
     /// The folder for files that only this process needs: that of shards has room for them, which one in memory need not have.
-    fn scratch(&self) -> PathBuf {
+    pub(super) fn scratch(&self) -> PathBuf {
         self.out.map_or_else(std::env::temp_dir, Path::to_path_buf)
     }
 }
 
 /// What a layout finds of a split.
-#[derive(Default)]
 struct Rows {
     /// Their labels are numbers of `named` until all classes are known.
-    there: Vec<Source>,
-    missing: Missing,
+    there: AddThere,
+    are_there: usize,
+    missing: Sorter,
     /// The classes of these, each with where it is said first, for errors.
     named: Vec<(Arc<str>, String)>,
     numbers: HashMap<Arc<str>, i32>,
     /// The classes in the layout's own order, if it has one.
     classes: Option<Vec<String>>,
-    /// All video files that were found, by path, whether they are in a row or not.
-    files: Vec<Arc<str>>,
-    /// What else was found.
-    others: Vec<Unused>,
 }
 
 impl Rows {
-    /// No rows yet of what was found at `place`.
-    fn of(place: &Place, found: files::Found) -> Self {
-        let files = found.videos.into_iter().map(|video| video.path).collect();
-        Rows { files, others: found.others, missing: Missing::new(&place.scratch()), ..Rows::default() }
+    /// None yet.
+    fn new(place: &Place) -> Self {
+        let scratch = place.scratch();
+        Rows {
+            there: AddThere::new(&scratch),
+            are_there: 0,
+            missing: Sorter::new(&scratch),
+            named: Vec::new(),
+            numbers: HashMap::new(),
+            classes: None,
+        }
     }
 
-    /// Takes the next video by id: its class by name, its file if there is one, and where its class is said.
-    fn add(&mut self, id: &str, class: &str, path: Option<Arc<str>>, at: impl FnOnce() -> String) -> Result<()> {
+    /// Takes a video: its class by name, its file if there is one, and where its class is said.
+    fn add(&mut self, id: &str, class: &str, path: Option<&str>, at: impl FnOnce() -> String) -> Result<()> {
         let class = self.numbers.get(class).copied().unwrap_or_else(|| {
             let (name, number): (Arc<str>, i32) = (class.into(), self.named.len() as i32);
             self.named.push((name.clone(), at()));
             self.numbers.insert(name, number);
             number
         });
+        self.are_there += usize::from(path.is_some());
         match path {
-            Some(path) => self.there.push(Source { id: id.into(), label: class, path }),
-            None => self.missing.push(id)?,
+            Some(path) => self.there.push(id, class, path),
+            None => self.missing.push(id.as_bytes(), &[]),
         }
-        Ok(())
     }
+}
+
+/// The same, in order.
+struct Split {
+    name: String,
+    there: There,
+    missing: Missing,
+    named: Vec<(Arc<str>, String)>,
+    classes: Option<Vec<String>>,
 }
 
 /// Lists the videos of `splits`, found or missing.
@@ -126,7 +129,8 @@ impl Rows {
 /// [`Error::Input`] when a folder or an annotation file is not there or cannot be read; when an annotation makes no sense
 /// (with file and line); when a class is in no list of classes; when a split has no videos.
 pub fn list(description: &Description, place: &Place, splits: &[String]) -> Result<Listing> {
-    let mut found = Vec::new();
+    let scratch = place.scratch();
+    let (mut found, mut files) = (Vec::new(), Files::new(&scratch));
     for name in splits {
         let split = description.split(name)?;
         if let Some(file) = place.annotations.filter(|file| file.is_file() && splits.len() > 1)
@@ -138,69 +142,67 @@ pub fn list(description: &Description, place: &Place, splits: &[String]) -> Resu
             )));
         }
         place.annotations.map_or(Ok(()), |list| shared::refuse_list_of_another(description, name, list))?;
-        let mut rows = match description.layout {
-            Layout::Folders => folders::rows(description, &split, place)?,
-            Layout::Kinetics => kinetics::rows(description, (name, &split), place)?,
-            Layout::Ucf101 => ucf101::rows(description, &split, place)?,
-            Layout::Hmdb51 => hmdb51::rows(&split, place)?,
+        let Rows { there, missing, named, classes, .. } = match description.layout {
+            Layout::Folders => folders::rows(description, &split, place, &mut files)?,
+            Layout::Kinetics => kinetics::rows(description, (name, &split), place, &mut files)?,
+            Layout::Ucf101 => ucf101::rows(description, &split, place, &mut files)?,
+            Layout::Hmdb51 => hmdb51::rows(&split, place, &mut files)?,
         };
-        rows.there.sort_unstable_by(|a, b| a.id.cmp(&b.id));
-        if let Some(pair) = rows.there.windows(2).find(|pair| pair[0].id == pair[1].id) {
-            let (id, a, b) = (&pair[0].id, &pair[0].path, &pair[1].path);
-            return Err(Error::input(format!("{name}: two videos are called {id}, {a} and {b}: rename one of them")));
-        }
-        found.push((name.clone(), rows));
+        let there = there.sorted();
+        refuse_twice(name, &there)?;
+        found.push(Split { name: name.clone(), there, missing: Missing::of(missing), named, classes });
     }
     shared::refuse_shared(description, &found)?;
-    let unused = unused(&mut found);
+    let unused = files.unused(&scratch, found.iter().map(|split| &split.there))?;
     let class_names = class_names(description, place, &found)?;
     let classes = Classes::new(description, &class_names)?;
     let splits = found
         .into_iter()
-        .map(|(name, rows)| {
-            let labels = rows.named.iter().map(|(class, at)| classes.label(class, at)).collect::<Result<Vec<_>>>()?;
-            let Rows { mut there, missing, .. } = rows;
-            there.iter_mut().for_each(|source| source.label = labels[source.label as usize]);
+        .map(|Split { name, mut there, missing, named, .. }| {
+            let label = |(class, at): &(Arc<str>, String)| classes.label(class, at);
+            // Files are found in any order: of several errors the first class's is said.
+            let mut order: Vec<usize> = (0..named.len()).collect();
+            order.sort_by_key(|&k| &named[k].0);
+            let mut labels = vec![0; named.len()];
+            order.into_iter().try_for_each(|k| label(&named[k]).map(|label| labels[k] = label))?;
+            there.set_labels(labels);
             Ok((name, Videos { there, missing }))
         })
         .collect::<Result<_>>()?;
     Ok(Listing { class_names, splits, unused })
 }
 
-/// What was found for some split and is used by none.
-fn unused(found: &mut [(String, Rows)]) -> Vec<Unused> {
-    let (mut files, mut unused) = (Vec::new(), Vec::new());
-    for (_, rows) in found.iter_mut() {
-        files.append(&mut rows.files);
-        unused.append(&mut rows.others);
+/// Refuses a split with two videos of one name.
+fn refuse_twice(split: &str, there: &There) -> Result<()> {
+    let mut before: Option<Source> = None;
+    for source in there.iter() {
+        let source = source?;
+        if let Some(other) = before.filter(|other| other.id == source.id) {
+            let (id, a, b) = (&source.id, &other.path, &source.path);
+            return Err(Error::input(format!("{split}: two videos are called {id}, {a} and {b}: rename one of them")));
+        }
+        before = Some(source);
     }
-    let used: HashSet<&str> = found.iter().flat_map(|(_, rows)| &rows.there).map(|row| &*row.path).collect();
-    unused.retain(|other| !used.contains(&*other.path));
-    let unlisted =
-        |path: Arc<str>| Unused { path: (*path).into(), why: "a video in no list, or a copy of one that is" };
-    unused.extend(files.into_iter().filter(|path| !used.contains(&**path)).map(unlisted));
-    unused.sort_unstable();
-    unused.dedup();
-    unused
+    Ok(())
 }
 
 /// The classes in label order: as the user, the description, an earlier run or the layout has them; else sorted.
-fn class_names(description: &Description, place: &Place, found: &[(String, Rows)]) -> Result<Vec<String>> {
+fn class_names(description: &Description, place: &Place, found: &[Split]) -> Result<Vec<String>> {
     let stored = place.stored_classes.as_ref().filter(|path| path.is_file());
     let (names, whence) = match (place.classes, description.classes.as_ref().or(stored)) {
         (Some(given), _) => (given.to_vec(), "--classes".to_string()),
         (None, Some(file)) => (read_classes(file)?, file.display().to_string()),
         // A split may lack videos of some class.
         (None, None) if description.layout == Layout::Folders => {
-            let all: BTreeSet<String> = found.iter().filter_map(|(_, rows)| rows.classes.clone()).flatten().collect();
+            let all: BTreeSet<String> = found.iter().filter_map(|split| split.classes.clone()).flatten().collect();
             (all.into_iter().collect(), "the class folders".to_string())
         }
-        (None, None) => match found.iter().find_map(|(_, rows)| rows.classes.clone()) {
+        (None, None) => match found.iter().find_map(|split| split.classes.clone()) {
             Some(own) => (own, "the annotations".to_string()),
             None => {
                 let all: BTreeSet<&str> =
-                    found.iter().flat_map(|(_, rows)| &rows.named).map(|(class, _)| &**class).collect();
-                let splits: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+                    found.iter().flat_map(|split| &split.named).map(|(class, _)| &**class).collect();
+                let splits: Vec<&str> = found.iter().map(|split| split.name.as_str()).collect();
                 (all.into_iter().map(str::to_string).collect(), format!("the annotations of {}", splits.join(" and ")))
             }
         },
@@ -275,10 +277,4 @@ pub fn spelling(name: &str) -> String {
 /// No videos at all: says where they were looked for.
 fn nothing_in(dir: &Path, what: &str) -> Error {
     Error::input(format!("{}: no videos {what} (known endings: {})", dir.display(), files::ENDINGS.join(", ")))
-}
-
-/// The split's files below the folder of videos.
-fn found_videos(split: &SplitDescription, place: &Place) -> Result<files::Found> {
-    let found = files::videos(place.videos, &split.videos, place.out)?;
-    if found.videos.is_empty() { Err(nothing_in(place.videos, "below this folder")) } else { Ok(found) }
 }

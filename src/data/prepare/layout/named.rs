@@ -4,7 +4,6 @@
 //! of another kind) its name alone has to tell: there must be one file of that name, and one class that lists it.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
 use super::spelling;
 use crate::data::prepare::files::VideoFile;
@@ -69,7 +68,7 @@ impl<'a> Named<'a> {
     ///
     /// # Errors
     /// [`Error::Input`] where there are several.
-    pub(super) fn find(&mut self, class: &str, name: &str) -> Result<Option<Arc<str>>> {
+    pub(super) fn find(&mut self, class: &str, name: &str) -> Result<Option<String>> {
         let folds = self.ignore_case.iter().any(|c| c.eq_ignore_ascii_case(class));
         let files = match (self.by_name.get(name), folds) {
             (Some(files), _) => &files[..],
@@ -98,7 +97,7 @@ impl<'a> Named<'a> {
                     return Ok(Some(path));
                 }
                 self.ambiguous.0 += 1;
-                self.ambiguous.1.get_or_insert(path.to_string());
+                self.ambiguous.1.get_or_insert(path);
             }
             [first, second, ..] => {
                 return Err(Error::input(format!(

@@ -1,9 +1,8 @@
 //! What two splits must not share.
 
-use std::collections::HashSet;
 use std::path::Path;
 
-use super::Rows;
+use super::{Split, text};
 use crate::data::prepare::description::{Description, Layout, SplitDescription};
 use crate::{Error, Result};
 
@@ -56,18 +55,20 @@ pub(super) fn refuse_list_of_another(description: &Description, split: &str, lis
 }
 
 /// Refuses splits that have their files in common.
-pub(super) fn refuse_shared(description: &Description, found: &[(String, Rows)]) -> Result<()> {
-    for (n, (split, rows)) in found.iter().enumerate() {
-        for (other, others) in found[..n].iter().filter(|(other, _)| exclude(split, other)) {
-            let theirs: HashSet<&str> = others.there.iter().map(|row| &*row.path).collect();
-            let mine = rows.there.iter().map(|row| &*row.path);
-            let shared: Vec<&str> = mine.filter(|path| theirs.contains(path)).collect();
-            judge(
-                description.layout,
-                (split, other),
-                (shared.len(), rows.there.len().min(theirs.len())),
-                shared.first().copied(),
-            )?;
+pub(super) fn refuse_shared(description: &Description, found: &[Split]) -> Result<()> {
+    for (n, mine) in found.iter().enumerate() {
+        for other in found[..n].iter().filter(|other| exclude(&mine.name, &other.name)) {
+            let mut theirs = other.there.by_path().lookup();
+            let (mut shared, mut first) = (0, None);
+            for record in mine.there.by_path().iter() {
+                let path = record?.key;
+                if theirs.has(&path)? {
+                    shared += 1;
+                    first.get_or_insert_with(|| text(&path));
+                }
+            }
+            let counts = (shared, mine.there.len().min(other.there.len()));
+            judge(description.layout, (&mine.name, &other.name), counts, first.as_deref())?;
         }
     }
     Ok(())

@@ -7,19 +7,24 @@
 use std::collections::BTreeMap;
 
 use super::named::Named;
-use super::{Place, Rows, found_videos};
+use super::{Files, Place, Rows};
 use crate::data::prepare::description::{Description, SplitDescription};
 use crate::data::prepare::files::{annotation, text};
 use crate::{Error, Result};
 
 const CLASSES: &str = "classInd.txt";
 
-pub(super) fn rows(description: &Description, split: &SplitDescription, place: &Place) -> Result<Rows> {
+pub(super) fn rows(
+    description: &Description,
+    split: &SplitDescription,
+    place: &Place,
+    files: &mut Files,
+) -> Result<Rows> {
     let list = annotation(place.annotations, &split.annotations)?;
     let index = list.with_file_name(CLASSES);
     let classes = classes(&index)?;
-    let found = found_videos(split, place)?;
-    let mut named = Named::new(&found.videos, &classes, &description.ignore_case);
+    let found = files.all_videos(split, place)?;
+    let mut named = Named::new(&found, &classes, &description.ignore_case);
     // By id: class, file and place.
     let mut listed = BTreeMap::new();
     for (n, line) in text(&list)?.lines().enumerate() {
@@ -56,9 +61,9 @@ pub(super) fn rows(description: &Description, split: &SplitDescription, place: &
         }
     }
     named.conclude()?;
-    let mut rows = Rows { classes: Some(classes), ..Rows::of(place, found) };
+    let mut rows = Rows { classes: Some(classes), ..Rows::new(place) };
     for (id, (class, path, at)) in listed {
-        rows.add(&id, &class, path, || at)?;
+        rows.add(&id, &class, path.as_deref(), || at)?;
     }
     Ok(rows)
 }
