@@ -1,6 +1,6 @@
 """How much of a machine's decoding `sideways data prepare` uses, and what a long list costs: made-up videos (ffmpeg's testsrc2 with
-noise, H.264) are prepared, and decoded and scaled by the same ffmpeg processes alone (to RGB, which raw shards hold, and to JPEG's
-YCbCr), in turns; then a list of Kinetics' form of which one clip in a hundred is there is prepared until the first is decoded.
+noise, H.264) are prepared, and decoded and scaled by the same ffmpeg processes alone (to RGB, which raw shards hold, to JPEG's
+YCbCr, and to JPEG), in turns; then a list of Kinetics' form of which one clip in a hundred is there is prepared until the first is decoded.
 
     python3 benches/data/prepare.py [--rounds N] [--jobs N] [--size 340x256] [--program target/release/sideways]
 
@@ -23,7 +23,12 @@ SCALE = (
     f"setpts=PTS-STARTPTS,fps=25,scale=w='max({WIDTH},round({HEIGHT}*iw*sar/ih))':h='max({HEIGHT},round({WIDTH}*ih/(iw*sar)))'"
     ":flags=bicubic+accurate_rnd+bitexact"
 )
-PIXELS = {"rgb24": "", "yuv444p": ":out_color_matrix=bt601:out_range=pc"}
+# What is written, and what is said to the filter that scales: RGB, JPEG's own colours, and JPEG itself.
+WAYS = {
+    "RGB": ("-pix_fmt rgb24 -f rawvideo", ""),
+    "YCbCr": ("-pix_fmt yuv444p -f rawvideo", ":out_color_matrix=bt601:out_range=pc"),
+    "JPEG": ("-pix_fmt yuvj444p -f mpjpeg -c:v mjpeg -q:v 8 -huffman default -flags:v +bitexact -threads 1", ":out_color_matrix=bt601:out_range=pc"),
+}
 
 
 def film(path, size, seconds):
@@ -32,9 +37,20 @@ def film(path, size, seconds):
     subprocess.run(["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "veryfast", path], check=True)
 
 
-def alone(videos, jobs, pixels):
+def tables():
+    """ffmpeg's options for JPEG's tables at quality 90, those of the JPEG files that `data prepare` writes."""
+    luminance = [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62]
+    luminance += [18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99]
+    chrominance = [17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99, 47, 66] + [99] * 38
+    text = lambda table: ",".join(str((20 * step + 50) // 100) for step in table)
+    return ["-intra_matrix", text(luminance), "-chroma_intra_matrix", text(chrominance)]
+
+
+def alone(videos, jobs, way):
+    written, colours = WAYS[way]
     command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-filter_threads", "1", "-i", "@", "-map", "0:V:0", "-t", "30"]
-    command += ["-vf", f"{SCALE}{PIXELS[pixels]},crop={WIDTH}:{HEIGHT}", "-f", "rawvideo", "-pix_fmt", pixels, "-y", "/dev/null"]
+    command += ["-vf", f"{SCALE}{colours},crop={WIDTH}:{HEIGHT}", *written.split()]
+    command += (tables() if way == "JPEG" else []) + ["-y", "/dev/null"]
     files = "\n".join(map(str, videos))
     subprocess.run(["xargs", "-P", str(jobs), "-I@", *command], input=files, text=True, check=True)
 
@@ -61,8 +77,7 @@ def decoding(args, folder):
         elif not path.exists():
             os.link(videos[n % 2], path)
     ways = {
-        "ffmpeg to RGB": lambda: alone(videos, args.jobs, "rgb24"),
-        "ffmpeg to YCbCr": lambda: alone(videos, args.jobs, "yuv444p"),
+        **{f"ffmpeg to {way}": lambda way=way: alone(videos, args.jobs, way) for way in WAYS},
         "prepare, raw": lambda: prepare(args.program, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs),
         "prepare, JPEG": lambda: prepare(args.program, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs),
     }
@@ -73,9 +88,9 @@ def decoding(args, folder):
             best[name] = [min(pair) for pair in zip(best.get(name, (clock, used)), (clock, used))]
     frames = 250 * len(videos)
     print(f"{len(videos)} videos of {args.size}, {args.jobs} at a time; the best of {args.rounds} rounds")
-    print("in brackets beside ffmpeg alone, to RGB and to YCbCr")
+    print(f"in brackets beside ffmpeg alone, to {', '.join(WAYS)}")
     for name, (clock, used) in best.items():
-        of = ["{:.2f}, {:.2f}".format(*(best[f"ffmpeg to {to}"][k] / best[name][k] for to in ("RGB", "YCbCr"))) for k in (0, 1)]
+        of = [", ".join(f"{best[f'ffmpeg to {way}'][k] / best[name][k]:.2f}" for way in WAYS) for k in (0, 1)]
         print(f"{name:15} {frames / clock:6.0f} frames/s ({of[0]})  {used / frames * 1e3:.2f} ms of processors a frame ({of[1]})  {used / clock:.2f} cores")
 
 

@@ -1,6 +1,6 @@
 //! One frame to and from JPEG (baseline, in plain Rust: no C library is involved).
 
-use jpeg_encoder::{ColorType, Encoder, EncodingError, ImageBuffer, JpegColorType};
+use jpeg_encoder::{ColorType, Encoder};
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
@@ -15,63 +15,16 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Input`] when the frame's length does not fit its size, or a side exceeds JPEG's 65535.
 pub fn encode(rgb: &[u8], height: usize, width: usize, quality: u8) -> Result<Vec<u8>> {
-    encoded(rgb, height, width, quality, |encoder, h, w| encoder.encode(rgb, w, h, ColorType::Rgb))
-}
-
-/// Encodes one frame `[3, height, width]` of Y, Cb and Cr, from 0 to 255 as JPEG has them; else as [`encode`].
-///
-/// # Errors
-/// As [`encode`].
-pub fn encode_ycbcr(planes: &[u8], height: usize, width: usize, quality: u8) -> Result<Vec<u8>> {
-    encoded(planes, height, width, quality, |encoder, height, width| {
-        encoder.encode_image(Planes { planes, height, width })
-    })
-}
-
-fn encoded(
-    frame: &[u8],
-    height: usize,
-    width: usize,
-    quality: u8,
-    encode: impl FnOnce(Encoder<&mut Vec<u8>>, u16, u16) -> std::result::Result<(), EncodingError>,
-) -> Result<Vec<u8>> {
     let (Ok(h), Ok(w)) = (u16::try_from(height), u16::try_from(width)) else {
         return Err(Error::input(format!("a {height}x{width} frame is too large for JPEG (65535 pixels a side)")));
     };
-    if frame.len() != height * width * 3 {
-        return Err(Error::input(format!("a {height}x{width} frame in colour has {} bytes", frame.len())));
+    if rgb.len() != height * width * 3 {
+        return Err(Error::input(format!("a {height}x{width} frame in colour has {} bytes", rgb.len())));
     }
-    let mut out = Vec::with_capacity(frame.len() / 8 + 1024);
-    encode(Encoder::new(&mut out, quality), h, w).map_err(|e| Error::Run(format!("JPEG encoder: {e}")))?;
+    let mut out = Vec::with_capacity(rgb.len() / 8 + 1024);
+    let encoded = Encoder::new(&mut out, quality).encode(rgb, w, h, ColorType::Rgb);
+    encoded.map_err(|e| Error::Run(format!("JPEG encoder: {e}")))?;
     Ok(out)
-}
-
-/// Y, Cb and Cr, one after the other.
-struct Planes<'a> {
-    planes: &'a [u8],
-    height: u16,
-    width: u16,
-}
-
-impl ImageBuffer for Planes<'_> {
-    fn get_jpeg_color_type(&self) -> JpegColorType {
-        JpegColorType::Ycbcr
-    }
-
-    fn width(&self) -> u16 {
-        self.width
-    }
-
-    fn height(&self) -> u16 {
-        self.height
-    }
-
-    fn fill_buffers(&self, y: u16, buffers: &mut [Vec<u8>; 4]) {
-        let (h, w) = (usize::from(self.height), usize::from(self.width));
-        for (plane, buffer) in self.planes.chunks_exact(h * w).zip(buffers) {
-            buffer.extend_from_slice(&plane[usize::from(y) * w..][..w]);
-        }
-    }
 }
 
 /// Decodes a JPEG frame into `out` = RGB `[height, width, 3]`. On failure says what is wrong with the frame; the
@@ -125,22 +78,5 @@ mod tests {
         assert!(decode(&[0; 100], h, w, &mut back).is_err());
         assert!(encode(&smooth, h, w + 1, 95).is_err());
         assert!(encode(&smooth, 1 << 20, w, 95).is_err());
-        assert!(encode_ycbcr(&smooth, h, w + 1, 95).is_err());
-    }
-
-    /// With colour in full and halved.
-    #[test]
-    fn planes_of_an_rgb_frame_are_stored_as_it_is() {
-        let (h, w) = (24, 33);
-        let rgb: Vec<u8> = (0..h * w * 3).map(|i| (i * 37 % 251) as u8).collect();
-        let pixels: Vec<[u8; 3]> = rgb
-            .chunks(3)
-            .map(|p| jpeg_encoder::rgb_to_ycbcr(p[0], p[1], p[2]))
-            .map(|(y, cb, cr)| [y, cb, cr])
-            .collect();
-        let planes: Vec<u8> = (0..3).flat_map(|plane| pixels.iter().map(move |p| p[plane])).collect();
-        for quality in [80, 95] {
-            assert_eq!(encode_ycbcr(&planes, h, w, quality).unwrap(), encode(&rgb, h, w, quality).unwrap());
-        }
     }
 }

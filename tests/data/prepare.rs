@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use sideways::data::prepare::description::{Description, Layout};
-use sideways::data::prepare::ffmpeg::{Ffmpeg, Pixels, Target};
+use sideways::data::prepare::ffmpeg::{Ffmpeg, Form, Target};
 use sideways::data::prepare::layout::{Listing, Place, list};
 use sideways::data::prepare::plan::read_skip;
 use sideways::data::prepare::report::Report;
@@ -167,30 +167,70 @@ fn colours_are_the_same_in_jpeg_and_raw_shards() {
             .status();
         assert!(made.unwrap().success(), "{name}");
     }
-    let of = |encoding| {
-        let target = target(96, 128, 10.0);
+    // Odd, and with colour in full and halved.
+    let (h, w) = (95, 127);
+    let of = |encoding, quality| {
+        let (target, root) = (target(h, w, 10.0), dir.path().join("v"));
         let options =
-            PrepareOptions { target, encoding, overwrite: true, per_shard: 9, ..options(&dir.path().join("v"), &out) };
+            PrepareOptions { target, encoding, quality, overwrite: true, per_shard: 9, ..options(&root, &out) };
         let report = prepared(&options);
-        assert_eq!(report.written, kinds.len());
+        assert_eq!((report.written, report.doubtful), (kinds.len(), 0));
         let shard = ShardReader::open(&report.shards[0]).unwrap();
         let frame = |v: usize| {
             let first = shard.frames_of(v).start;
             let (bytes, _) = shard.read(first..first + 1).unwrap();
-            let mut rgb = vec![0; 96 * 128 * 3];
+            let mut rgb = vec![0; h * w * 3];
             match encoding {
                 Encoding::Raw => rgb.copy_from_slice(&bytes),
-                Encoding::Jpeg => jpeg::decode(&bytes, 96, 128, &mut rgb).unwrap(),
+                Encoding::Jpeg => jpeg::decode(&bytes, h, w, &mut rgb).unwrap(),
             }
             rgb
         };
         (0..shard.videos()).map(|v| (shard.ids[v].clone(), frame(v))).collect::<Vec<_>>()
     };
-    for ((id, raw), (other, jpeg)) in of(Encoding::Raw).into_iter().zip(of(Encoding::Jpeg)) {
-        assert_eq!(id, other);
-        let far = raw.iter().zip(&jpeg).filter(|(a, b)| a.abs_diff(**b) > 5).count() as f64 / raw.len() as f64;
-        // At the bars' edges, where RGB comes with coarser colour: a tenth. With another matrix or range it is a third and more.
-        assert!(far < 0.2, "{id}: {far}");
+    let raw = of(Encoding::Raw, 95);
+    for quality in [95, 85] {
+        for ((id, raw), (other, jpeg)) in raw.iter().zip(of(Encoding::Jpeg, quality)) {
+            assert_eq!(*id, other);
+            let far = raw.iter().zip(&jpeg).filter(|(a, b)| a.abs_diff(**b) > 5).count() as f64 / raw.len() as f64;
+            // At the bars' edges, where RGB comes with coarser colour: a tenth. With another matrix or range it is a third and more.
+            assert!(far < 0.2, "{id}, quality {quality}: {far}");
+        }
+    }
+}
+
+/// Of a quality JPEG frames are as near to what is shown, and as large, as those of another encoder.
+#[test]
+fn quality_means_what_it_does_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let videos = dir.path().join("v");
+    std::fs::create_dir_all(videos.join("c")).unwrap();
+    let made = Command::new("ffmpeg")
+        .args(
+            "-nostdin -loglevel error -f lavfi -i mandelbrot=size=96x80:rate=10 -t 1 -c:v ffv1 -pix_fmt bgr0"
+                .split(' '),
+        )
+        .arg(videos.join("c/one.mkv"))
+        .status();
+    assert!(made.unwrap().success());
+    let of = |encoding, quality| {
+        let out = dir.path().join("out");
+        let target = target(80, 96, 10.0);
+        let report = prepared(&PrepareOptions { target, encoding, quality, overwrite: true, ..options(&videos, &out) });
+        ShardReader::open(&report.shards[0]).unwrap().read(9..10).unwrap().0
+    };
+    let raw = of(Encoding::Raw, 95);
+    let error = |coded: &[u8]| {
+        let mut rgb = vec![0; raw.len()];
+        jpeg::decode(coded, 80, 96, &mut rgb).unwrap();
+        raw.iter().zip(&rgb).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum::<f64>() / raw.len() as f64
+    };
+    for quality in [1, 50, 89, 90, 100] {
+        let (own, other) = (of(Encoding::Jpeg, quality), jpeg::encode(&raw, 80, 96, quality).unwrap());
+        let (errors, bytes) = (error(&own) / error(&other), own.len() as f64 / other.len() as f64);
+        // The mean of a block is rounded to a level of grey, which counts where nothing else is lost.
+        let most = if quality == 100 { 2.0 } else { 1.5 };
+        assert!((0.5..most).contains(&errors) && (0.7..1.3).contains(&bytes), "quality {quality}: {errors}, {bytes}");
     }
 }
 
@@ -322,6 +362,6 @@ fn a_video_that_takes_too_long_is_given_up() {
     let path = dir.path().join("long.mkv");
     film(&path, "testsrc=size=320x240:rate=50", "10");
     let slow = Target { time_limit: Duration::from_millis(1), ..target(240, 320, 50.0) };
-    let error = Ffmpeg::find().unwrap().decode(&path, &slow, Pixels::Rgb, None, &mut |_| Ok(())).unwrap().unwrap_err();
+    let error = Ffmpeg::find().unwrap().decode(&path, &slow, Form::Rgb, None, &mut |_| Ok(())).unwrap().unwrap_err();
     assert!(error.why.contains("took longer") && !error.killed, "{error:?}");
 }

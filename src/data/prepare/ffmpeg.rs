@@ -1,7 +1,6 @@
-//! The `ffmpeg` program as a child process: any video file to RGB frames of a fixed size and rate. A file that makes
+//! The `ffmpeg` program as a child process: any video file to frames of a fixed size and rate. A file that makes
 //! it crash or hang costs that file, nothing more.
 
-use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -11,7 +10,9 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::frames;
 use super::messages::Messages;
+use super::quantisation::tables;
 use crate::{Error, Result};
 
 /// What frames are to look like.
@@ -53,13 +54,13 @@ impl Target {
     }
 }
 
-/// In what form ffmpeg hands a frame over: three bytes a pixel either way.
+/// In what form ffmpeg hands a frame over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pixels {
-    /// RGB, `[height, width, 3]`.
+pub enum Form {
+    /// RGB, `[height, width, 3]` bytes.
     Rgb,
-    /// Y, Cb and Cr of JPEG (BT.601, 0 to 255), `[3, height, width]`: of a video, which has them, half the work of RGB.
-    YCbCr,
+    /// A JPEG file of this quality, 1 to 100: from 90 on colour keeps its full resolution; below, it is halved (4:2:0).
+    Jpeg(u8),
 }
 
 /// Frames a second, at most.
@@ -114,7 +115,7 @@ impl Ffmpeg {
         }
     }
 
-    /// Decodes `path` and hands each frame, as `pixels` says, to `store`. The picture is scaled to cover the target, in the shape in
+    /// Decodes `path` and hands each frame, as `form` says, to `store`. The picture is scaled to cover the target, in the shape in
     /// which players show it, and cut to it around the centre. `stream` is the number of the video's stream; else the first that is no
     /// cover picture. Of a video that cannot be decoded says why.
     ///
@@ -124,13 +125,13 @@ impl Ffmpeg {
         &self,
         path: &Path,
         target: &Target,
-        pixels: Pixels,
+        form: Form,
         stream: Option<usize>,
-        store: &mut dyn FnMut(&[u8]) -> Result<()>,
+        store: &mut dyn FnMut(Vec<u8>) -> Result<()>,
     ) -> Result<std::result::Result<Decoded, Failure>> {
-        let child = command(path, target, pixels, stream).spawn();
+        let child = command(path, target, form, stream).spawn();
         let child = child.map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
-        let watched = self.watch(child, path, target, store);
+        let watched = self.watch(child, path, (target, form), store);
         Ok(watched.map(|(complaint, messages)| {
             let streams = messages.streams();
             let shown = streams.iter().find(|s| s.default).or(streams.first()).map(|s| s.number);
@@ -144,8 +145,8 @@ impl Ffmpeg {
         &self,
         mut child: Child,
         path: &Path,
-        target: &Target,
-        store: &mut dyn FnMut(&[u8]) -> Result<()>,
+        (target, form): (&Target, Form),
+        store: &mut dyn FnMut(Vec<u8>) -> Result<()>,
     ) -> std::result::Result<(Option<String>, Messages), Failure> {
         let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
             return Err(String::from("ffmpeg has no pipes").into());
@@ -165,7 +166,11 @@ impl Ffmpeg {
                 expired
             });
             let messages = scope.spawn(move || Messages::of(stderr));
-            let read = frames(&mut stdout, target.height * target.width * 3, store);
+            let size = target.height * target.width * 3;
+            let read = match form {
+                Form::Rgb => frames::of_size(&mut stdout, size, store),
+                Form::Jpeg(_) => frames::in_parts(&mut stdout, frames::most(size), store),
+            };
             if read.is_err() {
                 kill(&child);
             }
@@ -193,17 +198,21 @@ impl Ffmpeg {
     }
 }
 
-fn command(path: &Path, target: &Target, pixels: Pixels, stream: Option<usize>) -> Command {
+fn command(path: &Path, target: &Target, form: Form, stream: Option<usize>) -> Command {
     let (h, w) = (target.height, target.width);
     // As `force_original_aspect_ratio=increase`, which takes pixels for square.
     let cover = format!("w='max({w},round({h}*iw*sar/ih))':h='max({h},round({w}*ih/(iw*sar)))'");
-    let (format, colours) = match pixels {
-        Pixels::Rgb => ("rgb24", ""),
-        // As JFIF has them, whatever the video's own are.
-        Pixels::YCbCr => ("yuv444p", ":out_color_matrix=bt601:out_range=pc"),
+    // As JFIF has them, whatever the video's own are.
+    let colours = if form == Form::Rgb { "" } else { ":out_color_matrix=bt601:out_range=pc" };
+    let (format, halved) = match form {
+        Form::Rgb => ("rgb24", String::new()),
+        Form::Jpeg(quality) if quality >= FULL_COLOUR => ("yuvj444p", String::new()),
+        // After cutting: a picture whose colour is halved can only be cut at even pixels.
+        Form::Jpeg(_) => ("yuvj420p", format!(",format=yuvj444p,scale=flags={SCALING}:in_range=pc:out_range=pc")),
     };
     // From the first picture on: where sound begins before it, it would be repeated until then.
-    let filter = format!("setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING}{colours},crop={w}:{h}", target.fps);
+    let filter =
+        format!("setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING}{colours},crop={w}:{h}{halved}", target.fps);
     let stream = stream.map_or("0:V:0".to_string(), |number| format!("0:{number}"));
     // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
     let mut input = std::ffi::OsString::from("file:");
@@ -217,11 +226,28 @@ fn command(path: &Path, target: &Target, pixels: Pixels, stream: Option<usize>) 
         .args(["-threads", "1", "-filter_threads", "1", "-i"])
         .arg(input)
         .args(["-map", &stream, "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
-        .args(["-f", "rawvideo", "-pix_fmt", format, "pipe:1"])
+        .args(["-pix_fmt", format])
+        .args(encoder(form))
+        .arg("pipe:1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
+}
+
+/// From this quality on colour keeps its full resolution.
+const FULL_COLOUR: u8 = 90;
+
+/// How frames are written. JPEG by ffmpeg's own encoder: in this process it would take three times as long, and the pipe would carry ten
+/// times as many bytes.
+fn encoder(form: Form) -> Vec<String> {
+    let words = |text: &str| text.split(' ').map(str::to_string).collect::<Vec<_>>();
+    let Form::Jpeg(quality) = form else { return words("-f rawvideo") };
+    let [luminance, chrominance] = tables(quality).map(|table| table.map(|step| step.to_string()).join(","));
+    // Its scale multiplies the tables by q / 8. Whatever they say it divides a block's mean by 8, so by one level of grey.
+    let mut all = words("-f mpjpeg -c:v mjpeg -q:v 8 -huffman default -flags:v +bitexact -threads 1 -intra_matrix");
+    all.extend([luminance, "-chroma_intra_matrix".into(), chrominance]);
+    all
 }
 
 /// As much as any user may have in a pipe.
@@ -230,27 +256,6 @@ const PIPE: i32 = 1 << 20;
 /// Gives a pipe room for several frames, where the system allows it: else decoder and reader wait for one another within each.
 fn widen(pipe: &ChildStdout) {
     let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
-}
-
-/// Reads whole frames to the end; true if bytes of an unfinished one were left.
-fn frames(
-    from: &mut impl Read,
-    size: usize,
-    store: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> std::result::Result<bool, String> {
-    let mut frame = vec![0; size];
-    loop {
-        let mut filled = 0;
-        while filled < size {
-            match from.read(&mut frame[filled..]) {
-                Ok(0) => return Ok(filled > 0),
-                Ok(n) => filled += n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(format!("reading from ffmpeg: {e}")),
-            }
-        }
-        store(&frame).map_err(|e| e.to_string())?;
-    }
 }
 
 fn kill(child: &Mutex<Child>) {

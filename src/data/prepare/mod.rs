@@ -8,6 +8,8 @@
 //! | [`plan`] | cut into shards, written down in [`mod@todo`]; what is there from an earlier run, `kept` |
 //! | [`shard`] | one shard: its videos decoded side by side, written in order |
 //! | [`ffmpeg`] | one video to frames, by a child process |
+//! | `frames` | frames out of what that writes |
+//! | `quantisation` | JPEG's quality |
 //! | `messages` | what that says of the file's streams, and what went wrong |
 //! | [`record`] | what is known of finished shards, so that a killed run goes on |
 //! | [`report`] | what became of all videos; the lists of broken and missing ones |
@@ -18,12 +20,14 @@
 pub mod description;
 pub mod ffmpeg;
 mod files;
+mod frames;
 mod kept;
 pub mod layout;
 mod messages;
 mod order;
 pub mod output;
 pub mod plan;
+mod quantisation;
 pub mod record;
 pub mod report;
 pub mod shard;

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::ffmpeg::{Decoded, Failure, Ffmpeg, Pixels, Target};
+use super::ffmpeg::{Decoded, Failure, Ffmpeg, Form, Target};
 use super::record::{Entry, FileState, Outcome, RECIPE, Record, content};
-use crate::data::jpeg;
 use crate::data::shard::{Encoding, ShardHeader, ShardWriter};
 use crate::sys::files::what;
 use crate::{Error, Result};
@@ -173,17 +172,12 @@ impl Recipe<'_> {
         path: &Path,
         stream: Option<usize>,
     ) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
-        let (h, w) = (self.target.height, self.target.width);
         let (mut frames, mut bytes) = (Vec::new(), 0);
-        let pixels = match self.encoding {
-            Encoding::Raw => Pixels::Rgb,
-            Encoding::Jpeg => Pixels::YCbCr,
+        let form = match self.encoding {
+            Encoding::Raw => Form::Rgb,
+            Encoding::Jpeg => Form::Jpeg(self.quality),
         };
-        let mut store = |frame: &[u8]| -> Result<()> {
-            let frame = match self.encoding {
-                Encoding::Raw => frame.to_vec(),
-                Encoding::Jpeg => jpeg::encode_ycbcr(frame, h, w, self.quality)?,
-            };
+        let mut store = |frame: Vec<u8>| -> Result<()> {
             bytes += frame.len();
             if bytes > MAX_BYTES {
                 return Err(Error::input(format!(
@@ -194,7 +188,7 @@ impl Recipe<'_> {
             frames.push(frame);
             Ok(())
         };
-        let decoded = self.ffmpeg.decode(path, self.target, pixels, stream, &mut store)?;
+        let decoded = self.ffmpeg.decode(path, self.target, form, stream, &mut store)?;
         Ok((decoded, frames))
     }
 }
