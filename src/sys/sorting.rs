@@ -178,7 +178,7 @@ impl Sorted {
 
     /// To ask for keys in ascending order.
     pub fn lookup(&self) -> Lookup<impl Iterator<Item = Result<Record>>> {
-        Lookup(self.iter().peekable())
+        Lookup { records: self.iter().peekable(), last: Vec::new() }
     }
 }
 
@@ -235,18 +235,26 @@ impl Read for Section<'_> {
 }
 
 /// Finds records by keys that are asked for in ascending order.
-pub struct Lookup<I: Iterator<Item = Result<Record>>>(Peekable<I>);
+pub struct Lookup<I: Iterator<Item = Result<Record>>> {
+    records: Peekable<I>,
+    last: Vec<u8>,
+}
 
 impl<I: Iterator<Item = Result<Record>>> Lookup<I> {
     /// Whether there is a record with this key.
     ///
     /// # Errors
-    /// [`Error::Io`] when records cannot be read.
+    /// [`Error::Io`] when records cannot be read; [`Error::Run`] after a larger key, whose records are passed.
     pub fn has(&mut self, key: &[u8]) -> Result<bool> {
-        while self.0.next_if(|next| next.as_ref().is_ok_and(|next| *next.key < *key)).is_some() {}
-        match self.0.peek() {
+        if *key < *self.last {
+            return Err(Error::Run("sorted records were asked for out of order (a bug)".into()));
+        }
+        self.last.clear();
+        self.last.extend_from_slice(key);
+        while self.records.next_if(|next| next.as_ref().is_ok_and(|next| *next.key < *key)).is_some() {}
+        match self.records.peek() {
             Some(Ok(next)) => Ok(next.key == key),
-            Some(Err(_)) => self.0.next().transpose().map(|_| false),
+            Some(Err(_)) => self.records.next().transpose().map(|_| false),
             None => Ok(false),
         }
     }
@@ -256,7 +264,7 @@ impl<I: Iterator<Item = Result<Record>>> Lookup<I> {
     /// # Errors
     /// As [`Lookup::has`].
     pub fn take(&mut self, key: &[u8]) -> Result<Option<Record>> {
-        if self.has(key)? { self.0.next().transpose() } else { Ok(None) }
+        if self.has(key)? { self.records.next().transpose() } else { Ok(None) }
     }
 }
 
@@ -315,6 +323,7 @@ mod tests {
             }
             assert_eq!(other.take(&key).unwrap(), None);
         }
+        assert!(one.has(&[]).is_err(), "passed by now");
     }
 
     #[test]

@@ -443,3 +443,14 @@ fn a_description_can_name_columns_and_subsets() {
         "{error}"
     );
 }
+
+/// Of copies in no class's folder the first counts: folder by folder, as a file browser has them.
+#[test]
+fn of_copies_the_first_folder_has_the_clip() {
+    let name = "0123456789a_000000_000010.mp4";
+    let files = ["archery (1)", "archery", "archery-2"].map(|folder| format!("videos/train/{folder}/{name}"));
+    let disk = Disk::new(&files.each_ref().map(|file| (file.as_str(), "")));
+    let listing = disk.kinetics(format!("{HEADER}yoga,0123456789a,0,10,train\n")).unwrap();
+    assert_eq!(rows(&listing)[0].2, Some(format!("train/archery/{name}").as_str()));
+    assert_eq!(listing.unused.len(), 2);
+}

@@ -15,7 +15,7 @@ pub const ENDINGS: [&str; 13] =
 const DEPTH: usize = 4;
 
 /// One video file, by its path below the folder of videos.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VideoFile {
     /// That path.
     pub path: String,
@@ -57,6 +57,30 @@ pub fn walk(
     existing(root, parts).iter().try_for_each(|part| walk_folder(root, part, (DEPTH, out.as_deref()), take))
 }
 
+/// The order of files: folders as `parts` names them, then by path, folder by folder.
+pub struct Order(Vec<String>);
+
+impl Order {
+    /// Of the files below the folders `parts` of `root`.
+    pub fn new(root: &Path, parts: &[String]) -> Self {
+        Order(existing(root, parts))
+    }
+
+    /// Bytes in whose order files are.
+    pub fn bytes(&self, path: &str) -> Vec<u8> {
+        let below =
+            |part: &String| part.is_empty() || path.strip_prefix(part).is_some_and(|rest| rest.starts_with('/'));
+        let part = self.0.iter().position(below).unwrap_or(self.0.len());
+        // No name holds a zero, which comes before all that one may hold.
+        [&(part as u32).to_be_bytes()[..], path.replace('/', "\0").as_bytes()].concat()
+    }
+
+    /// The path that such bytes are of.
+    pub fn path(bytes: &[u8]) -> String {
+        String::from_utf8_lossy(bytes.get(4..).unwrap_or_default()).replace('\0', "/")
+    }
+}
+
 /// The folders among `parts` that are there; the root itself (`""`) where none is.
 pub fn existing(root: &Path, parts: &[String]) -> Vec<String> {
     let there: Vec<String> = parts.iter().filter(|part| root.join(part).is_dir()).cloned().collect();
@@ -89,7 +113,8 @@ fn walk_folder(
                 continue;
             }
             Kind::Folder => Some("a folder too deep in folders"),
-            Kind::Other(_) if own && name == ".prepare" => continue,
+            // The last is how a file without a name looks on NFS.
+            Kind::Other(_) if own && (name == ".prepare" || name.starts_with(".nfs")) => continue,
             Kind::Other(what) => Some(what),
             Kind::File if is_video(&name) => None,
             Kind::File if own && is_own(&name) => continue,
@@ -142,6 +167,18 @@ pub fn entries(dir: &Path) -> Result<Vec<Entry>> {
     let mut found = read_folder(dir)?.collect::<Result<Vec<_>>>()?;
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// The folders in a folder, sorted by name.
+///
+/// # Errors
+/// As [`entries`].
+pub fn folders(dir: &Path) -> Result<Vec<String>> {
+    let is_folder = |entry: &Result<Entry>| entry.as_ref().map_or(true, |entry| entry.kind == Kind::Folder);
+    let names = read_folder(dir)?.filter(is_folder).map(|entry| Ok(entry?.name));
+    let mut names = names.collect::<Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
 }
 
 /// What is in a folder, one after the other as the file system has it.
@@ -262,4 +299,21 @@ pub fn text(path: &Path) -> Result<String> {
     })?;
     let text = text.strip_prefix(MARK).map(str::to_string).unwrap_or(text);
     if text.trim().is_empty() { Err(bad("this file is empty".into())) } else { Ok(text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_ordered_by_part_and_folder_by_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let parts = ["z".to_string(), "none".to_string(), "a".to_string()];
+        ["z", "a"].iter().for_each(|part| std::fs::create_dir(root.path().join(part)).unwrap());
+        let order = Order::new(root.path(), &parts);
+        let sorted = ["z/c/2.mp4", "z/c/3.mp4", "z/c (1)/1.mp4", "z/c-2/1.mp4", "a/b/1.mp4", "az/1.mp4"];
+        let bytes: Vec<_> = sorted.iter().map(|path| order.bytes(path)).collect();
+        assert!(bytes.is_sorted());
+        assert!(bytes.iter().map(|bytes| Order::path(bytes)).eq(sorted));
+    }
 }

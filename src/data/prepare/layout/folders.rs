@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Files, Place, Rows, nothing_in};
 use crate::data::prepare::description::{Description, SplitDescription};
-use crate::data::prepare::files::{Kind, entries, existing, folder, walk};
+use crate::data::prepare::files::{existing, folder, folders, walk};
 use crate::{Error, Result};
 
 pub(super) fn rows(
@@ -43,17 +43,17 @@ pub(super) fn rows(
         }
     })?;
     let classes: BTreeSet<String> = rows.named.iter().map(|(class, _)| class.to_string()).collect();
-    let mut folders = 0;
+    let mut count = 0;
     for part in &parts {
-        for entry in entries(&folder(place.videos, part))?.into_iter().filter(|entry| entry.kind == Kind::Folder) {
-            folders += 1;
-            let path = if part.is_empty() { entry.name.clone() } else { format!("{part}/{}", entry.name) };
-            if !classes.contains(&entry.name) && !place.is_out(&path) {
+        for name in folders(&folder(place.videos, part))? {
+            count += 1;
+            let path = if part.is_empty() { name.clone() } else { format!("{part}/{name}") };
+            if !classes.contains(&name) && !place.is_out(&path) {
                 files.other(&path, "a folder without a video in it is no class")?;
             }
         }
     }
-    if folders == 0 {
+    if count == 0 {
         let dir = place.videos.display();
         return Err(Error::input(format!("{dir}: no class folders in it (expected CLASS/video.mp4)")));
     }
@@ -64,7 +64,7 @@ pub(super) fn rows(
                  (datasets/folders)"
             )
         });
-        let nothing = nothing_in(place.videos, &format!("in its {folders} class folders"));
+        let nothing = nothing_in(place.videos, &format!("in its {count} class folders"));
         return Err(Error::input(format!("{nothing}{}", hint.unwrap_or_default())));
     }
     Ok(Rows { classes: Some(classes.into_iter().collect()), ..rows })

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Place, nothing_in};
 use crate::data::prepare::description::SplitDescription;
-use crate::data::prepare::files::{VideoFile, walk};
+use crate::data::prepare::files::{Order, VideoFile, walk};
 use crate::sys::sorting::{Record, Sorted, Sorter};
 use crate::{Error, Result};
 
@@ -135,9 +135,12 @@ impl Missing {
 
 /// All that lies below the folder of videos, whether it is in a split or not.
 pub(super) struct Files {
-    /// By path, with what is to be said of it where it is in none.
+    /// By path, with what is to be said of it where it is in none; with nothing for a video, of which there may be many.
     all: Sorter,
 }
+
+/// What is said of a video that is in no split.
+const UNLISTED: &str = "a video in no list, or a copy of one that is";
 
 impl Files {
     pub(super) fn new(scratch: &Path) -> Self {
@@ -158,7 +161,7 @@ impl Files {
     ) -> Result<usize> {
         let mut count = 0;
         walk(place.videos, &split.videos, place.out, &mut |(path, why)| {
-            self.other(&path, why.unwrap_or("a video in no list, or a copy of one that is"))?;
+            self.other(&path, why.unwrap_or_default())?;
             if why.is_none() {
                 count += 1;
                 take(VideoFile { path })?;
@@ -168,14 +171,15 @@ impl Files {
         if count == 0 { Err(nothing_in(place.videos, "below this folder")) } else { Ok(count) }
     }
 
-    /// The same, by path, of a dataset whose videos fit into memory.
+    /// The same, in order, of a dataset whose videos fit into memory.
     pub(super) fn all_videos(&mut self, split: &SplitDescription, place: &Place) -> Result<Vec<VideoFile>> {
         let mut found = Vec::new();
         self.videos(split, place, &mut |video| {
             found.push(video);
             Ok(())
         })?;
-        found.sort();
+        let order = Order::new(place.videos, &split.videos);
+        found.sort_by_cached_key(|video: &VideoFile| order.bytes(&video.path));
         Ok(found)
     }
 
@@ -192,7 +196,8 @@ impl Files {
             }
             // Of several splits whose videos lie in one folder each has come upon it.
             if !is_used && record != before {
-                unused.push(&record.value, &record.key)?;
+                let why = if record.value.is_empty() { UNLISTED.as_bytes() } else { &record.value };
+                unused.push(why, &record.key)?;
             }
             before = record;
         }

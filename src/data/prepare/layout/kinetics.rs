@@ -20,7 +20,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 use super::shared::means;
 use super::{Files, Place, Rows, spelling, text};
 use crate::data::prepare::description::{Description, SplitDescription};
-use crate::data::prepare::files::{Beginning, VideoFile, annotation, beginning};
+use crate::data::prepare::files::{Beginning, Order, VideoFile, annotation, beginning};
 use crate::sys::sorting::{Record, Sorted, Sorter};
 use crate::{Error, Result};
 
@@ -134,9 +134,9 @@ pub(super) fn rows(
     }
     let wanted = wanted_subsets(&file, &list, name, split.subset.as_deref())?;
     let List { entries, labels, .. } = list;
-    let mut clips = Sorter::new(&place.scratch());
+    let (mut clips, order) = (Sorter::new(&place.scratch()), Order::new(place.videos, &split.videos));
     let found = files.videos(split, place, &mut |video| match key_of(video.stem()) {
-        Some(key) => clips.push(&key.to_bytes(), video.path.as_bytes()),
+        Some(key) => clips.push(&key.to_bytes(), &order.bytes(&video.path)),
         None => Ok(()),
     })?;
     let listed = join(&file, place, (entries.sorted(), &labels, wanted.as_deref()), &clips.sorted())?;
@@ -186,10 +186,10 @@ fn join(
                 at(&first)
             )));
         }
-        // Of several copies the one in its class's folder, else the first by name.
+        // Of several copies the one in its class's folder, else the first.
         let (mut first, mut own) = (None, None);
         while let Some(clip) = clips.take(&record.key)? {
-            let video = VideoFile { path: text(&clip.value) };
+            let video = VideoFile { path: Order::path(&clip.value) };
             if own.is_none() && spelling(video.folder()) == spelling(label) {
                 own = Some(video);
             } else {
