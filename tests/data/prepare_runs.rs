@@ -340,10 +340,12 @@ fn what_cannot_be_read_or_decoded_at_all_is_refused() {
     let out = clips.path("out");
     let none = Command::new(PROGRAM).args(clips.args(&out, &["--annotations"])).output().unwrap();
     assert!(refused(&none).contains("a value is required for '--annotations"), "{}", text(&none));
-    // An ffmpeg that fails whatever it is given is no reason to call a dataset broken.
+    // An ffmpeg that fails on whatever file it is given is no reason to call a dataset broken.
     let bad = clips.path("bad");
     std::fs::create_dir(&bad).unwrap();
-    std::fs::write(bad.join("ffmpeg"), "#!/bin/sh\n[ \"$1\" = -version ] || { echo no codec >&2; exit 1; }\n").unwrap();
+    let script =
+        "#!/bin/sh\ncase \"$*\" in *file:*) echo no codec >&2; exit 1;; esac\nPATH=${PATH#*:} exec ffmpeg \"$@\"\n";
+    std::fs::write(bad.join("ffmpeg"), script).unwrap();
     std::fs::set_permissions(bad.join("ffmpeg"), PermissionsExt::from_mode(0o755)).unwrap();
     let path = format!("{}:/usr/bin:/bin", bad.display());
     let output = Command::new(PROGRAM).args(clips.args(&out, &[])).env("PATH", path).output().unwrap();

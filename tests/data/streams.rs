@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::common::program::PROGRAM;
 use crate::prepare::{film, options, prepared};
 use sideways::data::Encoding;
 use sideways::data::ShardReader;
@@ -225,4 +226,30 @@ fn numbers_that_no_video_has_are_refused() {
         let error = prepare(o, &mut |_| ()).unwrap_err();
         assert!(error.exit_code() == 2 && error.to_string().contains(words), "{error}");
     }
+}
+
+/// An ffmpeg that was built without its JPEG encoder breaks no video: it is said before the first.
+#[test]
+fn an_ffmpeg_that_writes_no_jpeg_is_refused() {
+    let films = Films::new();
+    films.video("one.mkv", &["-i", "red.mkv", "-c", "copy"]);
+    let (real, poor) = (std::env::var("PATH").unwrap(), films.at("ffmpeg"));
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *mjpeg*) echo \"Unknown encoder 'mjpeg'\" >&2; exit 1;; esac\nPATH='{real}' exec ffmpeg \"$@\"\n"
+    );
+    std::fs::write(&poor, script).unwrap();
+    std::fs::set_permissions(&poor, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let prepare = |encoding: &str| {
+        let [videos, out] = ["v", encoding].map(|name| films.at(name).display().to_string());
+        let output = Command::new(PROGRAM)
+            .args(["data", "prepare", "--layout", "folders", "--videos", &videos, "--split", "train", "--out", &out])
+            .args(["--encoding", encoding, "--short-side", "24"])
+            .env("PATH", format!("{}:{real}", films.at("").display()))
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = prepare("jpeg");
+    assert!(code == Some(2) && said.contains("cannot write JPEG here: Unknown encoder 'mjpeg'"), "{said}");
+    assert_eq!(prepare("raw").0, Some(0));
 }

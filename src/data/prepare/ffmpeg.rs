@@ -1,6 +1,7 @@
 //! The `ffmpeg` program as a child process: any video file to frames of a fixed size and rate. A file that makes
 //! it crash or hang costs that file, nothing more.
 
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -100,19 +101,30 @@ pub struct Ffmpeg(());
 const SCALING: &str = "bicubic+accurate_rnd+bitexact";
 
 impl Ffmpeg {
-    /// Checks that `ffmpeg` can be run.
+    /// Checks that `ffmpeg` can be run and writes frames in this form.
     ///
     /// # Errors
     /// [`Error::Input`] when it cannot.
-    pub fn find() -> Result<Self> {
+    pub fn find(form: Form) -> Result<Self> {
         let version = Command::new("ffmpeg").arg("-version").stdin(Stdio::null()).output();
         match version {
-            Ok(output) if output.status.success() => Ok(Ffmpeg(())),
-            Ok(output) => Err(Error::input(format!("`ffmpeg -version` fails ({}): reinstall ffmpeg", output.status))),
-            Err(e) => Err(Error::input(format!(
-                "cannot run `ffmpeg`, which decodes the videos: {e}; install it (Debian: apt install ffmpeg)"
-            ))),
+            Ok(output) if output.status.success() => {}
+            Ok(output) => {
+                return Err(Error::input(format!("`ffmpeg -version` fails ({}): reinstall ffmpeg", output.status)));
+            }
+            Err(e) => {
+                return Err(Error::input(format!(
+                    "cannot run `ffmpeg`, which decodes the videos: {e}; install it (Debian: apt install ffmpeg)"
+                )));
+            }
         }
+        let written = if form == Form::Rgb { Ok(()) } else { writes(form) };
+        written.map(|()| Ffmpeg(())).map_err(|why| {
+            Error::input(format!(
+                "`ffmpeg` cannot write JPEG here: {why}. Install one with its encoder mjpeg and its format mpjpeg, or store frames as \
+                 they are (--encoding raw)"
+            ))
+        })
     }
 
     /// Decodes `path` and hands each frame, as `form` says, to `store`. The picture is scaled to cover the target, in the shape in
@@ -238,8 +250,48 @@ fn command(path: &Path, target: &Target, form: Form, stream: Option<usize>) -> C
 /// From this quality on colour keeps its full resolution.
 const FULL_COLOUR: u8 = 90;
 
-/// How frames are written. JPEG by ffmpeg's own encoder: in this process it would take three times as long, and the pipe would carry ten
-/// times as many bytes.
+/// Whether ffmpeg writes a frame in this form; else why not. Tried on one, for it may be built without much.
+fn writes(form: Form) -> std::result::Result<(), String> {
+    const SIDE: usize = 16;
+    let mut child = Command::new("ffmpeg")
+        .args([
+            "-hide_banner",
+            "-nostats",
+            "-loglevel",
+            "error",
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "yuvj444p",
+            "-s",
+            "16x16",
+        ])
+        .args(["-i", "pipe:0"])
+        .args(encoder(form))
+        .arg("pipe:1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    // One that has ended already says why.
+    let _ = child.stdin.take().map(|mut frame| frame.write_all(&[0; 3 * SIDE * SIDE]));
+    let output = child.wait_with_output().map_err(|e| e.to_string())?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let mut count = 0;
+    let read = frames::in_parts(&mut &output.stdout[..], frames::most(3 * SIDE * SIDE), &mut |_| {
+        count += 1;
+        Ok(())
+    });
+    match (output.status.success(), read, count) {
+        (true, Ok(false), 1) => Ok(()),
+        (_, Err(why), _) => Err(why),
+        _ => Err(said.lines().last().map_or_else(|| output.status.to_string(), str::to_string)),
+    }
+}
+
+/// How frames are written. JPEG by ffmpeg's own encoder: in this process it would take two or three times as long, and the pipe would carry
+/// seven times as many bytes.
 fn encoder(form: Form) -> Vec<String> {
     let words = |text: &str| text.split(' ').map(str::to_string).collect::<Vec<_>>();
     let Form::Jpeg(quality) = form else { return words("-f rawvideo") };

@@ -38,7 +38,7 @@ use std::path::PathBuf;
 use super::shard::{Encoding, ShardHeader};
 use crate::{Error, Result};
 use description::Description;
-use ffmpeg::{Ffmpeg, Target};
+use ffmpeg::{Ffmpeg, Form, Target};
 use plan::Plan;
 use record::{Entry, State};
 use report::{Ledger, Report, Summary};
@@ -97,11 +97,11 @@ impl Job {
     /// Looks at everything there is, and plans. The [`Ledger`] says which shards are to be made.
     ///
     /// # Errors
-    /// [`Error::Input`] for values that make no sense, annotations that make no sense, no videos, no `ffmpeg`, a folder that
+    /// [`Error::Input`] for values that make no sense, annotations that make no sense, no videos, no `ffmpeg` that can, a folder that
     /// cannot be written, shards that are there already and were made in another way.
     pub fn plan(options: PrepareOptions) -> Result<(Self, Ledger)> {
         options.validate()?;
-        let ffmpeg = Ffmpeg::find()?;
+        let ffmpeg = Ffmpeg::find(options.form())?;
         let (plan, ledger) = plan::plan(&options)?;
         Ok((Job { options, plan, ffmpeg }, ledger))
     }
@@ -120,7 +120,7 @@ impl Job {
     /// [`Error::Input`] when this process has no `ffmpeg`, or does not see the videos or the folder of shards.
     pub fn join(options: PrepareOptions, bytes: &[u8]) -> Result<Self> {
         let plan: Plan = serde_json::from_slice(bytes).map_err(|e| Error::Run(format!("reading the plan: {e}")))?;
-        let ffmpeg = Ffmpeg::find()?;
+        let ffmpeg = Ffmpeg::find(options.form())?;
         std::fs::read_dir(&options.videos).map_err(|e| {
             Error::input(format!("{}: cannot read the folder of videos here: {e}", options.videos.display()))
         })?;
@@ -173,8 +173,7 @@ impl Job {
         let recipe = shard::Recipe {
             ffmpeg: self.ffmpeg,
             target: &o.target,
-            encoding: o.encoding,
-            quality: o.quality,
+            form: o.form(),
             min_frames: o.min_frames,
             jobs: o.jobs,
         };
@@ -208,6 +207,14 @@ pub fn prepare(options: PrepareOptions, done: &mut dyn FnMut(&Entry)) -> Result<
 }
 
 impl PrepareOptions {
+    /// In what form ffmpeg is to write frames.
+    fn form(&self) -> Form {
+        match self.encoding {
+            Encoding::Raw => Form::Rgb,
+            Encoding::Jpeg => Form::Jpeg(self.quality),
+        }
+    }
+
     /// Checks the values.
     ///
     /// # Errors

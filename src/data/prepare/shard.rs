@@ -6,7 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::ffmpeg::{Decoded, Failure, Ffmpeg, Form, Target};
 use super::record::{Entry, FileState, Outcome, RECIPE, Record, content};
-use crate::data::shard::{Encoding, ShardHeader, ShardWriter};
+use crate::data::shard::{ShardHeader, ShardWriter};
 use crate::sys::files::what;
 use crate::{Error, Result};
 
@@ -31,9 +31,7 @@ pub struct Recipe<'a> {
     /// Size and rate of the frames.
     pub target: &'a Target,
     /// How frames are stored.
-    pub encoding: Encoding,
-    /// JPEG quality.
-    pub quality: u8,
+    pub form: Form,
     /// Videos with fewer frames are passed over.
     pub min_frames: usize,
     /// Videos decoded at a time.
@@ -173,10 +171,6 @@ impl Recipe<'_> {
         stream: Option<usize>,
     ) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
         let (mut frames, mut bytes) = (Vec::new(), 0);
-        let form = match self.encoding {
-            Encoding::Raw => Form::Rgb,
-            Encoding::Jpeg => Form::Jpeg(self.quality),
-        };
         let mut store = |frame: Vec<u8>| -> Result<()> {
             bytes += frame.len();
             if bytes > MAX_BYTES {
@@ -188,7 +182,7 @@ impl Recipe<'_> {
             frames.push(frame);
             Ok(())
         };
-        let decoded = self.ffmpeg.decode(path, self.target, form, stream, &mut store)?;
+        let decoded = self.ffmpeg.decode(path, self.target, self.form, stream, &mut store)?;
         Ok((decoded, frames))
     }
 }
