@@ -97,8 +97,8 @@ def decoding(args, folder):
 def listed(args, folder, clips):
     """Until the first video is decoded, of a list of which one clip in so many is there; and the largest memory by then."""
     place = folder / f"list-{clips}-{args.one_in}"
-    # A file has no more than some ten thousand names.
     place.mkdir(exist_ok=True)
+    # A file has no more than some ten thousand names.
     ones = [place / f"one-{n}.mp4" for n in range(clips // args.one_in // 30_000 + 1)]
     for one in ones:
         if one is ones[0] and not one.exists():
