@@ -12,8 +12,8 @@ use super::plan::Point;
 use crate::config::Config;
 use crate::{Error, Result};
 
-/// So much of the time of runs may be spent on measuring layers again between them.
-const MEASURING: f64 = 0.03;
+/// Layers are measured again between runs where all measuring will take at most this of their time.
+const MEASURING: f64 = 0.04;
 
 /// Which points a call is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,8 @@ impl Conductor<'_> {
         let mut sum = Conducted::default();
         let mut failed = self.prepare(study, &chosen)?;
         sum.planning = begun.elapsed().as_secs_f64();
-        let prepared = sum.planning;
+        // What measuring took the last time, it will take again.
+        let mut last = sum.planning;
         let repeat = study.plan.request.repeat;
         let missing = |point: &&Point| (1..=repeat).filter(|&k| !study.has_run(point, k)).count();
         let all: usize = chosen.iter().map(&missing).sum();
@@ -96,10 +97,11 @@ impl Conductor<'_> {
         'all: for k in 1..=repeat {
             let round =
                 || chosen.iter().filter(|point| !study.has_run(point, k) && !failed.contains(&point.name)).copied();
-            if k > 1 && sum.planning - prepared <= MEASURING * sum.in_runs && round().next().is_some() {
+            if k > 1 && sum.planning + last <= MEASURING * sum.in_runs && round().next().is_some() {
                 let measuring = Instant::now();
                 predicted = self.predict_again(study, round());
-                sum.planning += measuring.elapsed().as_secs_f64();
+                last = measuring.elapsed().as_secs_f64();
+                sum.planning += last;
             }
             for point in &chosen {
                 if self.stop.load(Ordering::Relaxed) {
