@@ -2,7 +2,7 @@
 noise, H.264) are prepared, and decoded and scaled by the same ffmpeg processes alone (to RGB, which raw shards hold, to JPEG's
 YCbCr, and to JPEG), in turns; then a list of Kinetics' form of which one clip in a hundred is there is prepared until the first is decoded.
 
-    python3 benches/data/prepare.py [--rounds N] [--jobs N] [--size 340x256] [--program target/release/sideways]
+    python3 benches/data/prepare.py [--rounds N] [--jobs N] [--size 340x256] [--program target/release/sideways] [--before PROGRAM]
 
 Needs ffmpeg. `cores` is processor time over the clock: less than --jobs where others compute too, and then processor time compares better.
 """
@@ -12,6 +12,7 @@ import os
 import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -81,17 +82,23 @@ def decoding(args, folder):
         "prepare, raw": lambda: prepare(args.program, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs),
         "prepare, JPEG": lambda: prepare(args.program, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs),
     }
-    best = {}
-    for _ in range(args.rounds):
-        for name, work in ways.items():
-            clock, used = measured(work)
-            best[name] = [min(pair) for pair in zip(best.get(name, (clock, used)), (clock, used))]
+    if args.before:
+        ways["before, JPEG"] = lambda: prepare(args.before, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs)
+    taken = {name: [] for name in ways}
+    for round in range(args.rounds):
+        # There and back, lest one way always follows the same other.
+        for name in list(ways)[:: -1 if round % 2 else 1]:
+            taken[name].append(measured(ways[name]))
     frames = 250 * len(videos)
-    print(f"{len(videos)} videos of {args.size}, {args.jobs} at a time; the best of {args.rounds} rounds")
-    print(f"in brackets beside ffmpeg alone, to {', '.join(WAYS)}")
-    for name, (clock, used) in best.items():
-        of = [", ".join(f"{best[f'ffmpeg to {way}'][k] / best[name][k]:.2f}" for way in WAYS) for k in (0, 1)]
-        print(f"{name:15} {frames / clock:6.0f} frames/s ({of[0]})  {used / frames * 1e3:.2f} ms of processors a frame ({of[1]})  {used / clock:.2f} cores")
+    print(f"{len(videos)} videos of {args.size}, {args.jobs} at a time; medians of {args.rounds} rounds, with the least and the most of what is beside")
+    print("ffmpeg alone in the same round, by the clock and by processor time")
+    for name, all in taken.items():
+        clock, used = (statistics.median(one[k] for one in all) for k in (0, 1))
+        print(f"{name:15} {frames / clock:6.0f} frames/s  {used / frames * 1e3:.2f} ms of processors a frame  {used / clock:.2f} cores")
+        for way in WAYS if "ffmpeg" not in name else []:
+            of = [sorted(alone[k] / one[k] for alone, one in zip(taken[f"ffmpeg to {way}"], all)) for k in (0, 1)]
+            clock, used = (f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" for ratios in of)
+            print(f"    of ffmpeg to {way:5}  {clock}  {used}")
 
 
 def listed(args, folder, clips):
@@ -145,6 +152,7 @@ def listed(args, folder, clips):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/sideways")
+    parser.add_argument("--before", type=Path, help="an earlier build of the program, to run beside this one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--videos", type=int, default=40)

@@ -23,7 +23,7 @@ pub(super) fn of_size(from: &mut impl Read, size: usize, store: Store) -> Outcom
 /// Bytes of a line, at most.
 const LINE: u64 = 1 << 10;
 
-/// As many bytes a JPEG file of a frame of `size` bytes has at most: much less, whatever is in it.
+/// The most bytes that are taken for a JPEG file of a frame of `size` bytes: more than any needs.
 pub(super) fn most(size: usize) -> usize {
     4 * size + (1 << 16)
 }

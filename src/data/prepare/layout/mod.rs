@@ -114,7 +114,7 @@ impl Rows {
     }
 }
 
-/// The same, in order.
+/// What was found of a split, in order.
 struct Split {
     name: String,
     there: There,
