@@ -362,7 +362,6 @@ fn a_video_that_takes_too_long_is_given_up() {
     let path = dir.path().join("long.mkv");
     film(&path, "testsrc=size=320x240:rate=50", "10");
     let slow = Target { time_limit: Duration::from_millis(1), ..target(240, 320, 50.0) };
-    let error =
-        Ffmpeg::find(Form::Rgb).unwrap().decode(&path, &slow, Form::Rgb, None, &mut |_| Ok(())).unwrap().unwrap_err();
+    let error = Ffmpeg::find(Form::Rgb).unwrap().decode(&path, &slow, Form::Rgb, None).unwrap().unwrap_err();
     assert!(error.why.contains("took longer") && !error.killed, "{error:?}");
 }

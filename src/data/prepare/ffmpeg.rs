@@ -4,14 +4,14 @@
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, fcntl};
+use bytesize::ByteSize;
 
-use super::frames;
+use super::frames::{self, Frames, Pool};
 use super::messages::Messages;
 use super::quantisation::tables;
 use crate::{Error, Result};
@@ -94,8 +94,15 @@ impl From<String> for Failure {
 }
 
 /// The `ffmpeg` program.
-#[derive(Clone, Copy, Debug)]
-pub struct Ffmpeg(());
+#[derive(Clone, Debug)]
+pub struct Ffmpeg {
+    /// Bytes of a video's frames, at most: they are in memory until all are decoded.
+    most: u64,
+    memory: Pool,
+}
+
+/// A video's frames take no more.
+const MOST: u64 = 4 << 30;
 
 /// How pictures are scaled: to the same bits on processors with other vector instructions too.
 const SCALING: &str = "bicubic+accurate_rnd+bitexact";
@@ -119,7 +126,7 @@ impl Ffmpeg {
             }
         }
         let written = if form == Form::Rgb { Ok(()) } else { writes(form) };
-        written.map(|()| Ffmpeg(())).map_err(|why| {
+        written.map(|()| Ffmpeg { most: MOST, memory: Pool::default() }).map_err(|why| {
             Error::input(format!(
                 "`ffmpeg` cannot write JPEG here: {why}. Install one with its encoder mjpeg and its format mpjpeg, or store frames as \
                  they are (--encoding raw)"
@@ -127,9 +134,9 @@ impl Ffmpeg {
         })
     }
 
-    /// Decodes `path` and hands each frame, as `form` says, to `store`. The picture is scaled to cover the target, in the shape in
-    /// which players show it, and cut to it around the centre. `stream` is the number of the video's stream; else the first that is no
-    /// cover picture. Of a video that cannot be decoded says why.
+    /// Decodes `path` to frames, each as `form` says. The picture is scaled to cover the target, in the shape in which players show it,
+    /// and cut to it around the centre. `stream` is the number of the video's stream; else the first that is no cover picture. Of a
+    /// video that cannot be decoded says why.
     ///
     /// # Errors
     /// [`Error::Run`] when `ffmpeg` cannot be started: no video's fault.
@@ -139,112 +146,108 @@ impl Ffmpeg {
         target: &Target,
         form: Form,
         stream: Option<usize>,
-        store: &mut dyn FnMut(Vec<u8>) -> Result<()>,
-    ) -> Result<std::result::Result<Decoded, Failure>> {
-        let child = command(path, target, form, stream).spawn();
+    ) -> Result<std::result::Result<(Decoded, Frames), Failure>> {
+        let none = |e| Error::Run(format!("no memory for ffmpeg to write into: {e}"));
+        let mut memory = self.memory.lend().map_err(none)?;
+        let child = self.command(path, target, form, stream).stdout(memory.writer().map_err(none)?).spawn();
         let child = child.map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
-        let watched = self.watch(child, path, (target, form), store);
-        Ok(watched.map(|(complaint, messages)| {
+        let watched = watch(child, path, target.time_limit).and_then(|(complaint, messages)| {
+            if memory.written().is_ok_and(|bytes| bytes > self.most) {
+                return Err(format!(
+                    "its frames take more than {}: lower --max-seconds, --fps or the frames' size",
+                    ByteSize::b(self.most)
+                )
+                .into());
+            }
+            let frames = memory.frames(&self.memory, |bytes| match form {
+                Form::Rgb => frames::of_size(bytes, target.height * target.width * 3),
+                Form::Jpeg(_) => frames::in_parts(bytes),
+            })?;
+            Ok((complaint, messages, frames))
+        });
+        Ok(watched.map(|(complaint, messages, frames)| {
             let streams = messages.streams();
             let shown = streams.iter().find(|s| s.default).or(streams.first()).map(|s| s.number);
             let shown = shown.filter(|_| stream.is_none() && shown != streams.first().map(|s| s.number));
             let several = || format!("{} video streams: the one that players show first is taken", streams.len());
-            Decoded { complaint: complaint.or_else(|| (streams.len() > 1).then(several)), shown }
+            (Decoded { complaint: complaint.or_else(|| (streams.len() > 1).then(several)), shown }, frames)
         }))
     }
 
-    fn watch(
-        &self,
-        mut child: Child,
-        path: &Path,
-        (target, form): (&Target, Form),
-        store: &mut dyn FnMut(Vec<u8>) -> Result<()>,
-    ) -> std::result::Result<(Option<String>, Messages), Failure> {
-        let (Some(mut stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
-            return Err(String::from("ffmpeg has no pipes").into());
+    fn command(&self, path: &Path, target: &Target, form: Form, stream: Option<usize>) -> Command {
+        let (h, w) = (target.height, target.width);
+        // As `force_original_aspect_ratio=increase`, which takes pixels for square.
+        let cover = format!("w='max({w},round({h}*iw*sar/ih))':h='max({h},round({w}*ih/(iw*sar)))'");
+        // As JFIF has them, whatever the video's own are.
+        let colours = if form == Form::Rgb { "" } else { ":out_color_matrix=bt601:out_range=pc" };
+        let (format, halved) = match form {
+            Form::Rgb => ("rgb24", String::new()),
+            Form::Jpeg(quality) if quality >= FULL_COLOUR => ("yuvj444p", String::new()),
+            // After cutting: a picture whose colour is halved can only be cut at even pixels.
+            Form::Jpeg(_) => ("yuvj420p", format!(",format=yuvj444p,scale=flags={SCALING}:in_range=pc:out_range=pc")),
         };
-        widen(&stdout);
-        let child = Arc::new(Mutex::new(child));
-        // Dropping `done` is what tells the watchdog that all is over.
-        let (done, over) = channel::<()>();
-        let watched = child.clone();
-        let limit = target.time_limit;
-        let (read, messages, expired) = std::thread::scope(|scope| {
-            let watchdog = scope.spawn(move || {
-                let expired = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
-                if expired {
-                    kill(&watched);
-                }
-                expired
-            });
-            let messages = scope.spawn(move || Messages::of(stderr));
-            let size = target.height * target.width * 3;
-            let read = match form {
-                Form::Rgb => frames::of_size(&mut stdout, size, store),
-                Form::Jpeg(_) => frames::in_parts(&mut stdout, frames::most(size), store),
-            };
-            if read.is_err() {
-                kill(&child);
-            }
-            // With its output closed a child that still writes gets a broken pipe, and ends.
-            drop(stdout);
-            let messages = messages.join().unwrap_or_default();
-            drop(done);
-            (read, messages, watchdog.join().unwrap_or(false))
-        });
-        let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait();
-        let status = status.map_err(|e| format!("waiting for ffmpeg: {e}"))?;
-        if expired {
-            return Err(format!("took longer than {} s to decode", limit.as_secs_f64()).into());
-        }
-        let cut_short = read?;
-        let complaint = messages.reason(path);
-        if !status.success() {
-            let why = complaint.unwrap_or_else(|| format!("ffmpeg ended with {status}"));
-            return Err(Failure { why, killed: status.signal() == Some(libc::SIGKILL) });
-        }
-        if cut_short {
-            return Err(String::from("ffmpeg's output ends within a frame").into());
-        }
-        Ok((complaint, messages))
+        // From the first picture on: where sound begins before it, it would be repeated until then.
+        let filter = format!(
+            "setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING}{colours},crop={w}:{h}{halved}",
+            target.fps
+        );
+        let stream = stream.map_or("0:V:0".to_string(), |number| format!("0:{number}"));
+        // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
+        let mut input = std::ffi::OsString::from("file:");
+        input.push(path);
+        let mut command = Command::new("ffmpeg");
+        command
+            .args(["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"])
+            // A playlist posing as a video must not open connections.
+            .args(["-protocol_whitelist", "file,pipe"])
+            // One thread each: many videos are decoded side by side.
+            .args(["-threads", "1", "-filter_threads", "1", "-i"])
+            .arg(input)
+            .args(["-map", &stream, "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
+            .args(["-pix_fmt", format])
+            .args(encoder(form))
+            // It ends there as if the video did: one byte more than a video may have is one too many.
+            .args(["-fs", &self.most.saturating_add(1).to_string()])
+            // Written when its buffer is full, not after each frame too.
+            .args(["-flush_packets", "0"])
+            .arg("pipe:1")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        command
     }
 }
 
-fn command(path: &Path, target: &Target, form: Form, stream: Option<usize>) -> Command {
-    let (h, w) = (target.height, target.width);
-    // As `force_original_aspect_ratio=increase`, which takes pixels for square.
-    let cover = format!("w='max({w},round({h}*iw*sar/ih))':h='max({h},round({w}*ih/(iw*sar)))'");
-    // As JFIF has them, whatever the video's own are.
-    let colours = if form == Form::Rgb { "" } else { ":out_color_matrix=bt601:out_range=pc" };
-    let (format, halved) = match form {
-        Form::Rgb => ("rgb24", String::new()),
-        Form::Jpeg(quality) if quality >= FULL_COLOUR => ("yuvj444p", String::new()),
-        // After cutting: a picture whose colour is halved can only be cut at even pixels.
-        Form::Jpeg(_) => ("yuvj420p", format!(",format=yuvj444p,scale=flags={SCALING}:in_range=pc:out_range=pc")),
-    };
-    // From the first picture on: where sound begins before it, it would be repeated until then.
-    let filter =
-        format!("setpts=PTS-STARTPTS,fps={},scale={cover}:flags={SCALING}{colours},crop={w}:{h}{halved}", target.fps);
-    let stream = stream.map_or("0:V:0".to_string(), |number| format!("0:{number}"));
-    // `file:` keeps a name with a dash in front from being an option, and one with a colon from being a URL.
-    let mut input = std::ffi::OsString::from("file:");
-    input.push(path);
-    let mut command = Command::new("ffmpeg");
-    command
-        .args(["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"])
-        // A playlist posing as a video must not open connections.
-        .args(["-protocol_whitelist", "file,pipe"])
-        // One thread each: many videos are decoded side by side.
-        .args(["-threads", "1", "-filter_threads", "1", "-i"])
-        .arg(input)
-        .args(["-map", &stream, "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
-        .args(["-pix_fmt", format])
-        .args(encoder(form))
-        .arg("pipe:1")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
+/// Waits for ffmpeg's end: its complaint, if it has one, and all that it said.
+fn watch(mut child: Child, path: &Path, limit: Duration) -> std::result::Result<(Option<String>, Messages), Failure> {
+    let Some(stderr) = child.stderr.take() else { return Err(String::from("ffmpeg has no pipe").into()) };
+    let child = Mutex::new(child);
+    // Dropping `done` is what tells the watchdog that all is over.
+    let (done, over) = channel::<()>();
+    let watched = &child;
+    let (messages, expired) = std::thread::scope(|scope| {
+        let watchdog = scope.spawn(move || {
+            let expired = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            if expired {
+                // It may have ended by itself meanwhile.
+                let _ = watched.lock().unwrap_or_else(PoisonError::into_inner).kill();
+            }
+            expired
+        });
+        let messages = Messages::of(stderr);
+        drop(done);
+        (messages, watchdog.join().unwrap_or(false))
+    });
+    let status = child.into_inner().unwrap_or_else(PoisonError::into_inner).wait();
+    let status = status.map_err(|e| format!("waiting for ffmpeg: {e}"))?;
+    if expired {
+        return Err(format!("took longer than {} s to decode", limit.as_secs_f64()).into());
+    }
+    let complaint = messages.reason(path);
+    if !status.success() {
+        let why = complaint.unwrap_or_else(|| format!("ffmpeg ended with {status}"));
+        return Err(Failure { why, killed: status.signal() == Some(libc::SIGKILL) });
+    }
+    Ok((complaint, messages))
 }
 
 /// From this quality on colour keeps its full resolution.
@@ -278,20 +281,15 @@ fn writes(form: Form) -> std::result::Result<(), String> {
     let _ = child.stdin.take().map(|mut frame| frame.write_all(&[0; 3 * SIDE * SIDE]));
     let output = child.wait_with_output().map_err(|e| e.to_string())?;
     let said = String::from_utf8_lossy(&output.stderr);
-    let mut count = 0;
-    let read = frames::in_parts(&mut &output.stdout[..], frames::most(3 * SIDE * SIDE), &mut |_| {
-        count += 1;
-        Ok(())
-    });
-    match (output.status.success(), read, count) {
-        (true, Ok(false), 1) => Ok(()),
-        (_, Err(why), _) => Err(why),
+    match (output.status.success(), frames::in_parts(&output.stdout)) {
+        (true, Ok(places)) if places.len() == 1 => Ok(()),
+        (_, Err(why)) => Err(why),
         _ => Err(said.lines().last().map_or_else(|| output.status.to_string(), str::to_string)),
     }
 }
 
-/// How frames are written. JPEG by ffmpeg's own encoder: in this process it would take two or three times as long, and the pipe would carry
-/// seven times as many bytes.
+/// How frames are written. JPEG by ffmpeg's own encoder: in this process it would take two or three times as long, of seven times as many
+/// bytes.
 fn encoder(form: Form) -> Vec<String> {
     let words = |text: &str| text.split(' ').map(str::to_string).collect::<Vec<_>>();
     let Form::Jpeg(quality) = form else { return words("-f rawvideo") };
@@ -302,15 +300,26 @@ fn encoder(form: Form) -> Vec<String> {
     all
 }
 
-/// As much as any user may have in a pipe.
-const PIPE: i32 = 1 << 20;
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Gives a pipe room for several frames, where the system allows it: else decoder and reader wait for one another within each.
-fn widen(pipe: &ChildStdout) {
-    let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
-}
-
-fn kill(child: &Mutex<Child>) {
-    // It may have ended by itself meanwhile.
-    let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+    #[test]
+    fn frames_that_take_too_much_memory_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("film.mkv");
+        let source = ["-f", "lavfi", "-i", "testsrc=size=32x24:rate=10", "-t", "1"];
+        let made = Command::new("ffmpeg").args(["-loglevel", "error"]).args(source).arg(&path).status().unwrap();
+        assert!(made.success());
+        let target =
+            Target { height: 24, width: 32, fps: 10.0, max_seconds: 10.0, time_limit: Duration::from_secs(60) };
+        let frame = 24 * 32 * 3;
+        for (most, refused) in [(10 * frame, false), (10 * frame - 1, true), (frame, true)] {
+            let decoded = Ffmpeg { most, memory: Pool::default() }.decode(&path, &target, Form::Rgb, None).unwrap();
+            match decoded {
+                Ok((_, frames)) => assert!(!refused && frames.len() == 10, "{most}: {}", frames.len()),
+                Err(Failure { why, .. }) => assert!(refused && why.contains("frames take more than"), "{most}: {why}"),
+            }
+        }
+    }
 }

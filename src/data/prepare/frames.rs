@@ -1,106 +1,208 @@
-//! Frames out of what ffmpeg writes.
+//! The frames of a video as ffmpeg writes them: into memory, which is a file to it. Through a pipe decoding takes a fifteenth longer:
+//! each half a frame wakes the reader, on a processor that decodes.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::fs::File;
+use std::io::{BufRead, Read, Seek};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::Result;
+use memmap2::{Mmap, MmapOptions};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
-type Store<'a> = &'a mut dyn FnMut(Vec<u8>) -> Result<()>;
-/// True if bytes of an unfinished frame were left; what could not be read or stored.
-type Outcome = std::result::Result<bool, String>;
+/// Memory for children to write into, used again and again: fresh pages take the system longer than a child takes to fill them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pool(Arc<Mutex<Vec<Memory>>>);
 
-/// Reads frames of `size` bytes to the end.
-pub(super) fn of_size(from: &mut impl Read, size: usize, store: Store) -> Outcome {
-    loop {
-        let mut frame = Vec::with_capacity(size);
-        from.take(size as u64).read_to_end(&mut frame).map_err(unread)?;
-        if frame.len() < size {
-            return Ok(!frame.is_empty());
+/// Memory of more bytes is not kept for other videos.
+const KEPT: usize = 256 << 20;
+
+impl Pool {
+    /// Memory that nobody uses.
+    pub(super) fn lend(&self) -> std::io::Result<Memory> {
+        if let Some(mut memory) = self.kept().pop() {
+            memory.file.rewind()?;
+            return Ok(memory);
         }
-        store(frame).map_err(|e| e.to_string())?;
+        Ok(Memory { file: memfd_create("frames", MFdFlags::MFD_CLOEXEC)?.into(), bytes: None })
     }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, Vec<Memory>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Memory with a file's interface.
+#[derive(Debug)]
+pub(super) struct Memory {
+    file: File,
+    /// What of it has been read so far.
+    bytes: Option<Mmap>,
+}
+
+impl Memory {
+    /// What a child writes to, as its standard output for instance. It goes on where another one ended.
+    pub(super) fn writer(&self) -> std::io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// Bytes written since it was lent.
+    pub(super) fn written(&mut self) -> std::io::Result<u64> {
+        self.file.stream_position()
+    }
+
+    /// The frames in what was written, which `cut` finds. All who could write have ended.
+    pub(super) fn frames(
+        mut self,
+        pool: &Pool,
+        cut: impl FnOnce(&[u8]) -> Result<Vec<Range<usize>>, String>,
+    ) -> Result<Frames, String> {
+        let unread = |e: std::io::Error| format!("reading what ffmpeg wrote: {e}");
+        let written = self.written().map_err(unread)? as usize;
+        let bytes = match self.bytes.take() {
+            Some(bytes) if bytes.len() >= written => bytes,
+            // SAFETY: no other process has the file, and this one changes it when it lends it again, which frames in use prevent. It
+            // is never cut.
+            _ => unsafe { MmapOptions::new().populate().map(&self.file) }.map_err(unread)?,
+        };
+        let places = cut(&bytes[..written])?;
+        Ok(Frames { memory: Some(Memory { bytes: Some(bytes), ..self }), pool: pool.clone(), places })
+    }
+}
+
+/// A video's frames, in order.
+#[derive(Debug, Default)]
+pub struct Frames {
+    memory: Option<Memory>,
+    pool: Pool,
+    places: Vec<Range<usize>>,
+}
+
+impl Frames {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// One after another.
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let bytes = self.memory.as_ref().and_then(|memory| memory.bytes.as_deref()).unwrap_or_default();
+        self.places.iter().map(|place| &bytes[place.clone()])
+    }
+}
+
+impl Drop for Frames {
+    fn drop(&mut self) {
+        let small = |memory: &Memory| memory.bytes.as_ref().is_some_and(|bytes| bytes.len() <= KEPT);
+        if let Some(memory) = self.memory.take_if(|memory| small(memory)) {
+            self.pool.kept().push(memory);
+        }
+    }
+}
+
+const CUT_SHORT: &str = "ffmpeg's output ends within a frame";
+
+/// Frames of `size` bytes.
+pub(super) fn of_size(bytes: &[u8], size: usize) -> Result<Vec<Range<usize>>, String> {
+    if !bytes.len().is_multiple_of(size) {
+        return Err(CUT_SHORT.into());
+    }
+    Ok((0..bytes.len() / size).map(|n| n * size..(n + 1) * size).collect())
 }
 
 /// Bytes of a line, at most.
 const LINE: u64 = 1 << 10;
 
-/// The most bytes that are taken for a JPEG file of a frame of `size` bytes: more than any needs.
-pub(super) fn most(size: usize) -> usize {
-    4 * size + (1 << 16)
-}
-
-/// Reads parts (ffmpeg's `mpjpeg`: lines with the part's length, an empty line, that many bytes) of `most` bytes to the end.
-pub(super) fn in_parts(from: &mut impl Read, most: usize, store: Store) -> Outcome {
-    let mut from = BufReader::new(from);
+/// Parts of ffmpeg's `mpjpeg`: lines, one of which has the part's length, an empty line, that many bytes.
+pub(super) fn in_parts(bytes: &[u8]) -> Result<Vec<Range<usize>>, String> {
+    let (mut places, mut rest) = (Vec::new(), bytes);
     let (mut length, mut line) = (None, String::new());
     loop {
         line.clear();
-        (&mut from).take(LINE).read_line(&mut line).map_err(unread)?;
+        (&mut rest).take(LINE).read_line(&mut line).map_err(|_| "ffmpeg's output has lost its form")?;
         if line.is_empty() {
-            return Ok(length.is_some());
+            return if length.is_none() { Ok(places) } else { Err(CUT_SHORT.into()) };
         }
         if let Some((name, value)) = line.split_once(':')
             && name.eq_ignore_ascii_case("content-length")
         {
-            let known = value.trim().parse().ok().filter(|length| *length <= most);
-            length = Some(known.ok_or_else(|| format!("ffmpeg announces a frame of {} bytes", value.trim()))?);
+            let value = value.trim();
+            let known: usize = value.parse().map_err(|_| format!("ffmpeg announces a frame of {value:?} bytes"))?;
+            length = Some(known);
         }
         // Before the first part and after each there are lines without a length.
-        let Some(wanted) = length.filter(|_| line.trim_end().is_empty()) else { continue };
-        let mut frame = Vec::with_capacity(wanted);
-        (&mut from).take(wanted as u64).read_to_end(&mut frame).map_err(unread)?;
-        if frame.len() < wanted {
-            return Ok(true);
-        }
-        length = None;
-        store(frame).map_err(|e| e.to_string())?;
-    }
-}
-
-fn unread(e: std::io::Error) -> String {
-    match e.kind() {
-        ErrorKind::InvalidData => "ffmpeg's output has lost its form".into(),
-        _ => format!("reading from ffmpeg: {e}"),
+        let Some(length) = length.take_if(|_| line.trim_end().is_empty()) else { continue };
+        let begin = bytes.len() - rest.len();
+        rest = rest.get(length..).ok_or(CUT_SHORT)?;
+        places.push(begin..begin + length);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::Write;
 
-    fn read(how: impl Fn(&mut &[u8], Store) -> Outcome, mut bytes: &[u8]) -> (Outcome, Vec<Vec<u8>>) {
-        let mut frames = Vec::new();
-        let outcome = how(&mut bytes, &mut |frame| {
-            frames.push(frame);
-            Ok(())
-        });
-        (outcome, frames)
-    }
+    use super::*;
 
     #[test]
     fn frames_of_one_size_are_cut_and_a_rest_is_told() {
-        let of = |bytes: &[u8]| read(|from, store| of_size(from, 2, store), bytes);
-        assert_eq!(of(b""), (Ok(false), vec![]));
-        assert_eq!(of(b"abcd"), (Ok(false), vec![b"ab".to_vec(), b"cd".to_vec()]));
-        assert_eq!(of(b"abc"), (Ok(true), vec![b"ab".to_vec()]));
+        assert_eq!(of_size(b"", 2), Ok(vec![]));
+        assert_eq!(of_size(b"abcd", 2), Ok(vec![0..2, 2..4]));
+        assert!(of_size(b"abc", 2).unwrap_err().contains("within a frame"));
     }
 
     #[test]
     fn parts_have_the_length_they_say_whatever_is_in_them() {
-        let of = |bytes: &[u8]| read(|from, store| in_parts(from, 9, store), bytes);
         let two = b"--ffmpeg\r\nContent-type: image/jpeg\r\nContent-length: 4\r\n\r\n\r\n\r\n\r\n--ffmpeg\r\n\
             Content-type: image/jpeg\r\nContent-length: 1\r\n\r\n\xff\r\n--ffmpeg\r\n";
-        assert_eq!(of(two), (Ok(false), vec![b"\r\n\r\n".to_vec(), b"\xff".to_vec()]));
-        assert_eq!(of(b""), (Ok(false), vec![]));
-        assert_eq!(of(b"--ffmpeg\r\n"), (Ok(false), vec![]));
+        let places = in_parts(two).unwrap();
+        let parts: Vec<&[u8]> = places.into_iter().map(|place| &two[place]).collect();
+        assert_eq!(parts, [&b"\r\n\r\n"[..], b"\xff"]);
+        assert_eq!(in_parts(b""), Ok(vec![]));
+        assert_eq!(in_parts(b"--ffmpeg\r\n"), Ok(vec![]));
         // Cut within a frame, and before it.
         for end in [two.len() - 13, two.len() - 17] {
-            let (outcome, frames) = of(&two[..end]);
-            assert_eq!((outcome, frames.len()), (Ok(true), 1), "{end}");
+            assert!(in_parts(&two[..end]).unwrap_err().contains("within a frame"), "{end}");
         }
-        for length in ["10", "-1", "x"] {
-            let (outcome, _) = of(format!("Content-length: {length}\r\n\r\n0123456789").as_bytes());
-            assert!(outcome.unwrap_err().contains(&format!("a frame of {length} bytes")));
+        for length in ["-1", "x"] {
+            let why = in_parts(format!("Content-length: {length}\r\n\r\n0123456789").as_bytes()).unwrap_err();
+            assert!(why.contains(&format!("a frame of {length:?} bytes")), "{why}");
         }
-        assert!(of(b"\xff\xd8\xff\xe0").0.unwrap_err().contains("lost its form"));
+        for length in [11, usize::MAX] {
+            let why = in_parts(format!("Content-length: {length}\r\n\r\n0123456789").as_bytes()).unwrap_err();
+            assert!(why.contains("within a frame"), "{why}");
+        }
+        assert!(in_parts(b"\xff\xd8\xff\xe0").unwrap_err().contains("lost its form"));
+    }
+
+    #[test]
+    fn memory_is_used_again_once_its_frames_are_done_with() {
+        let pool = Pool::default();
+        let written = |bytes: &[u8]| {
+            let memory = pool.lend().unwrap();
+            memory.writer().unwrap().write_all(bytes).unwrap();
+            memory.frames(&pool, |bytes| of_size(bytes, 2))
+        };
+        let one = written(b"abcdef").unwrap();
+        let other = written(b"gh").unwrap();
+        drop(one);
+        assert_eq!(pool.kept().len(), 1);
+        // Shorter than what is there, then longer.
+        let shorter = written(b"ij").unwrap();
+        assert!(pool.kept().is_empty() && shorter.iter().eq([b"ij"]) && other.iter().eq([b"gh"]));
+        drop(shorter);
+        let longer = written(b"klmnopqr").unwrap();
+        assert!(longer.iter().eq([b"kl", b"mn", b"op", b"qr"]) && longer.len() == 4);
+        drop(longer);
+        let none = written(b"").unwrap();
+        assert!(none.is_empty() && none.iter().next().is_none());
+        // What is not as it should be may still be written to: it is not used again.
+        assert!(written(b"x").is_err() && pool.kept().is_empty());
+        drop((none, other));
+        assert_eq!(pool.kept().len(), 2);
     }
 }

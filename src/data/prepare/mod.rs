@@ -171,7 +171,7 @@ impl Job {
             .map(|v| shard::Video { path: o.videos.join(&v.file.path), id: v.id, label: v.label, file: v.file })
             .collect();
         let recipe = shard::Recipe {
-            ffmpeg: self.ffmpeg,
+            ffmpeg: &self.ffmpeg,
             target: &o.target,
             form: o.form(),
             min_frames: o.min_frames,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::ffmpeg::{Decoded, Failure, Ffmpeg, Form, Target};
+use super::frames::Frames;
 use super::record::{Entry, FileState, Outcome, RECIPE, Record, content};
 use crate::data::shard::{ShardHeader, ShardWriter};
 use crate::sys::files::what;
@@ -27,7 +28,7 @@ pub struct Video {
 #[derive(Clone, Copy, Debug)]
 pub struct Recipe<'a> {
     /// The program that decodes.
-    pub ffmpeg: Ffmpeg,
+    pub ffmpeg: &'a Ffmpeg,
     /// Size and rate of the frames.
     pub target: &'a Target,
     /// How frames are stored.
@@ -38,13 +39,8 @@ pub struct Recipe<'a> {
     pub jobs: usize,
 }
 
-/// A video's frames, as they are stored.
-type Frames = Vec<Vec<u8>>;
-
 /// A shard in which not one of at least this many videos can be decoded says more about the machine than the videos.
 const SUSPICIOUS: usize = 10;
-/// A video's frames are in memory until all are decoded: more than this are not taken.
-const MAX_BYTES: usize = 4 << 30;
 /// After so many it is not waited for the shard's end.
 const ENOUGH: usize = 100;
 
@@ -74,7 +70,7 @@ pub fn make(
                     Some(open) => open,
                     None => ShardWriter::create(path, header.clone())?,
                 };
-                open.append(&video.id, video.label, &frames)?;
+                open.append(&video.id, video.label, frames.iter())?;
                 writer = Some(open);
             }
             let file = FileState { content, ..video.file.clone() };
@@ -140,50 +136,29 @@ fn refuse_if_all_broken(path: &Path, entries: &[Entry]) -> Result<()> {
 impl Recipe<'_> {
     /// Decodes one video: what became of it, and its frames.
     fn decode(&self, path: &Path) -> Result<(Outcome, Frames)> {
-        let (mut decoded, mut frames) = self.frames(path)?;
+        let mut decoded = self.shown(path)?;
         if let Err(Failure { why, killed: true }) = &decoded {
             log::warn!("{}: {why} (out of memory?); it is tried once more", path.display());
-            (decoded, frames) = self.frames(path)?;
+            decoded = self.shown(path)?;
         }
-        let count = frames.len() as u64;
         Ok(match decoded {
-            Ok(Decoded { complaint, .. }) if count >= self.min_frames.max(1) as u64 => {
-                (Outcome::Written { frames: count, complaint }, frames)
+            Ok((Decoded { complaint, .. }, frames)) if frames.len() >= self.min_frames.max(1) => {
+                (Outcome::Written { frames: frames.len() as u64, complaint }, frames)
             }
-            Ok(Decoded { complaint: Some(why), .. }) if count == 0 => (broken(path, why)?, Vec::new()),
-            Ok(_) => (Outcome::Short { frames: count }, Vec::new()),
-            Err(Failure { why, .. }) => (broken(path, why)?, Vec::new()),
+            Ok((Decoded { complaint: Some(why), .. }, frames)) if frames.is_empty() => (broken(path, why)?, frames),
+            Ok((_, frames)) => (Outcome::Short { frames: frames.len() as u64 }, Frames::default()),
+            Err(Failure { why, .. }) => (broken(path, why)?, Frames::default()),
         })
     }
 
-    /// What ffmpeg makes of one video, and the frames that came.
-    fn frames(&self, path: &Path) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
-        let (decoded, frames) = self.frames_of_stream(path, None)?;
+    /// What ffmpeg makes of the stream that players show.
+    fn shown(&self, path: &Path) -> Result<std::result::Result<(Decoded, Frames), Failure>> {
+        let of_stream = |stream| self.ffmpeg.decode(path, self.target, self.form, stream);
+        let decoded = of_stream(None)?;
         match decoded {
-            Ok(Decoded { shown: Some(stream), .. }) => self.frames_of_stream(path, Some(stream)),
-            decoded => Ok((decoded, frames)),
+            Ok((Decoded { shown: Some(stream), .. }, _)) => of_stream(Some(stream)),
+            decoded => Ok(decoded),
         }
-    }
-
-    fn frames_of_stream(
-        &self,
-        path: &Path,
-        stream: Option<usize>,
-    ) -> Result<(std::result::Result<Decoded, Failure>, Frames)> {
-        let (mut frames, mut bytes) = (Vec::new(), 0);
-        let mut store = |frame: Vec<u8>| -> Result<()> {
-            bytes += frame.len();
-            if bytes > MAX_BYTES {
-                return Err(Error::input(format!(
-                    "its frames take more than {} GiB: lower --max-seconds, --fps or the frames' size",
-                    MAX_BYTES >> 30
-                )));
-            }
-            frames.push(frame);
-            Ok(())
-        };
-        let decoded = self.ffmpeg.decode(path, self.target, self.form, stream, &mut store)?;
-        Ok((decoded, frames))
     }
 }
 
