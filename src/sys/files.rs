@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata, Permissions};
 use std::io::{BufWriter, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
@@ -35,6 +36,12 @@ pub fn write_whole_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io
         Ok(())
     };
     whole().map_err(|e| Error::io(path, e))
+}
+
+/// Has the system begin to bring what was written to a file to disk, without waiting for it: a sync at its end has little left to do.
+pub fn begin_sync(file: &File) {
+    // SAFETY: the descriptor is open as long as `file` is borrowed. A failure is the sync's to tell.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// All bytes of a file that a user named. What is no file would be waited for without an end (a named pipe that nobody writes to)

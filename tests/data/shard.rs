@@ -85,8 +85,8 @@ fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
             frames.map(|rgb| if encoding == Encoding::Raw { rgb } else { jpeg::encode(&rgb, 40, 40, 95).unwrap() });
         writer.append("video", 0, stored).unwrap();
         let filler = disk.fill();
-        // Room for less than a chunk of frames (64 pages), for that and some of the lists, or for all of it.
-        let room = std::fs::metadata(&filler).unwrap().len() - ((round as u64 / 2 * 7) % 30 + 55) * 4096;
+        // Room for less than the frames (36 pages of RGB, fewer of JPEG), for that and some of the lists, or for all of it.
+        let room = std::fs::metadata(&filler).unwrap().len() - ((round as u64 / 2 * 7) % 50 + 5) * 4096;
         std::fs::File::options().write(true).open(&filler).unwrap().set_len(room).unwrap();
         let done = AtomicBool::new(false);
         let finished = std::thread::scope(|scope| {

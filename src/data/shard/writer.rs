@@ -1,18 +1,20 @@
 //! Writing a shard: append videos, then [`ShardWriter::finish`].
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use hdf5::plist::dataset_create::FillTime;
 use ndarray::ArrayView4;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{Encoding, ShardHeader, attributes, check};
-use crate::sys::files::free_space;
+use crate::sys::files::{begin_sync, free_space};
 use crate::{Error, Result};
 
 /// Bytes of a chunk of `/frames` or `/jpeg`.
 const CHUNK: usize = 256 << 10;
-/// Bytes collected before they are written.
-const FLUSH: usize = 4 << 20;
+/// Bytes collected before they are written, about.
+const BLOCK: usize = 4 << 20;
 
 /// Writes one shard, video by video. The file appears under its name only when [`ShardWriter::finish`] has it
 /// complete on disk; dropped before, it leaves nothing.
@@ -24,6 +26,10 @@ pub struct ShardWriter {
     header: ShardHeader,
     /// `None` once closed.
     open: Option<(hdf5::File, hdf5::Dataset)>,
+    /// The same file, for syncing.
+    file: File,
+    /// Bytes collected before they are written: whole chunks, where frames are of one size.
+    block: usize,
     /// Frame bytes not yet written, which begin at `written` (bytes).
     pending: Vec<u8>,
     written: u64,
@@ -44,17 +50,19 @@ impl ShardWriter {
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
+        let rows = (CHUNK / header.frame_bytes()).max(1);
+        let chunk = if header.encoding == Encoding::Raw { rows * header.frame_bytes() } else { CHUNK };
         let make = || -> hdf5::Result<_> {
             // No file locks: the name is this writer's alone, and some clusters' file systems have none.
             let mut access = hdf5::File::with_options();
             access.with_fapl(|access| access.file_locking(false));
             let file = access.create(&partial)?;
             attributes::write(&file, &header)?;
-            let builder = file.new_dataset::<u8>();
+            // No cache for chunks: what is written at a time is many, and each would be copied once more.
+            let builder = file.new_dataset::<u8>().fill_time(FillTime::Never).chunk_cache(1, 0, 1.0);
             let frames = match header.encoding {
                 Encoding::Raw => {
                     let (h, w) = (header.height, header.width);
-                    let rows = (CHUNK / header.frame_bytes()).max(1);
                     builder.shape((0.., h, w, 3)).chunk((rows, h, w, 3)).create("frames")?
                 }
                 Encoding::Jpeg => builder.shape((0..,)).chunk((CHUNK,)).create("jpeg")?,
@@ -65,11 +73,14 @@ impl ShardWriter {
             let why = system_error(&e.to_string(), &partial);
             Error::input(format!("{}: cannot write this shard: {why}", partial.display()))
         })?;
+        let file = File::open(&partial).map_err(|e| Error::io(&partial, e))?;
         Ok(Self {
             path: path.to_path_buf(),
             partial,
             header,
             open: Some(open),
+            file,
+            block: BLOCK.next_multiple_of(chunk),
             pending: Vec::new(),
             written: 0,
             labels: Vec::new(),
@@ -119,7 +130,7 @@ impl ShardWriter {
                 self.frame_offsets.push(self.written + self.pending.len() as u64);
             }
             count += 1;
-            if self.pending.len() >= FLUSH {
+            if self.pending.len() >= self.block {
                 self.flush()?;
             }
         }
@@ -162,11 +173,10 @@ impl ShardWriter {
             file.close()
         };
         close().map_err(|e| self.failed(e))?;
-        let on_disk =
-            |path: &Path| std::fs::File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io(path, e));
-        on_disk(&self.partial)?;
+        self.file.sync_all().map_err(|e| Error::io(&self.partial, e))?;
         std::fs::rename(&self.partial, &self.path).map_err(|e| Error::io(&self.path, e))?;
-        on_disk(self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| Error::io(folder, e))?;
         Ok(self.path.clone())
     }
 
@@ -190,6 +200,7 @@ impl ShardWriter {
             }
         };
         write().map_err(|e| self.failed(e))?;
+        begin_sync(&self.file);
         self.written = end as u64;
         self.pending.clear();
         Ok(())
