@@ -83,6 +83,7 @@ def decoding(args, folder):
         "prepare, JPEG": lambda: prepare(args.program, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs),
     }
     if args.before:
+        ways["before, raw"] = lambda: prepare(args.before, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs)
         ways["before, JPEG"] = lambda: prepare(args.before, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs)
     taken = {name: [] for name in ways}
     for round in range(args.rounds):
