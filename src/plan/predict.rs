@@ -4,12 +4,12 @@ use super::cluster::Cluster;
 use super::gpu;
 use super::profile::{Conditions, Part, Profile, Times};
 use super::simulate::{Outcome, Processors, StepCost, simulate};
-use crate::Result;
 use crate::network::blocks::Blocks;
-use crate::network::partition::{Partition, Piece};
+use crate::network::partition::{Partition, Piece, pieces};
 use crate::nn::module::Fuse;
 use crate::nn::spec::Shape;
 use crate::setup::Setup;
+use crate::{Error, Result};
 
 /// Cuts whose costliest module is this much slower than the best one's count as equal; the one that costs least in all is
 /// taken. Measured times are no more certain than that.
@@ -74,6 +74,53 @@ fn usual_rate(profile: &Profile) -> f64 {
     (all / seconds.max(1e-9)).max(1.0)
 }
 
+/// Times of a module that is `piece` of the network, by those of its blocks; `None` where its skips do not fit.
+fn times_of_piece(setup: &Setup, blocks: &Blocks, profile: &Profile, rate: f64, piece: &Piece) -> Option<Times> {
+    let mut times = Times::default();
+    for t in &profile.times[piece.start..piece.end] {
+        times.forward += t.forward;
+        times.backward += t.backward;
+        times.update += t.update;
+    }
+    // Without an input's cotangent the first block saves its share of it.
+    let first = &profile.times[piece.start];
+    times.backward_leaf = times.backward - first.backward + first.backward_leaf;
+    let main = blocks.shape(piece.start);
+    for skip in blocks.skip_shapes(piece)? {
+        // Joining: an addition or a copy, another where it is spread before, and a product where channels differ.
+        let passes = if skip[..2] == main[..2] { 1.0 } else { 2.0 };
+        let moved = passes * bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
+        let flops = match setup.network.fuse {
+            Fuse::Sum if skip[2] != main[2] => 2 * (skip[0] * skip[1] * main[2] * skip[2]) as u64,
+            Fuse::Sum => 0,
+            Fuse::Concat => {
+                let first = &setup.network.layers[blocks.layers(piece.start, piece.end).start];
+                let wide = [main[0], main[1], main[2] + skip[2]];
+                first.flops(wide).saturating_sub(first.flops(main))
+            }
+        };
+        let product = setup.config.data.batch as f64 * flops as f64 / rate;
+        times.forward += moved + product;
+        times.backward += moved + 2.0 * product;
+        times.backward_leaf += product;
+    }
+    Some(times)
+}
+
+/// The modules' times as sums of the blocks' in `profile`, for `setup` cut before the blocks `cuts`: nearly what modules would be
+/// measured to take, and nothing is measured.
+///
+/// # Errors
+/// [`crate::Error::Input`] where skips do not fit, or as [`conditions`].
+pub fn sums_of_blocks(setup: &Setup, blocks: &Blocks, profile: &Profile, cuts: &[usize]) -> Result<Profile> {
+    let rate = usual_rate(profile);
+    let times = pieces(cuts, blocks.len(), &setup.network.graph);
+    let times =
+        times.iter().map(|piece| times_of_piece(setup, blocks, profile, rate, piece)).collect::<Option<Vec<_>>>();
+    let times = times.ok_or_else(|| Error::input("a skip fits nowhere in this cut"))?;
+    Ok(Profile { conditions: conditions(setup, profile.conditions.busy, Parts::Modules)?, times, ..profile.clone() })
+}
+
 /// Cuts `setup`'s network anew into as many modules as it has, by the measured times of its blocks.
 ///
 /// # Errors
@@ -83,36 +130,9 @@ pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(V
     let rate = usual_rate(profile);
     let shares: Vec<Shares> = (1..=graph.modules()).map(|i| Shares::of(setup, i)).collect();
     let mut cost = |piece: &Piece| -> Option<f64> {
-        let skips = blocks.skip_shapes(piece)?;
-        let mut times = Times::default();
-        for t in &profile.times[piece.start..piece.end] {
-            times.forward += t.forward;
-            times.backward += t.backward;
-            times.update += t.update;
-        }
-        // Without an input's cotangent the first block saves its share of it.
-        let first = &profile.times[piece.start];
-        times.backward_leaf = times.backward - first.backward + first.backward_leaf;
+        let times = times_of_piece(setup, blocks, profile, rate, piece)?;
         let main = blocks.shape(piece.start);
-        for skip in &skips {
-            // Joining: an addition or a copy, another where it is spread before, and a product where channels differ.
-            let passes = if skip[..2] == main[..2] { 1.0 } else { 2.0 };
-            let moved = passes * bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
-            let flops = match setup.network.fuse {
-                Fuse::Sum if skip[2] != main[2] => 2 * (skip[0] * skip[1] * main[2] * skip[2]) as u64,
-                Fuse::Sum => 0,
-                Fuse::Concat => {
-                    let first = &setup.network.layers[blocks.layers(piece.start, piece.end).start];
-                    let wide = [main[0], main[1], main[2] + skip[2]];
-                    first.flops(wide).saturating_sub(first.flops(main))
-                }
-            };
-            let product = setup.config.data.batch as f64 * flops as f64 / rate;
-            times.forward += moved + product;
-            times.backward += moved + 2.0 * product;
-            times.backward_leaf += product;
-        }
-        let inputs: Vec<Shape> = std::iter::once(main).chain(skips).collect();
+        let inputs: Vec<Shape> = std::iter::once(main).chain(blocks.skip_shapes(piece)?).collect();
         let output = blocks.shape(piece.end);
         // How far a skip will be averaged down is not known yet: its size before that counts.
         let outputs = vec![(output, false); graph.outputs(piece.module).count()];

@@ -86,6 +86,14 @@ pub struct Times {
     pub update: f64,
 }
 
+impl Times {
+    /// The same, each so many times as long.
+    pub fn scaled(&self, by: f64) -> Self {
+        let &Times { forward, backward, backward_leaf, update } = self;
+        Times { forward: by * forward, backward: by * backward, backward_leaf: by * backward_leaf, update: by * update }
+    }
+}
+
 /// Times with their conditions.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Profile {
@@ -204,6 +212,11 @@ impl Profile {
             }
         }
         profile
+    }
+
+    /// Seconds of all parts' passes together, forward and backward.
+    pub fn passes(&self) -> f64 {
+        self.times.iter().map(|times| times.forward + times.backward).sum()
     }
 
     /// The times of `conditions` if the cache has them.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::folder::{Run, State, Status, Study};
-use super::forecast::{Again, Machine, prepare};
+use super::forecast::{self, Again, Machine, prepare};
 use super::launch::{End, Launcher};
 use super::plan::Point;
 use crate::config::Config;
@@ -158,8 +158,8 @@ impl Conductor<'_> {
             let beyond = study.plan.beyond()?;
             // How far the network can be cut is found out by trying.
             let known = beyond.into_iter().filter_map(|point| {
-                let (_, forecast) = prepare(&study.plan, &point, self.machine).ok()?;
-                Some((point, forecast))
+                let reached = forecast::beyond(&study.plan, &point, self.machine).ok()?;
+                Some((point, reached))
             });
             study.set_beyond(&known.collect::<Vec<_>>())?;
         }

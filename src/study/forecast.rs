@@ -11,7 +11,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{conditions_of, times_of};
-use crate::plan::predict::{Parts, best_cuts, predict};
+use crate::plan::predict::{Parts, best_cuts, predict, sums_of_blocks};
 use crate::plan::profile::Profile;
 use crate::plan::simulate::Processors;
 use crate::setup::Setup;
@@ -72,6 +72,37 @@ pub fn prepare(plan: &Plan, point: &Point, machine: Machine) -> Result<(Config, 
     prepare().map_err(|e: crate::Error| e.within(&point.name))
 }
 
+/// What a point past the last one would reach. Nothing is measured for it but what others need too: where it is cut anew, its modules'
+/// times are sums of the blocks', as much longer as those of the study's last point were measured to be.
+///
+/// # Errors
+/// [`crate::Error::Input`] for whatever in the point cannot work.
+pub fn beyond(plan: &Plan, point: &Point, machine: Machine) -> Result<Forecast> {
+    let setup = Setup::dry(&plan.config_of(point)?, point.ranks)?;
+    if !is_open(&setup) {
+        return forecast(&setup, machine, &plan.request);
+    }
+    let (setup, mut profile) = by_blocks(setup, machine)?;
+    let last = plan.points.iter().filter(|other| other.variant == point.variant).max_by_key(|other| other.nodes);
+    let last = last.map(|last| Setup::dry(&plan.config_of(last)?, last.ranks)).transpose()?;
+    if let Some(last) = last.filter(is_open) {
+        let (last, sums) = by_blocks(last, machine)?;
+        let measured = times_of(&last, Parts::Modules, at_work(&last, machine), false)?;
+        let longer = measured.passes() / sums.passes();
+        profile.times.iter_mut().for_each(|times| *times = times.scaled(longer));
+    }
+    Ok(with_times(&setup, machine, &plan.request, profile))
+}
+
+/// Cut as training would, and the modules' times as sums of the blocks'.
+fn by_blocks(setup: Setup, machine: Machine) -> Result<(Setup, Profile)> {
+    let (blocks, times) = blocks_of(&setup, machine)?;
+    let (cuts, found) = best_cuts(&setup, &blocks, &times)?;
+    let setup = setup.recut(cuts)?;
+    let profile = sums_of_blocks(&setup, &blocks, &times, &found.cuts)?;
+    Ok((setup, profile))
+}
+
 /// Checks that a point can be, without measuring anything.
 ///
 /// # Errors
@@ -83,12 +114,23 @@ pub fn check(plan: &Plan, point: &Point) -> Result<()> {
 
 /// Cuts a network that is left open as training would.
 fn cut(setup: Setup, machine: Machine) -> Result<Setup> {
-    if !setup.config.cut_is_open() || setup.grid.modules == 1 {
+    if !is_open(&setup) {
         return Ok(setup);
     }
-    let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
-    let times = times_of(&setup, Parts::Blocks(&blocks), at_work(&setup, machine), false)?;
+    let (blocks, times) = blocks_of(&setup, machine)?;
     setup.recut(best_cuts(&setup, &blocks, &times)?.0)
+}
+
+/// Whether it is to be found out where the network is cut.
+fn is_open(setup: &Setup) -> bool {
+    setup.config.cut_is_open() && setup.grid.modules > 1
+}
+
+/// The blocks that a network can be cut between, and their times.
+fn blocks_of(setup: &Setup, machine: Machine) -> Result<(Blocks, Profile)> {
+    let blocks = Blocks::new(&setup.network.layers, setup.network.input)?;
+    let times = times_of(setup, Parts::Blocks(&blocks), at_work(setup, machine), false)?;
+    Ok((blocks, times))
 }
 
 /// Modules that compute at a time on one machine.

@@ -4,9 +4,12 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sideways::config::Config;
 use sideways::method::graph::{Edge, Graph};
+use sideways::network::blocks::Blocks;
 use sideways::network::partition::{Piece, partition, pieces};
 use sideways::network::{EdgeSpec, Network};
 use sideways::plan::cluster::{Cluster, Interconnect};
+use sideways::plan::predict::{Parts, best_cuts, conditions, sums_of_blocks};
+use sideways::plan::profile::{Profile, Times};
 use sideways::plan::simulate::{Processors, StepCost, simulate};
 use sideways::setup::Setup;
 
@@ -149,6 +152,48 @@ fn chain_of(modules: usize, frames: usize, skip: &str, ranks: usize) -> Setup {
          modules = {modules}\n{skip}\n"
     );
     planned(&text, ranks)
+}
+
+/// A module takes as long as its blocks, and to join a skip.
+#[test]
+fn modules_times_are_sums_of_their_blocks() {
+    let times = |b: usize| {
+        let k = (b + 1) as f64;
+        Times { forward: k, backward: 10.0 * k, backward_leaf: 4.0 * k, update: 100.0 * k }
+    };
+    for (skip, joins) in [("", false), ("skip = { spans = [2] }", true)] {
+        let setup = chain(3, 8, skip);
+        let blocks = Blocks::new(&setup.network.layers, setup.network.input).unwrap();
+        let profile = Profile {
+            conditions: conditions(&setup, 1, Parts::Blocks(&blocks)).unwrap(),
+            taken: 0,
+            copy: 1e9,
+            times: (0..blocks.len()).map(times).collect(),
+            assumed: None,
+            file: None,
+            cached: false,
+        };
+        let (cuts, found) = best_cuts(&setup, &blocks, &profile).unwrap();
+        let setup = setup.recut(cuts).unwrap();
+        let sums = sums_of_blocks(&setup, &blocks, &profile, &found.cuts).unwrap();
+        assert_eq!(sums.conditions, conditions(&setup, 1, Parts::Modules).unwrap());
+        let bounds: Vec<usize> = [0].into_iter().chain(found.cuts).chain([blocks.len()]).collect();
+        for (i, of) in sums.times.iter().enumerate() {
+            let inside: Vec<Times> = (bounds[i]..bounds[i + 1]).map(times).collect();
+            let sum = |part: fn(&Times) -> f64| inside.iter().map(part).sum::<f64>();
+            let leaf = sum(|t| t.backward) - inside[0].backward + inside[0].backward_leaf;
+            let pairs = [
+                (of.forward, sum(|t| t.forward)),
+                (of.backward, sum(|t| t.backward)),
+                (of.backward_leaf, leaf),
+                (of.update, sum(|t| t.update)),
+            ];
+            for (k, (found, wanted)) in pairs.into_iter().enumerate() {
+                let longer = joins && i == 2 && k < 3;
+                assert!(if longer { found > wanted } else { found == wanted }, "module {}: {found} {wanted}", i + 1);
+            }
+        }
+    }
 }
 
 /// With equal modules a batch takes as long as T + D - 1 steps, whatever joins them: the bubble is (D - 1) / (T + D - 1).
