@@ -77,14 +77,18 @@ def decoding(args, folder):
             film(path, args.size, 10)
         elif not path.exists():
             os.link(videos[n % 2], path)
-    ways = {
-        **{f"ffmpeg to {way}": lambda way=way: alone(videos, args.jobs, way) for way in WAYS},
-        "prepare, raw": lambda: prepare(args.program, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs),
-        "prepare, JPEG": lambda: prepare(args.program, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs),
-    }
+    def preparing(encoding, program=args.program):
+        return lambda: prepare(program, videos[0].parents[1], folder / encoding, "--encoding", encoding, "--jobs", args.jobs)
+
+    # Each right after what it is compared with.
+    ways = {f"ffmpeg to {way}": lambda way=way: alone(videos, args.jobs, way) for way in ("YCbCr", "RGB")}
+    ways["prepare, raw"] = preparing("raw")
     if args.before:
-        ways["before, raw"] = lambda: prepare(args.before, videos[0].parents[1], folder / "raw", "--encoding", "raw", "--jobs", args.jobs)
-        ways["before, JPEG"] = lambda: prepare(args.before, videos[0].parents[1], folder / "jpeg", "--jobs", args.jobs)
+        ways["before, raw"] = preparing("raw", args.before)
+    ways["ffmpeg to JPEG"] = lambda: alone(videos, args.jobs, "JPEG")
+    ways["prepare, JPEG"] = preparing("jpeg")
+    if args.before:
+        ways["before, JPEG"] = preparing("jpeg", args.before)
     taken = {name: [] for name in ways}
     for round in range(args.rounds):
         # There and back, lest one way always follows the same other.
