@@ -86,12 +86,15 @@ doc: deps ## the library's documentation, target/doc
 # All programs of tests but the cluster's, which waits most of its minutes for hosts' time-outs, and CUDA's.
 TESTS := $(filter-out cluster cuda,$(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs)))
 
+# Its hosts keep this copy while CUDA's tests are built.
+CLUSTER_PROGRAM := $(CURDIR)/target/cluster-program
+
 test: build slurm-deps lint doc ## everything that continuous integration checks
 	$(CARGO) test $(PROFILE) --no-run
-	$(CARGO) test $(PROFILE) --test cluster & beside=$$!; \
-	$(CARGO) test $(PROFILE) --lib --bins $(TESTS:%=--test %) -- --test-threads=2 && $(CARGO) test $(PROFILE) --doc; others=$$?; \
+	cp target/release/sideways $(CLUSTER_PROGRAM)
+	SIDEWAYS_TEST_PROGRAM=$(CLUSTER_PROGRAM) $(CARGO) test $(PROFILE) --test cluster & beside=$$!; \
+	$(CARGO) test $(PROFILE) --lib --bins $(TESTS:%=--test %) -- --test-threads=2 && $(CARGO) test $(PROFILE) --doc && $(MAKE) test-cuda; others=$$?; \
 	wait $$beside && exit $$others
-	$(MAKE) test-cuda
 
 fuzz: build ## ten minutes of each kind of mutated input (tests/fuzz; seconds of each are part of `make test`)
 	SIDEWAYS_FUZZ_SECONDS=600 $(CARGO) test $(PROFILE) --test fuzz -- --test-threads=1 --nocapture

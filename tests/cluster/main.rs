@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use common::mpirun::text;
-use common::program::PROGRAM;
+use common::program::program;
 use common::runs::{config, shard, tensors};
 use common::skip_unless_ci;
 
@@ -106,7 +106,7 @@ impl Run {
     /// Submits train.sbatch on four nodes with two ranks each; returns the job's number.
     fn submit(&self, testbed: &Testbed, more: &[&str]) -> String {
         let log = format!("--output={}/job.log", self.dir.path().display());
-        let export = format!("--export=ALL,SIDEWAYS={PROGRAM},NODE_WAIT=40");
+        let export = format!("--export=ALL,SIDEWAYS={},NODE_WAIT=40", program());
         let options = ["--parsable", "--nodes=4", "--ntasks-per-node=2", "--time=10", &log, &export];
         let job = [&["sbatch"][..], &options, more, &["slurm/train.sbatch", &self.config]].concat();
         let output = testbed.run(&job);
@@ -143,7 +143,7 @@ impl Run {
         let dir = format!("run.dir={}", alone.display());
         let stop = clips.to_string();
         let args = ["train", &self.config, "--set", &dir, "--stop-after", &stop];
-        let output = Command::new(PROGRAM).args(args).output().unwrap();
+        let output = Command::new(program()).args(args).output().unwrap();
         assert!(matches!(output.status.code(), Some(0 | 75)), "{}", text(&output));
         assert!(tensors(&alone, clips) == tensors(&self.folder(), clips), "the job's parameters differ");
         let lines = std::fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap();
@@ -192,7 +192,7 @@ fn time_limits_requeue_five_times() {
 fn wrong_starts_are_refused(testbed: &Testbed) {
     let run = Run::new(20);
     let command = |options: &[&str], command: &str| {
-        testbed.run_ranks(&[&["srun"], options, &[PROGRAM, command, &run.config]].concat())
+        testbed.run_ranks(&[&["srun"], options, &[program(), command, &run.config]].concat())
     };
     let srun = |options: &[&str]| command(options, "train");
     let singletons = srun(&["--mpi=none", "-n4"]);
@@ -247,7 +247,7 @@ fn videos_are_prepared_on_all_nodes_and_across_a_requeue(testbed: &Testbed) {
             std::thread::sleep(Duration::from_millis(100));
         }
     };
-    let export = format!("--export=ALL,SIDEWAYS={PROGRAM},PATH={}:{}", path("bin"), std::env::var("PATH").unwrap());
+    let export = format!("--export=ALL,SIDEWAYS={},PATH={}:{}", program(), path("bin"), std::env::var("PATH").unwrap());
     let options = ["--parsable", "--nodes=2", "--cpus-per-task=1", "--time=10", &format!("--output={log}"), &export];
     let job = [&["sbatch"][..], &options, &["slurm/prepare.sbatch", "--overwrite"]].concat();
     let arguments_of_job = arguments("job");
@@ -270,7 +270,7 @@ fn videos_are_prepared_on_all_nodes_and_across_a_requeue(testbed: &Testbed) {
         "{}",
         said()
     );
-    let output = Command::new(PROGRAM).args(["data", "prepare"]).args(arguments("alone")).output().unwrap();
+    let output = Command::new(program()).args(["data", "prepare"]).args(arguments("alone")).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     assert!(shards("job").len() == 6 && shards("job") == shards("alone"), "{}", said());
 }
@@ -282,7 +282,7 @@ fn recipes_pretrain_and_fine_tune_from_videos(_up: &Testbed) {
     let walk = dir.path().join("walk");
     let script = Path::new(ROOT).join("slurm/testbed/kinetics.sh");
     let mut command = Command::new("timeout");
-    command.arg("500").arg(script).arg(&walk).env("SIDEWAYS", PROGRAM).env("BATCHES", "4");
+    command.arg("500").arg(script).arg(&walk).env("SIDEWAYS", program()).env("BATCHES", "4");
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     let said = String::from_utf8_lossy(&output.stdout);
@@ -336,10 +336,10 @@ fn a_study_goes_on_across_a_requeue(testbed: &Testbed) {
     let run = Run::new(1);
     let study = run.dir.path().join("study");
     let out = study.display().to_string();
-    let export = format!("--sbatch=--export=ALL,SIDEWAYS={PROGRAM},SIDEWAYS_CACHE={out}-cache");
+    let export = format!("--sbatch=--export=ALL,SIDEWAYS={},SIDEWAYS_CACHE={out}-cache", program());
     let options = ["--nodes", "1,2,4", "--ranks-per-node", "2", "--repeat", "2", "--batches", "4", "--classes", "4"];
     let data = ["--set", "data.crop=8", "--set", "data.train=[]"];
-    let scale = [&[PROGRAM, "scale", &run.config, "--out", &out][..], &options, &data].concat();
+    let scale = [&[program(), "scale", &run.config, "--out", &out][..], &options, &data].concat();
     let output = testbed.run(&[&scale[..], &["--dry-run"]].concat());
     assert!(output.status.success() && text(&output).contains("in one job on 4 nodes"), "{}", text(&output));
     let output = testbed.run(&[&scale[..], &[&export]].concat());

@@ -7,13 +7,9 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 use super::mpirun::{mpirun, text};
-use super::program::{MINUTE, PROGRAM};
+use super::program::MINUTE;
+pub use super::program::program;
 use super::runs::{SIDE, config, shard_of_side, tensors};
-
-/// The program: the one built with the tests, or where they were carried elsewhere, `SIDEWAYS_TEST_PROGRAM`.
-pub fn program() -> String {
-    std::env::var("SIDEWAYS_TEST_PROGRAM").unwrap_or_else(|_| PROGRAM.into())
-}
 
 /// Whether a real GPU is to be used.
 pub fn real() -> bool {
@@ -87,7 +83,7 @@ impl Place {
             return Command::new(program()).args(args).envs(env).output().unwrap();
         }
         let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-        mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
+        mpirun(ranks, Path::new(program()), args, &env, MINUTE)
     }
 
     /// As [`Place::run`], in one process: it must succeed. What it printed as JSON, and what it logged.

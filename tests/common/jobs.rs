@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use sideways::checkpoint;
 
 use super::mpirun::text;
-use super::program::{MINUTE, PROGRAM, alone};
+use super::program::{MINUTE, alone, program};
 use super::runs::{config, shard, tensors};
 
 /// A configuration that trains for so long that it must be stopped.
@@ -68,7 +68,7 @@ pub struct Job(pub Child);
 
 impl Job {
     pub fn alone(run: &Run, args: &[&str]) -> Self {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.args(["train", &run.config]).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         Job(command.spawn().unwrap())

@@ -14,7 +14,7 @@ fn run(ranks: usize, args: &[&str], more: &[(&str, &str)]) -> Output {
         return Command::new(program()).args(args).envs(env).output().unwrap();
     }
     let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-    mpirun(ranks, Path::new(&program()), args, &env, MINUTE)
+    mpirun(ranks, Path::new(program()), args, &env, MINUTE)
 }
 
 fn succeeds(ranks: usize, args: &[&str]) -> String {
