@@ -38,7 +38,7 @@ pub fn write_whole_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io
     whole().map_err(|e| Error::io(path, e))
 }
 
-/// Has the system begin to bring what was written to a file to disk, without waiting for it: a sync at its end has little left to do.
+/// Has the system begin to bring what was written to a file to disk, and hardly waits for it: a sync at its end has little left to do.
 pub fn begin_sync(file: &File) {
     // SAFETY: the descriptor is open as long as `file` is borrowed. A failure is the sync's to tell.
     let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };

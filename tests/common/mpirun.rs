@@ -67,9 +67,17 @@ fn read(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>
     })
 }
 
-/// The children of a process, and theirs.
+/// Whether there is no such process any more, or only until its parent looks.
+pub fn ended(process: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_none_or(|rest| rest.trim().is_empty() || rest.trim_start().starts_with('Z'))
+}
+
+/// The children of a process, whichever of its threads started them, and theirs.
 pub fn descendants(of: u32) -> Vec<u32> {
-    let tasks = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
-    let children = tasks.split_whitespace().filter_map(|id| id.parse().ok());
-    children.flat_map(|child| [vec![child], descendants(child)].concat()).collect()
+    let threads = std::fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten();
+    let lists = threads.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
+    let children: Vec<u32> =
+        lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<_>>()).collect();
+    children.into_iter().flat_map(|child| [vec![child], descendants(child)].concat()).collect()
 }

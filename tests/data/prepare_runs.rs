@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use crate::common::mpirun::{descendants, mpirun, text};
+use crate::common::mpirun::{descendants, ended, mpirun, text};
 use crate::common::program::{MINUTE, PROGRAM, wait_for};
 use crate::common::skip_unless_ci;
 use crate::common::tmpfs::Tmpfs;
@@ -332,6 +332,42 @@ fn a_full_disk_ends_the_run_with_its_reason_and_more_room_lets_it_go_on() {
         let shard = ShardReader::open(&out.join(name)).unwrap();
         (0..shard.videos()).for_each(|v| shard.verify(v).unwrap());
     }
+}
+
+/// A decoder whose program is killed does not go on.
+#[test]
+fn decoders_end_with_the_program() {
+    let clips = Clips::new(2);
+    let path = clips.with_ffmpeg("exec sleep 300");
+    let mut command = Command::new(PROGRAM);
+    command.args(clips.args(&clips.path("out"), &["--encoding", "raw", "--jobs", "2"])).env("PATH", path);
+    let mut run = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut decoders = Vec::new();
+    wait_for("two decoders", || {
+        decoders = descendants(run.id());
+        decoders.len() == 2
+    });
+    run.kill().unwrap();
+    run.wait().unwrap();
+    wait_for("the end of the decoders", || decoders.iter().all(|&id| ended(id)));
+}
+
+/// Where the system has no memory for frames, no video is to blame.
+#[test]
+fn no_room_for_frames_ends_the_run() {
+    let clips = Clips::new(2);
+    let path =
+        clips.with_ffmpeg("{ echo '[error] av_interleaved_write_frame(): No space left on device' >&2; exit 1; }");
+    let out = clips.path("out");
+    let mut command = Command::new(PROGRAM);
+    let output = command.args(clips.args(&out, &["--encoding", "raw"])).env("PATH", path).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(
+        text(&output).contains("no file in memory") && text(&output).contains("No space left"),
+        "{}",
+        text(&output)
+    );
+    assert_eq!(count(&succeeded(&clips.run(&out, &["--encoding", "raw"])), "written"), 2);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::common::tmpfs::Tmpfs;
 use crate::support::{CLASSES, header, pixels, shard};
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use sideways::data::inspect::{contact_sheet, find, inspect};
 use sideways::data::{Dataset, Encoding, ShardHeader, ShardReader, ShardWriter, jpeg, missing_shards};
 
@@ -40,6 +41,22 @@ fn a_shard_larger_than_the_write_buffer_comes_back() {
     let r = ShardReader::open(&path).unwrap();
     (0..3).for_each(|v| r.verify(v).unwrap());
     assert_eq!(r.read(77..79).unwrap().0, [pixels(1, 37, 120, 133), pixels(1, 38, 120, 133)].concat());
+    // JPEG files are of any length: what is written ends within a chunk.
+    let noise = |v: u64, t: u64| {
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(100 * v + t);
+        let mut rgb = vec![0; 120 * 133 * 3];
+        random.fill_bytes(&mut rgb);
+        jpeg::encode(&rgb, 120, 133, 95).unwrap()
+    };
+    let mut writer = ShardWriter::create(&dir.path().join("y.h5"), header(Encoding::Jpeg, 120, 133)).unwrap();
+    (0..3).for_each(|v| writer.append(&format!("{v}"), 0, (0..90).map(|t| noise(v, t))).unwrap());
+    let path = writer.finish().unwrap();
+    assert!(path.metadata().unwrap().len() > 9 << 20, "{}", path.metadata().unwrap().len());
+    let r = ShardReader::open(&path).unwrap();
+    (0..3).for_each(|v| r.verify(v).unwrap());
+    let (bytes, spans) = r.read(178..182).unwrap();
+    let found: Vec<&[u8]> = spans.into_iter().map(|span| &bytes[span]).collect();
+    assert_eq!(found, [noise(1, 88), noise(1, 89), noise(2, 0), noise(2, 1)]);
 }
 
 #[test]
@@ -70,7 +87,7 @@ fn an_unfinished_shard_leaves_nothing_and_bad_videos_are_refused() {
 }
 
 /// Where the disk is full for a moment only (another process was there, and has tidied up), a shard is complete or given up:
-/// HDF5 writes much of what it was given when datasets are closed, and a failure there must not be lost.
+/// HDF5 writes the lists when datasets are closed, and a failure there must not be lost.
 #[test]
 fn a_moment_without_room_ends_a_shard_or_does_it_no_harm() {
     let dir = tempfile::tempdir().unwrap();

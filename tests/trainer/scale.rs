@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::common::mpirun::{descendants, text};
+use crate::common::mpirun::{descendants, ended, text};
 use crate::common::program::{PROGRAM, alone, wait_for};
 use crate::common::runs::config;
 
@@ -69,12 +69,6 @@ impl Place {
     }
 }
 
-/// Whether there is no such process any more, or only until its parent looks.
-fn ended(process: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_none_or(|rest| rest.trim().is_empty() || rest.trim_start().starts_with('Z'))
-}
-
 fn modified(path: &Path) -> std::time::SystemTime {
     path.metadata().unwrap().modified().unwrap()
 }
@@ -137,6 +131,13 @@ fn a_study_goes_on_after_a_kill() {
         let values = of(column).into_iter().map(|text| text.parse::<f64>().unwrap());
         assert!(values.clone().all(|x| x.is_finite() && x > 0.0), "{column}: {:?}", of(column));
     }
+    // What is predicted past the last point: four modules can be cut from the network, eight cannot.
+    let beyond = std::fs::read(place.study().join("beyond.json")).unwrap();
+    let beyond: Vec<(serde_json::Value, serde_json::Value)> = serde_json::from_slice(&beyond).unwrap();
+    let beyond = beyond.iter().map(|(point, forecast)| (point["name"].as_str().unwrap(), forecast["tick"].as_f64()));
+    let (names, ticks): (Vec<_>, Vec<_>) = beyond.unzip();
+    assert_eq!(names, ["skip-sideways-n4"]);
+    assert!(ticks[0].is_some_and(|tick| tick > 0.0 && tick < 1.0), "{ticks:?}");
     // Layers are measured again before a later round of runs.
     let run = |k: usize| -> serde_json::Value {
         serde_json::from_slice(&std::fs::read(place.run_file("skip-sideways-n2", k)).unwrap()).unwrap()

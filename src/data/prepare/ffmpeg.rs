@@ -2,14 +2,17 @@
 //! it crash or hang costs that file, nothing more.
 
 use std::io::Write;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 
 use super::frames::{self, Frames, Pool};
 use super::messages::Messages;
@@ -97,12 +100,12 @@ impl From<String> for Failure {
 #[derive(Clone, Debug)]
 pub struct Ffmpeg {
     /// Bytes of a video's frames, at most: they are in memory until all are decoded.
-    most: u64,
+    most: usize,
     memory: Pool,
 }
 
-/// A video's frames take no more.
-const MOST: u64 = 4 << 30;
+/// A video's frames take no more, in bytes.
+const MOST: usize = 4 << 30;
 
 /// How pictures are scaled: to the same bits on processors with other vector instructions too.
 const SCALING: &str = "bicubic+accurate_rnd+bitexact";
@@ -125,8 +128,10 @@ impl Ffmpeg {
                 )));
             }
         }
+        let ffmpeg = Ffmpeg { most: MOST, memory: Pool::default() };
+        drop(ffmpeg.memory.lend().map_err(no_memory)?);
         let written = if form == Form::Rgb { Ok(()) } else { writes(form) };
-        written.map(|()| Ffmpeg { most: MOST, memory: Pool::default() }).map_err(|why| {
+        written.map(|()| ffmpeg).map_err(|why| {
             Error::input(format!(
                 "`ffmpeg` cannot write JPEG here: {why}. Install one with its encoder mjpeg and its format mpjpeg, or store frames as \
                  they are (--encoding raw)"
@@ -134,12 +139,17 @@ impl Ffmpeg {
         })
     }
 
+    /// Gives back to the system memory that is not in use.
+    pub fn free_memory(&self) {
+        self.memory.clear();
+    }
+
     /// Decodes `path` to frames, each as `form` says. The picture is scaled to cover the target, in the shape in which players show it,
     /// and cut to it around the centre. `stream` is the number of the video's stream; else the first that is no cover picture. Of a
     /// video that cannot be decoded says why.
     ///
     /// # Errors
-    /// [`Error::Run`] when `ffmpeg` cannot be started: no video's fault.
+    /// [`Error::Run`] when `ffmpeg` cannot be started, or there is no room for frames: no video's fault.
     pub fn decode(
         &self,
         path: &Path,
@@ -147,24 +157,25 @@ impl Ffmpeg {
         form: Form,
         stream: Option<usize>,
     ) -> Result<std::result::Result<(Decoded, Frames), Failure>> {
-        let none = |e| Error::Run(format!("no memory for ffmpeg to write into: {e}"));
-        let mut memory = self.memory.lend().map_err(none)?;
-        let child = self.command(path, target, form, stream).stdout(memory.writer().map_err(none)?).spawn();
+        let mut memory = self.memory.lend().map_err(no_memory)?;
+        let out = memory.writer().map_err(no_memory)?;
+        let child = self.command(path, target, form, stream).stdout(out).spawn();
         let child = child.map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
-        let watched = watch(child, path, target.time_limit).and_then(|(complaint, messages)| {
-            if memory.written().is_ok_and(|bytes| bytes > self.most) {
-                return Err(format!(
-                    "its frames take more than {}: lower --max-seconds, --fps or the frames' size",
-                    ByteSize::b(self.most)
-                )
-                .into());
+        let watched = match watch(child, path, target.time_limit) {
+            Err(Failure { why, .. }) if why.contains(FULL) => return Err(no_memory(std::io::Error::other(why))),
+            Err(failure) => Err(failure),
+            Ok(_) if memory.written().map_err(no_memory)? > self.most => Err(Failure::from(format!(
+                "its frames take more than {}: lower --max-seconds, --fps or the frames' size",
+                ByteSize::b(self.most as u64)
+            ))),
+            Ok((complaint, messages)) => {
+                let frames = memory.frames(&self.memory, |bytes| match form {
+                    Form::Rgb => frames::of_size(bytes, target.height * target.width * 3),
+                    Form::Jpeg(_) => frames::in_parts(bytes),
+                });
+                frames.map_err(no_memory)?.map(|frames| (complaint, messages, frames)).map_err(Failure::from)
             }
-            let frames = memory.frames(&self.memory, |bytes| match form {
-                Form::Rgb => frames::of_size(bytes, target.height * target.width * 3),
-                Form::Jpeg(_) => frames::in_parts(bytes),
-            })?;
-            Ok((complaint, messages, frames))
-        });
+        };
         Ok(watched.map(|(complaint, messages, frames)| {
             let streams = messages.streams();
             let shown = streams.iter().find(|s| s.default).or(streams.first()).map(|s| s.number);
@@ -206,39 +217,53 @@ impl Ffmpeg {
             .args(["-map", &stream, "-an", "-sn", "-dn", "-t", &target.max_seconds.to_string(), "-vf", &filter])
             .args(["-pix_fmt", format])
             .args(encoder(form))
-            // It ends there as if the video did: one byte more than a video may have is one too many.
-            .args(["-fs", &self.most.saturating_add(1).to_string()])
+            // It stops there without an error: a byte beyond the limit shows that there was more.
+            .args(["-fs", &(self.most + 1).to_string()])
             // Written when its buffer is full, not after each frame too.
             .args(["-flush_packets", "0"])
             .arg("pipe:1")
             .stdin(Stdio::null())
             .stderr(Stdio::piped());
+        // SAFETY: between fork and exec, one system call that touches no memory of this process.
+        unsafe {
+            // What it writes to never fails: it would go on when this program was killed.
+            command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?));
+        }
         command
     }
+}
+
+/// What ffmpeg says where the system has no memory left for a file there.
+const FULL: &str = "No space left on device";
+
+fn no_memory(e: std::io::Error) -> Error {
+    Error::Run(format!(
+        "there is no file in memory for ffmpeg to write frames to: {e}. Lower --jobs, or the limits' cause"
+    ))
 }
 
 /// Waits for ffmpeg's end: its complaint, if it has one, and all that it said.
 fn watch(mut child: Child, path: &Path, limit: Duration) -> std::result::Result<(Option<String>, Messages), Failure> {
     let Some(stderr) = child.stderr.take() else { return Err(String::from("ffmpeg has no pipe").into()) };
-    let child = Mutex::new(child);
+    let id = Pid::from_raw(child.id() as i32);
     // Dropping `done` is what tells the watchdog that all is over.
     let (done, over) = channel::<()>();
-    let watched = &child;
     let (messages, expired) = std::thread::scope(|scope| {
         let watchdog = scope.spawn(move || {
             let expired = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
             if expired {
-                // It may have ended by itself meanwhile.
-                let _ = watched.lock().unwrap_or_else(PoisonError::into_inner).kill();
+                // It is still there, even if it has ended meanwhile: it has not been waited for.
+                let _ = kill(id, Signal::SIGKILL);
             }
             expired
         });
         let messages = Messages::of(stderr);
+        // Until it has ended, but leaves its number to it.
+        let _ = waitid(Id::Pid(id), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
         drop(done);
         (messages, watchdog.join().unwrap_or(false))
     });
-    let status = child.into_inner().unwrap_or_else(PoisonError::into_inner).wait();
-    let status = status.map_err(|e| format!("waiting for ffmpeg: {e}"))?;
+    let status = child.wait().map_err(|e| format!("waiting for ffmpeg: {e}"))?;
     if expired {
         return Err(format!("took longer than {} s to decode", limit.as_secs_f64()).into());
     }
@@ -302,24 +327,38 @@ fn encoder(form: Form) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
+
+    fn film(path: &Path, seconds: &str) {
+        let source = ["-f", "lavfi", "-i", "testsrc=size=32x24:rate=10", "-t", seconds];
+        let made = Command::new("ffmpeg").args(["-loglevel", "error"]).args(source).arg(path).status().unwrap();
+        assert!(made.success());
+    }
+
+    fn target() -> Target {
+        Target { height: 24, width: 32, fps: 10.0, max_seconds: 60.0, time_limit: Duration::from_secs(60) }
+    }
 
     #[test]
     fn frames_that_take_too_much_memory_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("film.mkv");
-        let source = ["-f", "lavfi", "-i", "testsrc=size=32x24:rate=10", "-t", "1"];
-        let made = Command::new("ffmpeg").args(["-loglevel", "error"]).args(source).arg(&path).status().unwrap();
-        assert!(made.success());
-        let target =
-            Target { height: 24, width: 32, fps: 10.0, max_seconds: 10.0, time_limit: Duration::from_secs(60) };
+        film(&path, "30");
         let frame = 24 * 32 * 3;
-        for (most, refused) in [(10 * frame, false), (10 * frame - 1, true), (frame, true)] {
-            let decoded = Ffmpeg { most, memory: Pool::default() }.decode(&path, &target, Form::Rgb, None).unwrap();
-            match decoded {
-                Ok((_, frames)) => assert!(!refused && frames.len() == 10, "{most}: {}", frames.len()),
+        for (most, refused) in [(300 * frame, false), (300 * frame - 1, true), (frame, true)] {
+            let ffmpeg = Ffmpeg { most, memory: Pool::default() };
+            match ffmpeg.decode(&path, &target(), Form::Rgb, None).unwrap() {
+                Ok((_, frames)) => assert!(!refused && frames.len() == 300, "{most}: {}", frames.len()),
                 Err(Failure { why, .. }) => assert!(refused && why.contains("frames take more than"), "{most}: {why}"),
             }
         }
+        // It stops soon after that much.
+        let written = File::create_new(dir.path().join("written")).unwrap();
+        let few = Ffmpeg { most: frame, memory: Pool::default() };
+        few.command(&path, &target(), Form::Rgb, None).stdout(written.try_clone().unwrap()).output().unwrap();
+        let bytes = written.metadata().unwrap().len() as usize;
+        assert!((frame + 1..=30 * frame).contains(&bytes), "{bytes} bytes");
     }
 }

@@ -4,17 +4,20 @@
 use std::fs::File;
 use std::io::{BufRead, Read, Seek};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Mmap, MmapOptions};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Memory for children to write into, used again and again: fresh pages take the system longer than a child takes to fill them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pool(Arc<Mutex<Vec<Memory>>>);
 
-/// Memory of more bytes is not kept for other videos.
-const KEPT: usize = 256 << 20;
+/// Bytes of memory that wait to be used again, at most, in all.
+const KEPT: usize = 1 << 30;
+/// Memory of more bytes does not wait: it would stay as large as the largest video.
+const LARGEST: usize = 128 << 20;
 
 impl Pool {
     /// Memory that nobody uses.
@@ -23,10 +26,29 @@ impl Pool {
             memory.file.rewind()?;
             return Ok(memory);
         }
-        Ok(Memory { file: memfd_create("frames", MFdFlags::MFD_CLOEXEC)?.into(), bytes: None })
+        // Some systems insist that it is nothing to be executed, older ones do not know the word.
+        const NO_EXECUTABLE: MFdFlags = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
+        let file = match memfd_create("frames", MFdFlags::MFD_CLOEXEC | NO_EXECUTABLE) {
+            Err(Errno::EINVAL) => memfd_create("frames", MFdFlags::MFD_CLOEXEC)?,
+            made => made?,
+        };
+        Ok(Memory { file: file.into(), bytes: None })
     }
 
-    fn kept(&self) -> std::sync::MutexGuard<'_, Vec<Memory>> {
+    /// Gives back to the system what waits to be used again.
+    pub(super) fn clear(&self) {
+        self.kept().clear();
+    }
+
+    fn take_back(&self, memory: Memory) {
+        let mut kept = self.kept();
+        let all: usize = kept.iter().map(Memory::size).sum();
+        if memory.size() <= LARGEST && all + memory.size() <= KEPT {
+            kept.push(memory);
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<Memory>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -35,37 +57,44 @@ impl Pool {
 #[derive(Debug)]
 pub(super) struct Memory {
     file: File,
-    /// What of it has been read so far.
+    /// All of it, as large as it was when it was last read.
     bytes: Option<Mmap>,
 }
 
 impl Memory {
-    /// What a child writes to, as its standard output for instance. It goes on where another one ended.
+    /// What a child writes to, as its standard output for instance. All writers share one position.
     pub(super) fn writer(&self) -> std::io::Result<File> {
         self.file.try_clone()
     }
 
     /// Bytes written since it was lent.
-    pub(super) fn written(&mut self) -> std::io::Result<u64> {
-        self.file.stream_position()
+    pub(super) fn written(&mut self) -> std::io::Result<usize> {
+        Ok(self.file.stream_position()? as usize)
     }
 
-    /// The frames in what was written, which `cut` finds. All who could write have ended.
+    /// The frames in what was written, which `cut` finds, or why it finds none. Whoever could write has ended.
     pub(super) fn frames(
         mut self,
         pool: &Pool,
         cut: impl FnOnce(&[u8]) -> Result<Vec<Range<usize>>, String>,
-    ) -> Result<Frames, String> {
-        let unread = |e: std::io::Error| format!("reading what ffmpeg wrote: {e}");
-        let written = self.written().map_err(unread)? as usize;
+    ) -> std::io::Result<Result<Frames, String>> {
+        let written = self.written()?;
         let bytes = match self.bytes.take() {
             Some(bytes) if bytes.len() >= written => bytes,
-            // SAFETY: no other process has the file, and this one changes it when it lends it again, which frames in use prevent. It
-            // is never cut.
-            _ => unsafe { MmapOptions::new().populate().map(&self.file) }.map_err(unread)?,
+            // SAFETY: ffmpeg, which alone was given the file, has ended and leaves no process behind; this process has it written to
+            // again only when it is lent again, and frames in use prevent that. Nobody makes it shorter.
+            _ => unsafe { MmapOptions::new().populate().map(&self.file) }?,
         };
-        let places = cut(&bytes[..written])?;
-        Ok(Frames { memory: Some(Memory { bytes: Some(bytes), ..self }), pool: pool.clone(), places })
+        let places = cut(&bytes[..written]);
+        Ok(places.map(|places| Frames {
+            memory: Some(Memory { bytes: Some(bytes), ..self }),
+            pool: pool.clone(),
+            places,
+        }))
+    }
+
+    fn size(&self) -> usize {
+        self.bytes.as_ref().map_or(0, |bytes| bytes.len())
     }
 }
 
@@ -97,9 +126,8 @@ impl Frames {
 
 impl Drop for Frames {
     fn drop(&mut self) {
-        let small = |memory: &Memory| memory.bytes.as_ref().is_some_and(|bytes| bytes.len() <= KEPT);
-        if let Some(memory) = self.memory.take_if(|memory| small(memory)) {
-            self.pool.kept().push(memory);
+        if let Some(memory) = self.memory.take() {
+            self.pool.take_back(memory);
         }
     }
 }
@@ -185,7 +213,7 @@ mod tests {
         let written = |bytes: &[u8]| {
             let memory = pool.lend().unwrap();
             memory.writer().unwrap().write_all(bytes).unwrap();
-            memory.frames(&pool, |bytes| of_size(bytes, 2))
+            memory.frames(&pool, |bytes| of_size(bytes, 2)).unwrap()
         };
         let one = written(b"abcdef").unwrap();
         let other = written(b"gh").unwrap();
@@ -204,5 +232,10 @@ mod tests {
         assert!(written(b"x").is_err() && pool.kept().is_empty());
         drop((none, other));
         assert_eq!(pool.kept().len(), 2);
+        pool.clear();
+        let large = pool.lend().unwrap();
+        large.file.set_len(LARGEST as u64 + 2).unwrap();
+        drop(large.frames(&pool, |_| Ok(vec![])).unwrap().unwrap());
+        assert!(pool.kept().is_empty());
     }
 }

@@ -139,6 +139,7 @@ impl Recipe<'_> {
         let mut decoded = self.shown(path)?;
         if let Err(Failure { why, killed: true }) = &decoded {
             log::warn!("{}: {why} (out of memory?); it is tried once more", path.display());
+            self.ffmpeg.free_memory();
             decoded = self.shown(path)?;
         }
         Ok(match decoded {
@@ -155,10 +156,9 @@ impl Recipe<'_> {
     fn shown(&self, path: &Path) -> Result<std::result::Result<(Decoded, Frames), Failure>> {
         let of_stream = |stream| self.ffmpeg.decode(path, self.target, self.form, stream);
         let decoded = of_stream(None)?;
-        match decoded {
-            Ok((Decoded { shown: Some(stream), .. }, _)) => of_stream(Some(stream)),
-            decoded => Ok(decoded),
-        }
+        let Ok((Decoded { shown: Some(stream), .. }, _)) = decoded else { return Ok(decoded) };
+        drop(decoded);
+        of_stream(Some(stream))
     }
 }
 

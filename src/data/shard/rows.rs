@@ -59,12 +59,13 @@ impl Rows {
         let mut count = self.shape.clone();
         count[0] = rows.end - rows.start;
         let bytes: u64 = count.iter().product();
-        let mut out: Vec<u8> = Vec::with_capacity(bytes as usize);
+        // HDF5 leaves out what was never written, as where a file is damaged.
+        let mut out = vec![0_u8; bytes as usize];
         let dimensions = count.len() as i32;
         sync(|| {
             let (start, count, none) = (start.as_ptr(), count.as_ptr(), std::ptr::null());
-            // SAFETY: HDF5's lock is held; start and count have as many entries as the space has dimensions; `out` has room
-            // for all selected elements, of which each is a byte, and counts them only once they have been written.
+            // SAFETY: HDF5's lock is held; start and count have as many entries as the space has dimensions; `out` holds
+            // all selected elements, of which each is a byte.
             unsafe {
                 h5check(H5Sselect_hyperslab(self.space.id(), H5S_SELECT_SET, start, none, count, none))?;
                 // As many dimensions as in the file: between other shapes HDF5 copies element by element.
@@ -74,7 +75,6 @@ impl Rows {
                 let read = h5check(H5Dread(self.dataset.id(), byte, memory, self.space.id(), H5P_DEFAULT, to));
                 H5Sclose(memory);
                 read?;
-                out.set_len(bytes as usize);
             }
             Ok(out)
         })

@@ -58,7 +58,7 @@ impl ShardWriter {
             access.with_fapl(|access| access.file_locking(false));
             let file = access.create(&partial)?;
             attributes::write(&file, &header)?;
-            // No cache for chunks: what is written at a time is many, and each would be copied once more.
+            // What is written at a time is many chunks: a cache would only copy each once more.
             let builder = file.new_dataset::<u8>().fill_time(FillTime::Never).chunk_cache(1, 0, 1.0);
             let frames = match header.encoding {
                 Encoding::Raw => {
@@ -73,7 +73,10 @@ impl ShardWriter {
             let why = system_error(&e.to_string(), &partial);
             Error::input(format!("{}: cannot write this shard: {why}", partial.display()))
         })?;
-        let file = File::open(&partial).map_err(|e| Error::io(&partial, e))?;
+        let file = File::open(&partial).map_err(|e| {
+            let _ = std::fs::remove_file(&partial);
+            Error::io(&partial, e)
+        })?;
         Ok(Self {
             path: path.to_path_buf(),
             partial,
