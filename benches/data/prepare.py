@@ -80,7 +80,7 @@ def decoding(args, folder):
     def preparing(encoding, program=args.program):
         return lambda: prepare(program, videos[0].parents[1], folder / encoding, "--encoding", encoding, "--jobs", args.jobs)
 
-    # Each right after what it is compared with.
+    # Each beside what it is compared with.
     ways = {f"ffmpeg to {way}": lambda way=way: alone(videos, args.jobs, way) for way in ("YCbCr", "RGB")}
     ways["prepare, raw"] = preparing("raw")
     if args.before:

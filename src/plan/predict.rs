@@ -74,8 +74,15 @@ fn usual_rate(profile: &Profile) -> f64 {
     (all / seconds.max(1e-9)).max(1.0)
 }
 
-/// Times of a module that is `piece` of the network, by those of its blocks; `None` where its skips do not fit.
-fn times_of_piece(setup: &Setup, blocks: &Blocks, profile: &Profile, rate: f64, piece: &Piece) -> Option<Times> {
+/// Times of a module that is `piece` of the network and gets `skips`, by those of its blocks.
+fn times_of_piece(
+    setup: &Setup,
+    blocks: &Blocks,
+    profile: &Profile,
+    rate: f64,
+    piece: &Piece,
+    skips: &[Shape],
+) -> Times {
     let mut times = Times::default();
     for t in &profile.times[piece.start..piece.end] {
         times.forward += t.forward;
@@ -86,7 +93,7 @@ fn times_of_piece(setup: &Setup, blocks: &Blocks, profile: &Profile, rate: f64, 
     let first = &profile.times[piece.start];
     times.backward_leaf = times.backward - first.backward + first.backward_leaf;
     let main = blocks.shape(piece.start);
-    for skip in blocks.skip_shapes(piece)? {
+    for skip in skips {
         // Joining: an addition or a copy, another where it is spread before, and a product where channels differ.
         let passes = if skip[..2] == main[..2] { 1.0 } else { 2.0 };
         let moved = passes * bytes(setup, [main[0], main[1], skip[2].max(main[2])]) / profile.copy;
@@ -104,7 +111,7 @@ fn times_of_piece(setup: &Setup, blocks: &Blocks, profile: &Profile, rate: f64, 
         times.backward += moved + 2.0 * product;
         times.backward_leaf += product;
     }
-    Some(times)
+    times
 }
 
 /// The modules' times as sums of the blocks' in `profile`, for `setup` cut before the blocks `cuts`: nearly what modules would be
@@ -114,9 +121,10 @@ fn times_of_piece(setup: &Setup, blocks: &Blocks, profile: &Profile, rate: f64, 
 /// [`crate::Error::Input`] where skips do not fit, or as [`conditions`].
 pub fn sums_of_blocks(setup: &Setup, blocks: &Blocks, profile: &Profile, cuts: &[usize]) -> Result<Profile> {
     let rate = usual_rate(profile);
-    let times = pieces(cuts, blocks.len(), &setup.network.graph);
-    let times =
-        times.iter().map(|piece| times_of_piece(setup, blocks, profile, rate, piece)).collect::<Option<Vec<_>>>();
+    let of_piece =
+        |piece: Piece| Some(times_of_piece(setup, blocks, profile, rate, &piece, &blocks.skip_shapes(&piece)?));
+    let pieces = pieces(cuts, blocks.len(), &setup.network.graph);
+    let times = pieces.into_iter().map(of_piece).collect::<Option<Vec<_>>>();
     let times = times.ok_or_else(|| Error::input("a skip fits nowhere in this cut"))?;
     Ok(Profile { conditions: conditions(setup, profile.conditions.busy, Parts::Modules)?, times, ..profile.clone() })
 }
@@ -130,9 +138,9 @@ pub fn best_cuts(setup: &Setup, blocks: &Blocks, profile: &Profile) -> Result<(V
     let rate = usual_rate(profile);
     let shares: Vec<Shares> = (1..=graph.modules()).map(|i| Shares::of(setup, i)).collect();
     let mut cost = |piece: &Piece| -> Option<f64> {
-        let times = times_of_piece(setup, blocks, profile, rate, piece)?;
-        let main = blocks.shape(piece.start);
-        let inputs: Vec<Shape> = std::iter::once(main).chain(blocks.skip_shapes(piece)?).collect();
+        let skips = blocks.skip_shapes(piece)?;
+        let times = times_of_piece(setup, blocks, profile, rate, piece, &skips);
+        let inputs: Vec<Shape> = std::iter::once(blocks.shape(piece.start)).chain(skips).collect();
         let output = blocks.shape(piece.end);
         // How far a skip will be averaged down is not known yet: its size before that counts.
         let outputs = vec![(output, false); graph.outputs(piece.module).count()];

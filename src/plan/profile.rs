@@ -86,14 +86,6 @@ pub struct Times {
     pub update: f64,
 }
 
-impl Times {
-    /// The same, each so many times as long.
-    pub fn scaled(&self, by: f64) -> Self {
-        let &Times { forward, backward, backward_leaf, update } = self;
-        Times { forward: by * forward, backward: by * backward, backward_leaf: by * backward_leaf, update: by * update }
-    }
-}
-
 /// Times with their conditions.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Profile {
@@ -217,6 +209,16 @@ impl Profile {
     /// Seconds of all parts' passes together, forward and backward.
     pub fn passes(&self) -> f64 {
         self.times.iter().map(|times| times.forward + times.backward).sum()
+    }
+
+    /// The same with passes that take so many times as long.
+    pub fn with_passes(mut self, by: f64) -> Self {
+        for times in &mut self.times {
+            times.forward *= by;
+            times.backward *= by;
+            times.backward_leaf *= by;
+        }
+        self
     }
 
     /// The times of `conditions` if the cache has them.

@@ -155,13 +155,7 @@ impl Conductor<'_> {
             }
         }
         if study.beyond()?.is_empty() && !chosen.is_empty() {
-            let beyond = study.plan.beyond()?;
-            // How far the network can be cut is found out by trying.
-            let known = beyond.into_iter().filter_map(|point| {
-                let reached = forecast::beyond(&study.plan, &point, self.machine).ok()?;
-                Some((point, reached))
-            });
-            study.set_beyond(&known.collect::<Vec<_>>())?;
+            study.set_beyond(&forecast::beyond(&study.plan, study.plan.beyond()?, self.machine))?;
         }
         Ok(failed)
     }

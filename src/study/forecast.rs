@@ -3,10 +3,13 @@
 //! [`forecast`] is the one function that predicts a point. It plays the schedule with layers' times measured on this machine, and with
 //! messages and the all-reduce as the study's cluster has them, or free where it has none.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::fill::share_of_fill;
 use super::plan::{Plan, Point, Request};
+use super::variant::Variant;
 use crate::Result;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
@@ -72,26 +75,49 @@ pub fn prepare(plan: &Plan, point: &Point, machine: Machine) -> Result<(Config, 
     prepare().map_err(|e: crate::Error| e.within(&point.name))
 }
 
-/// What a point past the last one would reach. Nothing is measured for it but what others need too: where it is cut anew, its modules'
-/// times are sums of the blocks', as much longer as those of the study's last point were measured to be.
-///
-/// # Errors
-/// [`crate::Error::Input`] for whatever in the point cannot work.
-pub fn beyond(plan: &Plan, point: &Point, machine: Machine) -> Result<Forecast> {
+/// What points past a study's last would reach. A module that was not measured for another point is not measured for these: it is taken
+/// to be as much slower than the sum of its blocks as the modules of its rule's last point are.
+pub fn beyond(plan: &Plan, points: Vec<Point>, machine: Machine) -> Vec<(Point, Forecast)> {
+    let mut slower = HashMap::new();
+    let known = points.into_iter().filter_map(|point| {
+        // How far the network can be cut is found out by trying.
+        let forecast = past_the_last(plan, &point, machine, &mut slower);
+        let forecast = forecast.inspect_err(|e| log::debug!("{} is not predicted: {e}", point.name)).ok()?;
+        Some((point, forecast))
+    });
+    known.collect()
+}
+
+/// The same of one point; `slower` has for each rule what its last point said, once that is known.
+fn past_the_last(plan: &Plan, point: &Point, machine: Machine, slower: &mut HashMap<String, f64>) -> Result<Forecast> {
     let setup = Setup::dry(&plan.config_of(point)?, point.ranks)?;
     if !is_open(&setup) {
         return forecast(&setup, machine, &plan.request);
     }
-    let (setup, mut profile) = by_blocks(setup, machine)?;
-    let last = plan.points.iter().filter(|other| other.variant == point.variant).max_by_key(|other| other.nodes);
-    let last = last.map(|last| Setup::dry(&plan.config_of(last)?, last.ranks)).transpose()?;
-    if let Some(last) = last.filter(is_open) {
-        let (last, sums) = by_blocks(last, machine)?;
-        let measured = times_of(&last, Parts::Modules, at_work(&last, machine), false)?;
-        let longer = measured.passes() / sums.passes();
-        profile.times.iter_mut().for_each(|times| *times = times.scaled(longer));
-    }
+    let (setup, sums) = by_blocks(setup, machine)?;
+    let measured = Profile::cached(&conditions_of(&setup, Parts::Modules, at_work(&setup, machine))?);
+    let profile = match measured {
+        Some(measured) => measured,
+        None => {
+            let rule = point.variant.to_string();
+            let by = match slower.get(&rule) {
+                Some(&by) => by,
+                None => *slower.entry(rule).or_insert(modules_over_blocks(plan, point.variant, machine)?),
+            };
+            sums.with_passes(by)
+        }
+    };
     Ok(with_times(&setup, machine, &plan.request, profile))
+}
+
+/// How much longer the modules of a rule's last point take than their blocks together; 1 where that is one module.
+fn modules_over_blocks(plan: &Plan, variant: Variant, machine: Machine) -> Result<f64> {
+    let last = plan.points.iter().filter(|point| point.variant == variant).max_by_key(|point| point.nodes);
+    let last = last.map(|last| Setup::dry(&plan.config_of(last)?, last.ranks)).transpose()?;
+    let Some(last) = last.filter(is_open) else { return Ok(1.0) };
+    let (last, sums) = by_blocks(last, machine)?;
+    let measured = times_of(&last, Parts::Modules, at_work(&last, machine), false)?;
+    Ok(measured.passes() / sums.passes().max(f64::MIN_POSITIVE))
 }
 
 /// Cut as training would, and the modules' times as sums of the blocks'.
