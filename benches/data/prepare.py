@@ -131,7 +131,7 @@ def listed(args, folder, clips):
     first.unlink(missing_ok=True)
     (place / "bin").mkdir(exist_ok=True)
     wrapper = place / "bin/ffmpeg"
-    wrapper.write_text(f"#!/bin/sh\ncase \"$*\" in *-version*) ;; *) : > {shlex.quote(str(first))};; esac\nexec {shutil.which('ffmpeg')} \"$@\"\n")
+    wrapper.write_text(f"#!/bin/sh\ncase \"$*\" in *file:*) : > {shlex.quote(str(first))};; esac\nexec {shutil.which('ffmpeg')} \"$@\"\n")
     wrapper.chmod(0o755)
     shutil.rmtree(place / "out", ignore_errors=True)
     command = [args.program, "data", "prepare", "--layout", "kinetics", "--videos", place / "videos", "--annotations", place / "lists"]
