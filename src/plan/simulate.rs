@@ -26,6 +26,19 @@ pub struct StepCost {
     pub update: f64,
 }
 
+impl StepCost {
+    /// The same, so many times as much.
+    pub fn scaled(self, by: f64) -> Self {
+        let StepCost { forward, backward, backward_leaf, update } = self;
+        StepCost {
+            forward: by * forward,
+            backward: by * backward,
+            backward_leaf: by * backward_leaf,
+            update: by * update,
+        }
+    }
+}
+
 /// Where workers compute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Processors {

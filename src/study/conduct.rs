@@ -173,6 +173,13 @@ impl Conductor<'_> {
         points.take_while(|_| !self.stop.load(Ordering::Relaxed)).filter_map(predict).collect()
     }
 
+    /// Seconds a tick of the schedule with ranks that compute so many milliseconds of it, if that can be told.
+    fn schedule_alone(&self, study: &Study, point: &Point, busy: &[f64]) -> Option<f64> {
+        let config = Config::load(&study.config_file(point), &[]);
+        let tick = config.and_then(|c| forecast::schedule_alone(&study.plan, point, &c, self.machine, busy));
+        tick.inspect_err(|e| log::debug!("{}: its schedule was not simulated: {e}", point.name)).ok()?
+    }
+
     /// Makes run `k` of a point, the `place`-th of all; the seconds that it took, and the point's state: `None` where it was ended
     /// because the study is to stop.
     fn run(
@@ -198,11 +205,9 @@ impl Conductor<'_> {
             End::Done(measured) => {
                 log::info!("{what}: {:.1} frames/s ({seconds:.0} s)", measured.frames_per_second);
                 let job = std::env::var("SLURM_JOB_ID").ok().filter(|_| self.launcher == Launcher::Srun);
-                study.keep_run(
-                    point,
-                    k,
-                    &Run { measured: *measured, job, commit: commit(), seconds, predicted_tick },
-                )?;
+                let schedule_tick = self.schedule_alone(study, point, &measured.rank_busy_ms);
+                let run = Run { measured: *measured, job, commit: commit(), seconds, predicted_tick, schedule_tick };
+                study.keep_run(point, k, &run)?;
                 let through = (1..=request.repeat).all(|k| study.has_run(point, k));
                 // What failed before counts as failed until it is through, so that `--only failed` finds it again.
                 match (through, before.state.is_failure()) {

@@ -93,6 +93,9 @@ pub struct Run {
     /// Seconds a tick that layers' times say which were last measured again between rounds of runs; `None`: they had not been.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_tick: Option<f64>,
+    /// Seconds a tick that the schedule takes where ranks compute as long as in this run; `None` where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule_tick: Option<f64>,
 }
 
 /// A study on the disk.

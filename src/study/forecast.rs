@@ -14,9 +14,9 @@ use crate::Result;
 use crate::config::Config;
 use crate::network::blocks::Blocks;
 use crate::plan::cut::{conditions_of, times_of};
-use crate::plan::predict::{Parts, best_cuts, predict, sums_of_blocks};
+use crate::plan::predict::{Parts, Prediction, best_cuts, predict, sums_of_blocks};
 use crate::plan::profile::Profile;
-use crate::plan::simulate::Processors;
+use crate::plan::simulate::{Processors, simulate};
 use crate::setup::Setup;
 use crate::setup::footprint::{gpu_memory, memory};
 use crate::sys::cpus::{at_once, parallelism};
@@ -201,18 +201,55 @@ impl Again {
     }
 }
 
+/// Seconds a tick that the schedule takes where every rank computes `busy` milliseconds of a tick, as it did in a run of a point that
+/// has been prepared as `config`: the simulator by itself, whatever the machine's speed was. `None` where ranks share processors, as
+/// others' work is in these times then, or no layers' times are kept that say how a rank's are shared out among its steps.
+///
+/// # Errors
+/// As [`forecast`].
+pub fn schedule_alone(
+    plan: &Plan,
+    point: &Point,
+    config: &Config,
+    machine: Machine,
+    busy: &[f64],
+) -> Result<Option<f64>> {
+    let setup = Setup::dry(config, point.ranks)?;
+    let conditions = conditions_of(&setup, Parts::Modules, at_work(&setup, machine))?;
+    let processors = processors(&setup, machine, conditions.gpu.is_some());
+    let grid = setup.grid;
+    if processors.slots.len() < grid.ranks || busy.len() != grid.ranks {
+        return Ok(None);
+    }
+    let Some(profile) = Profile::cached(&conditions) else { return Ok(None) };
+    let cluster = plan.request.cluster.as_ref();
+    let Prediction { mut costs, outcome, .. } = predict(&setup, &profile, &processors, cluster);
+    let mut predicted = vec![0.0; grid.ranks];
+    for (w, seconds) in outcome.busy.iter().enumerate() {
+        predicted[grid.rank_of(w)] += seconds;
+    }
+    for (w, cost) in costs.iter_mut().enumerate() {
+        let rank = grid.rank_of(w);
+        *cost = cost.scaled(1e-3 * busy[rank] / predicted[rank].max(f64::MIN_POSITIVE));
+    }
+    Ok(Some(simulate(&setup, &costs, &processors, cluster).tick))
+}
+
+fn processors(setup: &Setup, machine: Machine, on_gpu: bool) -> Processors {
+    let (ranks, threads) = (setup.grid.ranks, setup.config.run.threads);
+    match machine {
+        _ if on_gpu => Processors::of_ranks(ranks, 1),
+        Machine::One => match share(ranks) {
+            Some(share) => Processors::of_ranks(ranks, share / threads.max(1)),
+            None => Processors { pool_of_rank: vec![0; ranks], slots: vec![at_once(threads)] },
+        },
+        Machine::Nodes { .. } => Processors::of_ranks(ranks, 1),
+    }
+}
+
 fn with_times(setup: &Setup, machine: Machine, request: &Request, profile: Profile) -> Forecast {
     let (grid, config) = (setup.grid, &setup.config);
-    let threads = config.run.threads;
-    let on_gpu = profile.conditions.gpu.is_some();
-    let processors = match machine {
-        _ if on_gpu => Processors::of_ranks(grid.ranks, 1),
-        Machine::One => match share(grid.ranks) {
-            Some(share) => Processors::of_ranks(grid.ranks, share / threads.max(1)),
-            None => Processors { pool_of_rank: vec![0; grid.ranks], slots: vec![at_once(threads)] },
-        },
-        Machine::Nodes { .. } => Processors::of_ranks(grid.ranks, 1),
-    };
+    let processors = processors(setup, machine, profile.conditions.gpu.is_some());
     let prediction = predict(setup, &profile, &processors, request.cluster.as_ref());
     let mut of_rank = vec![0; grid.ranks];
     for w in 0..grid.workers() {

@@ -59,7 +59,8 @@ pub fn body(study: &Study, rows: &[Row], charts: &[Chart], note: &str) -> Result
         page += "</tr>\n";
     }
     page += "</table></div>\n";
-    page += "<p>Speed-up and efficiency are to the same rule's first point. Load balance: mean over maximum of the ranks' computing; \
+    page += "<p>Ratio: measured over predicted tick. Schedule: measured tick over the simulated one in which ranks compute as long as they \
+             did in the run. Speed-up and efficiency are to the same rule's first point. Load balance: mean over maximum of the ranks' computing; \
              communication: what the busiest rank does not wait; computation: the first point's seconds of computing a frame over these; \
              global: the product. Fill: the share of the schedule in which even the busiest rank waits. The prediction knows neither \
              the links' latency nor the all-reduce. All columns are in <code>scaling.csv</code>.</p>\n";
@@ -96,7 +97,7 @@ pub fn body(study: &Study, rows: &[Row], charts: &[Chart], note: &str) -> Result
 }
 
 /// The columns that people read; `scaling.csv` has all.
-pub const COLUMNS: [&str; 20] = [
+pub const COLUMNS: [&str; 21] = [
     "point",
     "ranks",
     "D",
@@ -109,6 +110,7 @@ pub const COLUMNS: [&str; 20] = [
     "tick ms",
     "predicted",
     "ratio",
+    "schedule",
     "speed-up",
     "efficiency",
     "balance",
@@ -120,7 +122,7 @@ pub const COLUMNS: [&str; 20] = [
 ];
 
 /// A row in these columns. What is missing is said in the place of the speed.
-pub fn cells(row: &Row) -> [String; 20] {
+pub fn cells(row: &Row) -> [String; 21] {
     let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
     let missing = format!("missing ({})", row.status);
     [
@@ -136,6 +138,7 @@ pub fn cells(row: &Row) -> [String; 20] {
         number(row.tick_ms, 3),
         number(row.predicted_tick_ms, 3),
         number(row.measured_over_predicted, 3),
+        number(row.measured_over_schedule, 3),
         number(row.speed_up, 2),
         number(row.efficiency, 3),
         number(row.load_balance, 3),

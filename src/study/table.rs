@@ -90,6 +90,11 @@ pub struct Row {
     pub predicted_tick_ms: Option<f64>,
     /// Measured over predicted tick, the middle of its runs'.
     pub measured_over_predicted: Option<f64>,
+    /// Milliseconds that the schedule takes where ranks compute as long as they did, and messages take what was predicted: the simulator
+    /// without the machine's swings; the middle of its runs'.
+    pub schedule_tick_ms: Option<f64>,
+    /// Measured over that, the middle of its runs'.
+    pub measured_over_schedule: Option<f64>,
     /// Frames a second over those of the same rule's first point,
     pub speed_up: Option<f64>,
     /// that over the ratio of ranks,
@@ -212,6 +217,8 @@ fn row(study: &Study, point: &Point, frames: usize) -> Result<(Row, Option<f64>)
         runs.iter().map(|run| run.predicted_tick.map(|s| 1e3 * s).or(planned)).collect();
     let known: Vec<f64> = predictions.iter().flatten().copied().collect();
     let ratios = || all.iter().zip(&predictions).filter_map(|(run, predicted)| Some(ratio(run.tick_ms, (*predicted)?)));
+    let schedules: Vec<(f64, f64)> =
+        runs.iter().filter_map(|run| Some((run.measured.tick_ms, 1e3 * run.schedule_tick?))).collect();
     let last = all.last();
     let row = Row {
         point: point.name.clone(),
@@ -232,6 +239,8 @@ fn row(study: &Study, point: &Point, frames: usize) -> Result<(Row, Option<f64>)
         tick_ms,
         predicted_tick_ms: middle(&known, |&ms| ms).or(planned),
         measured_over_predicted: middle(&ratios().collect::<Vec<_>>(), |&ratio| ratio),
+        schedule_tick_ms: middle(&schedules, |&(_, schedule)| schedule),
+        measured_over_schedule: middle(&schedules, |&(measured, schedule)| ratio(measured, schedule)),
         speed_up: None,
         efficiency: None,
         first_point: None,
@@ -287,7 +296,7 @@ mod tests {
             wire: "f32".into(),
             ..Measured::default()
         };
-        Run { measured, job: Some("7".into()), commit: None, seconds: 1.0, predicted_tick: None }
+        Run { measured, job: Some("7".into()), commit: None, seconds: 1.0, predicted_tick: None, schedule_tick: None }
     }
 
     /// Two points of one rule and one that ran out of memory: every figure by hand.
@@ -315,7 +324,7 @@ mod tests {
         study.set_status(first, &Status::now(State::Done, "")).unwrap();
         study.keep_run(second, 2, &run(500.0, 8.0, &[6.0, 3.0])).unwrap();
         // Before this one layers had become twice as slow.
-        let late = Run { predicted_tick: Some(0.02), ..run(500.0, 8.0, &[6.0, 3.0]) };
+        let late = Run { predicted_tick: Some(0.02), schedule_tick: Some(0.0064), ..run(500.0, 8.0, &[6.0, 3.0]) };
         study.keep_run(second, 3, &late).unwrap();
         let forecast = Forecast {
             tick: 0.01,
@@ -341,6 +350,7 @@ mod tests {
         );
         let ratio = row.measured_over_predicted.unwrap();
         assert!((ratio - 0.6).abs() < 1e-12, "{ratio}, not the middle of 0.8 and 0.4");
+        assert_eq!((row.schedule_tick_ms, row.measured_over_schedule), (Some(6.4), Some(1.25)));
         assert_eq!((row.speed_up, row.efficiency), (Some(500.0 / 320.0), Some(500.0 / 640.0)));
         assert_eq!((row.load_balance, row.communication_efficiency), (Some(0.75), Some(0.75)));
         let scaling = row.computation_scaling.unwrap();

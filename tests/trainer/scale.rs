@@ -143,6 +143,12 @@ fn a_study_goes_on_after_a_kill() {
         serde_json::from_slice(&std::fs::read(place.run_file("skip-sideways-n2", k)).unwrap()).unwrap()
     };
     assert!(run(1)["predicted_tick"].is_null() && run(2)["predicted_tick"].as_f64().unwrap() > 0.0, "{}", run(2));
+    // One rank's schedule is what it computes.
+    let one: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(place.run_file("skip-sideways-n1", 2)).unwrap()).unwrap();
+    let (schedule, busy) =
+        (one["schedule_tick"].as_f64().unwrap(), one["measured"]["rank_busy_ms"][0].as_f64().unwrap());
+    assert!((1e3 * schedule / busy - 1.0).abs() < 1e-6 && !of("measured_over_schedule")[0].is_empty(), "{one}");
     assert!(of("mpi").iter().all(|mpi| mpi.contains("MPI")) && of("exchange") == ["host"; 2], "{rows:?}");
     let page = std::fs::read_to_string(place.study().join("index.html")).unwrap();
     assert!(page.matches("<svg").count() == 2 && !page.contains("<script") && !page.contains("href="), "{page}");

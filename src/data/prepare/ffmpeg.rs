@@ -114,7 +114,7 @@ impl Ffmpeg {
     /// Checks that `ffmpeg` can be run and writes frames in this form.
     ///
     /// # Errors
-    /// [`Error::Input`] when it cannot.
+    /// [`Error::Input`] when it cannot; [`Error::Run`] when the system has no memory for it to write to.
     pub fn find(form: Form) -> Result<Self> {
         let version = Command::new("ffmpeg").arg("-version").stdin(Stdio::null()).output();
         match version {
@@ -238,7 +238,7 @@ const FULL: &str = "No space left on device";
 
 fn no_memory(e: std::io::Error) -> Error {
     Error::Run(format!(
-        "there is no file in memory for ffmpeg to write frames to: {e}. Lower --jobs, or the limits' cause"
+        "there is no file in memory for ffmpeg to write frames to: {e}. Lower --jobs, or raise the limits on memory and open files"
     ))
 }
 
