@@ -1,6 +1,7 @@
 //! This machine and the program that runs on it, by name.
 
 use std::io::Read;
+use std::sync::OnceLock;
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -11,8 +12,14 @@ pub fn hostname() -> String {
     if short.is_empty() { "unknown host".into() } else { short }
 }
 
-/// xxh3-64 of the program's file, read in pieces: it is large, and memory peaks count. Of nothing if it cannot be read.
+/// xxh3-64 of the program's file, which is read once. Of nothing if it cannot be read.
 pub fn program_hash() -> u64 {
+    static HASH: OnceLock<u64> = OnceLock::new();
+    *HASH.get_or_init(hashed)
+}
+
+/// In pieces: it is large, and memory peaks count.
+fn hashed() -> u64 {
     let mut hash = Xxh3::new();
     let mut piece = vec![0; 1 << 16];
     if let Ok(mut file) = std::env::current_exe().and_then(std::fs::File::open) {
