@@ -75,8 +75,9 @@ pub fn prepare(plan: &Plan, point: &Point, machine: Machine) -> Result<(Config, 
     prepare().map_err(|e: crate::Error| e.within(&point.name))
 }
 
-/// What points past a study's last would reach. A module that was not measured for another point is not measured for these: it is taken
-/// to be as much slower than the sum of its blocks as the modules of its rule's last point are.
+/// What points past a study's last would reach, without those that cannot be. Where a point is cut anew, modules that have not been
+/// measured are not measured for it: each is taken to be as much slower than its blocks together as the modules of the rule's last
+/// point are.
 pub fn beyond(plan: &Plan, points: Vec<Point>, machine: Machine) -> Vec<(Point, Forecast)> {
     let mut slower = HashMap::new();
     let known = points.into_iter().filter_map(|point| {
@@ -88,7 +89,7 @@ pub fn beyond(plan: &Plan, points: Vec<Point>, machine: Machine) -> Vec<(Point, 
     known.collect()
 }
 
-/// The same of one point; `slower` has for each rule what its last point said, once that is known.
+/// The same of one point; `slower` holds [`modules_over_blocks`] of each rule that was asked for.
 fn past_the_last(plan: &Plan, point: &Point, machine: Machine, slower: &mut HashMap<String, f64>) -> Result<Forecast> {
     let setup = Setup::dry(&plan.config_of(point)?, point.ranks)?;
     if !is_open(&setup) {

@@ -26,9 +26,9 @@ impl Pool {
             memory.file.rewind()?;
             return Ok(memory);
         }
-        // Some systems insist that it is nothing to be executed, older ones do not know the word.
-        const NO_EXECUTABLE: MFdFlags = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
-        let file = match memfd_create("frames", MFdFlags::MFD_CLOEXEC | NO_EXECUTABLE) {
+        // The system may demand that it cannot be executed (vm.memfd_noexec); Linux before 6.3 does not know the flag.
+        const NOT_EXECUTABLE: MFdFlags = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
+        let file = match memfd_create("frames", MFdFlags::MFD_CLOEXEC | NOT_EXECUTABLE) {
             Err(Errno::EINVAL) => memfd_create("frames", MFdFlags::MFD_CLOEXEC)?,
             made => made?,
         };
