@@ -1,11 +1,11 @@
 //! The events of a trace: <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>.
 
-use std::collections::HashMap;
-
 use serde::Serialize;
 
-use super::{Clock, Recorded, Summary};
-use crate::metrics::recording::{Message, Slice};
+use super::clocks::{Clock, clocks};
+use super::messages::{Carried, carried};
+use super::{Recorded, Summary};
+use crate::metrics::recording::Slice;
 use crate::metrics::{Phase, Recording};
 use crate::{Error, Result};
 
@@ -87,10 +87,9 @@ struct About {
 struct ClockLine {
     rank: usize,
     host: String,
-    /// What was added to its time, at the launch and at the end.
+    /// What was added to its time, at the first moment of what is recorded and at the last.
     offset_us: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    offset_at_end_us: Option<f64>,
+    offset_at_end_us: f64,
     /// How wrong that is, at most.
     uncertainty_us: f64,
 }
@@ -132,19 +131,6 @@ impl Track<'_> {
     }
 }
 
-/// What a message is known by at both of its ends; the number tells those apart that are alike.
-type Key = (u32, u64, u32, u32, usize);
-
-/// A worker's messages of one direction, each with its key.
-fn keyed(messages: &[Message], sent: bool) -> impl Iterator<Item = (Key, &Message)> {
-    let mut seen = HashMap::new();
-    messages.iter().filter(move |message| message.sent == sent).map(move |message| {
-        let alike = (message.link, message.batch, message.validation, message.step);
-        let number = seen.entry(alike).and_modify(|n| *n += 1).or_insert(0usize);
-        ((alike.0, alike.1, alike.2, alike.3, *number), message)
-    })
-}
-
 /// Nanoseconds in which a core that is free is had.
 const FREE: u64 = 10_000;
 
@@ -172,8 +158,11 @@ impl Recorded {
     /// [`Error::Run`] if it cannot be written as JSON.
     pub fn json(&self) -> Result<(Vec<u8>, Summary)> {
         let modules = self.parts.first().map_or(1, |part| part.grid[0]);
-        let track = |part| Track { part, clock: self.clock(part), tid: part.replica * modules + part.module };
-        let tracks: Vec<Track> = self.parts.iter().map(track).collect();
+        let messages = carried(&self.parts);
+        let clocks = clocks(&self.parts, self.clocks.as_ref(), &messages);
+        let tid = |part: &Recording| part.replica * modules + part.module;
+        let tracks: Vec<Track> =
+            self.parts.iter().zip(clocks).map(|(part, clock)| Track { part, clock, tid: tid(part) }).collect();
         let moments = |track: &Track| {
             let slices = track.part.slices.iter().chain(&track.part.device).flat_map(|slice| [slice.begin, slice.end]);
             slices.chain(track.part.messages.iter().map(|message| message.at)).map(|at| track.clock.first(at)).collect()
@@ -189,7 +178,8 @@ impl Recorded {
         let mut events = Vec::new();
         let mut summary = Summary {
             length: length as u64,
-            uncertainty: tracks.iter().map(|track| track.clock.uncertainty()).max().unwrap_or_default(),
+            arrows: messages.len(),
+            uncertainty: tracks.iter().map(|track| track.clock.uncertainty).max().unwrap_or_default(),
             ..Summary::default()
         };
         for ((track, texts), batch_names) in tracks.iter().zip(&texts).zip(&batch_names) {
@@ -214,7 +204,7 @@ impl Recorded {
                 summary.slices += 1;
             }
         }
-        summary.arrows = arrows(&tracks, zero, &mut events);
+        arrows(&messages, &tracks, zero, &mut events);
         let about = self.about(&tracks);
         let trace = Trace { display_time_unit: "ms", other_data: about, trace_events: events };
         let text = serde_json::to_vec(&trace).map_err(|e| Error::Run(format!("writing a trace: {e}")))?;
@@ -229,12 +219,14 @@ impl Recorded {
         let mut clocks: Vec<ClockLine> = Vec::new();
         for Track { part, clock, .. } in tracks {
             if clocks.iter().all(|line| line.rank != part.rank) {
+                let ends = [part.slices.first().map(|slice| slice.begin), part.slices.last().map(|slice| slice.end)];
+                let [first, last] = ends.map(|at| at.map_or(0, |at| clock.first(at) - i128::from(at)));
                 clocks.push(ClockLine {
                     rank: part.rank,
                     host: part.host.clone(),
-                    offset_us: microseconds(clock.launch.offset),
-                    offset_at_end_us: clock.end.map(|end| microseconds(end.offset)),
-                    uncertainty_us: microseconds(clock.uncertainty()),
+                    offset_us: microseconds(first),
+                    offset_at_end_us: microseconds(last),
+                    uncertainty_us: microseconds(clock.uncertainty),
                 });
             }
         }
@@ -259,7 +251,7 @@ fn names(track: &Track, replicas: usize) -> [String; 4] {
         1 => format!("module {}", part.module),
         _ => format!("module {}, replica {}", part.module, part.replica),
     };
-    let clock = format!("clock within {} µs of rank 0's", microseconds(track.clock.uncertainty()));
+    let clock = format!("clock within {} µs of rank 0's", microseconds(track.clock.uncertainty));
     let gpu = format!("{module}, GPU");
     [format!("rank {} {}", part.rank, part.host), clock, module, gpu]
 }
@@ -282,40 +274,31 @@ fn named<'a>(track: &Track, [rank, clock, module, gpu]: &'a [String; 4], workers
     events
 }
 
-/// An arrow for each message of which both ends are recorded; how many.
-fn arrows(tracks: &[Track], zero: i128, events: &mut Vec<Event>) -> usize {
-    let mut sent = HashMap::new();
-    for track in tracks {
-        sent.extend(keyed(&track.part.messages, true).map(|(key, message)| (key, (track, message))));
+/// An arrow for each message.
+fn arrows(messages: &[Carried], tracks: &[Track], zero: i128, events: &mut Vec<Event>) {
+    for (number, Carried { from, to, sent, received }) in messages.iter().enumerate() {
+        let (from, to) = (&tracks[*from], &tracks[*to]);
+        let left = from.ts(sent.at, zero);
+        let end = |ph, track: &Track, ts| Event {
+            ph,
+            cat: "message",
+            name: received.kind.name(),
+            pid: track.part.rank,
+            tid: Some(track.tid),
+            ts: Some(ts),
+            id: Some(number),
+            args: Args {
+                batch: Some(sent.batch),
+                validation: sent.validation.checked_sub(1),
+                step: Some(sent.step),
+                bytes: Some(sent.bytes),
+                ..Args::default()
+            },
+            ..Event::default()
+        };
+        // It ends at the slice that comes next: what the message was waited for. An arrow does not go back in time, even where clocks
+        // could not be moved so.
+        events.push(end("s", from, left));
+        events.push(end("f", to, to.ts(received.at, zero).max(left)));
     }
-    let mut number = 0;
-    for track in tracks {
-        for (key, message) in keyed(&track.part.messages, false) {
-            let Some((from, start)) = sent.get(&key) else { continue };
-            let left = from.ts(start.at, zero);
-            let end = |ph, track: &Track, ts| Event {
-                ph,
-                cat: "message",
-                name: message.kind.name(),
-                pid: track.part.rank,
-                tid: Some(track.tid),
-                ts: Some(ts),
-                id: Some(number),
-                args: Args {
-                    batch: Some(start.batch),
-                    validation: start.validation.checked_sub(1),
-                    step: Some(start.step),
-                    bytes: Some(start.bytes),
-                    ..Args::default()
-                },
-                ..Event::default()
-            };
-            // It ends at the slice that comes next: what the message was waited for. Clocks may be off by their uncertainty, and an
-            // arrow does not go back in time.
-            events.push(end("s", from, left));
-            events.push(end("f", track, track.ts(message.at, zero).max(left)));
-            number += 1;
-        }
-    }
-    number
 }

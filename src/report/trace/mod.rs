@@ -3,11 +3,12 @@
 //! Workers leave a file each ([`crate::metrics::recording`]), in their ranks' own time. [`Recorded::read`] gathers them, and
 //! [`Recorded::json`] puts them on rank 0's clock: a process is a rank, a thread a module, and an arrow a message.
 
+mod clocks;
 mod events;
+mod messages;
 
 use std::path::{Path, PathBuf};
 
-use crate::comm::clocks::ClockOffset;
 use crate::config::Batches;
 use crate::metrics::Recording;
 use crate::metrics::recording::{Clocks, FOLDER, read_json};
@@ -110,61 +111,11 @@ impl Recorded {
         }
         Some(Recorded { parts, clocks, problems })
     }
-
-    /// A rank's clock at the launch, and at the run's end if that is known.
-    fn clock(&self, part: &Recording) -> Clock {
-        let end = self.clocks.as_ref().and_then(|clocks| clocks.clocks.get(part.rank)).copied();
-        Clock { launch: part.clock, end }
-    }
-}
-
-/// A rank's clock, to be read as rank 0's.
-#[derive(Clone, Copy, Debug)]
-struct Clock {
-    launch: ClockOffset,
-    end: Option<ClockOffset>,
-}
-
-impl Clock {
-    /// Rank 0's time at `at`, in nanoseconds; between the two comparisons clocks drift evenly.
-    fn first(&self, at: u64) -> i128 {
-        let from = self.launch;
-        let drift = match self.end {
-            Some(end) if end.at > from.at => {
-                let part = (i128::from(at) - i128::from(from.at)) as f64 / (end.at - from.at) as f64;
-                part * (i128::from(end.offset) - i128::from(from.offset)) as f64
-            }
-            _ => 0.0,
-        };
-        i128::from(at) + i128::from(from.offset) + drift.round() as i128
-    }
-
-    /// How wrong that is, at most, in nanoseconds: what clocks drifted since the launch aside where the end is not known.
-    fn uncertainty(&self) -> u64 {
-        self.launch.uncertainty.max(self.end.map_or(0, |end| end.uncertainty))
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn clocks_that_drift_are_read_as_the_first_ranks() {
-        // A clock 1 s behind at the launch that loses 1 ms in 100 s.
-        let launch = ClockOffset { at: 1_000, offset: 1_000_000_000, uncertainty: 20 };
-        let end = ClockOffset { at: 100_000_001_000, offset: 1_001_000_000, uncertainty: 30 };
-        let clock = Clock { launch, end: Some(end) };
-        assert_eq!(clock.first(1_000), 1_000_001_000);
-        assert_eq!(clock.first(50_000_001_000), 51_000_501_000);
-        assert_eq!(clock.first(100_000_001_000), 101_001_001_000);
-        assert_eq!(clock.uncertainty(), 30);
-        let clock = Clock { launch, end: None };
-        assert_eq!((clock.first(50_000_001_000), clock.uncertainty()), (51_000_001_000, 20));
-        // The same clock.
-        let same = Clock { launch: ClockOffset::default(), end: Some(ClockOffset::default()) };
-        assert_eq!((same.first(u64::MAX), same.uncertainty()), (u64::MAX.into(), 0));
-    }
 
     #[test]
     fn folders_are_known_by_their_batches() {
