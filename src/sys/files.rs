@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
+use nix::sys::signal::{SigHandler, Signal, signal};
+
 use crate::{Error, Result};
 
 /// Writes a file under a temporary name that ends in `.partial`, syncs it and renames it. Several processes may do so at
@@ -36,6 +38,13 @@ pub fn write_whole_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io
         Ok(())
     };
     whole().map_err(|e| Error::io(path, e))
+}
+
+/// Has a write beyond the limit on files' sizes (`ulimit -f`) fail as one on a full disk does, not end the program by SIGXFSZ. Programs
+/// that this one starts inherit it.
+pub fn refuse_writes_beyond_limit() {
+    // SAFETY: no handler is installed. It fails for signals that cannot be ignored alone, which this is not.
+    let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
 }
 
 /// Has the system begin to bring what was written to a file to disk, and hardly waits for it: a sync at its end has little left to do.

@@ -370,6 +370,30 @@ fn no_room_for_frames_ends_the_run() {
     assert_eq!(count(&succeeded(&clips.run(&out, &["--encoding", "raw"])), "written"), 2);
 }
 
+/// Nor where files may not be as large as a video's frames, or as a shard.
+#[test]
+fn a_limit_on_the_size_of_files_ends_the_run() {
+    let clips = Clips { per_shard: 12, ..Clips::new(12) };
+    let out = clips.path("out");
+    let limited = |blocks: u32| {
+        let script = format!("ulimit -f {blocks}; exec \"$0\" \"$@\"");
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &script, PROGRAM])
+            .args(clips.args(&out, &["--encoding", "raw", "--jobs", "1"]))
+            .output()
+            .unwrap()
+    };
+    // Blocks of 512 bytes. A video has 20 frames of 32 x 24 pixels, 46 080 bytes; a shard twelve videos.
+    for (blocks, said) in [(60, "no file in memory"), (400, "train-0000")] {
+        let output = limited(blocks);
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+        assert!(text(&output).contains(said) && text(&output).contains("File too large"), "{}", text(&output));
+        assert!(shards(&out).is_empty());
+    }
+    assert_eq!(count(&succeeded(&clips.run(&out, &["--encoding", "raw"])), "written"), 12);
+}
+
 #[test]
 fn what_cannot_be_read_or_decoded_at_all_is_refused() {
     let clips = Clips { per_shard: 12, ..Clips::new(12) };

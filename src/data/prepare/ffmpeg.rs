@@ -162,7 +162,9 @@ impl Ffmpeg {
         let child = self.command(path, target, form, stream).stdout(out).spawn();
         let child = child.map_err(|e| Error::Run(format!("cannot start ffmpeg: {e}")))?;
         let watched = match watch(child, path, target.time_limit) {
-            Err(Failure { why, .. }) if why.contains(FULL) => return Err(no_memory(std::io::Error::other(why))),
+            Err(Failure { why, .. }) if FULL.iter().any(|full| why.contains(full)) => {
+                return Err(no_memory(std::io::Error::other(why)));
+            }
             Err(failure) => Err(failure),
             Ok(_) if memory.written().map_err(no_memory)? > self.most => Err(Failure::from(format!(
                 "its frames take more than {}: lower --max-seconds, --fps or the frames' size",
@@ -233,12 +235,13 @@ impl Ffmpeg {
     }
 }
 
-/// What ffmpeg says where the system has no memory left for a file there.
-const FULL: &str = "No space left on device";
+/// What ffmpeg says where the system has no memory left for a file there, or the limit on files' sizes is lower.
+const FULL: [&str; 2] = ["No space left on device", "File too large"];
 
 fn no_memory(e: std::io::Error) -> Error {
     Error::Run(format!(
-        "there is no file in memory for ffmpeg to write frames to: {e}. Lower --jobs, or raise the limits on memory and open files"
+        "there is no file in memory for ffmpeg to write frames to: {e}. Lower --jobs, or raise the limits on memory, open files \
+         and files' size"
     ))
 }
 
