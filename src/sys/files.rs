@@ -40,8 +40,8 @@ pub fn write_whole_by(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io
     whole().map_err(|e| Error::io(path, e))
 }
 
-/// Has a write beyond the limit on files' sizes (`ulimit -f`) fail as one on a full disk does, not end the program by SIGXFSZ. Programs
-/// that this one starts inherit it.
+/// Makes writes beyond the limit on files' sizes (`ulimit -f`) fail with an error, instead of SIGXFSZ ending the program. Programs that
+/// this one starts inherit that.
 pub fn refuse_writes_beyond_limit() {
     // SAFETY: no handler is installed. It fails for signals that cannot be ignored alone, which this is not.
     let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
