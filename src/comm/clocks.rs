@@ -11,7 +11,7 @@ use crate::sys::clock::clock_name;
 use crate::{Error, Result};
 
 /// A rank's clock beside rank 0's, at one moment. All in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ClockOffset {
     /// The moment, by the rank's own clock; 0 where both are the same clock.
     pub at: u64,

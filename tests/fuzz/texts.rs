@@ -19,6 +19,7 @@ use sideways::data::prepare::description::{Description, Layout};
 use sideways::data::prepare::layout::{Place, list, read_classes};
 use sideways::data::prepare::plan::read_skip;
 use sideways::data::prepare::record::{Record, State};
+use sideways::report::trace::Recorded;
 use sideways::setup::Setup;
 use sideways::{Error, Result};
 
@@ -186,6 +187,33 @@ fn checkpoints_and_records() {
         write(dir.path(), ".prepare/train/00000.json", bytes);
         state.read::<Record>("00000.json").map(drop).ok_or_else(|| Error::input("no record"))
     });
+}
+
+/// Recordings of two ranks with clocks of their own, from their files to a trace.
+#[test]
+fn recordings() {
+    let dir = tempfile::tempdir().unwrap();
+    let part = |rank: usize, clock: &str, sent: bool| {
+        format!(
+            r#"{{"launch":3,"module":{module},"replica":0,"grid":[2,1],"rank":{rank},"host":"a","clock":{clock},"slices":[{{"phase":"forward","begin":100,"end":900,"batch":1,"tick":7,"step":2}},{{"phase":"wait-core","begin":900,"end":950,"batch":1,"tick":7,"step":2}}],"device":[{{"phase":"backward","begin":100,"end":900,"batch":1,"tick":7,"step":2}}],"messages":[{{"kind":"activation","link":1,"sent":{sent},"at":500,"batch":1,"step":2,"bytes":64}},{{"kind":"cotangent","link":2,"sent":{other},"at":700,"batch":1,"step":2,"bytes":64}}],"dropped":0}}"#,
+            module = rank + 1,
+            other = !sent
+        )
+    };
+    let first = part(0, r#"{"at":0,"offset":0,"uncertainty":0}"#, true);
+    let second = part(1, r#"{"at":50,"offset":-80,"uncertainty":30}"#, false);
+    let clocks =
+        r#"{"launch":3,"clocks":[{"at":0,"offset":0,"uncertainty":0},{"at":5000,"offset":-200,"uncertainty":30}]}"#;
+    let names = ["module-1.0.json", "module-2.0.json", "clocks.json"];
+    let read = |changed: &str, bytes: &[u8]| {
+        for (name, text) in names.iter().zip([&first[..], &second, clocks]) {
+            write(dir.path(), name, if *name == changed { bytes } else { text.as_bytes() });
+        }
+        Recorded::read(dir.path())?.json().map(drop)
+    };
+    for (name, text) in names.iter().zip([&first[..], &second, clocks]) {
+        read_all(1000, &texts([text]), |bytes| read(name, bytes));
+    }
 }
 
 /// Headers of messages between ranks, of another program or damaged.

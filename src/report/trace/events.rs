@@ -87,15 +87,15 @@ struct About {
 struct ClockLine {
     rank: usize,
     host: String,
-    /// What was added to its time, at the first moment of what is recorded and at the last.
+    /// What was added to its time, at the first slice's beginning and at the last one's end.
     offset_us: f64,
     offset_at_end_us: f64,
     /// How wrong that is, at most.
     uncertainty_us: f64,
 }
 
-fn microseconds(nanoseconds: impl TryInto<i64>) -> f64 {
-    nanoseconds.try_into().unwrap_or(i64::MAX) as f64 / 1e3
+fn microseconds(nanoseconds: i128) -> f64 {
+    nanoseconds as f64 / 1e3
 }
 
 /// Readers round times to nanoseconds, each in its own way. So that no slice reaches into the next one, and none out of the batch's
@@ -136,7 +136,7 @@ const FREE: u64 = 10_000;
 
 /// A core that was free was not waited for.
 fn counts(slice: &Slice) -> bool {
-    slice.phase != Phase::WaitCore || slice.end - slice.begin >= FREE
+    slice.phase != Phase::WaitCore || slice.end.saturating_sub(slice.begin) >= FREE
 }
 
 /// The batches of a worker's slices, which follow each other: each one's name and slices.
@@ -177,7 +177,7 @@ impl Recorded {
             tracks.iter().map(|track| batches(&track.part.slices).map(|(name, _)| name).collect()).collect();
         let mut events = Vec::new();
         let mut summary = Summary {
-            length: length as u64,
+            length: length.try_into().unwrap_or(u64::MAX),
             arrows: messages.len(),
             uncertainty: tracks.iter().map(|track| track.clock.uncertainty).max().unwrap_or_default(),
             ..Summary::default()
@@ -220,13 +220,13 @@ impl Recorded {
         for Track { part, clock, .. } in tracks {
             if clocks.iter().all(|line| line.rank != part.rank) {
                 let ends = [part.slices.first().map(|slice| slice.begin), part.slices.last().map(|slice| slice.end)];
-                let [first, last] = ends.map(|at| at.map_or(0, |at| clock.first(at) - i128::from(at)));
+                let [first, last] = ends.map(|at| clock.offset(at.unwrap_or(part.clock.at)));
                 clocks.push(ClockLine {
                     rank: part.rank,
                     host: part.host.clone(),
                     offset_us: microseconds(first),
                     offset_at_end_us: microseconds(last),
-                    uncertainty_us: microseconds(clock.uncertainty),
+                    uncertainty_us: microseconds(clock.uncertainty.into()),
                 });
             }
         }
@@ -251,7 +251,7 @@ fn names(track: &Track, replicas: usize) -> [String; 4] {
         1 => format!("module {}", part.module),
         _ => format!("module {}, replica {}", part.module, part.replica),
     };
-    let clock = format!("clock within {} µs of rank 0's", microseconds(track.clock.uncertainty));
+    let clock = format!("clock within {} µs of rank 0's", microseconds(track.clock.uncertainty.into()));
     let gpu = format!("{module}, GPU");
     [format!("rank {} {}", part.rank, part.host), clock, module, gpu]
 }

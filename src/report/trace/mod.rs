@@ -59,6 +59,24 @@ pub fn recordings(run: &Path) -> Result<Vec<(Batches, PathBuf)>> {
     }
 }
 
+/// Workers of a run, at most: more are a damaged file's.
+const WORKERS: usize = 1 << 30;
+
+fn read_part(path: &Path) -> Result<Recording> {
+    let part: Recording = read_json(path)?;
+    let [modules, replicas] = part.grid;
+    let workers = modules.checked_mul(replicas).is_some_and(|workers| workers <= WORKERS);
+    match workers && (1..=modules).contains(&part.module) && part.replica < replicas {
+        true => Ok(part),
+        false => Err(Error::input(format!(
+            "{}: not a part of a recording: module {} and replica {} of {modules} x {replicas} modules and replicas",
+            path.display(),
+            part.module,
+            part.replica
+        ))),
+    }
+}
+
 /// Batches from the name of a recording's folder.
 fn batches_of(name: &str) -> Option<Batches> {
     let (first, end) = name.strip_prefix("batches-")?.split_once('-')?;
@@ -77,7 +95,7 @@ impl Recorded {
             name.is_some_and(|name| name.starts_with("module-") && name.ends_with(".json"))
         };
         let paths = entries.flatten().map(|entry| entry.path()).filter(is_part);
-        let parts = paths.map(|path| read_json(&path)).collect::<Result<Vec<Recording>>>()?;
+        let parts = paths.map(|path| read_part(&path)).collect::<Result<Vec<Recording>>>()?;
         let clocks = folder.join(Clocks::FILE);
         let clocks = if clocks.exists() { Some(read_json(&clocks)?) } else { None };
         Self::of(parts, clocks).ok_or_else(|| {
