@@ -122,8 +122,10 @@ fn training_of_replicas() {
     let args = ["bench", "train", &config, "--batches", "1", "--no-prediction", "--set", "train.replicas=2"];
     let found = json(&[&args[..], &["--json"]].concat());
     let exposed: Vec<f64> = found["all_reduce_ms"].as_array().unwrap().iter().map(|ms| ms.as_f64().unwrap()).collect();
-    assert!(exposed.len() == 6 && exposed.iter().all(|&ms| ms > 0.0), "{found}");
-    assert!(exposed.iter().all(|&ms| ms < found["tick_ms"].as_f64().unwrap()), "{found}");
+    // A module whose messages all come while it computes has none.
+    let tick = found["tick_ms"].as_f64().unwrap();
+    assert!(exposed.len() == 6 && exposed.iter().all(|&ms| (0.0..tick).contains(&ms)), "{found}");
+    assert!(exposed.iter().any(|&ms| ms > 0.0), "{found}");
     assert!(succeeds(2, &args).contains("averaging gradients, not hidden: "));
 }
 
