@@ -88,7 +88,13 @@ pub(super) fn clocks(parts: &[Recording], at_end: Option<&Clocks>, messages: &[C
     }
     match flights.moves(&uncertain) {
         Some(moves) => which.iter().zip(of_part).map(|(&n, clock)| clock.moved(moves[n].0, moves[n].1)).collect(),
-        None => of_part,
+        None => {
+            log::warn!(
+                "the recorded messages contradict each other whatever the ranks' clocks are (a damaged file?): clocks are taken as \
+                 ping-pong compared them"
+            );
+            of_part
+        }
     }
 }
 
@@ -114,7 +120,6 @@ impl Flights {
     /// how wrong each can be beside the first, of which nothing is to be moved. Where messages say otherwise that is doubled until they
     /// do not, for those clocks alone. `None` for what no clocks can be.
     fn moves(&self, uncertain: &[u64]) -> Option<Vec<(i64, u64)>> {
-        // Clocks that drift while messages are recorded may contradict themselves.
         let wider = |n: u32, nanoseconds: u64| match n {
             0 => i128::from(nanoseconds),
             _ => i128::from(nanoseconds.max(1000)) << (n - 1),
@@ -122,6 +127,7 @@ impl Flights {
         let flights =
             |slack: i128| -> Vec<Bound> { self.0.iter().map(|(&(a, b), &most)| (a, b, most + slack)).collect() };
         let possible = |bounds: &[Bound]| shortest(vec![0; uncertain.len()], bounds).is_some();
+        // Messages of clocks that drift meanwhile may contradict each other.
         let slack = (0..DOUBLINGS).map(|n| wider(n, 0)).find(|&slack| possible(&flights(slack)))?;
         let mut bounds = flights(slack);
         // The surest first, lest they yield to others.

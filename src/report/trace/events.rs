@@ -90,7 +90,7 @@ struct ClockLine {
     /// What was added to its time, at the first slice's beginning and at the last one's end.
     offset_us: f64,
     offset_at_end_us: f64,
-    /// How wrong that is, at most.
+    /// How wrong that can be ([`Clock::uncertainty`]).
     uncertainty_us: f64,
 }
 
