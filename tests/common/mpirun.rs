@@ -73,11 +73,14 @@ pub fn ended(process: u32) -> bool {
     stat.rsplit(')').next().is_none_or(|rest| rest.trim().is_empty() || rest.trim_start().starts_with('Z'))
 }
 
-/// The children of a process, whichever of its threads started them, and theirs.
-pub fn descendants(of: u32) -> Vec<u32> {
+/// The processes that a process started, by Linux's account.
+pub fn children(of: u32) -> Vec<u32> {
     let threads = std::fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten();
     let lists = threads.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
-    let children: Vec<u32> =
-        lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<_>>()).collect();
-    children.into_iter().flat_map(|child| [vec![child], descendants(child)].concat()).collect()
+    lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<_>>()).collect()
+}
+
+/// The children of a process, whichever of its threads started them, and theirs.
+pub fn descendants(of: u32) -> Vec<u32> {
+    children(of).into_iter().flat_map(|child| [vec![child], descendants(child)].concat()).collect()
 }
